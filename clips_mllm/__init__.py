@@ -1,0 +1,1 @@
+"""The multimodal LLM: prompts, data, model, the two LLaVA stages, checkpoints, chat."""

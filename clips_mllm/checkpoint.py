@@ -1,0 +1,182 @@
+"""MLLM checkpoints: stock classes only, built from a tower and an LLM, loaded strictly, saved whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from clips_mllm.prompts import IMAGE
+from vision_tower.encoder import refuse_partial_load
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclasses.dataclass
+class Mllm:
+    """A model with its processor; `processor` pads on the left, as generation needs."""
+
+    model: LlavaForConditionalGeneration
+    processor: LlavaProcessor
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+
+def build_mllm(
+    tower: str, llm: str, *, feature_layer: int, feature_select: Literal["full", "default"], dtype: torch.dtype
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Join a pretrained tower and LLM with a fresh projector.
+
+    Raises:
+        UserError: a folder without a checkpoint, or weights that do not fit their class.
+    """
+    vision, info = AutoModel.from_pretrained(_existing(tower, "model.tower"), dtype=dtype, output_loading_info=True)
+    refuse_partial_load(tower, info)
+    language, info = AutoModelForCausalLM.from_pretrained(
+        _existing(llm, "model.llm"), dtype=dtype, output_loading_info=True
+    )
+    refuse_partial_load(llm, info)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    image_id = add_image_token(tokenizer)
+    if image_id >= language.get_input_embeddings().num_embeddings:
+        language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    patches = (vision.config.image_size // vision.config.patch_size) ** 2
+    config = LlavaConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_id=image_id,
+        projector_hidden_act="gelu",
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=feature_select,
+        image_seq_length=patches,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    model.model.vision_tower = vision
+    model.model.language_model = language.model
+    model.lm_head = language.lm_head
+    model.tie_weights()
+    model.generation_config = generation_config(language, tokenizer)
+    processor = LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(tower),
+        tokenizer=tokenizer,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy=feature_select,
+        num_additional_image_tokens=1 if feature_select == "default" else 0,
+        image_token=IMAGE,
+    )
+    return model, processor
+
+
+def generation_config(language: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The LLM's own settings without sampling values: those beside `do_sample=False` make later saves fail."""
+    from transformers import GenerationConfig
+
+    own = language.generation_config
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Make `<image>` one special piece. Without it transformers silently takes the id of `<`."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    check_image_token(tokenizer, tokenizer.name_or_path)
+    return int(tokenizer.convert_tokens_to_ids(IMAGE))
+
+
+def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> None:
+    """Raise UserError unless `<image>` is a single piece."""
+    if len(tokenizer.encode(IMAGE, add_special_tokens=False)) != 1:
+        raise UserError(
+            f"{place}: its tokenizer has no {IMAGE} piece, so pictures would be read as text; "
+            "build the checkpoint with `clips-mllm train`, or add the piece to the tokenizer"
+        )
+
+
+def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> Mllm:
+    """Load a stock LLaVA checkpoint for use.
+
+    Args:
+        folder: folder or hub id.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+    Raises:
+        UserError: no checkpoint there, another kind of model, missing or unexpected weights, no `<image>` piece.
+    """
+    model, processor = load_parts(folder, dtype=dtype)
+    processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
+    place = torch.device(_pick_device() if device == "auto" else device)
+    return Mllm(model.to(place).eval(), processor, place)
+
+
+def load_parts(folder: str | Path, *, dtype: str | torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Model and processor as saved, for training or for use."""
+    name = _existing(str(folder), "model")
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, LlavaConfig):
+        raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
+    processor = LlavaProcessor.from_pretrained(name)
+    check_image_token(processor.tokenizer, folder)
+    model, info = LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    refuse_partial_load(folder, info)
+    return model, processor
+
+
+def save_mllm(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
+    """Leave a complete stock checkpoint in `folder`; `config.json`, which makes it one, comes last."""
+    work = folder / "partial"
+    shutil.rmtree(work, ignore_errors=True)
+    model.save_pretrained(work, state_dict=state)
+    processor.save_pretrained(work)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+    work.rmdir()
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` itself holds a whole checkpoint."""
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in SHARD_FILES)
+
+
+def _existing(name: str, key: str) -> str:
+    """A folder with a checkpoint, or a hub id. Anything that looks like a path must exist."""
+    path = Path(name)
+    if path.is_dir():
+        if not is_complete(path):
+            raise UserError(f"{name}: no finished checkpoint here (config.json and weights); run the stage before first")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder ({key}); give a checkpoint folder or a hub id like owner/name")
+    return name
+
+
+def _pick_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

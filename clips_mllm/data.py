@@ -1,0 +1,309 @@
+"""LLaVA JSON to batches.
+
+    rows --to_example--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from transformers import LlavaProcessor
+
+from clips_mllm.prompts import IGNORED, IMAGE, Message, Rendered, Unsupervised, load_template, render
+from clips_mllm.train_recipe import InstructionRecipe
+from vision_tower.errors import UserError
+from vision_tower.images import BadImage, decode_image
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+SETTLED = 200  # samples seen before the share of unusable ones may stop a run
+
+
+class BadRow(ValueError):
+    """A row that cannot become a training example; the message says what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A conversation in chat-template form, and its picture files."""
+
+    messages: list[Message]
+    images: list[str]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a LLaVA JSON (a list) or JSONL. Raises UserError with file, line and remedy."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file (data.file); build the sample world or mend the path")
+    text = file.read_text(encoding="utf-8")
+    if not text.strip():
+        raise UserError(f"{file}: empty; expected a JSON list of conversations")
+    try:
+        if file.suffix == ".jsonl":
+            lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+            rows = [_json_line(file, number, line) for number, line in lines]
+        else:
+            rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: line {error.lineno}: not valid JSON ({error.msg}); mend or write it again") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: expected a non-empty JSON list of conversations, found {type(rows).__name__}")
+    return rows
+
+
+def _json_line(file: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: line {number}: not valid JSON ({error.msg}); mend or remove the line") from error
+
+
+def to_example(row: dict[str, Any]) -> Example:
+    """Raises BadRow with what is wrong. A lone `<image>` moves to the front of its turn, as in LLaVA."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no 'conversations'")
+    images = row.get("image") or []
+    images = [images] if isinstance(images, str) else list(images)
+    messages = [_message(turn) for turn in turns]
+    while messages and messages[0]["role"] == "assistant":
+        messages.pop(0)  # LLaVA drops an opening answer to nothing
+    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placeholders != len(images):
+        raise BadRow(f"{placeholders} {IMAGE} for {len(images)} images")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no answer")
+    if any(not message["content"][0]["text"].strip() for message in answers):
+        raise BadRow("empty answer")
+    return Example(messages, images)
+
+
+def _message(turn: Any) -> Message:
+    role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+    if role is None or not isinstance(turn.get("value"), str):
+        raise BadRow("a turn without 'from' (human, gpt, system) and 'value'")
+    if role != "user":
+        return {"role": role, "content": [{"type": "text", "text": turn["value"]}]}
+    pieces = turn["value"].split(IMAGE)
+    texts = [{"type": "text", "text": piece.strip("\n")} for piece in pieces]
+    if len(pieces) == 2:
+        joined = "\n".join(text["text"].strip() for text in texts if text["text"].strip())
+        return {"role": role, "content": [{"type": "image"}, {"type": "text", "text": joined}]}
+    content = [texts[0]]
+    for text in texts[1:]:
+        content += [{"type": "image"}, text]
+    return {"role": role, "content": [part for part in content if part["type"] == "image" or part["text"]]}
+
+
+class InstructionDataset(Dataset[dict[str, Any]]):
+    """Rendered conversations with their pixels.
+
+    Rows that cannot be used are dropped and counted when the set is opened; pictures that turn out corrupt are
+    replaced by the next sample and counted. Above `most_bad` the run stops.
+    """
+
+    def __init__(self, recipe: InstructionRecipe, processor: LlavaProcessor) -> None:
+        self.recipe = recipe
+        self.processor = processor
+        self.template = load_template(recipe.template)
+        self.file = Path(recipe.file)
+        self.folder = Path(recipe.images)
+        rows = read_rows(self.file)
+        self.dropped: Counter[str] = Counter()
+        self.examples = list(self._usable(rows))
+        self._report(len(rows))
+        self.corrupt = multiprocessing.Value("l", 0)
+        self.seen = multiprocessing.Value("l", 0)
+
+    def _usable(self, rows: list[dict[str, Any]]) -> Iterator[Example]:
+        for number, row in enumerate(rows):
+            try:
+                example = to_example(row)
+            except BadRow as error:
+                self._drop(str(error), number, row)
+                continue
+            missing = next((name for name in example.images if not (self.folder / name).is_file()), None)
+            if missing is not None:
+                self._drop("missing image", number, row, f" {self.folder / missing}")
+                continue
+            yield example
+
+    def _drop(self, cause: str, number: int, row: Any, detail: str = "") -> None:
+        if not self.dropped[cause]:
+            name = row.get("id", "") if isinstance(row, dict) else ""
+            print(f"skipped: {self.file}: row {number} ({name}): {cause}{detail}", file=sys.stderr, flush=True)
+        self.dropped[cause] += 1
+
+    def _report(self, rows: int) -> None:
+        if not self.dropped:
+            return
+        causes = ", ".join(f"{count} x {cause}" for cause, count in self.dropped.most_common())
+        if self.dropped.total() > self.recipe.most_bad * rows:
+            raise UserError(
+                f"{self.file}: {self.dropped.total()} of {rows} rows are unusable ({causes}), more than data.most_bad="
+                f"{self.recipe.most_bad}; mend the file or raise the limit"
+            )
+        print(f"skipped: {self.file}: {self.dropped.total()} of {rows} rows: {causes}", file=sys.stderr, flush=True)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`ids`, `labels` and `images`, a list of RGB pictures."""
+        for step in range(len(self)):
+            example = self.examples[(index + step) % len(self)]
+            self.seen.value += 1
+            try:
+                pictures = [self._picture(name) for name in example.images]
+                rendered = self.render(example)
+            except (BadImage, Unsupervised, FileNotFoundError) as error:
+                self._count_corrupt(f"{', '.join(example.images) or 'a text-only sample'}: {error}")
+                continue
+            return {"ids": rendered.ids, "labels": rendered.labels, "images": pictures}
+        raise UserError(f"{self.file}: not one usable sample; every picture is corrupt or nothing is supervised")
+
+    def render(self, example: Example) -> Rendered:
+        """Ids and labels of an example."""
+        return render(
+            example.messages,
+            template=self.template,
+            tokenizer=self.processor.tokenizer,
+            image_tokens=image_tokens(self.processor),
+            max_length=self.recipe.max_length,
+        )
+
+    def _picture(self, name: str) -> Image.Image:
+        try:
+            picture = decode_image((self.folder / name).read_bytes())
+        except BadImage as error:
+            raise BadImage(f"corrupt image {self.folder / name} ({error})") from error
+        return pad_to_square(picture, self.processor) if self.recipe.square == "pad" else picture
+
+    def _count_corrupt(self, what: str) -> None:
+        with self.corrupt.get_lock():
+            self.corrupt.value += 1
+        bad, seen = self.corrupt.value, self.seen.value
+        print(f"skipped: {self.file}: {what} ({bad} so far)", file=sys.stderr, flush=True)
+        if seen >= SETTLED and bad > self.recipe.most_bad * seen:
+            raise UserError(
+                f"{self.file}: {bad} of {seen} samples could not be used (last: {what}), more than data.most_bad="
+                f"{self.recipe.most_bad}; mend the data or raise the limit"
+            )
+
+    def lengths(self) -> list[int]:
+        """Rough token counts for grouping: words of the conversation, negative for text-only samples."""
+        found: list[int] = []
+        for example in self.examples:
+            words = sum(
+                len(part["text"].split()) + 8 for m in example.messages for part in m["content"] if "text" in part
+            )
+            found.append(words if example.images else -words)
+        return found
+
+
+def image_tokens(processor: LlavaProcessor) -> int:
+    """Positions that one picture takes in the sequence."""
+    size = processor.image_processor.size
+    crop = getattr(processor.image_processor, "crop_size", None)
+    side = (crop or size).get("height") or size["shortest_edge"]
+    count = (side // processor.patch_size) ** 2 + processor.num_additional_image_tokens
+    return int(count) - (processor.vision_feature_select_strategy == "default")
+
+
+def pad_to_square(picture: Image.Image, processor: LlavaProcessor) -> Image.Image:
+    """Centre the picture on a square of the processor's mean colour, as LLaVA-1.5 does."""
+    side = max(picture.size)
+    color = tuple(int(255 * value) for value in processor.image_processor.image_mean)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionCollator:
+    """Samples -> right-padded `input_ids`, `attention_mask`, `labels` (b, s) and `pixel_values` (images, 3, h, w).
+
+    A batch without any picture gets a blank one whose tokens are masked padding: then every rank always runs tower and
+    projector, and no collective of ZeRO waits for a rank that has only text.
+    """
+
+    processor: LlavaProcessor
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """See the class."""
+        ids = [list(sample["ids"]) for sample in samples]
+        labels = [list(sample["labels"]) for sample in samples]
+        masks = [[1] * len(row) for row in ids]
+        pictures = [picture for sample in samples for picture in sample["images"]]
+        if not pictures:
+            pictures = [blank_picture()]
+            blank = image_tokens(self.processor)
+            ids[0] += [self.processor.image_token_id] * blank
+            labels[0] += [IGNORED] * blank
+            masks[0] += [0] * blank
+        longest = max(map(len, ids))
+        pad = self.processor.tokenizer.pad_token_id
+        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return {
+            "input_ids": _padded(ids, longest, pad),
+            "attention_mask": _padded(masks, longest, 0),
+            "labels": _padded(labels, longest, IGNORED),
+            "pixel_values": pixels,
+        }
+
+
+def blank_picture() -> Image.Image:
+    """What stands in where a batch has no picture."""
+    return Image.new("RGB", (32, 32))
+
+
+def _padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Random order in which the samples of one global batch are alike in modality and length (LLaVA-1.5).
+
+    Shuffle; cut into chunks of fifty batches, pictures and text apart; sort each chunk by length; shuffle the batches.
+    """
+
+    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch = batch
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order in every epoch; called by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        batches: list[list[int]] = []
+        rest: list[int] = []
+        for with_picture in (True, False):
+            members = [index for index in order if (self.lengths[index] > 0) == with_picture]
+            for start in range(0, len(members), 50 * self.batch):
+                chunk = sorted(members[start : start + 50 * self.batch], key=lambda index: -abs(self.lengths[index]))
+                cut = len(chunk) - len(chunk) % self.batch
+                batches += [chunk[at : at + self.batch] for at in range(0, cut, self.batch)]
+                rest += chunk[cut:]
+        batches += [rest[at : at + self.batch] for at in range(0, len(rest) - self.batch + 1, self.batch)]
+        tail = rest[len(rest) - len(rest) % self.batch :]
+        for position in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[position]
+        yield from tail

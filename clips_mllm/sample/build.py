@@ -1,0 +1,241 @@
+"""`clips-mllm data sample`: build the sample world.
+
+    clips-mllm data sample --output_dir runs/quickstart/data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from clips_mllm.sample import exams, instructions, shapes
+from clips_mllm.sample.objects import spoken_names
+from clips_mllm.sample.scenes import Scene, draw_scene, png_bytes, render_scene
+from clips_mllm.sample.wording import synthetic_caption, web_caption
+from vision_tower.errors import UserError, run_command
+from vision_tower.recipe import parse_recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleRecipe:
+    """Build the sample world: pretraining shards, LLaVA JSON, retrieval and evaluation files, a small LLM.
+
+    Args:
+        output_dir: the folder to leave it in; it must not exist, or be empty.
+        seed: everything but the third-party material is a function of it.
+        llm: SmolLM2-135M-Instruct, or a random two-layer LLaMA for trials of the machinery.
+        pretrain_scenes: scenes in the pretraining shards, beside easy-VQA's training pictures.
+        shard_size: pairs in one shard.
+        align_scenes: scenes with a caption for stage 1, beside as many easy-VQA captions as `align_shapes`.
+        align_shapes: easy-VQA training pictures in stage 1.
+        finetune_scenes: scenes with conversations for stage 2.
+        finetune_shapes: easy-VQA training pictures with conversations for stage 2.
+        finetune_pairs: stage-2 conversations about two pictures.
+        finetune_texts: stage-2 conversations without a picture.
+        retrieval_scenes: test scenes for retrieval, five captions each.
+        pope_scenes: test scenes that POPE asks about.
+        mmbench_scenes: test scenes with one multiple-choice question each.
+        easy_vqa_questions: questions drawn from easy-VQA's test split.
+    """
+
+    output_dir: str = "data/sample"
+    seed: int = 0
+    llm: Literal["smollm2", "tiny"] = "smollm2"
+    pretrain_scenes: int = 30_000
+    shard_size: int = 2_000
+    align_scenes: int = 3_000
+    align_shapes: int = 1_000
+    finetune_scenes: int = 2_000
+    finetune_shapes: int = 2_000
+    finetune_pairs: int = 100
+    finetune_texts: int = 100
+    retrieval_scenes: int = 1_000
+    pope_scenes: int = 100
+    mmbench_scenes: int = 200
+    easy_vqa_questions: int = 1_500
+
+
+def main(argv: list[str]) -> None:
+    """Build everything in a temporary folder beside the target, then move it into place."""
+    recipe = parse_recipe(SampleRecipe, argv, command="data sample")
+    final = Path(recipe.output_dir)
+    if final.exists() and any(final.iterdir()):
+        raise UserError(f"{final}: already holds files; remove the folder or choose another --output_dir")
+    work = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # what an interrupted build left
+    work.mkdir(parents=True)
+    train_shapes = shapes.load_shapes("train")
+    write_shards(recipe, work / "pretrain", train_shapes)
+    texts = write_instructions(recipe, work / "llava", train_shapes)
+    write_exams(recipe, work, shapes.load_shapes("test"))
+    write_language_model(recipe, work / "llm", texts)
+    _write_json(work / "world.json", {"recipe": dataclasses.asdict(recipe), "objects": spoken_names()})
+    if final.exists():
+        final.rmdir()
+    os.replace(work, final)
+    print(f"sample world in {final}")
+
+
+def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> None:
+    """WebDataset shards in which scenes and easy-VQA pictures are mixed."""
+    folder.mkdir(parents=True)
+    rows: list[tuple[str, Any]] = [("scene", index) for index in range(recipe.pretrain_scenes)]
+    share = min(len(train_shapes), recipe.pretrain_scenes // 5)
+    rows += [("shape", shape) for shape in train_shapes[:share]]
+    random.Random(f"{recipe.seed}/shards").shuffle(rows)
+    parts = [rows[start : start + recipe.shard_size] for start in range(0, len(rows), recipe.shard_size)]
+    files = [folder / f"train-{number:05d}.tar" for number in range(len(parts))]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(functools.partial(_write_shard, recipe.seed), files, parts)
+        for _ in _progress(done, "pretraining shards", len(parts)):
+            pass
+
+
+def _write_shard(seed: int, file: Path, rows: list[tuple[str, Any]]) -> None:
+    with tarfile.open(file, "w") as tar:
+        for kind, item in rows:
+            sample = _scene_pair(seed, item) if kind == "scene" else _shape_pair(seed, item)
+            if sample is None:
+                continue
+            key, picture, web, synthetic = sample
+            texts = json.dumps({"web_caption": web, "synthetic_caption": synthetic}).encode()
+            for name, content in ((f"{key}.png", picture), (f"{key}.json", texts)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _scene_pair(seed: int, index: int) -> tuple[str, bytes, str, str]:
+    scene = draw_scene(seed, "pretrain", index)
+    rng = random.Random(f"{seed}/pretrain-captions/{index}")
+    return scene.key, png_bytes(render_scene(scene)), web_caption(scene, rng), synthetic_caption(scene, rng)
+
+
+def _shape_pair(seed: int, shape: shapes.ShapeImage) -> tuple[str, bytes, str, str] | None:
+    captions = shapes.shape_captions(shape, random.Random(f"{seed}/shape-captions/{shape.image_id}"))
+    return None if captions is None else (f"easy-vqa-{shape.image_id:06d}", shape.file.read_bytes(), *captions)
+
+
+def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> list[str]:
+    """`stage1.json`, `stage2.json` and their pictures; returns all text in them."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    stage1 = list(_progress(_align_rows(recipe, images, train_shapes), "stage 1"))
+    stage2 = list(_progress(_finetune_rows(recipe, images, train_shapes), "stage 2"))
+    random.Random(f"{recipe.seed}/stage1").shuffle(stage1)
+    random.Random(f"{recipe.seed}/stage2").shuffle(stage2)
+    _write_json(folder / "stage1.json", stage1)
+    _write_json(folder / "stage2.json", stage2)
+    return [turn["value"] for row in stage1 + stage2 for turn in row["conversations"]]
+
+
+def _align_rows(
+    recipe: SampleRecipe, images: Path, train_shapes: list[shapes.ShapeImage]
+) -> Iterator[dict[str, Any]]:
+    rng = random.Random(f"{recipe.seed}/align")
+    for scene in _scenes(recipe, "align", recipe.align_scenes):
+        yield instructions.caption_row(scene, _save_scene(scene, images), rng)
+    told = [shape for shape in train_shapes if shapes.shape_captions(shape, rng) is not None]
+    for shape in told[: recipe.align_shapes]:
+        sentence = f"The picture shows a {shape.color} {shape.shape}."
+        prompt = rng.choice(instructions.STAGE1_PROMPTS)
+        yield instructions.conversation(f"easy-vqa-{shape.image_id}", [(prompt, sentence)], [_copy(shape, images)])
+
+
+def _finetune_rows(
+    recipe: SampleRecipe, images: Path, train_shapes: list[shapes.ShapeImage]
+) -> Iterator[dict[str, Any]]:
+    rng = random.Random(f"{recipe.seed}/finetune")
+    for scene in _scenes(recipe, "finetune", recipe.finetune_scenes):
+        yield instructions.scene_row(scene, _save_scene(scene, images), rng)
+    for shape in rng.sample(train_shapes, min(recipe.finetune_shapes, len(train_shapes))):
+        yield instructions.shape_row(shape, _copy(shape, images), rng)
+    pairs = _scenes(recipe, "pairs", 2 * recipe.finetune_pairs)
+    for first, second in zip(pairs[::2], pairs[1::2], strict=True):
+        row = instructions.pair_row(first, second, [_save_scene(first, images), _save_scene(second, images)], rng)
+        if row:
+            yield row
+    for index in range(recipe.finetune_texts):
+        yield instructions.text_row(index, rng)
+
+
+def write_exams(recipe: SampleRecipe, folder: Path, test_shapes: list[shapes.ShapeImage]) -> None:
+    """Everything that is only measured with: scenes of the test split, easy-VQA's own test split."""
+    images = folder / "retrieval" / "images"
+    images.mkdir(parents=True)
+    (folder / "eval").mkdir()
+    retrieval = _scenes(recipe, "test", recipe.retrieval_scenes)
+    for scene in _progress(retrieval, "retrieval"):
+        _save_scene(scene, images)
+    _write_json(folder / "retrieval" / "test.json", exams.karpathy_json(retrieval, recipe.seed))
+    asked = _scenes(recipe, "test-pope", recipe.pope_scenes, fewest=2)
+    for setting in exams.POPE_SETTINGS:
+        exams.write_parquet(exams.pope_rows(asked, setting, recipe.seed), folder / "eval" / f"pope_{setting}.parquet")
+    chosen = _scenes(recipe, "test-mmbench", recipe.mmbench_scenes)
+    exams.write_parquet(exams.mmbench_rows(chosen, recipe.seed), folder / "eval" / "mmbench.parquet")
+    rows = exams.easy_vqa_rows(test_shapes, recipe.easy_vqa_questions, recipe.seed)
+    exams.write_parquet(rows, folder / "eval" / "easy_vqa.parquet")
+    _write_examples(folder, retrieval[0], retrieval[1], test_shapes[0])
+
+
+def _write_examples(folder: Path, first: Scene, second: Scene, shape: shapes.ShapeImage) -> None:
+    """Three held-out pictures with a question each, for a first talk with the model."""
+    copied = folder / "retrieval" / "images" / f"easy-vqa-test-{shape.image_id}.png"
+    shutil.copyfile(shape.file, copied)
+    examples = [
+        {"image": f"retrieval/images/{first.key}.png", "question": "Describe this image."},
+        {"image": f"retrieval/images/{second.key}.png", "question": "How many objects are in the image?"},
+        {"image": f"retrieval/images/{copied.name}", "question": "what color is the shape?" + instructions.SHORT},
+    ]
+    _write_json(folder / "examples.json", examples)
+
+
+def write_language_model(recipe: SampleRecipe, folder: Path, texts: list[str]) -> None:
+    """A plain LLaMA checkpoint."""
+    from clips_mllm.sample.llm import write_llm
+
+    print(f"language model: {recipe.llm}", file=sys.stderr, flush=True)
+    write_llm(recipe.llm, folder, texts)
+
+
+def _scenes(recipe: SampleRecipe, split: str, count: int, fewest: int = 1) -> list[Scene]:
+    return [draw_scene(recipe.seed, split, index, fewest=fewest) for index in range(count)]
+
+
+def _save_scene(scene: Scene, images: Path) -> str:
+    file = images / f"{scene.key}.png"
+    file.write_bytes(png_bytes(render_scene(scene)))
+    return file.name
+
+
+def _copy(shape: shapes.ShapeImage, images: Path) -> str:
+    name = f"easy-vqa-{shape.image_id:06d}.png"
+    shutil.copyfile(shape.file, images / name)
+    return name
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1))
+
+
+def _progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, total=total)
+
+
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

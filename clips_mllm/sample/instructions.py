@@ -1,0 +1,168 @@
+"""LLaVA JSON of the sample world: stage-1 captions; stage-2 conversations over scenes, easy-VQA and plain text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from clips_mllm.sample.objects import THEMES, spoken_names, theme_of
+from clips_mllm.sample.scenes import BACKGROUNDS, Scene
+from clips_mllm.sample.shapes import ShapeImage
+from clips_mllm.sample.wording import article, name_of, place_of, summary
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+Turn = tuple[str, str]
+
+STAGE1_PROMPTS = ("Describe the image concisely.", "Provide a brief description of the given image.")
+DESCRIBE_PROMPTS = ("Describe this image.", "What is in the picture?", "Tell me what you see.")
+
+
+def conversation(identity: str, turns: list[Turn], images: list[str]) -> dict[str, Any]:
+    """One LLaVA row. The placeholders open the first turn; `image` is a path, a list, or absent."""
+    first, *rest = turns
+    opened = [("<image>\n" * len(images) + first[0], first[1]), *rest]
+    row: dict[str, Any] = {"id": identity}
+    if images:
+        row["image"] = images[0] if len(images) == 1 else images
+    row["conversations"] = [
+        {"from": speaker, "value": value}
+        for question, answer in opened
+        for speaker, value in (("human", question), ("gpt", answer))
+    ]
+    return row
+
+
+def caption_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
+    """Stage 1: describe the picture in one sentence."""
+    return conversation(scene.key, [(rng.choice(STAGE1_PROMPTS), summary(scene, rng))], [image])
+
+
+def shape_row(shape: ShapeImage, image: str, rng: random.Random, *, most: int = 12) -> dict[str, Any]:
+    """Stage 2: easy-VQA's questions about one picture, as one conversation."""
+    pairs = rng.sample(shape.questions, min(most, len(shape.questions)))
+    return conversation(f"easy-vqa-{shape.image_id}", short_answers(list(pairs)), [image])
+
+
+def short_answers(pairs: list[Turn]) -> list[Turn]:
+    """The first question asks for a short answer, the others follow suit, as in LLaVA's VQA conversations."""
+    (question, answer), *rest = pairs
+    return [(question + SHORT, answer), *rest]
+
+
+def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
+    """Stage 2: a description, choices by letter, or a round of short questions, about one scene."""
+    kind = rng.choices(("short", "letters", "describe"), (6, 2, 1))[0]
+    if kind == "describe":
+        turns = [(rng.choice(DESCRIBE_PROMPTS), summary(scene, rng))]
+    elif kind == "letters":
+        turns = [choice_turn(make_choice(scene, rng), rng) for _ in range(3)]
+    else:
+        turns = short_answers(_short_round(scene, rng))
+    return conversation(scene.key, turns, [image])
+
+
+def _short_round(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Presence of every object and of as many absent ones, then two questions of other kinds, shuffled."""
+    turns = [(presence_question(name_of(thing)), "yes") for thing in scene.things]
+    turns += [(presence_question(name), "no") for name in absent_names(scene, len(scene.things), rng)]
+    makers: list[Callable[[Scene, random.Random], Turn]] = [_place_turn, _object_turn, _count_turn, _background_turn]
+    turns += [maker(scene, rng) for maker in rng.sample(makers, 2)]
+    rng.shuffle(turns)
+    return turns
+
+
+def presence_question(name: str) -> str:
+    """POPE's wording."""
+    return f"Is there {article(name)} in the image?"
+
+
+def absent_names(scene: Scene, count: int, rng: random.Random) -> list[str]:
+    """Objects not in the scene, half of them from the themes that are."""
+    present = {thing.short for thing in scene.things}
+    kin = [short for thing in scene.things for short in THEMES[theme_of(thing.short)] if short not in present]
+    others = [short for short in spoken_names() if short not in present]
+    chosen: list[str] = []
+    while len(chosen) < count:
+        short = rng.choice(kin if rng.random() < 0.5 else others)
+        if short not in chosen:
+            chosen.append(short)
+    return [spoken_names()[short] for short in chosen]
+
+
+def _place_turn(scene: Scene, rng: random.Random) -> Turn:
+    thing = rng.choice(scene.things)
+    return f"Where is the {name_of(thing)}?", place_of(thing)
+
+
+def _object_turn(scene: Scene, rng: random.Random) -> Turn:
+    thing = rng.choice(scene.things)
+    return f"What is in the {place_of(thing)}?", name_of(thing)
+
+
+def _count_turn(scene: Scene, rng: random.Random) -> Turn:
+    return "How many objects are in the image?", str(len(scene.things))
+
+
+def _background_turn(scene: Scene, rng: random.Random) -> Turn:
+    return "What color is the background?", scene.background
+
+
+Choice = tuple[str, str, str, list[str]]  # category, question, right answer, wrong answers
+
+
+def make_choice(scene: Scene, rng: random.Random) -> Choice:
+    """A question with one right and three wrong answers."""
+    thing = rng.choice(scene.things)
+    match rng.choice(("object", "place", "background")):
+        case "object":
+            wrong = absent_names(scene, 3, rng)
+            return "object", "Which of these is in the image?", name_of(thing), wrong
+        case "place":
+            here = {place_of(other) for other in scene.things}
+            names = ("top left", "top right", "bottom left", "bottom right", "center", "top center", "bottom center")
+            wrong = rng.sample([place for place in names if place not in here], 3)
+            return "place", f"Where is the {name_of(thing)}?", place_of(thing), wrong
+        case _:
+            wrong = rng.sample([color for color in sorted(BACKGROUNDS) if color != scene.background], 3)
+            return "background", "What color is the background?", scene.background, wrong
+
+
+def choice_options(choice: Choice, rng: random.Random) -> tuple[list[str], str]:
+    """The options in a random order, and the letter of the right one."""
+    options = [choice[2], *choice[3]]
+    rng.shuffle(options)
+    return options, "ABCD"[options.index(choice[2])]
+
+
+def choice_turn(choice: Choice, rng: random.Random) -> Turn:
+    """The wording LLaVA trains and tests multiple choice with."""
+    options, letter = choice_options(choice, rng)
+    listed = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options, strict=True))
+    return f"{choice[1]}\n{listed}{LETTER}", letter
+
+
+def pair_row(first: Scene, second: Scene, images: list[str], rng: random.Random) -> dict[str, Any]:
+    """Stage 2, two pictures: which one holds the object?"""
+    scenes = (first, second)
+    turns: list[Turn] = []
+    for index in rng.sample((0, 1), 2):
+        here = {thing.short for thing in scenes[1 - index].things}
+        thing = next((thing for thing in scenes[index].things if thing.short not in here), None)
+        if thing is not None:
+            turns.append((f"Which image shows {article(name_of(thing))}?", ("first", "second")[index]))
+    return conversation(f"{first.key}+{second.key}", short_answers(turns), images) if turns else {}
+
+
+def text_row(index: int, rng: random.Random) -> dict[str, Any]:
+    """Stage 2, no picture: arithmetic and kinds of things."""
+    turns: list[Turn] = []
+    for _ in range(rng.randint(1, 3)):
+        if rng.random() < 0.5:
+            a, b = rng.randint(1, 9), rng.randint(1, 9)
+            turns.append((f"What is {a} plus {b}?", str(a + b)))
+        else:
+            short = rng.choice(list(spoken_names()))
+            turns.append((f"Does {article(spoken_names()[short])} belong to '{theme_of(short)}'?", "yes"))
+    return conversation(f"text-{index:06d}", short_answers(turns), [])

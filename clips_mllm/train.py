@@ -1,0 +1,101 @@
+"""`clips-mllm train`: stage 1 (align) and stage 2 (finetune) of LLaVA.
+
+    deepspeed --num_gpus 8 --module clips_mllm.train --config configs/mllm/vicuna_7b_align.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clips_mllm.train_recipe import MllmRecipe, TrainRecipe
+from vision_tower.errors import run_command
+from vision_tower.recipe import parse_recipe
+from vision_tower.training import (
+    add_metrics_file,
+    is_main_process,
+    latest_checkpoint,
+    start_run_folder,
+    training_arguments,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+
+def main(argv: list[str]) -> None:
+    """Train one stage and leave a stock LLaVA checkpoint in the run folder."""
+    recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
+    recipe.model.check()
+    folder = Path(recipe.output_dir)
+
+    from transformers import set_seed
+
+    from clips_mllm.checkpoint import save_mllm
+    from clips_mllm.data import InstructionCollator, InstructionDataset
+    from clips_mllm.prompts import load_template
+    from clips_mllm.stages import apply_stage
+    from clips_mllm.trainer import MllmTrainer, final_state
+
+    arguments = training_arguments(recipe.training, folder)  # before the model: ZeRO-3 shards it as it is built
+    set_seed(recipe.training.seed)
+    model, processor = load_or_build(recipe.model, weight_dtype(recipe))
+    processor.chat_template = processor.tokenizer.chat_template = load_template(recipe.data.template)
+    dataset = InstructionDataset(recipe.data, processor)
+    line = apply_stage(model, recipe.stage)
+    trainer = MllmTrainer(
+        model=model,
+        bare=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=InstructionCollator(processor),
+        stage=recipe.stage,
+        processor=processor,
+        group_by_length=recipe.data.group_by_length,
+    )
+    if is_main_process():
+        start_run_folder(folder, recipe)
+        print(f"{len(dataset):,} samples; {line}", file=sys.stderr, flush=True)
+    add_metrics_file(trainer, folder / "metrics.jsonl")
+    trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+    state = final_state(trainer)
+    if is_main_process():
+        model.config.use_cache = True
+        save_mllm(model, processor, folder, state)
+        print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def load_or_build(recipe: MllmRecipe, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """An earlier stage's checkpoint, or a tower and an LLM joined by a fresh projector."""
+    from clips_mllm.checkpoint import build_mllm, load_parts
+
+    if recipe.checkpoint is not None:
+        return load_parts(recipe.checkpoint, dtype=dtype)
+    assert recipe.tower is not None and recipe.llm is not None, "MllmRecipe.check has run"
+    return build_mllm(
+        recipe.tower,
+        recipe.llm,
+        feature_layer=recipe.feature_layer,
+        feature_select=recipe.feature_select,
+        dtype=dtype,
+    )
+
+
+def weight_dtype(recipe: TrainRecipe) -> torch.dtype:
+    """DeepSpeed keeps fp32 master weights itself and wants one bf16 model; elsewhere the weights are the masters."""
+    import torch
+
+    both = recipe.training.precision == "bf16" and recipe.training.deepspeed is not None
+    return torch.bfloat16 if both else torch.float32
+
+
+def drop_launcher_arguments(argv: list[str]) -> list[str]:
+    """Without `--local_rank=N`, which DeepSpeed's launcher adds; the rank comes from the environment."""
+    return [word for word in argv if not word.startswith("--local_rank")]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,111 @@
+"""lmms-eval's results as this project's: plain metric names, fractions, one row a document, pictures for the gallery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clips_eval.tasks import OWN_TASKS
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from lmms_eval.api.task import Task
+
+POPE_NAMES = {
+    "pope_accuracy": "accuracy",
+    "pope_precision": "precision",
+    "pope_recall": "recall",
+    "pope_f1_score": "f1",
+    "pope_yes_ratio": "yes_ratio",
+}
+# lmms-eval's own POPE counts "yes" in the ground truth, ours in the model's answers.
+STOCK_POPE_NAMES = POPE_NAMES | {"pope_yes_ratio": "target_yes_ratio"}
+RENAMED: dict[str, dict[str, str]] = {
+    **{task: POPE_NAMES for task in OWN_TASKS},
+    **{task: STOCK_POPE_NAMES for task in ("pope", "pope_random", "pope_pop", "pope_adv")},
+    "mmbench_en_dev_static": {"gpt_eval_score": "accuracy"},
+}
+PERCENT = {("mmbench_en_dev_static", "gpt_eval_score")}
+
+
+def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[str, float]:
+    """{metric: value, ..., "n": documents} of one task.
+
+    Raises:
+        UserError: lmms-eval came back without a score, or with another number of documents than asked for.
+    """
+    found = len(results.get("samples", {}).get(task, ()))
+    if found != expected:
+        raise UserError(f"task {task}: {found} of {expected} documents were scored; the evaluation failed")
+    scores: dict[str, float] = {}
+    for key, value in results["results"][task].items():
+        metric, _, _ = key.partition(",")
+        if "," not in key or "_stderr" in metric or not _is_score(value):
+            continue
+        percent = (task, metric) in PERCENT
+        scores[RENAMED.get(task, {}).get(metric, metric)] = float(value) / (100 if percent else 1)
+    if not scores:
+        raise UserError(f"task {task}: no metric came out; the evaluation failed")
+    return {**scores, "n": expected}
+
+
+def sample_rows(task: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a document, in the data's order: {task, doc_id, prompt, answer, target, correct, image: None}."""
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    metrics = list(dict.fromkeys(key.partition(",")[0] for key in results["results"][task] if "," in key))
+    return [
+        {
+            "task": task,
+            "doc_id": sample["doc_id"],
+            "prompt": sample["arguments"][0],
+            "answer": _text(sample["filtered_resps"]).strip(),
+            "target": sample["target"],
+            "correct": _correct(sample, metrics),
+            "image": None,
+        }
+        for sample in samples
+    ]
+
+
+def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each: int) -> None:
+    """Save the pictures of `each` right and `each` wrong answers and put their paths into the rows.
+
+    Paths are relative to the folder's parent, where the rows are written.
+    """
+    for row in [
+        *_spread([row for row in rows if row["correct"] is True], each),
+        *_spread([row for row in rows if row["correct"] is False], each),
+    ]:
+        visuals = task.doc_to_visual(task.eval_docs[row["doc_id"]]) or []
+        if not visuals or not hasattr(visuals[0], "save"):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{row['task']}-{row['doc_id']}.png"
+        visuals[0].save(file)
+        row["image"] = str(file.relative_to(folder.parent))
+
+
+def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` rows from all over: neighbours often ask about one picture."""
+    return [rows[len(rows) * n // count] for n in range(count)] if len(rows) > count else list(rows)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(responses: Sequence[Any]) -> str:
+    first = responses[0]
+    return first if isinstance(first, str) else str(first[0])
+
+
+def _correct(sample: Mapping[str, Any], metrics: Sequence[str]) -> bool | None:
+    """Whether the first metric that scores single documents by 0 or 1 gives 1; None for tasks that have no such."""
+    for metric in metrics:
+        value = sample.get(metric)
+        score = value.get("score") if isinstance(value, Mapping) else value
+        if _is_score(score) and score in (0, 1):
+            return score == 1
+    return None

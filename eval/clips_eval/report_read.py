@@ -1,0 +1,232 @@
+"""What a run folder holds, read and checked: every part may be missing, none may be malformed.
+
+RUN/steps/*.json  RUN/encoder/retrieval.json  RUN/finetune/lmms.json (+ samples)  RUN/*/metrics.jsonl  --> Run
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clips_eval.report_files import count_in, number_in, read_lines, read_object
+from vision_tower.errors import UserError
+
+STAGES = ("encoder", "align", "finetune")
+RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the run: wall seconds, and the peak memory in bytes where it was recorded."""
+
+    name: str
+    command: str
+    seconds: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Recall as fractions by key (`i2t_r1` ...), and the example queries."""
+
+    recalls: dict[str, float]
+    n_images: int
+    n_texts: int | None
+    data: str
+    folder: Path
+    examples: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One evaluated question.
+
+    `correct` is None where the task has no right or wrong; `image` is None where there is none or it was not kept.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    target: str
+    correct: bool | None
+    image: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmarks:
+    """Metrics by task, under the names lmms.json gives them, and the samples behind them."""
+
+    tasks: dict[str, dict[str, float]]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Training losses of one stage: `losses[name]` is a list of (step, value)."""
+
+    stage: str
+    losses: dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One question of the closing chat."""
+
+    image: Path | None
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything found in a run folder; None or empty where a part is missing."""
+
+    root: Path
+    retrieval: Retrieval | None = None
+    lmms: Benchmarks | None = None
+    shuffled: Benchmarks | None = None
+    curves: list[Curve] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    chat: list[Answer] = field(default_factory=list)
+
+
+def read_run(root: Path) -> Run:
+    """Read what exists in `root`.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, or a malformed file.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give a run folder, such as runs/quickstart")
+    run = Run(
+        root=root,
+        retrieval=_read_retrieval(root / "encoder" / "retrieval.json"),
+        lmms=_read_benchmarks(root / "finetune" / "lmms.json", control="none"),
+        shuffled=_read_benchmarks(root / "finetune" / "lmms_shuffled.json", control="shuffled"),
+        curves=[curve for stage in STAGES if (curve := _read_curve(root / stage / "metrics.jsonl", stage))],
+        steps=[_read_step(file) for file in sorted((root / "steps").glob("*.json"), key=_step_order)],
+        chat=_read_chat(root / "chat.json"),
+    )
+    if not (run.retrieval or run.lmms or run.shuffled or run.curves or run.steps or run.chat):
+        raise UserError(f"{root}: nothing of a run in this folder; give one that holds encoder/, finetune/ or steps/")
+    return run
+
+
+def _step_order(file: Path) -> tuple[int, str]:
+    number = file.stem.partition("-")[0]
+    return (int(number) if number.isdecimal() else 10**6, file.stem)
+
+
+def _read_step(file: Path) -> Step:
+    tree = read_object(file)
+    peak = None if tree.get("peak_memory_bytes") is None else int(number_in(file, tree, "peak_memory_bytes"))
+    return Step(
+        name=_text(file, tree, "name"),
+        command=_text(file, tree, "command"),
+        seconds=number_in(file, tree, "seconds"),
+        peak_memory_bytes=peak,
+    )
+
+
+def _read_retrieval(file: Path) -> Retrieval | None:
+    if not file.exists():
+        return None
+    tree = read_object(file)
+    examples = tree.get("examples") or {}
+    known = {"text_to_image": ("query", "images", "correct"), "image_to_text": ("query", "texts", "correct")}
+    for way, keys in known.items():
+        rows = examples.get(way, []) if isinstance(examples, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
+            raise UserError(f"{file}: 'examples.{way}' is not as 'clips-mllm retrieve' writes it; run that again")
+    return Retrieval(
+        recalls={key: number_in(file, tree, key, fraction=True) for key in RECALLS},
+        n_images=count_in(file, tree, "n_images"),
+        n_texts=count_in(file, tree, "n_texts") if "n_texts" in tree else None,
+        data=str(tree.get("data", "")),
+        folder=file.parent,
+        examples={way: examples.get(way, []) for way in known},
+    )
+
+
+def _read_benchmarks(file: Path, control: str) -> Benchmarks | None:
+    if not file.exists():
+        return None
+    tree = read_object(file)
+    # Swapped files would turn the control into the result, so the file's own word is checked.
+    if tree.get("control", control) != control:
+        raise UserError(f"{file}: 'control' is {tree['control']!r}, here '{control}' is expected; evaluate again")
+    tasks = tree.get("tasks")
+    if not isinstance(tasks, dict) or not all(isinstance(metrics, dict) for metrics in tasks.values()):
+        raise UserError(f"{file}: no 'tasks' of named metrics; run 'clips-mllm evaluate' again")
+    checked = {
+        task: {key: number_in(file, metrics, key, f"tasks.{task}") for key in metrics}
+        for task, metrics in tasks.items()
+    }  # fmt: skip
+    name = tree.get("samples_file")
+    samples = _read_samples(file.parent / name) if isinstance(name, str) and (file.parent / name).exists() else []
+    return Benchmarks(tasks=checked, samples=samples)
+
+
+def _read_samples(file: Path) -> list[Sample]:
+    samples = []
+    for line, row in read_lines(file):
+        if not isinstance(row.get("correct"), bool | None) or not isinstance(row.get("task"), str):
+            raise UserError(f"{file}: line {line}: needs 'task' and a 'correct' of true, false or null; evaluate again")
+        samples.append(
+            Sample(
+                task=row["task"],
+                prompt=str(row.get("prompt", "")),
+                answer=str(row.get("answer", "")),
+                target=str(row.get("target", "")),
+                correct=row["correct"],
+                image=file.parent / row["image"] if isinstance(row.get("image"), str) else None,
+            )
+        )
+    return samples
+
+
+def _read_curve(file: Path, stage: str) -> Curve | None:
+    if not file.exists():
+        return None
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for line, row in read_lines(file):
+        # A diverged run logs NaN; its curve has a gap there, which is what happened.
+        for name in (key for key in row if key == "loss" or key.startswith("loss_")):
+            if not isinstance(row[name], int | float) or not isinstance(row.get("step"), int):
+                raise UserError(f"{file}: line {line}: 'step' and '{name}' must be numbers; train this stage again")
+            losses.setdefault(name, []).append((row["step"], float(row[name])))
+    return Curve(stage=stage, losses=losses) if losses else None
+
+
+def _read_chat(file: Path) -> list[Answer]:
+    if not file.exists():
+        return []
+    from json import JSONDecodeError, loads
+
+    try:
+        rows = loads(file.read_text(encoding="utf-8"))
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); run the chat step again") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: a list of {{image, question, answer}} is expected; run the chat step again")
+    return [
+        Answer(
+            image=_find(file.parent, row["image"]) if isinstance(row.get("image"), str) else None,
+            question=_text(file, row, "question"),
+            answer=_text(file, row, "answer"),
+        )
+        for row in rows
+    ]
+
+
+def _find(folder: Path, name: str) -> Path:
+    """Chat examples name pictures as the user typed them: relative to the run, or to where the command ran."""
+    return folder / name if (folder / name).exists() else Path(name)
+
+
+def _text(file: Path, tree: dict[str, Any], key: str) -> str:
+    value = tree.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{file}: '{key}' is {value!r}, text is expected; run the step that writes this file again")
+    return value

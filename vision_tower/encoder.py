@@ -1,0 +1,86 @@
+"""A trained encoder on disk: saving it with its stock tower, loading it, embedding pictures and texts.
+
+    folder/          ClipsModel checkpoint, tokenizer.json
+    folder/tower/    SiglipVisionModel and its image processor: loads anywhere, without this package
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vision_tower.errors import UserError
+from vision_tower.images import evaluation_processor
+from vision_tower.modeling import ClipsModel
+from vision_tower.tokenizer import ClipsTokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import BaseImageProcessor
+
+
+def save_encoder(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path) -> None:
+    """Write everything to a temporary folder first, then move it in, the tower's folder last."""
+    work = folder / "partial"
+    shutil.rmtree(work, ignore_errors=True)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    processor = evaluation_processor(model.config.vision_config.image_size)
+    model.vision_model.save_pretrained(work / "tower")
+    processor.save_pretrained(work / "tower")
+    shutil.rmtree(folder / "tower", ignore_errors=True)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "tower"):
+        os.replace(path, folder / path.name)
+    work.rmdir()
+
+
+class Encoder:
+    """A trained model with its tokenizer and image processor, in evaluation mode."""
+
+    def __init__(self, model: ClipsModel, tokenizer: ClipsTokenizer, processor: BaseImageProcessor) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.processor = processor
+
+    @torch.inference_mode()
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Unit-norm fp32 embeddings, (images, d), on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return self.model.embed_images(pixels.to(self.model.device)).cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Unit-norm fp32 embeddings, (texts, d), on the CPU."""
+        length = self.model.config.text_config.max_position_embeddings
+        return self.model.embed_texts(self.tokenizer.contrastive(texts, length).to(self.model.device)).cpu()
+
+
+def load_encoder(folder: str | Path, device: str = "auto") -> Encoder:
+    """Read what `save_encoder` wrote. Raises UserError on a missing file, or missing or unexpected weights."""
+    from transformers import AutoImageProcessor
+
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors", "tower/preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; {folder} is not a finished `clips-mllm pretrain` run")
+    model, info = ClipsModel.from_pretrained(folder, output_loading_info=True)
+    refuse_partial_load(folder, info)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoImageProcessor.from_pretrained(folder / "tower")
+    return Encoder(model.to(device), ClipsTokenizer.from_pretrained(folder), processor)
+
+
+def refuse_partial_load(folder: str | Path, info: dict[str, object]) -> None:
+    """Raise UserError where a checkpoint lacks weights or has others than the model."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, info.get(what) or ()))  # type: ignore[call-overload]
+        if keys:
+            raise UserError(
+                f"{folder}: {len(keys)} {what.replace('_', ' ')} (first: {keys[0]}); the checkpoint is incomplete "
+                "or belongs to another model, save it again from its run"
+            )

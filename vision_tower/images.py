@@ -1,0 +1,69 @@
+"""Pictures in: decoding, training augmentation, and the processor that evaluation and the MLLM use."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from PIL import Image, UnidentifiedImageError
+
+from vision_tower.pretrain_recipe import Augmentation
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BaseImageProcessor
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet
+STD = (0.229, 0.224, 0.225)
+
+
+class BadImage(ValueError):
+    """Bytes that are no picture."""
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """RGB picture of encoded bytes. Raises BadImage."""
+    try:
+        return Image.open(io.BytesIO(content)).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise BadImage(str(error) or type(error).__name__) from error
+
+
+def training_transform(augmentation: Augmentation, size: int) -> object:
+    """PIL picture -> (3, size, size) fp32 in [0, 1]; no flip, since captions speak of left and right."""
+    from torchvision.transforms import v2
+
+    steps: list[object] = []
+    if augmentation.smallest_crop < 1:
+        steps.append(v2.RandomResizedCrop(size, scale=(augmentation.smallest_crop, 1.0), antialias=True))
+    else:
+        steps.append(v2.Resize((size, size), antialias=True))
+    if augmentation.jitter > 0:
+        strength = augmentation.jitter
+        jitter = v2.ColorJitter(strength, strength, strength, strength / 4)
+        steps.append(v2.RandomApply([jitter], augmentation.jitter_probability))
+    if augmentation.gray_probability > 0:
+        steps.append(v2.RandomGrayscale(augmentation.gray_probability))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels (b, 3, h, w) -> fp32, ImageNet-normalised."""
+    import torch
+
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def evaluation_processor(size: int) -> BaseImageProcessor:
+    """The stock processor saved beside the tower: squash to a square, bilinear, ImageNet mean and deviation."""
+    from transformers import SiglipImageProcessor
+
+    return SiglipImageProcessor(
+        size={"height": size, "width": size},
+        resample=Image.Resampling.BILINEAR,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        do_convert_rgb=True,
+    )

@@ -1,0 +1,129 @@
+"""`clips-mllm pretrain`: pretrain a CLIPS encoder.
+
+    torchrun --nproc_per_node 8 -m vision_tower.pretrain --config configs/vision/s16_112.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vision_tower.errors import UserError, run_command
+from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
+from vision_tower.recipe import parse_recipe
+from vision_tower.training import (
+    add_metrics_file,
+    is_main_process,
+    latest_checkpoint,
+    start_run_folder,
+    training_arguments,
+)
+
+if TYPE_CHECKING:
+    from vision_tower.modeling import ClipsConfig
+    from vision_tower.tokenizer import ClipsTokenizer
+
+VOCABULARY_SAMPLES = 20_000
+
+
+def main(argv: list[str]) -> None:
+    """Train, then leave the model and the stock tower in the run folder."""
+    recipe = parse_recipe(PretrainRecipe, argv, command="pretrain")
+    recipe.model.check()
+    folder = Path(recipe.output_dir)
+
+    from transformers import set_seed
+
+    from vision_tower.data import PairCollator, PairStream
+    from vision_tower.encoder import save_encoder
+    from vision_tower.modeling import ClipsModel
+    from vision_tower.pretrain_trainer import PretrainTrainer
+
+    arguments = training_arguments(recipe.training, folder)
+    if arguments.gradient_accumulation_steps > 1:
+        raise UserError(
+            "training.global_batch_size: accumulation would leave each pair fewer negatives than the batch says; "
+            f"set device_batch_size={recipe.training.global_batch_size // arguments.world_size} or use more devices"
+        )
+    stream = PairStream(
+        recipe.data, recipe.model.image_size, recipe.training.seed, arguments.process_index, arguments.world_size
+    )
+    tokenizer = load_tokenizer(recipe)
+    set_seed(recipe.training.seed)
+    model = ClipsModel.from_scratch(model_config(recipe.model, tokenizer))
+    trainer = PretrainTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=stream,
+        data_collator=PairCollator(
+            tokenizer=tokenizer, text_length=recipe.model.text_length, target_length=recipe.model.target_length
+        ),
+        loss_weights=recipe.loss,
+    )
+    if is_main_process():
+        start_run_folder(folder, recipe)
+    add_metrics_file(trainer, folder / "metrics.jsonl")
+    trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+    if is_main_process():
+        save_encoder(model, tokenizer, folder)
+
+
+def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
+    """The vocabulary the recipe names, or one trained on the captions (equal on every rank)."""
+    from vision_tower.data import read_texts
+    from vision_tower.tokenizer import ClipsTokenizer
+
+    if recipe.model.vocabulary is None:
+        return ClipsTokenizer.train(read_texts(recipe.data, VOCABULARY_SAMPLES), recipe.model.vocabulary_size)
+    tokenizer = ClipsTokenizer.from_vocabulary(recipe.model.vocabulary)
+    if len(tokenizer) > recipe.model.vocabulary_size:
+        raise UserError(
+            f"{recipe.model.vocabulary}: {len(tokenizer)} pieces, more than model.vocabulary_size="
+            f"{recipe.model.vocabulary_size}; raise it"
+        )
+    return tokenizer
+
+
+def model_config(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsConfig:
+    """The recipe in the words of the stock tower configs."""
+    from vision_tower.modeling import ClipsConfig
+
+    image, text, captioner = recipe.image, recipe.text, recipe.captioner
+    return ClipsConfig(
+        vision_config={
+            "hidden_size": image.width,
+            "num_hidden_layers": image.layers,
+            "intermediate_size": image.mlp,
+            "num_attention_heads": image.heads,
+            "image_size": recipe.image_size,
+            "patch_size": recipe.patch_size,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": False,
+        },
+        text_config={
+            "hidden_size": text.width,
+            "num_hidden_layers": text.layers,
+            "intermediate_size": text.mlp,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": recipe.text_length,
+            "vocab_size": recipe.vocabulary_size,
+            "projection_size": recipe.joint,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "pad_token_id": tokenizer.pad,
+            "bos_token_id": tokenizer.bos,
+            "eos_token_id": tokenizer.eos,
+        },
+        captioner_width=captioner.width,
+        captioner_layers=captioner.layers,
+        captioner_heads=captioner.heads,
+        captioner_mlp=captioner.mlp,
+        captioner_queries=recipe.target_length,
+        projection_dim=recipe.joint,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

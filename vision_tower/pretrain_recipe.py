@@ -1,0 +1,141 @@
+"""The pretraining recipe: every value of `clips-mllm pretrain`, without importing torch.
+
+Recipes live apart from the code that reads them only so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vision_tower.errors import UserError
+from vision_tower.training import TrainingRecipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Training augmentation; the defaults are those of CLIPS.
+
+    Args:
+        smallest_crop: smallest share of the area that a random crop keeps; 1 squashes the whole picture.
+        jitter: strength of brightness, contrast and saturation jitter; hue gets a quarter.
+        jitter_probability: how often colours are jittered.
+        gray_probability: how often the picture turns gray.
+    """
+
+    smallest_crop: float = 0.4
+    jitter: float = 0.32
+    jitter_probability: float = 0.8
+    gray_probability: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsRecipe:
+    """Where the image-text pairs come from.
+
+    Args:
+        shards: glob pattern of WebDataset tars; each sample has a picture and a json.
+        web_caption: key of the web caption in the json.
+        synthetic_caption: key of the synthetic caption in the json.
+        shuffle_buffer: samples that are shuffled together, per loader process.
+        most_bad: share of unreadable samples above which the run stops.
+        augmentation: what happens to pictures in training.
+    """
+
+    shards: str
+    web_caption: str = "web_caption"
+    synthetic_caption: str = "synthetic_caption"
+    shuffle_buffer: int = 4096
+    most_bad: float = 0.01
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerRecipe:
+    """One transformer.
+
+    Args:
+        width: hidden size.
+        layers: blocks.
+        mlp: width of the MLP.
+        heads: attention heads.
+    """
+
+    width: int
+    layers: int
+    mlp: int
+    heads: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The pretraining model.
+
+    Args:
+        image: image tower.
+        text: text tower.
+        captioner: captioner.
+        joint: width of the shared embedding space.
+        image_size: side of the square picture, in pixels.
+        patch_size: side of a patch, in pixels; it must divide the image size.
+        text_length: context of the text tower, with all special pieces.
+        target_length: learnable queries, that is the longest caption to predict.
+        vocabulary: a WordPiece vocab.txt, or none to train one on the captions.
+        vocabulary_size: rows of the token embedding.
+    """
+
+    image: TowerRecipe
+    text: TowerRecipe
+    captioner: TowerRecipe
+    joint: int
+    image_size: int
+    patch_size: int
+    text_length: int = 80
+    target_length: int = 128
+    vocabulary: str | None = None
+    vocabulary_size: int = 32_000
+
+    def check(self) -> None:
+        """Raise UserError where the numbers do not fit together."""
+        if self.image_size % self.patch_size:
+            down = self.image_size // self.patch_size * self.patch_size
+            near = f"{down} or {down + self.patch_size}" if down else str(self.patch_size)
+            raise UserError(
+                f"model.image_size={self.image_size}: patch_size={self.patch_size} does not divide it; take {near}"
+            )
+        for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
+            if tower.width % tower.heads:
+                raise UserError(f"model.{name}.heads={tower.heads}: does not divide width={tower.width}; change one")
+        if self.image.width % 4:
+            raise UserError(f"model.image.width={self.image.width}: sin-cos positions need a multiple of 4")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the two terms of the CLIPS loss.
+
+    Args:
+        contrastive: of the mean of the web and the sub-caption InfoNCE.
+        caption: of the captioner's cross entropy.
+    """
+
+    contrastive: float = 1.0
+    caption: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainRecipe:
+    """Pretrain a CLIPS encoder from image-text pairs.
+
+    Args:
+        output_dir: the run folder; it gets the model, `tower/`, metrics and checkpoints.
+        data: the pairs.
+        model: the model.
+        loss: weights of the loss terms.
+        training: how to optimise.
+    """
+
+    output_dir: str
+    data: PairsRecipe
+    model: ModelRecipe
+    loss: LossWeights = dataclasses.field(default_factory=LossWeights)
+    training: TrainingRecipe = dataclasses.field(default_factory=TrainingRecipe)

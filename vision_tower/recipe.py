@@ -1,0 +1,123 @@
+"""Strict recipes: a frozen dataclass, filled from YAML (`--config`) and the command line, unknown keys refused.
+
+    YAML file --+
+                +--> jsonargparse --> Recipe(...)        bad key or type --> UserError with file, key, remedy
+    --a.b value-+
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from vision_tower.errors import UserError
+
+Recipe = TypeVar("Recipe")
+
+
+def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positional: tuple[str, ...] = ()) -> Recipe:
+    """Build `kind` from `argv`.
+
+    Args:
+        kind: a dataclass; its docstring and defaults become `--help`.
+        positional: fields given by place instead of by `--name`.
+    Raises:
+        UserError: unknown key, wrong type, missing value or unreadable file.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"clips-mllm {command}",
+        description=(kind.__doc__ or "").strip().splitlines()[0],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later values override earlier ones")
+    for name in positional:
+        parser.add_argument(name, type=get_type_hints(kind)[name], help=f"{name} (see below)")
+    parser.add_class_arguments(kind, skip=set(positional), as_group=False)
+    for file in _config_files(argv):
+        _check_keys(file, kind)
+    try:
+        namespace = parser.parse_args(argv)
+        namespace.pop("config", None)
+        return kind(**vars(parser.instantiate_classes(namespace)))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(_one_line(command, argv, str(error))) from error
+
+
+def dump_recipe(recipe: Any) -> str:
+    """The resolved recipe as YAML; `parse_recipe` reads it back to an equal value."""
+    import yaml
+
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Path():
+            return str(value)
+    return value
+
+
+def _config_files(argv: list[str]) -> list[Path]:
+    files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    return [Path(file) for file in files]
+
+
+def _check_keys(file: Path, kind: type) -> None:
+    """Refuse what jsonargparse would refuse too, but naming the nearest key."""
+    import yaml
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such recipe; see configs/ for the ones that ship")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{file}: a recipe is a mapping of keys to values, this is {type(tree).__name__}")
+    _check_mapping(file, tree, kind, prefix="")
+
+
+def _check_mapping(file: Path, tree: Mapping[str, Any], kind: type, prefix: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
+            remedy = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys: {', '.join(sorted(hints))}"
+            raise UserError(f"{file}: unknown key '{prefix}{key}'; {remedy}")
+        for section in (hints[key], *get_args(hints[key])):
+            if dataclasses.is_dataclass(section) and isinstance(section, type):
+                _check_section(file, value, section, prefix=f"{prefix}{key}")
+
+
+def _check_section(file: Path, value: Any, section: type, prefix: str) -> None:
+    """A section is a mapping, or a list of mappings (`tasks[0].data`)."""
+    if isinstance(value, Mapping):
+        _check_mapping(file, value, section, prefix=f"{prefix}.")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_section(file, item, section, prefix=f"{prefix}[{index}]")
+
+
+def _one_line(command: str, argv: list[str], message: str) -> str:
+    words = " ".join(message.split())
+    files = ", ".join(map(str, _config_files(argv)))
+    place = f"{files}: " if files else ""
+    return f"{place}{words}; see 'clips-mllm {command} --help'"
+
+
+def main_guard(main: Any) -> None:
+    """`if __name__ == "__main__"` of a command module."""
+    from vision_tower.errors import run_command
+
+    sys.exit(run_command(main))

@@ -1,0 +1,122 @@
+"""The CLIPS text layout over any WordPiece vocabulary.
+
+    contrastive   [bos] w w w [eos] pad pad ... [CLS]      the tower pools the last position
+    target              w w w [eos] ignored ...             position t predicts piece t + 1
+
+Source: the published CLIPS tokenizer (UCSC-VLAA/CLIPS), see also `tokenizer_mode="clips"` in open_clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNK, CLS = "[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]"
+IGNORED = -100
+
+
+class ClipsTokenizer:
+    """Turns captions into the two layouts. Wraps a fast tokenizer that knows the five special pieces."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
+        vocabulary = fast.get_vocab()
+        for piece in (PAD, BOS, EOS, UNK, CLS):
+            if piece not in vocabulary:
+                raise UserError(f"{fast.name_or_path or 'tokenizer'}: no piece '{piece}'; CLIPS needs all five specials")
+        self.fast = fast
+        self.pad, self.bos, self.eos, self.cls = (vocabulary[piece] for piece in (PAD, BOS, EOS, CLS))
+
+    def __len__(self) -> int:
+        return len(self.fast)
+
+    def pieces(self, texts: list[str]) -> list[list[int]]:
+        """Word pieces without special ones."""
+        return list(self.fast(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+
+    def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
+        """Ids for the text tower, (texts, length), int64."""
+        import torch
+
+        ids = torch.full((len(texts), length), self.pad, dtype=torch.long)
+        for row, pieces in zip(ids, self.pieces(texts), strict=True):
+            kept = self._framed(pieces, length - 1)
+            row[: len(kept)] = torch.tensor(kept)
+        ids[:, -1] = self.cls
+        return ids
+
+    def targets(self, texts: list[str], length: int) -> torch.Tensor:
+        """Labels of the captioner's queries, (texts, length), int64; `IGNORED` after `[eos]`."""
+        import torch
+
+        labels = torch.full((len(texts), length), IGNORED, dtype=torch.long)
+        for row, pieces in zip(labels, self.pieces(texts), strict=True):
+            kept = self._framed(pieces, length)[1:]  # the one place where targets are shifted
+            row[: len(kept)] = torch.tensor(kept)
+        return labels
+
+    def _framed(self, pieces: list[int], length: int) -> list[int]:
+        """`[bos] pieces [eos]` cut to `length`; the last kept slot is always `[eos]`."""
+        return [self.bos, *pieces[: length - 2], self.eos]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Leave `tokenizer.json` in the folder."""
+        self.fast.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ClipsTokenizer:
+        """Read what `save_pretrained` wrote."""
+        from transformers import PreTrainedTokenizerFast
+
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{file}: missing; {folder} is not a CLIPS checkpoint (point to the folder of `pretrain`)")
+        return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
+
+    @classmethod
+    def from_vocabulary(cls, file: str | Path) -> ClipsTokenizer:
+        """The published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such vocabulary; give a WordPiece vocab.txt, or leave it out to train one")
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        renamed = {"[unused0]": BOS, "[unused1]": EOS}
+        return cls(_wordpiece({renamed.get(piece, piece): index for index, piece in enumerate(lines)}))
+
+    @classmethod
+    def train(cls, captions: Iterable[str], size: int) -> ClipsTokenizer:
+        """A small vocabulary of the captions themselves: the most frequent words whole, the rest by letters.
+
+        Words are ranked by (count, spelling), so the result is a function of the captions.
+        """
+        from collections import Counter
+
+        from tokenizers import normalizers, pre_tokenizers
+
+        normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        words: Counter[str] = Counter()
+        for caption in captions:
+            words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+        letters = sorted({letter for word in words for letter in word})
+        pieces = [PAD, BOS, EOS, UNK, CLS, *letters, *(f"##{letter}" for letter in letters)]
+        ranked = sorted(words, key=lambda word: (-words[word], word))
+        pieces += [word for word in ranked if len(word) > 1][: max(size - len(pieces), 0)]
+        return cls(_wordpiece({piece: index for index, piece in enumerate(pieces)}))
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, cls_token=CLS
+    )
