@@ -59,6 +59,8 @@ def build_mllm(
     )
     refuse_partial_load(llm, info)
     tokenizer = AutoTokenizer.from_pretrained(llm)
+    if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
+        tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)
     if image_id >= language.get_input_embeddings().num_embeddings:
         language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
@@ -98,7 +100,7 @@ def generation_config(language: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     return GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -170,7 +172,9 @@ def _existing(name: str, key: str) -> str:
     path = Path(name)
     if path.is_dir():
         if not is_complete(path):
-            raise UserError(f"{name}: no finished checkpoint here (config.json and weights); run the stage before first")
+            raise UserError(
+                f"{name}: no finished checkpoint here (config.json and weights); run the stage before first"
+            )
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder ({key}); give a checkpoint folder or a hub id like owner/name")
     return name

@@ -1,6 +1,6 @@
 """LLaVA JSON to batches.
 
-    rows --to_example--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
+rows --to_example--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def to_example(row: dict[str, Any]) -> Example:
 
 
 def _message(turn: Any) -> Message:
-    role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+    role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
     if role is None or not isinstance(turn.get("value"), str):
         raise BadRow("a turn without 'from' (human, gpt, system) and 'value'")
     if role != "user":

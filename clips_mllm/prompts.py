@@ -80,6 +80,7 @@ def render(
     if image_id in ids[max_length:]:
         raise Unsupervised(f"its pictures need more than max_length={max_length} tokens")
     ids, labels = ids[:max_length], labels[:max_length]
+    labels[:1] = [IGNORED]  # nothing predicts the first token, so it must not be counted as learnt
     if all(label == IGNORED for label in labels):
         raise Unsupervised("no supervised token (empty answers, or all of them beyond max_length)")
     return Rendered(ids, labels)

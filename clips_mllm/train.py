@@ -1,6 +1,6 @@
 """`clips-mllm train`: stage 1 (align) and stage 2 (finetune) of LLaVA.
 
-    deepspeed --num_gpus 8 --module clips_mllm.train --config configs/mllm/vicuna_7b_align.yaml
+deepspeed --num_gpus 8 --module clips_mllm.train --config configs/mllm/vicuna_7b_align.yaml
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Literal
 
 from clips_mllm.prompts import TemplateName
 from vision_tower.errors import UserError
-from vision_tower.training import TrainingRecipe
+from vision_tower.training_recipe import TrainingRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

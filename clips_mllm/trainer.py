@@ -90,10 +90,10 @@ class MllmTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the stage's groups."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(optimizer_groups(self.bare, self.stage, self.args.weight_decay), **options)
-        return self.optimizer
+        return self.optimizer  # type: ignore[has-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if not self.group_by_length:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
 from clips_eval.evaluate import main
 from clips_eval.lmms_data import check_data
 from clips_eval.lmms_images import FeatureCache, derangement
 from clips_eval.lmms_recipe import EvaluateRecipe, TaskSpec, check_specs
 from clips_eval.tasks import OWN_TASKS, metrics
-from PIL import Image
-
 from vision_tower.errors import UserError, run_command
 from vision_tower.recipe import parse_recipe
 
@@ -464,7 +464,7 @@ def test_a_misspelt_key_of_a_task_names_its_place(tmp_path: Path) -> None:
 # --- the whole command ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_folder(tmp_path: Path, mllm: SimpleNamespace) -> Path:
     """A checkpoint, a parquet file for every task of ours, and a recipe."""
     mllm.model.save_pretrained(tmp_path / "model")

@@ -1,6 +1,6 @@
 """Image-text pairs from WebDataset shards to batches.
 
-    tar files -> rows {image bytes, texts} -> CaptionSample -> PairCollator -> {pixel_values, web_ids, sub_ids, labels}
+tar files -> rows {image bytes, texts} -> CaptionSample -> PairCollator -> {pixel_values, web_ids, sub_ids, labels}
 """
 
 from __future__ import annotations
@@ -131,13 +131,17 @@ class PairStream(IterableDataset[CaptionSample]):
             web, full = str(row[self.recipe.web_caption]), str(row[self.recipe.synthetic_caption]).strip()
             picture = decode_image(next(parts[ending] for ending in IMAGE_ENDINGS if ending in parts))
         except BadImage:
-            return self._skip("corrupt image", file, key)
+            self._skip("corrupt image", file, key)
+            return None
         except KeyError as error:
-            return self._skip(f"no {error}", file, key)
+            self._skip(f"no {error}", file, key)
+            return None
         except json.JSONDecodeError:
-            return self._skip("malformed json", file, key)
+            self._skip("malformed json", file, key)
+            return None
         except StopIteration:
-            return self._skip("no image", file, key)
+            self._skip("no image", file, key)
+            return None
         full = full or web  # an empty synthetic caption: the web caption stands in
         return CaptionSample(transform(picture), web, draw_sentence(full, rng), full)
 
@@ -155,7 +159,8 @@ class PairStream(IterableDataset[CaptionSample]):
 
 def _groups(file: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Consecutive members of a tar that share the name up to the first dot of its last part."""
-    key, parts = "", {}
+    key: str = ""
+    parts: dict[str, bytes] = {}
     try:
         with tarfile.open(file) as tar:
             for member in tar:

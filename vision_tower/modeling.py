@@ -1,22 +1,28 @@
 """The pretraining model: a stock vision tower, a stock text tower and the captioner.
 
-    pixels (b, 3, h, w) -> SiglipVisionModel -> patches (b, p, wv) -- mean, LayerNorm, linear --> image (b, d)
-    web    (b, l)       -> SiglipTextModel   -> tokens  (b, l, wt) -- last, LayerNorm, linear --> web   (b, d)
-    sub    (b, l)       -> same text tower                                                    --> sub   (b, d)
-    [patches | web tokens | q queries] -> Captioner -> logits (b, q, v) of the full synthetic caption
+pixels (b, 3, h, w) -> SiglipVisionModel -> patches (b, p, wv) -- mean, LayerNorm, linear --> image (b, d)
+web    (b, l)       -> SiglipTextModel   -> tokens  (b, l, wt) -- last, LayerNorm, linear --> web   (b, d)
+sub    (b, l)       -> same text tower                                                    --> sub   (b, d)
+[patches | web tokens | q queries] -> Captioner -> logits (b, q, v) of the full synthetic caption
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, SiglipTextConfig, SiglipTextModel
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from vision_tower.positions import sincos_positions
@@ -28,7 +34,7 @@ class ClipsConfig(PretrainedConfig):
     """Stock tower configs plus the captioner's; `projection_dim` is the joint width."""
 
     model_type = "clips"
-    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": SiglipVisionConfig, "text_config": SiglipTextConfig}
 
     def __init__(
         self,
@@ -77,7 +83,9 @@ class Captioner(nn.Module):
         self.image_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
         self.queries = nn.Parameter(torch.empty(config.captioner_queries, width))
-        self.layers = nn.ModuleList(SiglipEncoderLayer(_captioner_config(config)) for _ in range(config.captioner_layers))
+        self.layers = nn.ModuleList(
+            SiglipEncoderLayer(_captioner_config(config)) for _ in range(config.captioner_layers)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.text_config.vocab_size, bias=False)
 
@@ -125,7 +133,7 @@ class ClipsModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["SiglipEncoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["SiglipEncoderLayer"]
 
     def __init__(self, config: ClipsConfig) -> None:
         super().__init__(config)

@@ -1,6 +1,6 @@
 """`clips-mllm pretrain`: pretrain a CLIPS encoder.
 
-    torchrun --nproc_per_node 8 -m vision_tower.pretrain --config configs/vision/s16_112.yaml
+torchrun --nproc_per_node 8 -m vision_tower.pretrain --config configs/vision/s16_112.yaml
 """
 
 from __future__ import annotations

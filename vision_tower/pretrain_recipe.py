@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from vision_tower.errors import UserError
-from vision_tower.training import TrainingRecipe
+from vision_tower.training_recipe import TrainingRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -50,10 +50,10 @@ class PretrainTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; see `parameter_groups` for what decays."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(parameter_groups(model or self.model, self.args.weight_decay), **options)
-        return self.optimizer
+            self.optimizer = kind(parameter_groups(self.model, self.args.weight_decay), **options)
+        return self.optimizer  # type: ignore[has-type]
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         """The stream splits itself over ranks; accelerate must not split it again."""

@@ -1,8 +1,8 @@
 """Strict recipes: a frozen dataclass, filled from YAML (`--config`) and the command line, unknown keys refused.
 
-    YAML file --+
-                +--> jsonargparse --> Recipe(...)        bad key or type --> UserError with file, key, remedy
-    --a.b value-+
+YAML file --+
+            +--> jsonargparse --> Recipe(...)        bad key or type --> UserError with file, key, remedy
+--a.b value-+
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
     try:
         namespace = parser.parse_args(argv)
         namespace.pop("config", None)
-        return kind(**vars(parser.instantiate_classes(namespace)))
+        return kind(**vars(parser.instantiate(namespace)))
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(command, argv, str(error))) from error
 

@@ -29,7 +29,9 @@ class ClipsTokenizer:
         vocabulary = fast.get_vocab()
         for piece in (PAD, BOS, EOS, UNK, CLS):
             if piece not in vocabulary:
-                raise UserError(f"{fast.name_or_path or 'tokenizer'}: no piece '{piece}'; CLIPS needs all five specials")
+                raise UserError(
+                    f"{fast.name_or_path or 'tokenizer'}: no piece '{piece}'; CLIPS needs all five specials"
+                )
         self.fast = fast
         self.pad, self.bos, self.eos, self.cls = (vocabulary[piece] for piece in (PAD, BOS, EOS, CLS))
 

@@ -1,6 +1,6 @@
 """`clips-mllm data sample`: build the sample world.
 
-    clips-mllm data sample --output_dir runs/quickstart/data
+clips-mllm data sample --output_dir runs/quickstart/data
 """
 
 from __future__ import annotations
@@ -140,9 +140,7 @@ def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[sh
     return [turn["value"] for row in stage1 + stage2 for turn in row["conversations"]]
 
 
-def _align_rows(
-    recipe: SampleRecipe, images: Path, train_shapes: list[shapes.ShapeImage]
-) -> Iterator[dict[str, Any]]:
+def _align_rows(recipe: SampleRecipe, images: Path, train_shapes: list[shapes.ShapeImage]) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"{recipe.seed}/align")
     for scene in _scenes(recipe, "align", recipe.align_scenes):
         yield instructions.caption_row(scene, _save_scene(scene, images), rng)
@@ -233,8 +231,6 @@ def _progress(items: Iterable[Any], what: str, total: int | None = None) -> Iter
     from tqdm import tqdm
 
     return tqdm(items, desc=what, total=total)
-
-
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Look at an evaluation's local parquet files before anything is loaded: a wrong one is said in a second, in one line."""
+"""Look at an evaluation's local parquet files before anything is loaded: a wrong one is said in a second."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_data(data: str, task: str) -> None:
         missing = [column for column in columns if column not in schema.names]
         if missing:
             raise UserError(
-                f"{file}: no column '{missing[0]}', which task {task} needs (columns: {', '.join(schema.names)}); {MAKE}"
+                f"{file}: no column '{missing[0]}', which {task} needs (columns: {', '.join(schema.names)}); {MAKE}"
             )
         if "image" in columns and not _is_image(schema):
             raise UserError(

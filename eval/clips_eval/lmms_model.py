@@ -22,8 +22,9 @@ from clips_eval.lmms_images import FeatureCache, pixel_digest
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
-    from clips_mllm.checkpoint import Mllm
     from PIL.Image import Image
+
+    from clips_mllm.checkpoint import Mllm
 
 MANIFEST = ModelManifest(model_id="clips_mllm", chat_class_path="clips_eval.lmms_model.ClipsMllm")
 

@@ -1,4 +1,4 @@
-"""lmms-eval's results as this project's: plain metric names, fractions, one row a document, pictures for the gallery."""
+"""lmms-eval's results as this project's: plain names, fractions, one row a document, pictures for the gallery."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ POPE_NAMES = {
 # lmms-eval's own POPE counts "yes" in the ground truth, ours in the model's answers.
 STOCK_POPE_NAMES = POPE_NAMES | {"pope_yes_ratio": "target_yes_ratio"}
 RENAMED: dict[str, dict[str, str]] = {
-    **{task: POPE_NAMES for task in OWN_TASKS},
-    **{task: STOCK_POPE_NAMES for task in ("pope", "pope_random", "pope_pop", "pope_adv")},
+    **dict.fromkeys(OWN_TASKS, POPE_NAMES),
+    **dict.fromkeys(("pope", "pope_random", "pope_pop", "pope_adv"), STOCK_POPE_NAMES),
     "mmbench_en_dev_static": {"gpt_eval_score": "accuracy"},
 }
 PERCENT = {("mmbench_en_dev_static", "gpt_eval_score")}

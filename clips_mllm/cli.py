@@ -1,0 +1,60 @@
+"""`clips-mllm NAME ...`: the table of commands. Each is a module with `main(argv)`, imported when it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+
+from vision_tower.errors import UserError, run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Where a command lives, and its line in the overview."""
+
+    module: str
+    does: str
+
+
+COMMANDS = {
+    "data sample": Command("clips_mllm.sample.build", "build the sample world: pictures, captions, benchmarks, an LLM"),
+    "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
+    "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
+    "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
+    "evaluate": Command("clips_eval.evaluate", "run lmms-eval tasks on a multimodal LLM"),
+    "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
+    "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),
+}
+
+
+def overview() -> str:
+    """The text of `clips-mllm --help`."""
+    lines = [f"  {name:<12} {command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: clips-mllm COMMAND ...", "", *lines, "", "clips-mllm COMMAND --help tells more."])
+
+
+def main(argv: list[str]) -> None:
+    """Find the command and call it."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            importlib.import_module(COMMANDS[name].module).main(argv[words:])
+            return
+    import difflib
+
+    near = difflib.get_close_matches(argv[0], [name.split()[0] for name in COMMANDS], n=1)
+    remedy = f"did you mean '{near[0]}'?" if near else "see 'clips-mllm --help'"
+    raise UserError(f"clips-mllm: no command '{' '.join(argv[:2])}'; {remedy}")
+
+
+def run() -> int:
+    """Entry point of the console script."""
+    return run_command(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

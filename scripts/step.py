@@ -1,0 +1,57 @@
+"""Run one step of a road once, and keep what it was, how long it took and how much memory it needed.
+
+    python scripts/step.py runs/quickstart/steps/1-data.json COMMAND ...
+
+A step whose record holds the same command is done and is skipped. Only the standard library: it runs before all else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main(record: Path, command: list[str]) -> int:
+    """Return the command's exit code; the record is written only where it is 0."""
+    line = shlex.join(command)
+    if record.is_file() and json.loads(record.read_text())["command"] == line:
+        print(f"== {record.stem}: done before, skipped ({line})", flush=True)
+        return 0
+    print(f"== {record.stem}: {line}", flush=True)
+    started = time.monotonic()
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        code = 130  # the command has had the signal too, and has said its line
+    if code:
+        print(f"== {record.stem}: stopped with exit code {code}; the same `make` goes on from here", file=sys.stderr)
+        return code if code > 0 else 128 - code
+    save(record, line, time.monotonic() - started)
+    return 0
+
+
+def save(record: Path, line: str, seconds: float) -> None:
+    """Write the record whole or not at all."""
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest process; Linux says KiB
+    values = {
+        "name": record.stem,
+        "command": line,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": largest,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1))
+    os.replace(partial, record)
+    print(f"== {record.stem}: {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,99 @@
+"""Tiny real models and a tiny sample world, built once a session by the project's own commands. No network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: tests share two cores, and spinning OpenMP threads would fight over them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SMALL_WORLD = {
+    "llm": "tiny",
+    "pretrain_scenes": 240,
+    "shard_size": 60,
+    "align_scenes": 24,
+    "align_shapes": 8,
+    "finetune_scenes": 24,
+    "finetune_shapes": 8,
+    "finetune_pairs": 4,
+    "finetune_texts": 4,
+    "retrieval_scenes": 20,
+    "pope_scenes": 8,
+    "mmbench_scenes": 8,
+    "easy_vqa_questions": 20,
+}
+
+
+@pytest.fixture(scope="session")
+def sample_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `clips-mllm data sample` leaves, in small, with the random two-layer LLaMA."""
+    from clips_mllm.sample.build import main
+
+    folder = tmp_path_factory.mktemp("world") / "data"
+    main(
+        [
+            "--output_dir",
+            str(folder),
+            *(word for name, value in SMALL_WORLD.items() for word in (f"--{name}", str(value))),
+        ]
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer CLIPS encoder, saved as `clips-mllm pretrain` saves it."""
+    import torch
+
+    from vision_tower.data import read_texts
+    from vision_tower.encoder import save_encoder
+    from vision_tower.modeling import ClipsModel
+    from vision_tower.pretrain import model_config
+    from vision_tower.pretrain_recipe import ModelRecipe, PairsRecipe, TowerRecipe
+    from vision_tower.tokenizer import ClipsTokenizer
+
+    texts = read_texts(PairsRecipe(shards=str(sample_world / "pretrain" / "*.tar")), 200)
+    tokenizer = ClipsTokenizer.train(texts, 400)
+    tower = TowerRecipe(width=32, layers=2, mlp=64, heads=2)
+    recipe = ModelRecipe(
+        image=tower,
+        text=tower,
+        captioner=tower,
+        joint=32,
+        image_size=96,
+        patch_size=32,
+        text_length=24,
+        target_length=32,
+        vocabulary_size=400,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(ClipsModel.from_scratch(model_config(recipe, tokenizer)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained stock LLaVA checkpoint of the tiny tower and the tiny LLaMA, with the ChatML template."""
+    import torch
+
+    from clips_mllm.checkpoint import build_mllm, save_mllm
+    from clips_mllm.prompts import load_template
+
+    torch.manual_seed(0)
+    model, processor = build_mllm(
+        str(encoder_dir / "tower"),
+        str(sample_world / "llm"),
+        feature_layer=-2,
+        feature_select="full",
+        dtype=torch.float32,
+    )
+    processor.chat_template = processor.tokenizer.chat_template = load_template("chatml")
+    folder = tmp_path_factory.mktemp("mllm")
+    save_mllm(model, processor, folder)
+    return folder
