@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vision_tower.errors import UserError, run_command
 from vision_tower.recipe import parse_recipe
@@ -43,7 +43,7 @@ class ChatRecipe:
     max_new_tokens: int = 256
     temperature: float = 0.0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 def main(argv: list[str]) -> None:
@@ -133,6 +133,10 @@ class Conversation:
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer in pieces, as they are generated; the turn is remembered once it is complete."""
+        from clips_mllm.prompts import IMAGE
+
+        if IMAGE in question:
+            raise UserError(f"{IMAGE} in a question stands for a picture; show one by /image FILE or --image instead")
         content = [{"type": "image"}] * self.waiting + [{"type": "text", "text": question}]
         asked = [*self.messages, {"role": "user", "content": content}]
         pieces: list[str] = []
@@ -149,6 +153,11 @@ def generate(mllm: Any, messages: list[dict[str, Any]], images: list[Any], recip
     from transformers import TextIteratorStreamer
 
     text = mllm.processor.apply_chat_template(messages, add_generation_prompt=True)
+    if not text:
+        raise UserError(
+            f"{recipe.model}: its template has room for pictures only, as after stage 1; show one, or use a checkpoint "
+            "of stage 2"
+        )
     inputs = mllm.processor(text=text, images=images or None, return_tensors="pt").to(mllm.device, mllm.model.dtype)
     streamer = TextIteratorStreamer(mllm.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": recipe.temperature} if recipe.temperature else {"do_sample": False}
@@ -186,21 +195,26 @@ def talk(conversation: Conversation) -> None:
             line = input("you> " if terminal else "").strip()
         except EOFError:
             return
-        command, _, rest = line.partition(" ")
-        match command:
-            case "":
-                continue
-            case "/quit":
-                return
-            case "/reset":
-                conversation.reset()
-            case "/image":
-                try:
-                    conversation.add_image(rest.strip().strip("'\""))
-                except UserError as error:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-            case _:
-                stream_to(sys.stdout, conversation.ask(line))
+        if line == "/quit":
+            return
+        try:
+            obey(conversation, line)
+        except UserError as error:  # a slip of the finger does not end the talk
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def obey(conversation: Conversation, line: str) -> None:
+    """One line of a talk: a command or a question."""
+    command, _, rest = line.partition(" ")
+    match command:
+        case "":
+            pass
+        case "/reset":
+            conversation.reset()
+        case "/image":
+            conversation.add_image(rest.strip().strip("'\""))
+        case _:
+            stream_to(sys.stdout, conversation.ask(line))
 
 
 if __name__ == "__main__":

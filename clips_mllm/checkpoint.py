@@ -52,13 +52,10 @@ def build_mllm(
     Raises:
         UserError: a folder without a checkpoint, or weights that do not fit their class.
     """
-    vision, info = AutoModel.from_pretrained(_existing(tower, "model.tower"), dtype=dtype, output_loading_info=True)
-    refuse_partial_load(tower, info)
-    language, info = AutoModelForCausalLM.from_pretrained(
-        _existing(llm, "model.llm"), dtype=dtype, output_loading_info=True
-    )
-    refuse_partial_load(llm, info)
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+    vision = _read_weights(AutoModel, _existing(tower, "model.tower"), dtype)
+    image_processor = _read(AutoImageProcessor, tower)
+    language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm"), dtype)
+    tokenizer = _read(AutoTokenizer, llm)
     if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
         tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)
@@ -82,7 +79,7 @@ def build_mllm(
     model.tie_weights()
     model.generation_config = generation_config(language, tokenizer)
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(tower),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=feature_select,
@@ -141,22 +138,24 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto") 
 def load_parts(folder: str | Path, *, dtype: str | torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor as saved, for training or for use."""
     name = _existing(str(folder), "model")
-    config = AutoConfig.from_pretrained(name)
+    config = _read(AutoConfig, name)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
-    processor = LlavaProcessor.from_pretrained(name)
+    processor = _read(LlavaProcessor, name)
     check_image_token(processor.tokenizer, folder)
-    model, info = LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    refuse_partial_load(folder, info)
-    return model, processor
+    return _read_weights(LlavaForConditionalGeneration, name, dtype), processor
 
 
 def save_mllm(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
     """Leave a complete stock checkpoint in `folder`; `config.json`, which makes it one, comes last."""
     work = folder / "partial"
     shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work, state_dict=state)
-    processor.save_pretrained(work)
+    try:
+        model.save_pretrained(work, state_dict=state)
+        processor.save_pretrained(work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
+        raise
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     work.rmdir()
@@ -178,6 +177,25 @@ def _existing(name: str, key: str) -> str:
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder ({key}); give a checkpoint folder or a hub id like owner/name")
     return name
+
+
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained`; a file that is missing or damaged becomes a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{name}: cannot be read as {kind.__name__} ({error}); save or fetch the checkpoint again"
+        ) from error
+
+
+def _read_weights(kind: Any, name: str, dtype: str | torch.dtype) -> Any:
+    """A model, every weight of which came from the checkpoint."""
+    model, info = _read(kind, name, dtype=dtype, output_loading_info=True)
+    refuse_partial_load(name, info)
+    return model
 
 
 def _pick_device() -> str:

@@ -12,12 +12,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from transformers import LlavaProcessor
+from transformers import LlavaImageProcessor, LlavaProcessor
 
 from clips_mllm.prompts import IGNORED, IMAGE, Message, Rendered, Unsupervised, load_template, render
 from clips_mllm.train_recipe import InstructionRecipe
@@ -44,7 +44,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """Rows of a LLaVA JSON (a list) or JSONL. Raises UserError with file, line and remedy."""
     if not file.is_file():
         raise UserError(f"{file}: no such file (data.file); build the sample world or mend the path")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start}: not UTF-8 text ({error.reason}); write it as UTF-8") from error
     if not text.strip():
         raise UserError(f"{file}: empty; expected a JSON list of conversations")
     try:
@@ -73,7 +76,9 @@ def to_example(row: dict[str, Any]) -> Example:
     if not isinstance(turns, list) or not turns:
         raise BadRow("no 'conversations'")
     images = row.get("image") or []
-    images = [images] if isinstance(images, str) else list(images)
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise BadRow("'image' is neither a path nor a list of paths")
     messages = [_message(turn) for turn in turns]
     while messages and messages[0]["role"] == "assistant":
         messages.pop(0)  # LLaVA drops an opening answer to nothing
@@ -93,7 +98,10 @@ def _message(turn: Any) -> Message:
     if role is None or not isinstance(turn.get("value"), str):
         raise BadRow("a turn without 'from' (human, gpt, system) and 'value'")
     if role != "user":
-        return {"role": role, "content": [{"type": "text", "text": turn["value"]}]}
+        if IMAGE in turn["value"]:
+            raise BadRow(f"{IMAGE} outside a question")
+        # An answer's outer blanks could merge with the prompt's last piece, and the model would learn another prompt.
+        return {"role": role, "content": [{"type": "text", "text": turn["value"].strip()}]}
     pieces = turn["value"].split(IMAGE)
     texts = [{"type": "text", "text": piece.strip("\n")} for piece in pieces]
     if len(pieces) == 2:
@@ -148,7 +156,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         if not self.dropped:
             return
         causes = ", ".join(f"{count} x {cause}" for cause, count in self.dropped.most_common())
-        if self.dropped.total() > self.recipe.most_bad * rows:
+        if self.dropped.total() > self.recipe.most_bad * rows or not self.examples:
             raise UserError(
                 f"{self.file}: {self.dropped.total()} of {rows} rows are unusable ({causes}), more than data.most_bad="
                 f"{self.recipe.most_bad}; mend the file or raise the limit"
@@ -162,11 +170,15 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         """`ids`, `labels` and `images`, a list of RGB pictures."""
         for step in range(len(self)):
             example = self.examples[(index + step) % len(self)]
-            self.seen.value += 1
+            with self.seen.get_lock():
+                self.seen.value += 1
             try:
                 pictures = [self._picture(name) for name in example.images]
                 rendered = self.render(example)
-            except (BadImage, Unsupervised, FileNotFoundError) as error:
+            except (BadImage, OSError) as error:  # which name the file
+                self._count_corrupt(str(error))
+                continue
+            except Unsupervised as error:
                 self._count_corrupt(f"{', '.join(example.images) or 'a text-only sample'}: {error}")
                 continue
             return {"ids": rendered.ids, "labels": rendered.labels, "images": pictures}
@@ -184,10 +196,9 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
     def _picture(self, name: str) -> Image.Image:
         try:
-            picture = decode_image((self.folder / name).read_bytes())
+            return decode_image((self.folder / name).read_bytes())
         except BadImage as error:
             raise BadImage(f"corrupt image {self.folder / name} ({error})") from error
-        return pad_to_square(picture, self.processor) if self.recipe.square == "pad" else picture
 
     def _count_corrupt(self, what: str) -> None:
         with self.corrupt.get_lock():
@@ -220,13 +231,26 @@ def image_tokens(processor: LlavaProcessor) -> int:
     return int(count) - (processor.vision_feature_select_strategy == "default")
 
 
-def pad_to_square(picture: Image.Image, processor: LlavaProcessor) -> Image.Image:
-    """Centre the picture on a square of the processor's mean colour, as LLaVA-1.5 does."""
-    side = max(picture.size)
-    color = tuple(int(255 * value) for value in processor.image_processor.image_mean)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
+def make_square(processor: LlavaProcessor, square: Literal["squash", "pad"]) -> None:
+    """Let the processor squash pictures, or first centre them on a square of its mean colour, as LLaVA-1.5 does.
+
+    Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares pictures in the
+    way that it was trained with.
+    """
+    own = processor.image_processor
+    if square == "pad":
+        processor.image_processor = LlavaImageProcessor(
+            do_pad=True,
+            size=own.size,
+            do_center_crop=bool(getattr(own, "do_center_crop", False)),
+            crop_size=getattr(own, "crop_size", None) or own.size,
+            resample=own.resample,
+            image_mean=own.image_mean,
+            image_std=own.image_std,
+            do_convert_rgb=True,
+        )
+    elif isinstance(own, LlavaImageProcessor):
+        own.do_pad = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     from transformers import set_seed
 
     from clips_mllm.checkpoint import save_mllm
-    from clips_mllm.data import InstructionCollator, InstructionDataset
+    from clips_mllm.data import InstructionCollator, InstructionDataset, make_square
     from clips_mllm.prompts import load_template
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer, final_state
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     set_seed(recipe.training.seed)
     model, processor = load_or_build(recipe.model, weight_dtype(recipe))
     processor.chat_template = processor.tokenizer.chat_template = load_template(recipe.data.template)
+    make_square(processor, recipe.data.square)
     dataset = InstructionDataset(recipe.data, processor)
     line = apply_stage(model, recipe.stage)
     trainer = MllmTrainer(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer
 
+from clips_mllm.checkpoint import load_parts
 from clips_mllm.data import LengthGroupedSampler
 from clips_mllm.prompts import IGNORED
 from clips_mllm.stages import optimizer_groups
@@ -94,6 +95,15 @@ class MllmTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(optimizer_groups(self.bare, self.stage, self.args.weight_decay), **options)
         return self.optimizer  # type: ignore[has-type]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Weights of a checkpoint, by `from_pretrained`, which knows the names that files use for this class.
+
+        Trainer's own version compares the file's names with the model's, finds none, warns, and goes on from the
+        weights that the run began with.
+        """
+        saved, _ = load_parts(resume_from_checkpoint, dtype=self.bare.dtype)
+        self.bare.load_state_dict(saved.state_dict())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if not self.group_by_length:

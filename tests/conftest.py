@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SMALL_WORLD = {
     "llm": "tiny",
-    "pretrain_scenes": 240,
+    "pretrain_scenes": 180,
+    "pretrain_figures": 40,
+    "pretrain_shapes": 40,
     "shard_size": 60,
     "align_scenes": 24,
     "align_shapes": 8,

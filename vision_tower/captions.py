@@ -9,10 +9,11 @@ import random
 import re
 
 # Full stops of abbreviations, initials and decimals do not end a sentence.
-_ABBREVIATIONS = frozenset(
-    {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "no", "fig", "jr", "sr", "inc", "ltd", "approx"}
-)
-_CANDIDATE = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|[。！？]+|\n+")
+_ALWAYS = frozenset({"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "approx"})
+_BEFORE_NUMBER = frozenset({"no", "fig"})  # elsewhere an answer, or a fruit
+_BEFORE_LOWER = frozenset({"etc", "jr", "sr", "inc", "ltd"})  # a capital after them opens a new sentence
+_ACRONYM = re.compile(r"[a-z](\.[a-z])+")
+_CANDIDATE = re.compile(r"[.!?]+[\"')\]”’»]*(?=\s|$)|[。！？]+[」』”’）]*|\n+")
 
 
 def split_sentences(caption: str) -> list[str]:
@@ -23,7 +24,8 @@ def split_sentences(caption: str) -> list[str]:
     sentences: list[str] = []
     start = 0
     for match in _CANDIDATE.finditer(caption):
-        if match.group().startswith(".") and _is_abbreviation(caption[start : match.start()]):
+        rest = caption[match.end() :].lstrip(" ")
+        if match.group() == "." and _is_abbreviation(caption[start : match.start()], rest[:1]):
             continue
         sentences.append(caption[start : match.end()].strip())
         start = match.end()
@@ -31,12 +33,16 @@ def split_sentences(caption: str) -> list[str]:
     return [sentence for sentence in sentences if any(character.isalnum() for character in sentence)]
 
 
-def _is_abbreviation(before: str) -> bool:
-    words = before.split()
-    if not words:
+def _is_abbreviation(before: str, after: str) -> bool:
+    """Whether a full stop between the words `before` it and the letter `after` it only shortens the last word."""
+    if not before.strip():
         return False
-    last = words[-1].lstrip("(\"'").lower()
-    return last in _ABBREVIATIONS or (len(last) == 1 and last.isalpha() and len(words) > 1 and last not in "ai")
+    last = before.split()[-1].lstrip("(\"'").lower()
+    if last in _BEFORE_NUMBER:
+        return after.isdigit()
+    if last in _BEFORE_LOWER or _ACRONYM.fullmatch(last):
+        return last in _ALWAYS or after.islower() or after.isdigit()
+    return last in _ALWAYS or (len(last) == 1 and last.isascii() and last.isalpha() and last not in "ai")
 
 
 def draw_sentence(caption: str, rng: random.Random) -> str:

@@ -12,6 +12,7 @@ import json
 import random
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,29 +49,58 @@ def find_shards(pattern: str) -> list[str]:
             with tarfile.open(file) as tar:
                 if tar.next() is None:
                     raise UserError(f"{file}: an empty shard; remove it or write it again")
-        except tarfile.TarError as error:
-            raise UserError(f"{file}: not a tar file ({error}); remove it or fetch it again") from error
+        except (tarfile.TarError, OSError) as error:
+            cause = str(error).splitlines()[0].rstrip(":")
+            raise UserError(f"{file}: not a readable tar file ({cause}); remove it or fetch it again") from error
     return files
 
 
 def read_texts(recipe: PairsRecipe, most: int) -> list[str]:
     """Captions of the first `most` samples, to train a vocabulary on."""
     texts: list[str] = []
+    rng = random.Random(0)
     for file in find_shards(recipe.shards):
-        with tarfile.open(file) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    row = json.load(tar.extractfile(member))  # type: ignore[arg-type]
-                    texts += [str(row.get(recipe.web_caption, "")), str(row.get(recipe.synthetic_caption, ""))]
-                if len(texts) >= 2 * most:
-                    return texts
+        for _, content in _members(file, ".json"):
+            try:
+                texts += read_captions(content, recipe, rng)
+            except (ValueError, KeyError):  # the stream skips and counts it
+                continue
+            if len(texts) >= 2 * most:
+                return texts
     return texts
+
+
+def read_captions(content: bytes, recipe: PairsRecipe, rng: random.Random) -> tuple[str, str]:
+    """(web caption, synthetic caption) of a row, one at random where there are several, empty where it is null.
+
+    Raises ValueError on malformed JSON, KeyError on a missing caption.
+    """
+    row = json.loads(content)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    web, full = (_one_of(row[key], rng) for key in (recipe.web_caption, recipe.synthetic_caption))
+    return web, full
+
+
+def _one_of(given: Any, rng: random.Random) -> str:
+    text = rng.choice(given) if isinstance(given, list) and given else given
+    return str(text or "").strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A sample as it lies in its shard: encoded parts by ending."""
+
+    file: str
+    key: str
+    parts: dict[str, bytes]
 
 
 class PairStream(IterableDataset[CaptionSample]):
     """Endless pairs, reshuffled every epoch, split over ranks and loader processes by shard.
 
-    Unreadable samples are skipped and counted by cause; above `most_bad` (after 1,000 samples) the run stops.
+    Unreadable samples are skipped and counted by cause; above `most_bad` the run stops (looked at from the 1,000th
+    sample on, and at the end of every pass).
     """
 
     def __init__(self, recipe: PairsRecipe, size: int, seed: int, rank: int, world: int) -> None:
@@ -93,93 +123,114 @@ class PairStream(IterableDataset[CaptionSample]):
                 "write smaller shards or use fewer workers"
             )
         rng = random.Random(f"{self.seed}/{part}/{parts}")
-        torch.manual_seed(rng.getrandbits(63))  # augmentation draws from torch's generator
         transform: Any = training_transform(self.recipe.augmentation, self.size)
         files = self.files[part::parts]
         while True:
-            yield from self._shuffled(self._epoch(files, transform, rng), rng)
-
-    def _shuffled(self, samples: Iterator[CaptionSample], rng: random.Random) -> Iterator[CaptionSample]:
-        buffer: list[CaptionSample] = []
-        for sample in samples:
-            if len(buffer) < self.recipe.shuffle_buffer:
-                buffer.append(sample)
-                continue
-            place = rng.randrange(len(buffer))
-            buffer[place], sample = sample, buffer[place]
-            yield sample
-        rng.shuffle(buffer)
-        yield from buffer
+            yield from self._epoch(files, transform, rng)
 
     def _epoch(self, files: list[str], transform: Any, rng: random.Random) -> Iterator[CaptionSample]:
         found = 0
-        for file in rng.sample(files, len(files)):
-            for key, parts in _groups(file):
-                sample = self._sample(file, key, parts, transform, rng)
-                if sample is not None:
-                    found += 1
-                    yield sample
+        for row in self._shuffled(_rows(rng.sample(files, len(files))), rng):
+            sample = self._sample(row, transform, rng)
+            if sample is not None:
+                found += 1
+                yield sample
         if not found:
             raise UserError(f"{self.recipe.shards}: no readable sample in {len(files)} shards ({dict(self.bad)})")
+        self._check_share()
 
-    def _sample(
-        self, file: str, key: str, parts: dict[str, bytes], transform: Any, rng: random.Random
-    ) -> CaptionSample | None:
+    def _shuffled(self, rows: Iterator[Row], rng: random.Random) -> Iterator[Row]:
+        """The buffer holds rows as they lie in the shard, since decoded pictures would take many times the memory."""
+        buffer: list[Row] = []
+        for row in rows:
+            if len(buffer) < self.recipe.shuffle_buffer:
+                buffer.append(row)
+                continue
+            if buffer:
+                place = rng.randrange(len(buffer))
+                buffer[place], row = row, buffer[place]
+            yield row
+        rng.shuffle(buffer)
+        yield from buffer
+
+    def _sample(self, row: Row, transform: Any, rng: random.Random) -> CaptionSample | None:
         self.seen += 1
+        parts = row.parts
         try:
-            row = json.loads(parts["json"])
-            web, full = str(row[self.recipe.web_caption]), str(row[self.recipe.synthetic_caption]).strip()
+            web, full = read_captions(parts["json"], self.recipe, rng)
             picture = decode_image(next(parts[ending] for ending in IMAGE_ENDINGS if ending in parts))
         except BadImage:
-            self._skip("corrupt image", file, key)
+            self._skip("corrupt image", row)
             return None
         except KeyError as error:
-            self._skip(f"no {error}", file, key)
+            self._skip(f"no {error}", row)
             return None
-        except json.JSONDecodeError:
-            self._skip("malformed json", file, key)
+        except ValueError:
+            self._skip("malformed json", row)
             return None
         except StopIteration:
-            self._skip("no image", file, key)
+            self._skip("no image", row)
             return None
         full = full or web  # an empty synthetic caption: the web caption stands in
-        return CaptionSample(transform(picture), web, draw_sentence(full, rng), full)
+        if not full:
+            self._skip("no caption", row)
+            return None
+        with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator; a resumed run must too
+            torch.default_generator.manual_seed(rng.getrandbits(63))
+            pixels = transform(picture)
+        return CaptionSample(pixels, web, draw_sentence(full, rng), full)
 
-    def _skip(self, cause: str, file: str, key: str) -> None:
+    def _skip(self, cause: str, row: Row) -> None:
         if not self.bad[cause]:
-            print(f"skipped: {file}: {key}: {cause} (further ones are counted)", file=sys.stderr, flush=True)
+            print(f"skipped: {row.file}: {row.key}: {cause} (further ones are counted)", file=sys.stderr, flush=True)
         self.bad[cause] += 1
+        if self.seen >= 1000:
+            self._check_share()
+
+    def _check_share(self) -> None:
         bad = self.bad.total()
-        if self.seen >= 1000 and bad > self.recipe.most_bad * self.seen:
+        if bad > self.recipe.most_bad * self.seen:
             raise UserError(
-                f"{file}: {bad} of {self.seen} samples are unreadable ({dict(self.bad)}), more than data.most_bad="
-                f"{self.recipe.most_bad}; mend the shards or raise the limit"
+                f"{self.recipe.shards}: {bad} of {self.seen} samples are unreadable ({dict(self.bad)}), more than "
+                f"data.most_bad={self.recipe.most_bad}; mend the shards or raise the limit"
             )
 
 
-def _groups(file: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _rows(files: list[str]) -> Iterator[Row]:
     """Consecutive members of a tar that share the name up to the first dot of its last part."""
-    key: str = ""
-    parts: dict[str, bytes] = {}
+    for file in files:
+        row = Row(file, "", {})
+        for name, content in _members(file):
+            path = Path(name)
+            stem, _, ending = path.name.partition(".")
+            key = str(path.parent / stem)
+            if key != row.key:
+                if row.parts:
+                    yield row
+                row = Row(file, key, {})
+            row.parts[ending.lower()] = content
+        if row.parts:
+            yield row
+
+
+def _members(file: str, ending: str = "") -> Iterator[tuple[str, bytes]]:
+    """Name and content of a tar's files whose names end in `ending`. Raises UserError where the tar is damaged."""
+    name = ""
     try:
         with tarfile.open(file) as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
-                path = Path(member.name)
-                stem, _, ending = path.name.partition(".")
-                here = str(path.parent / stem)
-                if here != key and parts:
-                    yield key, parts
-                    parts = {}
-                key = here
-                stream = tar.extractfile(member)
-                assert stream is not None
-                parts[ending.lower()] = stream.read()
-    except tarfile.TarError as error:
-        raise UserError(f"{file}: broken after '{key}' ({error}); fetch the shard again or remove it") from error
-    if parts:
-        yield key, parts
+                name = member.name
+                if member.isfile() and name.endswith(ending):
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    yield name, stream.read()
+            # tarfile takes a damaged header for the end of the archive: a real end is zeros, or nothing.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("damaged header")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: broken after '{name}' ({error}); fetch the shard again or remove it") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

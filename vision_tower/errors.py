@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -21,17 +20,34 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        return _fail(" ".join(str(error).split()), 2)
+        # A loader process hands its error on with its traceback in the message; the line is what it ends with.
+        return _fail(" ".join(str(error).rpartition(f"{UserError.__name__}: ")[2].split()), 2)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on from the last checkpoint", 128 + signal.SIGINT)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not disk_is_full(error):
             raise
-        where = error.filename or os.getcwd()
+        where = getattr(error, "filename", None) or "the output folder"
         return _fail(f"{where}: no space left on the device; free some space and run the same command again", 28)
     return 0
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors and torch raise errors of their own for it."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    text = str(error)  # torch's writer tells of the failed write only by the position it did not reach
+    return "No space left on device" in text or ("inline_container.cc" in text and "unexpected pos" in text)
+
+
 def _fail(line: str, code: int) -> int:
+    _end_progress_bars()
     print(f"error: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def _end_progress_bars() -> None:
+    """A bar that was stopped halfway has not ended its line, and the error would be written behind it."""
+    bars = sys.modules.get("tqdm")
+    for bar in list(getattr(bars.tqdm, "_instances", ())) if bars is not None else ():
+        bar.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +19,10 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet
 STD = (0.229, 0.224, 0.225)
 
 
+# What Pillow's decoders raise on damaged files, besides its own errors.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+
+
 class BadImage(ValueError):
     """Bytes that are no picture."""
 
@@ -25,7 +31,7 @@ def decode_image(content: bytes) -> Image.Image:
     """RGB picture of encoded bytes. Raises BadImage."""
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, *_BROKEN) as error:
         raise BadImage(str(error) or type(error).__name__) from error
 
 

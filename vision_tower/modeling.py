@@ -99,7 +99,9 @@ class Captioner(nn.Module):
         mask = mask.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask)
-        return self.head(self.norm(hidden[:, prefix.shape[1] :]))
+        with torch.autocast(hidden.device.type, enabled=False):  # the vocabulary layer is fp32, as published
+            normed = self.norm(hidden[:, prefix.shape[1] :].to(self.norm.weight.dtype))
+            return F.linear(normed.float(), self.head.weight.float())
 
 
 def _captioner_config(config: ClipsConfig) -> SiglipTextConfig:
@@ -164,6 +166,13 @@ class ClipsModel(PreTrainedModel):
             nn.init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, whose loading makes every parameter trainable; here the fixed ones stay fixed."""
+        answer = super().from_pretrained(*args, **kwargs)
+        (answer[0] if isinstance(answer, tuple) else answer)._freeze_what_clips_lacks()
+        return answer
+
+    @classmethod
     def from_scratch(cls, config: ClipsConfig) -> ClipsModel:
         """A freshly initialised model with sin-cos positions and zeros where CLIPS has no bias."""
         model = cls(config)
@@ -203,6 +212,8 @@ class ClipsModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, web_ids: torch.Tensor, sub_ids: torch.Tensor) -> ClipsOutput:
         """Everything the objective needs. Both texts go through the tower in one pass."""
+        with torch.no_grad():  # clamping the parameter, not its exponential, leaves a gradient to come back with
+            self.logit_scale.clamp_(max=math.log(MAX_SCALE))
         patches = self.patches(pixel_values)
         words = self.words(torch.cat([web_ids, sub_ids]))
         texts = self.pool_text(words)
@@ -211,6 +222,6 @@ class ClipsModel(PreTrainedModel):
             image=self.pool_image(patches),
             web=texts[:pairs],
             sub=texts[pairs:],
-            scale=self.logit_scale.exp().clamp(max=MAX_SCALE),
+            scale=self.logit_scale.exp(),
             caption_logits=self.captioner(patches, words[:pairs]),
         )

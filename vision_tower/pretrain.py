@@ -30,7 +30,7 @@ VOCABULARY_SAMPLES = 20_000
 def main(argv: list[str]) -> None:
     """Train, then leave the model and the stock tower in the run folder."""
     recipe = parse_recipe(PretrainRecipe, argv, command="pretrain")
-    recipe.model.check()
+    recipe.check()
     folder = Path(recipe.output_dir)
 
     from transformers import set_seed
@@ -75,12 +75,13 @@ def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
     from vision_tower.tokenizer import ClipsTokenizer
 
     if recipe.model.vocabulary is None:
-        return ClipsTokenizer.train(read_texts(recipe.data, VOCABULARY_SAMPLES), recipe.model.vocabulary_size)
-    tokenizer = ClipsTokenizer.from_vocabulary(recipe.model.vocabulary)
+        tokenizer = ClipsTokenizer.train(read_texts(recipe.data, VOCABULARY_SAMPLES), recipe.model.vocabulary_size)
+    else:
+        tokenizer = ClipsTokenizer.from_vocabulary(recipe.model.vocabulary)
     if len(tokenizer) > recipe.model.vocabulary_size:
         raise UserError(
-            f"{recipe.model.vocabulary}: {len(tokenizer)} pieces, more than model.vocabulary_size="
-            f"{recipe.model.vocabulary_size}; raise it"
+            f"{recipe.model.vocabulary or recipe.data.shards}: the vocabulary needs {len(tokenizer)} pieces, more than "
+            f"model.vocabulary_size={recipe.model.vocabulary_size}; raise it"
         )
     return tokenizer
 

@@ -105,6 +105,8 @@ class ModelRecipe:
         for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
             if tower.width % tower.heads:
                 raise UserError(f"model.{name}.heads={tower.heads}: does not divide width={tower.width}; change one")
+        if self.text_length < 4 or self.target_length < 3:
+            raise UserError("model.text_length: at least 4, and model.target_length at least 3; nothing else would fit")
         if self.image.width % 4:
             raise UserError(f"model.image.width={self.image.width}: sin-cos positions need a multiple of 4")
 
@@ -139,3 +141,9 @@ class PretrainRecipe:
     model: ModelRecipe
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)
     training: TrainingRecipe = dataclasses.field(default_factory=TrainingRecipe)
+
+    def check(self) -> None:
+        """Raise UserError where the numbers do not fit together."""
+        self.model.check()
+        if self.training.max_steps < 1:
+            raise UserError("training.max_steps: pretraining reads an endless stream; say how many steps to take")

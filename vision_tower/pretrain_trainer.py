@@ -44,7 +44,9 @@ class PretrainTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of every loss term since the last line."""
         if "loss" in logs and self._steps:
-            logs = logs | {name: round(float(value) / self._steps, 6) for name, value in self._sums.items()}
+            sums = torch.stack(list(self._sums.values())) / self._steps
+            means = self.accelerator.reduce(sums, reduction="mean").tolist()  # every rank logs, so every rank is here
+            logs = logs | {name: round(mean, 6) for name, mean in zip(self._sums, means, strict=True)}
             self._sums, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 

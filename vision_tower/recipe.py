@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later values override earlier ones")
     for name in positional:
-        parser.add_argument(name, type=get_type_hints(kind)[name], help=f"{name} (see below)")
+        parser.add_argument(name, type=get_type_hints(kind)[name], help=_field_help(kind)[name])
     parser.add_class_arguments(kind, skip=set(positional), as_group=False)
     for file in _config_files(argv):
         _check_keys(file, kind)
@@ -46,7 +47,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         namespace.pop("config", None)
         return kind(**vars(parser.instantiate(namespace)))
     except (ArgumentError, TypeError) as error:
-        raise UserError(_one_line(command, argv, str(error))) from error
+        raise UserError(_one_line(command, argv, str(error)) + _nearest_option(str(error), kind)) from error
 
 
 def dump_recipe(recipe: Any) -> str:
@@ -67,6 +68,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _field_help(kind: type) -> dict[str, str]:
+    """What the docstring says of each field."""
+    from docstring_parser import parse
+
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(kind.__doc__ or "").params}
+
+
 def _config_files(argv: list[str]) -> list[Path]:
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
@@ -80,8 +88,8 @@ def _check_keys(file: Path, kind: type) -> None:
     if not file.is_file():
         raise UserError(f"{file}: no such recipe; see configs/ for the ones that ship")
     try:
-        tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise UserError(f"{file}: a recipe is a mapping of keys to values, this is {type(tree).__name__}")
@@ -107,6 +115,22 @@ def _check_section(file: Path, value: Any, section: type, prefix: str) -> None:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check_section(file, item, section, prefix=f"{prefix}[{index}]")
+
+
+def _nearest_option(message: str, kind: type) -> str:
+    """`; did you mean ...?` for a command-line option that does not exist."""
+    unknown = re.match(r"unrecognized arguments: --([\w.]+)", message.strip(), re.IGNORECASE)
+    near = difflib.get_close_matches(unknown[1], _flat_keys(kind), n=1, cutoff=0.5) if unknown else []
+    return f"; did you mean '--{near[0]}'?" if near else ""
+
+
+def _flat_keys(kind: type, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            keys += _flat_keys(hint, f"{prefix}{name}.")
+    return keys
 
 
 def _one_line(command: str, argv: list[str], message: str) -> str:

@@ -39,8 +39,9 @@ class ClipsTokenizer:
         return len(self.fast)
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
-        """Word pieces without special ones."""
-        return list(self.fast(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        """Word pieces without special ones: a caption that spells out `[CLS]` gets ordinary pieces."""
+        encoded = self.fast(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
 
     def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
         """Ids for the text tower, (texts, length), int64."""
@@ -86,9 +87,14 @@ class ClipsTokenizer:
         """The published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
         if not Path(file).is_file():
             raise UserError(f"{file}: no such vocabulary; give a WordPiece vocab.txt, or leave it out to train one")
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): ids are line numbers, and a piece may be U+2028.
+        lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
         renamed = {"[unused0]": BOS, "[unused1]": EOS}
-        return cls(_wordpiece({renamed.get(piece, piece): index for index, piece in enumerate(lines)}))
+        vocabulary = {renamed.get(piece, piece): index for index, piece in enumerate(lines)}
+        for piece in (PAD, BOS, EOS, UNK, CLS):  # else the fast tokenizer would add them at the end, unasked
+            if piece not in vocabulary:
+                raise UserError(f"{file}: no piece '{piece}'; give BERT's uncased vocab.txt or one of its layout")
+        return cls(_wordpiece(vocabulary))
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int) -> ClipsTokenizer:

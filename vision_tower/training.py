@@ -81,7 +81,7 @@ def is_main_process() -> bool:
 def start_run_folder(folder: Path, recipe: Any) -> None:
     """Leave the resolved recipe and what it ran on, before anything is trained."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
     environment = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
@@ -90,7 +90,14 @@ def start_run_folder(folder: Path, recipe: Any) -> None:
         "git": _git_revision(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1))
+    write_text(folder / "environment.json", json.dumps(environment, indent=1))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    work = file.with_name(f".{file.name}.partial")
+    work.write_text(text, encoding="utf-8")
+    os.replace(work, file)
 
 
 def _git_revision() -> str | None:
@@ -118,9 +125,10 @@ def add_metrics_file(trainer: Trainer, file: Path) -> None:
     class MetricsFile(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                lines = file.read_text().splitlines() if file.exists() else []
-                kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-                file.write_text("".join(f"{line}\n" for line in kept))
+                lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+                whole = [line for line in lines if line.endswith("\n")]  # others were cut by an interruption
+                kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+                write_text(file, "".join(kept))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if state.is_world_process_zero and logs and "loss" in logs:

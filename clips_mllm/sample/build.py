@@ -14,7 +14,7 @@ import random
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,9 @@ class SampleRecipe:
         output_dir: the folder to leave it in; it must not exist, or be empty.
         seed: everything but the third-party material is a function of it.
         llm: SmolLM2-135M-Instruct, or a random two-layer LLaMA for trials of the machinery.
-        pretrain_scenes: scenes in the pretraining shards, beside easy-VQA's training pictures.
+        pretrain_scenes: scenes in the pretraining shards.
+        pretrain_figures: geometric pictures of our own in them.
+        pretrain_shapes: easy-VQA training pictures in them.
         shard_size: pairs in one shard.
         align_scenes: scenes with a caption for stage 1, beside as many easy-VQA captions as `align_shapes`.
         align_shapes: easy-VQA training pictures in stage 1.
@@ -53,6 +55,8 @@ class SampleRecipe:
     seed: int = 0
     llm: Literal["smollm2", "tiny"] = "smollm2"
     pretrain_scenes: int = 30_000
+    pretrain_figures: int = 10_000
+    pretrain_shapes: int = 4_000
     shard_size: int = 2_000
     align_scenes: int = 3_000
     align_shapes: int = 1_000
@@ -65,10 +69,24 @@ class SampleRecipe:
     mmbench_scenes: int = 200
     easy_vqa_questions: int = 1_500
 
+    def check(self) -> None:
+        """Raise UserError where a file would stay empty."""
+        may_be_none = {"align_scenes", "align_shapes", "finetune_scenes", "finetune_shapes"}
+        may_be_none |= {"finetune_pairs", "finetune_texts", "pretrain_figures", "pretrain_shapes"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in may_be_none else 2 if field.name == "retrieval_scenes" else 1
+            if field.name != "seed" and isinstance(value, int) and value < least:
+                raise UserError(f"{field.name}={value}: at least {least} is needed")
+        for stage in ("align", "finetune"):
+            if getattr(self, f"{stage}_scenes") + getattr(self, f"{stage}_shapes") == 0:
+                raise UserError(f"{stage}_scenes=0, {stage}_shapes=0: the stage needs a sample; raise one of them")
+
 
 def main(argv: list[str]) -> None:
     """Build everything in a temporary folder beside the target, then move it into place."""
     recipe = parse_recipe(SampleRecipe, argv, command="data sample")
+    recipe.check()
     final = Path(recipe.output_dir)
     if final.exists() and any(final.iterdir()):
         raise UserError(f"{final}: already holds files; remove the folder or choose another --output_dir")
@@ -91,8 +109,8 @@ def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.S
     """WebDataset shards in which scenes and easy-VQA pictures are mixed."""
     folder.mkdir(parents=True)
     rows: list[tuple[str, Any]] = [("scene", index) for index in range(recipe.pretrain_scenes)]
-    share = min(len(train_shapes), recipe.pretrain_scenes // 5)
-    rows += [("shape", shape) for shape in train_shapes[:share]]
+    rows += [("figure", index) for index in range(recipe.pretrain_figures)]
+    rows += [("shape", shape) for shape in train_shapes[: recipe.pretrain_shapes]]
     random.Random(f"{recipe.seed}/shards").shuffle(rows)
     parts = [rows[start : start + recipe.shard_size] for start in range(0, len(rows), recipe.shard_size)]
     files = [folder / f"train-{number:05d}.tar" for number in range(len(parts))]
@@ -105,7 +123,7 @@ def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.S
 def _write_shard(seed: int, file: Path, rows: list[tuple[str, Any]]) -> None:
     with tarfile.open(file, "w") as tar:
         for kind, item in rows:
-            sample = _scene_pair(seed, item) if kind == "scene" else _shape_pair(seed, item)
+            sample = PAIR_MAKERS[kind](seed, item)
             if sample is None:
                 continue
             key, picture, web, synthetic = sample
@@ -125,6 +143,19 @@ def _scene_pair(seed: int, index: int) -> tuple[str, bytes, str, str]:
 def _shape_pair(seed: int, shape: shapes.ShapeImage) -> tuple[str, bytes, str, str] | None:
     captions = shapes.shape_captions(shape, random.Random(f"{seed}/shape-captions/{shape.image_id}"))
     return None if captions is None else (f"easy-vqa-{shape.image_id:06d}", shape.file.read_bytes(), *captions)
+
+
+def _figure_pair(seed: int, index: int) -> tuple[str, bytes, str, str]:
+    picture, color, shape = shapes.draw_shape(seed, index)
+    captions = shapes.caption_shape(color, shape, random.Random(f"{seed}/figure-captions/{index}"))
+    return f"figure-{index:06d}", picture, *captions
+
+
+PAIR_MAKERS: dict[str, Callable[[int, Any], tuple[str, bytes, str, str] | None]] = {
+    "scene": _scene_pair,
+    "shape": _shape_pair,
+    "figure": _figure_pair,
+}
 
 
 def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from clips_mllm.sample.objects import THEMES, spoken_names, theme_of
 from clips_mllm.sample.scenes import BACKGROUNDS, Scene
 from clips_mllm.sample.shapes import ShapeImage
-from clips_mllm.sample.wording import article, name_of, place_of, summary
+from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summary
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -121,8 +121,7 @@ def make_choice(scene: Scene, rng: random.Random) -> Choice:
             return "object", "Which of these is in the image?", name_of(thing), wrong
         case "place":
             here = {place_of(other) for other in scene.things}
-            names = ("top left", "top right", "bottom left", "bottom right", "center", "top center", "bottom center")
-            wrong = rng.sample([place for place in names if place not in here], 3)
+            wrong = rng.sample([place for place in PLACES if place not in here], 3)
             return "place", f"Where is the {name_of(thing)}?", place_of(thing), wrong
         case _:
             wrong = rng.sample([color for color in sorted(BACKGROUNDS) if color != scene.background], 3)
@@ -164,5 +163,7 @@ def text_row(index: int, rng: random.Random) -> dict[str, Any]:
             turns.append((f"What is {a} plus {b}?", str(a + b)))
         else:
             short = rng.choice(list(spoken_names()))
-            turns.append((f"Does {article(spoken_names()[short])} belong to '{theme_of(short)}'?", "yes"))
+            theme = rng.choice((theme_of(short), rng.choice(sorted(THEMES))))
+            answer = "yes" if theme == theme_of(short) else "no"
+            turns.append((f"Does {article(spoken_names()[short])} belong to '{theme}'?", answer))
     return conversation(f"text-{index:06d}", short_answers(turns), [])

@@ -118,15 +118,21 @@ def _code_points() -> dict[str, str]:
 def glyph(short: str, size: int) -> Image.Image:
     """One object as an RGBA picture of `size` x `size` pixels, its longer side filling them."""
     from PIL import Image
-    from resvg import render, usvg
 
-    tree = usvg.Tree.from_str(_svg_file(short).read_text(), usvg.Options.default())
-    picture = Image.open(io.BytesIO(bytes(render(tree, (1.0, 0, 0, 0, 1.0, 0))))).convert("RGBA")
+    picture = Image.open(io.BytesIO(render_svg(_svg_file(short).read_text()))).convert("RGBA")
     picture = picture.crop(picture.getbbox())  # without the canvas's empty border every object fills its square
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (size, size))
     square.alpha_composite(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
     return square
+
+
+def render_svg(svg: str) -> bytes:
+    """The picture as PNG, at the SVG's own size."""
+    from resvg import render, usvg
+
+    tree = usvg.Tree.from_str(svg, usvg.Options.default())
+    return bytes(render(tree, (1.0, 0, 0, 0, 1.0, 0)))
 
 
 def _svg_file(short: str) -> Path:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID = 3
-CELL = 32  # pixels: the quickstart's patch size, so that a small encoder meets one object per patch
+CELL = 32  # pixels: a multiple of the quickstart's patch, so that a small encoder meets an object on whole patches
 PICTURE = GRID * CELL
 JITTER = 1
 

@@ -49,6 +49,7 @@ TEST_CAPTIONS = (
     "{Count} on {background}: {names}.",
 )
 _NUMBERS = ("zero", "one", "two", "three", "four")
+PLACES = tuple(f"{row} {column}".replace("middle center", "center") for row in ROWS for column in COLUMNS)
 
 
 def article(name: str) -> str:
@@ -63,8 +64,7 @@ def name_of(thing: Thing) -> str:
 
 def place_of(thing: Thing) -> str:
     """Where it stands: 'top left', 'middle right', 'center'."""
-    row, column = ROWS[thing.row], COLUMNS[thing.column]
-    return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
+    return PLACES[thing.row * len(COLUMNS) + thing.column]
 
 
 def join(names: list[str]) -> str:

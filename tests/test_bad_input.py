@@ -1,0 +1,308 @@
+"""Bad input to the commands: a non-zero code, one error line with place and remedy, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from clips_mllm import cli
+from clips_mllm.data import to_example
+from vision_tower.errors import run_command
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that must fail; returns the line without `error: `.
+
+    `alone`: nothing but the line was written to stderr. Otherwise notes and progress bars may come before it.
+    """
+
+    def command(argv: list[str], *, code: int = 2, alone: bool = True) -> str:
+        capfd.readouterr()
+        assert run_command(cli.main, argv) == code
+        said = capfd.readouterr().err
+        lines = said.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1, said
+        assert lines[-1] == errors[0], said
+        assert "Traceback" not in said, said
+        assert not alone or lines == errors, said
+        return errors[0].removeprefix("error: ")
+
+    return command
+
+
+def arguments(out: Path, world: Path, mllm: Path, **values: Any) -> list[str]:
+    defaults = {
+        "output_dir": out,
+        "model.checkpoint": mllm,
+        "data.file": world / "llava" / "stage2.json",
+        "data.images": world / "llava" / "images",
+        "data.template": "chatml",
+        "training.global_batch_size": 8,
+        "training.device_batch_size": 8,
+        "training.max_steps": 2,
+        "training.workers": 0,
+    }
+    return ["train", *(word for name, value in (defaults | values).items() for word in (f"--{name}", str(value)))]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("data: {templat: chatml}", ["data.templat", "did you mean 'data.template'"]),
+        ("learning_rate: 1", ["learning_rate"]),
+        ("training: {learning_rate: fast}", ["training.learning_rate", "fast"]),
+        ("data: {template: chatlm}", ["data.template", "chatlm"]),
+        ("data: [1", ["not valid YAML"]),
+        ("- 1", ["mapping"]),
+    ],
+)
+def test_recipes(recipe: str, names: list[str], run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe)
+    line = run(["train", "--config", str(file), "--output_dir", str(tmp_path / "out")])
+    assert all(name in line for name in [str(file), *names]), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["trian"], ["trian", "did you mean 'train'"]),
+        (["train", "--config", "/no/recipe.yaml"], ["/no/recipe.yaml"]),
+        (["train", "--training.learnin_rate", "1"], ["learnin_rate"]),
+        (["train", "--training.max_steps", "many"], ["training.max_steps", "many"]),
+        (["chat"], ["model"]),
+        (["chat", "m", "--dtype", "float23"], ["dtype", "float23"]),
+        (["chat", "/no/model", "--question", "?"], ["/no/model"]),
+    ],
+)
+def test_command_lines(argv: list[str], names: list[str], run: Run) -> None:
+    line = run(argv)
+    assert all(name in line for name in names), line
+
+
+def test_values_that_do_not_fit_together(run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make = arguments(out, sample_world, mllm_dir, **{"training.device_batch_size": 3})
+    assert "global_batch_size=8 is not a multiple of device_batch_size=3" in run(make, alone=False)
+    both = arguments(out, sample_world, mllm_dir, **{"model.tower": "a"})
+    assert "'checkpoint', or both 'tower' and 'llm'" in run(both)
+    extra = arguments(out, sample_world, mllm_dir, **{"training.extra": '{"optm": "sgd"}'})
+    assert "training.extra.optm" in run(extra, alone=False)
+    assert not out.exists()
+
+
+def test_an_image_size_that_the_patch_does_not_divide(run: Run, tmp_path: Path) -> None:
+    argv = ["pretrain", "--config", str(ROOT / "configs" / "vision" / "quickstart.yaml")]
+    line = run([*argv, "--output_dir", str(tmp_path / "out"), "--model.image_size", "100", "--model.patch_size", "32"])
+    assert "model.image_size=100" in line
+    assert "take 96 or 128" in line
+    assert not (tmp_path / "out").exists()
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", None, "no such file (data.file)"),
+        ("rows.json", "", "empty; expected a JSON list"),
+        ("rows.json", "[]", "expected a non-empty JSON list"),
+        ("rows.json", '[\n{"id": 1},\n', "line 3: not valid JSON"),
+        ("rows.jsonl", '{"id": 1}\n{"id"\n', "line 2: not valid JSON"),
+    ],
+)
+def test_malformed_files(
+    name: str, content: str | None, message: str, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    line = run(arguments(tmp_path / "out", sample_world, mllm_dir, **{"data.file": tmp_path / name}), alone=False)
+    assert line.startswith(f"{tmp_path / name}: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def no_placeholder(row: dict[str, Any]) -> None:
+    row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>", "")
+
+
+def no_answer(row: dict[str, Any]) -> None:
+    row["conversations"][1]["value"] = " "
+
+
+def no_file(row: dict[str, Any]) -> None:
+    row["image"] = "gone.png"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [(no_placeholder, "0 <image> for 1 images"), (no_answer, "empty answer"), (no_file, "missing image")],
+)
+def test_too_many_unusable_rows(
+    spoil: Callable[[dict[str, Any]], None], cause: str, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path
+) -> None:
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    bad = [row for row in rows if isinstance(row.get("image"), str)][:3]
+    for row in bad:
+        to_example(row)
+        spoil(row)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    line = run(
+        arguments(tmp_path / "out", sample_world, mllm_dir, **{"data.file": tmp_path / "rows.json"}), alone=False
+    )
+    assert line.startswith(f"{tmp_path / 'rows.json'}: 3 of {len(rows)} rows are unusable (3 x {cause})")
+    assert "data.most_bad=0.01" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_corrupt_pictures(
+    workers: int, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a loader process finds it: its traceback is not the user's business."""
+    monkeypatch.setattr("clips_mllm.data.SETTLED", 8)
+    shutil.copytree(sample_world / "llava" / "images", tmp_path / "images")
+    for file in sorted((tmp_path / "images").iterdir())[::2]:
+        file.write_bytes(b"<html>404</html>")
+    out = tmp_path / "out"
+    values = {"data.images": tmp_path / "images", "training.workers": workers}
+    line = run(arguments(out, sample_world, mllm_dir, **values), alone=False)
+    assert line.startswith(str(sample_world / "llava" / "stage2.json"))
+    assert "samples could not be used (last: corrupt image" in line
+    assert "data.most_bad=0.01" in line
+    assert "DataLoader" not in line
+    assert not (out / "config.json").exists()
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_models(run: Run, sample_world: Path, mllm_dir: Path, encoder_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    broken = tmp_path / "broken"
+    shutil.copytree(mllm_dir, broken)
+    (broken / "model.safetensors").write_bytes((mllm_dir / "model.safetensors").read_bytes()[:1000])
+    missing = tmp_path / "missing"
+    shutil.copytree(mllm_dir, missing)
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(missing / "model.safetensors")
+    state.pop(next(name for name in state if "linear_2.weight" in name))
+    save_file(state, missing / "model.safetensors", metadata={"format": "pt"})
+    unread = tmp_path / "unread"
+    shutil.copytree(mllm_dir, unread)
+    shutil.copy(sample_world / "llm" / "tokenizer.json", unread / "tokenizer.json")
+    shutil.copy(sample_world / "llm" / "tokenizer_config.json", unread / "tokenizer_config.json")
+    for folder, message in (
+        (missing, "1 missing keys (first: "),
+        (broken, "cannot be read"),
+        (unread, "no <image> piece"),
+        (sample_world / "llm", "a 'llama' checkpoint"),
+        (tmp_path / "gone", "no such folder"),
+        (sample_world, "no finished checkpoint here"),
+    ):
+        for argv in (["chat", str(folder), "--question", "?"], arguments(out, sample_world, folder)):
+            line = run(argv, alone=False)
+            assert line.startswith(f"{folder}: "), line
+            assert message in line, line
+    assert not out.exists()
+
+
+def test_a_failing_command_as_a_process(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """The real thing once: stderr is the line and nothing else."""
+    argv = arguments(tmp_path / "out", sample_world, mllm_dir, **{"data.templte": "x"})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
+    done = subprocess.run(
+        [sys.executable, "-m", "clips_mllm.cli", *argv],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "data.templte" in done.stderr
+
+
+# --- the disk and the loss --------------------------------------------------------------------------------------------
+
+FULL = {
+    "os": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"),
+}
+
+
+@pytest.mark.parametrize("kind", list(FULL))
+def test_a_full_disk(
+    kind: str, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last save: no half checkpoint stays, and the same command finishes once there is space."""
+    from transformers import LlavaForConditionalGeneration
+
+    def fail(self: Any, folder: Path, **_: Any) -> None:
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{")
+        raise FULL[kind]
+
+    out = tmp_path / "out"
+    argv = arguments(out, sample_world, mllm_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(LlavaForConditionalGeneration, "save_pretrained", fail)
+        line = run(argv, code=28, alone=False)
+    assert "no space left on the device" in line
+    assert "run the same command again" in line
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "environment.json", "metrics.jsonl"} & {
+        path.name for path in out.iterdir()
+    }
+    if kind == "os":
+        assert line.startswith("/disk/file: ")
+        assert run_command(cli.main, argv) == 0
+        assert (out / "config.json").exists()
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: list[str]) -> None:
+        raise OSError(errno.EACCES, "no")
+
+    with pytest.raises(OSError, match="no"):
+        run_command(fail, [])
+
+
+def test_a_loss_that_is_no_number(run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:
+    """Weights that hold a NaN stop the run at once, with the step and what to do."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "nan"
+    shutil.copytree(mllm_dir, broken)
+    state = load_file(broken / "model.safetensors")
+    name = next(name for name in state if "linear_2.weight" in name)
+    state[name] = torch.full_like(state[name], float("nan"))
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    line = run(arguments(tmp_path / "out", sample_world, broken), alone=False)
+    assert line.startswith("step 0: the loss is nan")
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -1,0 +1,287 @@
+"""The pretraining model against definitions, naive references and the stock classes it is made of."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import SiglipTextModel, SiglipVisionModel
+
+from vision_tower.encoder import Encoder, load_encoder
+from vision_tower.errors import UserError
+from vision_tower.modeling import MAX_SCALE, Captioner, ClipsConfig, ClipsModel, combination_mask
+from vision_tower.positions import sincos_positions
+from vision_tower.training import parameter_groups
+
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 7,
+    "vocab_size": 50,
+    "projection_size": 12,
+}
+
+
+@pytest.fixture
+def model() -> ClipsModel:
+    torch.manual_seed(0)
+    config = ClipsConfig(
+        vision_config=VISION,
+        text_config=TEXT,
+        captioner_width=16,
+        captioner_layers=2,
+        captioner_heads=2,
+        captioner_mlp=32,
+        captioner_queries=6,
+        projection_dim=12,
+    )
+    return ClipsModel.from_scratch(config).eval()
+
+
+def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "pixel_values": torch.randn(batch, 3, 24, 24),
+        "web_ids": torch.randint(0, 50, (batch, 7)),
+        "sub_ids": torch.randint(0, 50, (batch, 7)),
+    }
+
+
+def test_combination_mask_by_its_definition() -> None:
+    prefix, queries = 4, 3
+    mask = combination_mask(prefix, queries)
+    for row in range(prefix + queries):
+        for column in range(prefix + queries):
+            into_prefix, from_query = column < prefix, row >= prefix
+            assert bool(mask[row, column]) == (into_prefix or (from_query and column <= row)), (row, column)
+
+
+def test_queries_see_the_prefix_and_earlier_queries_only(model: ClipsModel) -> None:
+    captioner: Captioner = model.captioner
+    patches, words = torch.randn(2, 9, 16), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        for value in captioner.layers.parameters():
+            value.mul_(8)  # fresh weights are so small that attention hardly carries anything
+        before = captioner(patches, words)
+        captioner.queries[4] *= -1  # a shift would vanish in the LayerNorm
+        after = captioner(patches, words)
+        captioner.queries[4] *= -1
+        other_prefix = captioner(patches, words + torch.eye(7)[0][:, None] * 3)
+    torch.testing.assert_close(before[:, :4], after[:, :4], atol=0, rtol=0)
+    assert all((before[:, t] - after[:, t]).abs().max() > 1e-4 for t in (4, 5))
+    assert all((before[:, t] - other_prefix[:, t]).abs().max() > 1e-5 for t in range(6))
+
+
+def test_the_prefix_does_not_see_the_queries(model: ClipsModel) -> None:
+    patches, words = torch.randn(2, 9, 16), torch.randn(2, 7, 16)
+    seen: list[torch.Tensor] = []
+    model.captioner.layers[-1].register_forward_hook(lambda *call: seen.append(call[2][:, :16]))
+    with torch.no_grad():
+        model.captioner(patches, words)
+        model.captioner.queries += torch.randn_like(model.captioner.queries)
+        model.captioner(patches, words)
+    torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
+
+
+def test_captions_are_predicted_without_seeing_them(model: ClipsModel) -> None:
+    """No teacher forcing: the forward pass is not given the target, nor the captioner the sub-caption."""
+    given = inputs()
+    with torch.no_grad():
+        first = model(**given)
+        second = model(**given | {"sub_ids": (given["sub_ids"] + 1) % 50})
+    torch.testing.assert_close(first.caption_logits, second.caption_logits, atol=1e-6, rtol=0)
+    assert (first.sub - second.sub).abs().max() > 1e-4
+    torch.testing.assert_close(first.web, second.web, atol=1e-6, rtol=0)
+
+
+def naive_positions(side: int, width: int) -> torch.Tensor:
+    """MoCo v3's build_2d_sincos_position_embedding, one number at a time."""
+    quarter = width // 4
+    rows = []
+    for y in range(side):
+        for x in range(side):
+            omegas = [1.0 / 10000 ** (i / (quarter - 1)) for i in range(quarter)]
+            row = [math.sin(x * omega) for omega in omegas] + [math.cos(x * omega) for omega in omegas]
+            row += [math.sin(y * omega) for omega in omegas] + [math.cos(y * omega) for omega in omegas]
+            rows.append(row)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(("side", "width"), [(3, 16), (7, 128), (16, 8)])
+def test_sincos_positions(side: int, width: int) -> None:
+    torch.testing.assert_close(sincos_positions(side, width), naive_positions(side, width), atol=1e-6, rtol=0)
+
+
+def test_what_clips_lacks_stays_fixed_through_training(model: ClipsModel) -> None:
+    embeddings, head = model.vision_model.embeddings, model.text_model.head
+    positions = naive_positions(3, 16)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+    out = model(**inputs())
+    (out.image.sum() + out.web.sum() + out.sub.sum() + out.scale + out.caption_logits.square().mean()).backward()
+    optimizer.step()
+    assert torch.equal(embeddings.patch_embedding.bias, torch.zeros(16))
+    assert torch.equal(head.bias, torch.zeros(12))
+    torch.testing.assert_close(embeddings.position_embedding.weight, positions, atol=1e-6, rtol=0)
+    frozen = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert frozen == {
+        "vision_model.embeddings.patch_embedding.bias",
+        "vision_model.embeddings.position_embedding.weight",
+        "text_model.head.bias",
+    }
+
+
+def test_only_weight_matrices_decay(model: ClipsModel) -> None:
+    decayed, kept = (group["params"] for group in parameter_groups(model, 0.2))
+    names = {id(value): name for name, value in model.named_parameters()}
+    assert len(decayed) + len(kept) == sum(value.requires_grad for value in model.parameters())
+    assert all(value.ndim >= 2 for value in decayed)
+    whole = {names[id(value)] for value in kept if value.ndim >= 2}
+    assert whole == {
+        "captioner.queries",
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight",
+    }
+
+
+def test_the_scale_starts_at_the_papers_temperature_and_is_clamped(model: ClipsModel) -> None:
+    assert model(**inputs()).scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    assert model(**inputs()).scale.item() == pytest.approx(MAX_SCALE)
+
+
+def test_image_embeddings_by_stock_parts(model: ClipsModel, tmp_path: Path) -> None:
+    model.vision_model.save_pretrained(tmp_path)
+    stock = SiglipVisionModel.from_pretrained(tmp_path).eval()
+    pixels = inputs()["pixel_values"]
+    with torch.no_grad():
+        patches = stock(pixels, output_hidden_states=True).hidden_states[-1]
+        pooled = stock.post_layernorm(patches.mean(dim=1)) @ model.visual_projection.weight.T
+        ours = model.embed_images(pixels)
+    torch.testing.assert_close(ours, pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
+
+
+def test_text_embeddings_by_the_stock_tower(model: ClipsModel, tmp_path: Path) -> None:
+    model.text_model.save_pretrained(tmp_path)
+    stock = SiglipTextModel.from_pretrained(tmp_path).eval()
+    ids = inputs()["web_ids"]
+    with torch.no_grad():
+        pooled = stock(input_ids=ids).pooler_output
+        ours = model.embed_texts(ids)
+    torch.testing.assert_close(ours, pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
+    swapped = ids.clone()
+    swapped[:, 0] = (ids[:, 0] + 1) % 50  # bidirectional: the last position sees the first
+    assert (model.embed_texts(swapped) - ours).abs().max() > 1e-5
+
+
+def test_save_and_load_give_the_same_logits(model: ClipsModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded, info = ClipsModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        first, second = model(**inputs()), loaded.eval()(**inputs())
+    for name in ("image", "web", "sub", "scale", "caption_logits"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert {name for name, value in loaded.named_parameters() if value.requires_grad} == trainable
+
+
+def test_gradient_checkpointing_changes_nothing(model: ClipsModel) -> None:
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        out = model.train()(**inputs())
+        (out.image[0] @ out.web[1] + out.caption_logits.square().mean()).backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, value in gradients().items():
+        torch.testing.assert_close(value, plain[name], atol=1e-6, rtol=1e-5)
+
+
+FRESH = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, SiglipVisionModel
+model, info = SiglipVisionModel.from_pretrained(sys.argv[1], output_loading_info=True)
+pixels = AutoImageProcessor.from_pretrained(sys.argv[1])(images=Image.open(sys.argv[2]), return_tensors="pt")
+with torch.no_grad():
+    hidden = model(**pixels, output_hidden_states=True).hidden_states[-1]
+assert not any(name.split(".")[0] in ("vision_tower", "clips_mllm", "clips_eval") for name in sys.modules)
+bad = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+print(json.dumps({"bad": bad, "mean": hidden.mean(dim=1)[0].tolist()}))
+"""
+
+
+def test_the_tower_alone_loads_in_a_process_without_this_project(
+    encoder_dir: Path, sample_world: Path, tmp_path: Path
+) -> None:
+    import json
+
+    from PIL import Image
+
+    picture = sorted((sample_world / "retrieval" / "images").glob("test-*.png"))[0]
+    words = [sys.executable, "-c", FRESH, str(encoder_dir / "tower"), str(picture)]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=_without_project(), check=False)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["bad"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    encoder = load_encoder(encoder_dir, "cpu")
+    with torch.no_grad():
+        pixels = encoder.processor(images=Image.open(picture), return_tensors="pt")["pixel_values"]
+        ours = encoder.model.patches(pixels).mean(dim=1)[0]
+    torch.testing.assert_close(torch.tensor(answer["mean"]), ours, atol=1e-5, rtol=0)
+
+
+def _without_project() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def test_the_encoder_embeds_the_same_one_by_one_and_together(encoder_dir: Path, sample_world: Path) -> None:
+    from PIL import Image
+
+    encoder: Encoder = load_encoder(encoder_dir, "cpu")
+    files = sorted((sample_world / "retrieval" / "images").glob("test-*.png"))[:3]
+    pictures = [Image.open(file) for file in files]
+    texts = ["a dog", "", "a very long caption " * 50]
+    images, words = encoder.embed_images(pictures), encoder.embed_texts(texts)
+    assert images.dtype == words.dtype == torch.float32
+    torch.testing.assert_close(torch.cat([images, words]).norm(dim=1), torch.ones(6), atol=1e-5, rtol=0)
+    for index in range(3):
+        torch.testing.assert_close(encoder.embed_images(pictures[index : index + 1])[0], images[index])
+        torch.testing.assert_close(encoder.embed_texts(texts[index : index + 1])[0], words[index])
+
+
+def test_a_damaged_encoder_is_refused(encoder_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(UserError, match=r"config\.json: missing"):
+        load_encoder(tmp_path)
+    folder = tmp_path / "damaged"
+    shutil.copytree(encoder_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("captioner.queries")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing keys \(first: captioner\.queries\)"):
+        load_encoder(folder)
