@@ -27,6 +27,8 @@ from vision_tower.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Towers by model type: those with a class token must drop it.
+FEATURE_SELECT = {"siglip_vision_model": "full", "clip_vision_model": "default", "vit": "default", "dinov2": "default"}
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -53,6 +55,7 @@ def build_mllm(
         UserError: a folder without a checkpoint, or weights that do not fit their class.
     """
     vision = _read_weights(AutoModel, _existing(tower, "model.tower"), dtype)
+    check_tower(tower, vision.config, feature_select)
     image_processor = _read(AutoImageProcessor, tower)
     language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm"), dtype)
     tokenizer = _read(AutoTokenizer, llm)
@@ -87,6 +90,16 @@ def build_mllm(
         image_token=IMAGE,
     )
     return model, processor
+
+
+def check_tower(tower: str, config: Any, feature_select: Literal["full", "default"]) -> None:
+    """Raise UserError for a tower of an unknown kind, or where `feature_select` keeps or drops the wrong token."""
+    right = FEATURE_SELECT.get(config.model_type)
+    if right is None:
+        known = ", ".join(FEATURE_SELECT)
+        raise UserError(f"{tower}: a '{config.model_type}' model cannot be the tower; kinds that can: {known}")
+    if feature_select != right:
+        raise UserError(f"model.feature_select={feature_select}: a '{config.model_type}' tower needs '{right}'")
 
 
 def generation_config(language: Any, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -257,3 +257,12 @@ def test_an_llm_without_padding(sample_world: Path, encoder_dir: Path, tmp_path:
     loaded = load_mllm(tmp_path / "mllm", device="cpu")
     assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token == "<|im_end|>"
     assert loaded.model.generation_config.pad_token_id == loaded.tokenizer.pad_token_id
+
+
+def test_a_tower_that_does_not_fit_is_refused_at_once(encoder_dir: Path, sample_world: Path) -> None:
+    llm = str(sample_world / "llm")
+    options = {"feature_layer": -2, "dtype": torch.float32}
+    with pytest.raises(UserError, match="'siglip_vision_model' tower needs 'full'"):
+        build_mllm(str(encoder_dir / "tower"), llm, feature_select="default", **options)
+    with pytest.raises(UserError, match="a 'llama' model cannot be the tower"):
+        build_mllm(llm, llm, feature_select="full", **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vision_tower.errors import run_command
 from vision_tower.recipe import parse_recipe
@@ -47,7 +48,22 @@ def main(argv: list[str]) -> None:
     write_atomic(recipe.run / "report.html", page)
     for part in missing_parts(run):
         print(f"not measured: {part}")
+    print("\n".join(summary(tree)))
+    for row in run.chat:
+        print(f"{row.image}\n  asked:    {' '.join(row.question.split())}\n  answered: {row.answer}")
     print(f"written: {recipe.run}/report.html, report.md, report.json")
+
+
+def summary(tree: dict[str, Any]) -> list[str]:
+    """The scores of report.json as lines for the terminal; what was not measured has no line."""
+    tables = {"retrieval": tree["encoder"]["retrieval"], **tree["mllm"]}
+    lines = []
+    for name, table in tables.items():
+        scores = {key: value for key, value in (table or {}).items() if isinstance(value, float)}
+        if scores:
+            shown = "  ".join(f"{key} {value:.1%}" for key, value in scores.items())
+            lines.append(f"{name:<17} {shown}")
+    return lines
 
 
 if __name__ == "__main__":
