@@ -1,12 +1,11 @@
-"""LLaVA JSON to batches.
+"""Conversations to batches.
 
-rows --to_example--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
+LLaVA JSON --llava_json--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import sys
 from collections import Counter
@@ -16,101 +15,16 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import LlavaImageProcessor, LlavaProcessor
 
-from clips_mllm.prompts import IGNORED, IMAGE, Message, Rendered, Unsupervised, load_template, render
+from clips_mllm.llava_json import BadRow, Example, read_rows, to_example
+from clips_mllm.prompts import IGNORED, Rendered, Unsupervised, load_template, render
 from clips_mllm.train_recipe import InstructionRecipe
 from vision_tower.errors import UserError
 from vision_tower.images import BadImage, decode_image
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 SETTLED = 200  # samples seen before the share of unusable ones may stop a run
-
-
-class BadRow(ValueError):
-    """A row that cannot become a training example; the message says what is wrong with it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A conversation in chat-template form, and its picture files."""
-
-    messages: list[Message]
-    images: list[str]
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a LLaVA JSON (a list) or JSONL. Raises UserError with file, line and remedy."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file (data.file); build the sample world or mend the path")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start}: not UTF-8 text ({error.reason}); write it as UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{file}: empty; expected a JSON list of conversations")
-    try:
-        if file.suffix == ".jsonl":
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-            rows = [_json_line(file, number, line) for number, line in lines]
-        else:
-            rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON ({error.msg}); mend or write it again") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: expected a non-empty JSON list of conversations, found {type(rows).__name__}")
-    return rows
-
-
-def _json_line(file: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {number}: not valid JSON ({error.msg}); mend or remove the line") from error
-
-
-def to_example(row: dict[str, Any]) -> Example:
-    """Raises BadRow with what is wrong. A lone `<image>` moves to the front of its turn, as in LLaVA."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("no 'conversations'")
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise BadRow("'image' is neither a path nor a list of paths")
-    messages = [_message(turn) for turn in turns]
-    while messages and messages[0]["role"] == "assistant":
-        messages.pop(0)  # LLaVA drops an opening answer to nothing
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placeholders != len(images):
-        raise BadRow(f"{placeholders} {IMAGE} for {len(images)} images")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise BadRow("no answer")
-    if any(not message["content"][0]["text"].strip() for message in answers):
-        raise BadRow("empty answer")
-    return Example(messages, images)
-
-
-def _message(turn: Any) -> Message:
-    role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-    if role is None or not isinstance(turn.get("value"), str):
-        raise BadRow("a turn without 'from' (human, gpt, system) and 'value'")
-    if role != "user":
-        if IMAGE in turn["value"]:
-            raise BadRow(f"{IMAGE} outside a question")
-        # An answer's outer blanks could merge with the prompt's last piece, and the model would learn another prompt.
-        return {"role": role, "content": [{"type": "text", "text": turn["value"].strip()}]}
-    pieces = turn["value"].split(IMAGE)
-    texts = [{"type": "text", "text": piece.strip("\n")} for piece in pieces]
-    if len(pieces) == 2:
-        joined = "\n".join(text["text"].strip() for text in texts if text["text"].strip())
-        return {"role": role, "content": [{"type": "image"}, {"type": "text", "text": joined}]}
-    content = [texts[0]]
-    for text in texts[1:]:
-        content += [{"type": "image"}, text]
-    return {"role": role, "content": [part for part in content if part["type"] == "image" or part["text"]]}
 
 
 class InstructionDataset(Dataset[dict[str, Any]]):
@@ -293,41 +207,3 @@ def blank_picture() -> Image.Image:
 
 def _padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Random order in which the samples of one global batch are alike in modality and length (LLaVA-1.5).
-
-    Shuffle; cut into chunks of fifty batches, pictures and text apart; sort each chunk by length; shuffle the batches.
-    """
-
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths = lengths
-        self.batch = batch
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order in every epoch; called by the trainer."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        batches: list[list[int]] = []
-        rest: list[int] = []
-        for with_picture in (True, False):
-            members = [index for index in order if (self.lengths[index] > 0) == with_picture]
-            for start in range(0, len(members), 50 * self.batch):
-                chunk = sorted(members[start : start + 50 * self.batch], key=lambda index: -abs(self.lengths[index]))
-                cut = len(chunk) - len(chunk) % self.batch
-                batches += [chunk[at : at + self.batch] for at in range(0, cut, self.batch)]
-                rest += chunk[cut:]
-        batches += [rest[at : at + self.batch] for at in range(0, len(rest) - self.batch + 1, self.batch)]
-        tail = rest[len(rest) - len(rest) % self.batch :]
-        for position in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[position]
-        yield from tail

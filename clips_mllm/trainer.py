@@ -16,8 +16,8 @@ from torch.utils.data import Sampler
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer
 
 from clips_mllm.checkpoint import load_parts
-from clips_mllm.data import LengthGroupedSampler
 from clips_mllm.prompts import IGNORED
+from clips_mllm.sampler import LengthGroupedSampler
 from clips_mllm.stages import optimizer_groups
 from clips_mllm.train_recipe import StageRecipe
 from vision_tower.errors import UserError

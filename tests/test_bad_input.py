@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from clips_mllm import cli
-from clips_mllm.data import to_example
+from clips_mllm.llava_json import to_example
 from vision_tower.errors import run_command
 
 ROOT = Path(__file__).parent.parent

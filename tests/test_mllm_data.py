@@ -13,18 +13,10 @@ from transformers import AutoProcessor
 
 from clips_mllm import data
 from clips_mllm.checkpoint import Mllm, load_mllm
-from clips_mllm.data import (
-    BadRow,
-    Example,
-    InstructionCollator,
-    InstructionDataset,
-    LengthGroupedSampler,
-    image_tokens,
-    make_square,
-    read_rows,
-    to_example,
-)
+from clips_mllm.data import InstructionCollator, InstructionDataset, image_tokens, make_square
+from clips_mllm.llava_json import BadRow, Example, read_rows, to_example
 from clips_mllm.prompts import IGNORED
+from clips_mllm.sampler import LengthGroupedSampler
 from clips_mllm.train_recipe import InstructionRecipe
 from clips_mllm.trainer import supervised_loss
 from vision_tower.errors import UserError
