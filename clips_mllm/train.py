@@ -14,6 +14,7 @@ from vision_tower.errors import run_command
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
+    drop_launcher_arguments,
     is_main_process,
     latest_checkpoint,
     start_run_folder,
@@ -91,11 +92,6 @@ def weight_dtype(recipe: TrainRecipe) -> torch.dtype:
 
     both = recipe.training.precision == "bf16" and recipe.training.deepspeed is not None
     return torch.bfloat16 if both else torch.float32
-
-
-def drop_launcher_arguments(argv: list[str]) -> list[str]:
-    """Without `--local_rank=N`, which DeepSpeed's launcher adds; the rank comes from the environment."""
-    return [word for word in argv if not word.startswith("--local_rank")]
 
 
 if __name__ == "__main__":

@@ -3,4 +3,4 @@
 # Several nodes: HOSTFILE=hosts.txt scripts/stage2_finetune.sh ... (DeepSpeed's host file: "name slots=8" a line).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec deepspeed --num_gpus "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} --module clips_mllm.train "$@"
+exec deepspeed --quiet --num_gpus "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} --module clips_mllm.train "$@"

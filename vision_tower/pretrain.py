@@ -1,6 +1,6 @@
 """`clips-mllm pretrain`: pretrain a CLIPS encoder.
 
-torchrun --nproc_per_node 8 -m vision_tower.pretrain --config configs/vision/s16_112.yaml
+deepspeed --num_gpus 8 --module vision_tower.pretrain --config configs/vision/s16_112.yaml
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
+    drop_launcher_arguments,
     is_main_process,
     latest_checkpoint,
     start_run_folder,
@@ -29,7 +30,7 @@ VOCABULARY_SAMPLES = 20_000
 
 def main(argv: list[str]) -> None:
     """Train, then leave the model and the stock tower in the run folder."""
-    recipe = parse_recipe(PretrainRecipe, argv, command="pretrain")
+    recipe = parse_recipe(PretrainRecipe, drop_launcher_arguments(argv), command="pretrain")
     recipe.check()
     folder = Path(recipe.output_dir)
 

@@ -73,6 +73,11 @@ def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
             raise UserError(f"training.extra.{name}: not a field of TrainingArguments; {remedy}")
 
 
+def drop_launcher_arguments(argv: list[str]) -> list[str]:
+    """Without `--local_rank=N`, which DeepSpeed's launcher adds; the rank comes from the environment."""
+    return [word for word in argv if not word.startswith("--local_rank")]
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0 of the launch; known before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
