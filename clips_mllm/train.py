@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+    from clips_mllm.data import InstructionCollator, InstructionDataset
+
+PROJECTOR_SAMPLES = 128
+
 
 def main(argv: list[str]) -> None:
     """Train one stage and leave a stock LLaVA checkpoint in the run folder."""
@@ -36,6 +40,7 @@ def main(argv: list[str]) -> None:
 
     from clips_mllm.checkpoint import save_mllm
     from clips_mllm.data import InstructionCollator, InstructionDataset, make_square
+    from clips_mllm.projector import fit_projector
     from clips_mllm.prompts import load_template
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer, final_state
@@ -46,13 +51,16 @@ def main(argv: list[str]) -> None:
     processor.chat_template = processor.tokenizer.chat_template = load_template(recipe.data.template)
     make_square(processor, recipe.data.square)
     dataset = InstructionDataset(recipe.data, processor)
+    collator = InstructionCollator(processor)
+    if recipe.model.checkpoint is None:
+        fit_projector(model, first_pixels(dataset, collator))
     line = apply_stage(model, recipe.stage)
     trainer = MllmTrainer(
         model=model,
         bare=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=InstructionCollator(processor),
+        data_collator=collator,
         stage=recipe.stage,
         processor=processor,
         group_by_length=recipe.data.group_by_length,
@@ -84,6 +92,11 @@ def load_or_build(recipe: MllmRecipe, dtype: torch.dtype) -> tuple[LlavaForCondi
         feature_select=recipe.feature_select,
         dtype=dtype,
     )
+
+
+def first_pixels(dataset: InstructionDataset, collator: InstructionCollator) -> torch.Tensor:
+    """Pixels of the first samples: a sample of what the tower will see, the same on every rank."""
+    return collator([dataset[index] for index in range(min(len(dataset), PROJECTOR_SAMPLES))])["pixel_values"]
 
 
 def weight_dtype(recipe: TrainRecipe) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 
 from clips_mllm.sample.objects import THEMES, spoken_names, theme_of
 from clips_mllm.sample.scenes import BACKGROUNDS, Scene
-from clips_mllm.sample.shapes import ShapeImage
+from clips_mllm.sample.shapes import ShapeImage, is_open
 from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summary
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -39,10 +39,24 @@ def caption_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
     return conversation(scene.key, [(rng.choice(STAGE1_PROMPTS), summary(scene, rng))], [image])
 
 
-def shape_row(shape: ShapeImage, image: str, rng: random.Random, *, most: int = 12) -> dict[str, Any]:
-    """Stage 2: easy-VQA's questions about one picture, as one conversation."""
-    pairs = rng.sample(shape.questions, min(most, len(shape.questions)))
-    return conversation(f"easy-vqa-{shape.image_id}", short_answers(list(pairs)), [image])
+def shape_row(shape: ShapeImage, image: str, rng: random.Random) -> dict[str, Any]:
+    """Stage 2: easy-VQA's questions about one picture, as one conversation.
+
+    Four in five of its yes/no questions ask for what is not there, and a model that knows this need not look. So as
+    many of those are kept as there are questions about what is there, and at least one.
+    """
+    open_ones = [pair for pair in shape.questions if is_open(pair[1])]
+    closed = [pair for pair in shape.questions if not is_open(pair[1])]
+    present = [pair for pair in closed if asks_for_what_is_there(*pair)]
+    absent = [pair for pair in closed if not asks_for_what_is_there(*pair)]
+    kept = open_ones + present + rng.sample(absent, min(max(len(present), 1), len(absent)))
+    rng.shuffle(kept)
+    return conversation(f"easy-vqa-{shape.image_id}", short_answers(kept), [image])
+
+
+def asks_for_what_is_there(question: str, answer: str) -> bool:
+    """Whether a yes/no question of easy-VQA names a shape or colour that the picture has ("not" turns the answer)."""
+    return (answer == "yes") != ("not" in question.split())
 
 
 def short_answers(pairs: list[Turn]) -> list[Turn]:
@@ -53,7 +67,7 @@ def short_answers(pairs: list[Turn]) -> list[Turn]:
 
 def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
     """Stage 2: a description, choices by letter, or a round of short questions, about one scene."""
-    kind = rng.choices(("short", "letters", "describe"), (6, 2, 1))[0]
+    kind = rng.choices(("short", "letters", "describe"), (8, 1, 1))[0]
     if kind == "describe":
         turns = [(rng.choice(DESCRIBE_PROMPTS), summary(scene, rng))]
     elif kind == "letters":
