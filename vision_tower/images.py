@@ -7,7 +7,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vision_tower.pretrain_recipe import Augmentation
 
@@ -29,10 +29,14 @@ class BadImage(ValueError):
 
 def decode_image(content: bytes) -> Image.Image:
     """RGB picture of encoded bytes. Raises BadImage."""
+    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # tasks of lmms-eval switch it on for the whole process
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, *_BROKEN) as error:
         raise BadImage(str(error) or type(error).__name__) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
 def training_transform(augmentation: Augmentation, size: int) -> object:
