@@ -211,8 +211,12 @@ def obey(conversation: Conversation, line: str) -> None:
             pass
         case "/reset":
             conversation.reset()
+        case "/image" if not rest.strip():
+            raise UserError("/image: name a file, as in '/image photo.png'")
         case "/image":
             conversation.add_image(rest.strip().strip("'\""))
+        case _ if command.startswith("/"):
+            raise UserError(f"{command}: no such command; there are /image FILE, /reset and /quit")
         case _:
             stream_to(sys.stdout, conversation.ask(line))
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from clips_mllm.prompts import IMAGE
-from vision_tower.encoder import refuse_partial_load
+from vision_tower.encoder import make_readable, refuse_partial_load
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto") 
 def load_parts(folder: str | Path, *, dtype: str | torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor as saved, for training or for use."""
     name = _existing(str(folder), "model")
+    _refuse_encoder(Path(name))
     config = _read(AutoConfig, name)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
@@ -169,6 +170,7 @@ def save_mllm(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
         raise
+    make_readable(work)
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     work.rmdir()
@@ -187,9 +189,16 @@ def _existing(name: str, key: str) -> str:
             raise UserError(
                 f"{name}: no finished checkpoint here (config.json and weights); run the stage before first"
             )
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder ({key}); give a checkpoint folder or a hub id like owner/name")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
+        raise UserError(f"{name}: no such folder ({key}); run the stage before first, or give a hub id like owner/name")
     return name
+
+
+def _refuse_encoder(folder: Path) -> None:
+    """transformers does not know the kind of a pretraining checkpoint, and would advise an upgrade at length."""
+    file = folder / "config.json"
+    if file.is_file() and '"model_type": "clips"' in file.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{folder}: a CLIPS encoder, not a multimodal LLM; give the folder of a `clips-mllm train` run")
 
 
 def _read(kind: Any, name: str, **options: Any) -> Any:

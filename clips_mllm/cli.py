@@ -44,9 +44,12 @@ def main(argv: list[str]) -> None:
         if name in COMMANDS:
             importlib.import_module(COMMANDS[name].module).main(argv[words:])
             return
+    if argv[0] == "data" and argv[1:] in ([], ["-h"], ["--help"]):
+        print(overview())
+        return
     import difflib
 
-    near = difflib.get_close_matches(argv[0], [name.split()[0] for name in COMMANDS], n=1)
+    near = difflib.get_close_matches(" ".join(argv[:2]), COMMANDS, n=1) or difflib.get_close_matches(argv[0], COMMANDS)
     remedy = f"did you mean '{near[0]}'?" if near else "see 'clips-mllm --help'"
     raise UserError(f"clips-mllm: no command '{' '.join(argv[:2])}'; {remedy}")
 

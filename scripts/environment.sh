@@ -1,12 +1,23 @@
-# Sourced by the other scripts: the virtual environment, and what a machine without GPU needs.
-# RANKS: processes on this machine (default: every GPU, or 1 on a CPU).
-export PATH="$PWD/.venv/bin:$PATH"
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-  RANKS=${RANKS:-$(nvidia-smi -L | wc -l)}
+# Sourced by the other scripts: the virtual environment, the launcher's options, what a machine without GPU needs.
+#   RANKS=4           processes on this machine (default: every visible GPU, or 1 on a CPU)
+#   PORT=29501        port of the process group (default: a free one; 29500 over several nodes)
+#   HOSTFILE=hosts    several nodes: DeepSpeed's host file, "name slots=8" a line
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$ROOT/.venv/bin:$PATH"
+LAUNCH=(deepspeed --quiet)
+if [ -n "${HOSTFILE:-}" ]; then
+  [ -f "$HOSTFILE" ] || { echo "error: $HOSTFILE: no such host file; check HOSTFILE" >&2; exit 2; }
+  LAUNCH+=(--hostfile "$HOSTFILE" --master_port "${PORT:-29500}")
 else
-  RANKS=${RANKS:-1}
-  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + RANKS - 1) / RANKS ))}
-  # Threads that spin while they wait would fight with the loader processes over few cores.
-  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+  LAUNCH+=(--master_port "${PORT:-$(free_port)}")
+  if ! { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
+    RANKS=${RANKS:-1}
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + RANKS - 1) / RANKS ))}
+    # Threads that spin while they wait would fight with the loader processes over few cores.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  fi
+  # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES.
+  [ -z "${RANKS:-}" ] || LAUNCH+=(--num_gpus "$RANKS")
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LLaVA stage 1, the projector:  scripts/stage1_align.sh --config configs/mllm/vicuna_7b_align.yaml [--section.field value ...]
-# Several nodes: HOSTFILE=hosts.txt scripts/stage1_align.sh ... (DeepSpeed's host file: "name slots=8" a line).
+# RANKS, PORT and HOSTFILE: see environment.sh.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec deepspeed --quiet --num_gpus "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} --module clips_mllm.train "$@"
+exec "${LAUNCH[@]}" --module clips_mllm.train "$@"

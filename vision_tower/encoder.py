@@ -32,10 +32,19 @@ def save_encoder(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path) -> 
     processor = evaluation_processor(model.config.vision_config.image_size)
     model.vision_model.save_pretrained(work / "tower")
     processor.save_pretrained(work / "tower")
+    make_readable(work)
     shutil.rmtree(folder / "tower", ignore_errors=True)
     for path in sorted(work.iterdir(), key=lambda path: path.name == "tower"):
         os.replace(path, folder / path.name)
     work.rmdir()
+
+
+def make_readable(folder: Path) -> None:
+    """Give weights the permissions of other new files: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 class Encoder:

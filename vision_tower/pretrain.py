@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     if arguments.gradient_accumulation_steps > 1:
         raise UserError(
             "training.global_batch_size: accumulation would leave each pair fewer negatives than the batch says; "
-            f"set device_batch_size={recipe.training.global_batch_size // arguments.world_size} or use more devices"
+            f"set device_batch_size={recipe.training.global_batch_size // arguments.world_size}, use more devices, "
+            "or lower global_batch_size"
         )
     stream = PairStream(
         recipe.data, recipe.model.image_size, recipe.training.seed, arguments.process_index, arguments.world_size

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         print(f"not measured: {part}")
     print("\n".join(summary(tree)))
     for row in run.chat:
-        print(f"{row.image}\n  asked:    {' '.join(row.question.split())}\n  answered: {row.answer}")
+        print(f"{row.image}\n  asked:    {' '.join(row.question.split())}\n  answered: {row.answer or '(empty)'}")
     print(f"written: {recipe.run}/report.html, report.md, report.json")
 
 

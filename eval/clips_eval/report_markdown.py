@@ -14,7 +14,7 @@ def render(run: Run) -> str:
     parts += ["## Encoder: retrieval", _table(retrieval_table(run, paper))]
     parts += ["## Multimodal LLM: benchmarks", _table(mllm_table(run, paper))]
     if run.chat:
-        lines = [f"- **{_inline(row.question)}** {_inline(row.answer)}" for row in run.chat]
+        lines = [f"- **{_inline(row.question)}** {_inline(row.answer) or '(empty)'}" for row in run.chat]
         parts += ["## Asked at the end of the run", "\n".join(lines)]
     if run.curves:
         parts += ["## Training", "\n".join(_curve_lines(run))]
