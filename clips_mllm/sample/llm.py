@@ -20,10 +20,13 @@ CHATML = (
 
 def write_llm(name: LlmName, folder: Path, texts: list[str]) -> None:
     """Leave a plain checkpoint with its tokenizer in `folder`. `texts` train the tiny model's tokenizer."""
+    from vision_tower.encoder import make_readable
+
     if name == "smollm2":
         _write_smollm2(folder)
     else:
         _write_tiny(folder, texts)
+    make_readable(folder)
 
 
 def _write_smollm2(folder: Path) -> None:
