@@ -17,9 +17,9 @@ from PIL import Image
 
 from clips_eval import report, retrieve
 from clips_eval.embeddings import score
-from clips_eval.karpathy import Pairs
 from clips_eval.report_numbers import wilson
 from vision_tower.errors import UserError, run_command
+from vision_tower.karpathy import Pairs
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 RECALLS = {"i2t_r1": 0.311, "i2t_r5": 0.672, "i2t_r10": 0.793, "t2i_r1": 0.254, "t2i_r5": 0.615, "t2i_r10": 0.746}

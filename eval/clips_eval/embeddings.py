@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_eval.karpathy import Pairs
 from vision_tower.errors import UserError
+from vision_tower.karpathy import Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,22 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import UserError
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        UserError: missing, unreadable, not JSON, or not an object.
-    """
-    text = _read(path)
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}); make the file again") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a JSON object is expected, this is {type(tree).__name__}; make the file again")
-    return tree
+from vision_tower.json_files import read_text
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -33,7 +18,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: a line that is not a JSON object.
     """
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -89,14 +74,3 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """`tree` as indented JSON, atomically."""
     write_atomic(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; make the file again") from error

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clips_eval.report_files import count_in, number_in, read_lines, read_object
+from clips_eval.report_files import count_in, number_in, read_lines
 from vision_tower.errors import UserError
+from vision_tower.json_files import read_object
 
 STAGES = ("encoder", "align", "finetune")
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from clips_eval.embeddings import KS, embed, examples, score
-from clips_eval.karpathy import load_pairs
 from clips_eval.report_files import write_json
 from vision_tower.errors import UserError, run_command
+from vision_tower.karpathy import load_pairs
 from vision_tower.recipe import parse_recipe
 
 

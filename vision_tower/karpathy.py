@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clips_eval.report_files import read_object
 from vision_tower.errors import UserError
+from vision_tower.json_files import read_object
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,37 @@
+"""Reading a user's JSON: every failure names the file and the remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vision_tower.errors import UserError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        UserError: missing, unreadable, not JSON, or not an object.
+    """
+    text = read_text(path)
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}); make the file again") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a JSON object is expected, this is {type(tree).__name__}; make the file again")
+    return tree
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`. Raises UserError where it is missing, unreadable or something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; make the file again") from error
