@@ -31,12 +31,13 @@ IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 
 @dataclasses.dataclass(frozen=True)
 class CaptionSample:
-    """One pair: uint8 pixels (3, h, w) and its three texts."""
+    """One pair: uint8 pixels (3, h, w), its three texts, and where it came from (shard and key)."""
 
     pixels: torch.Tensor
     web: str
     sub: str
     full: str
+    key: str
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -178,7 +179,7 @@ class PairStream(IterableDataset[CaptionSample]):
         with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator; a resumed run must too
             torch.default_generator.manual_seed(rng.getrandbits(63))
             pixels = transform(picture)
-        return CaptionSample(pixels, web, draw_sentence(full, rng), full)
+        return CaptionSample(pixels, web, draw_sentence(full, rng), full, f"{row.file}: {row.key}")
 
     def _skip(self, cause: str, row: Row) -> None:
         if not self.bad[cause]:
@@ -241,9 +242,10 @@ class PairCollator:
     text_length: int
     target_length: int
 
-    def __call__(self, samples: list[CaptionSample]) -> dict[str, torch.Tensor]:
-        """`pixel_values` (b, 3, h, w) fp32, `web_ids` and `sub_ids` (b, l), `labels` (b, q)."""
+    def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
+        """`pixel_values` (b, 3, h, w) fp32, `web_ids` and `sub_ids` (b, l), `labels` (b, q), `keys` (b strings)."""
         return {
+            "keys": [sample.key for sample in samples],
             "pixel_values": normalize(torch.stack([sample.pixels for sample in samples])),
             "web_ids": self.tokenizer.contrastive([sample.web for sample in samples], self.text_length),
             "sub_ids": self.tokenizer.contrastive([sample.sub for sample in samples], self.text_length),

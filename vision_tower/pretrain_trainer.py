@@ -26,6 +26,7 @@ class PretrainTrainer(Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """The CLIPS loss of this rank; its mean over ranks is the global one."""
         labels = inputs.pop("labels")
+        del inputs["keys"]
         out = model(**inputs)
         losses = clips_losses(
             image=out.image,
