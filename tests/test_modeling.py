@@ -6,10 +6,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import SiglipTextModel, SiglipVisionModel
+from transformers import AutoModel, SiglipTextModel, ViTModel
 
 from vision_tower.encoder import Encoder, load_encoder
 from vision_tower.errors import UserError
@@ -24,7 +25,12 @@ VISION = {
     "num_attention_heads": 2,
     "image_size": 24,
     "patch_size": 8,
-    "vision_use_head": False,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+}
+TOWERS = {
+    "patches only": VISION | {"vision_use_head": False},
+    "class token": VISION | {"model_type": "vit"},
 }
 TEXT = {
     "hidden_size": 16,
@@ -37,20 +43,29 @@ TEXT = {
 }
 
 
-@pytest.fixture
-def model() -> ClipsModel:
+CAPTIONER: dict[str, Any] = {
+    "captioner_width": 16,
+    "captioner_layers": 2,
+    "captioner_heads": 2,
+    "captioner_mlp": 32,
+    "captioner_queries": 6,
+}
+
+
+def build(tower: str = "patches only", **options: Any) -> ClipsModel:
     torch.manual_seed(0)
     config = ClipsConfig(
-        vision_config=VISION,
+        vision_config=TOWERS[tower],
         text_config=TEXT,
-        captioner_width=16,
-        captioner_layers=2,
-        captioner_heads=2,
-        captioner_mlp=32,
-        captioner_queries=6,
+        **CAPTIONER | options,
         projection_dim=12,
     )
     return ClipsModel.from_scratch(config).eval()
+
+
+@pytest.fixture(params=TOWERS)
+def model(request: pytest.FixtureRequest) -> ClipsModel:
+    return build(request.param)
 
 
 def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
@@ -127,23 +142,49 @@ def test_sincos_positions(side: int, width: int) -> None:
     torch.testing.assert_close(sincos_positions(side, width), naive_positions(side, width), atol=1e-6, rtol=0)
 
 
+def shown_positions(model: ClipsModel) -> torch.Tensor:
+    """Of the patches alone; a class token has the position zero."""
+    tower = model.vision_model
+    if not isinstance(tower, ViTModel):
+        return tower.embeddings.position_embedding.weight
+    assert not tower.embeddings.position_embeddings[0, 0].any()
+    return tower.embeddings.position_embeddings[0, 1:]
+
+
 def test_what_clips_lacks_stays_fixed_through_training(model: ClipsModel) -> None:
-    embeddings, head = model.vision_model.embeddings, model.text_model.head
-    positions = naive_positions(3, 16)
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
     out = model(**inputs())
     (out.image.sum() + out.web.sum() + out.sub.sum() + out.scale + out.caption_logits.square().mean()).backward()
     optimizer.step()
-    assert torch.equal(embeddings.patch_embedding.bias, torch.zeros(16))
-    assert torch.equal(head.bias, torch.zeros(12))
-    torch.testing.assert_close(embeddings.position_embedding.weight, positions, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shown_positions(model), naive_positions(3, 16), atol=1e-6, rtol=0)
     frozen = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
-    assert frozen == {
-        "vision_model.embeddings.patch_embedding.bias",
-        "vision_model.embeddings.position_embedding.weight",
-        "text_model.head.bias",
-    }
+    embeddings = "vision_model.embeddings."
+    expected = {embeddings + "patch_embedding.bias", embeddings + "position_embedding.weight"}
+    if isinstance(model.vision_model, ViTModel):
+        expected = {embeddings + "patch_embeddings.projection.bias", embeddings + "position_embeddings"}
+        expected |= {"vision_model.pooler.dense.weight", "vision_model.pooler.dense.bias"}
+    assert frozen == expected | {"text_model.head.bias"}
+    assert all(not before[name].any() for name in frozen if not name.startswith(embeddings + "position"))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_learned_positions_start_as_sincos_and_train(tower: str) -> None:
+    model = build(tower, positions="learned")
+    torch.testing.assert_close(shown_positions(model), naive_positions(3, 16), atol=1e-6, rtol=0)
+    model.embed_images(inputs()["pixel_values"])[:, 0].sum().backward()
+    position = [value for name, value in model.vision_model.named_parameters() if "position" in name]
+    assert len(position) == 1 and position[0].grad is not None and position[0].grad.any()
+    assert all(position[0] is not value for value in parameter_groups(model, 0.2)[0]["params"])
+
+
+def test_a_model_without_captioner_embeds_and_gives_no_logits() -> None:
+    whole, bare = build(), build(captioner_layers=0)
+    assert not [name for name in bare.state_dict() if name.startswith("captioner")]
+    bare.load_state_dict({name: value for name, value in whole.state_dict().items() if name in bare.state_dict()})
+    with torch.no_grad():
+        first, second = whole(**inputs()), bare(**inputs())
+    assert second.caption_logits is None and torch.equal(first.image, second.image)
 
 
 def test_only_weight_matrices_decay(model: ClipsModel) -> None:
@@ -152,7 +193,10 @@ def test_only_weight_matrices_decay(model: ClipsModel) -> None:
     assert len(decayed) + len(kept) == sum(value.requires_grad for value in model.parameters())
     assert all(value.ndim >= 2 for value in decayed)
     whole = {names[id(value)] for value in kept if value.ndim >= 2}
-    assert whole == {
+    images = {name for name in whole if name.startswith("vision_model")}
+    classed = isinstance(model.vision_model, ViTModel)
+    assert images == ({"vision_model.embeddings.cls_token"} if classed else set())
+    assert whole - images == {
         "captioner.queries",
         "text_model.embeddings.token_embedding.weight",
         "text_model.embeddings.position_embedding.weight",
@@ -168,12 +212,16 @@ def test_the_scale_starts_at_the_papers_temperature_and_is_clamped(model: ClipsM
 
 def test_image_embeddings_by_stock_parts(model: ClipsModel, tmp_path: Path) -> None:
     model.vision_model.save_pretrained(tmp_path)
-    stock = SiglipVisionModel.from_pretrained(tmp_path).eval()
+    stock, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     pixels = inputs()["pixel_values"]
     with torch.no_grad():
-        patches = stock(pixels, output_hidden_states=True).hidden_states[-1]
-        pooled = stock.post_layernorm(patches.mean(dim=1)) @ model.visual_projection.weight.T
+        hidden = stock.eval()(pixels, output_hidden_states=True).hidden_states[-1]
+        classed = isinstance(stock, ViTModel)
+        patches, norm = (hidden[:, 1:], stock.layernorm) if classed else (hidden, stock.post_layernorm)
+        pooled = norm(patches.mean(dim=1)) @ model.visual_projection.weight.T
         ours = model.embed_images(pixels)
+    torch.testing.assert_close(model.patches(pixels), patches, atol=1e-6, rtol=0)
     torch.testing.assert_close(ours, pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
 
 

@@ -1,7 +1,7 @@
 """A trained encoder on disk: saving it with its stock tower, loading it, embedding pictures and texts.
 
 folder/          ClipsModel checkpoint, tokenizer.json
-folder/tower/    SiglipVisionModel and its image processor: loads anywhere, without this package
+folder/tower/    the stock image tower and its image processor: loads anywhere, without this package
 """
 
 from __future__ import annotations

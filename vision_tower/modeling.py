@@ -1,8 +1,8 @@
 """The pretraining model: a stock vision tower, a stock text tower and the captioner.
 
-pixels (b, 3, h, w) -> SiglipVisionModel -> patches (b, p, wv) -- mean, LayerNorm, linear --> image (b, d)
-web    (b, l)       -> SiglipTextModel   -> tokens  (b, l, wt) -- last, LayerNorm, linear --> web   (b, d)
-sub    (b, l)       -> same text tower                                                    --> sub   (b, d)
+pixels (b, 3, h, w) -> a stock tower  -> patches (b, p, wv) -- mean, LayerNorm, linear --> image (b, d)
+web    (b, l)       -> SiglipTextModel -> tokens  (b, l, wt) -- last, LayerNorm, linear --> web   (b, d)
+sub    (b, l)       -> same text tower                                                  --> sub   (b, d)
 [patches | web tokens | q queries] -> Captioner -> logits (b, q, v) of the full synthetic caption
 """
 
@@ -10,36 +10,46 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    SiglipTextConfig,
-    SiglipTextModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, SiglipTextConfig, SiglipTextModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from vision_tower.positions import sincos_positions
+from vision_tower.towers import (
+    TowerConfig,
+    build_tower,
+    has_class_token,
+    patch_tokens,
+    tower_config,
+    tower_parts,
+)
 
 MAX_SCALE = 100.0
 
 
 class ClipsConfig(PretrainedConfig):
-    """Stock tower configs plus the captioner's; `projection_dim` is the joint width."""
+    """Stock tower configs plus the captioner's.
+
+    Args:
+        vision_config: of either image tower, told apart by `model_type`; without one, the tower without class token.
+        text_config: of the text tower.
+        positions: of the image: `sincos` is fixed, `learned` is trained.
+        captioner_layers: 0 leaves the captioner out, as in published weights.
+        projection_dim: width of the joint embedding space.
+    """
 
     model_type = "clips"
-    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": SiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": SiglipTextConfig}
 
     def __init__(
         self,
-        vision_config: dict[str, Any] | SiglipVisionConfig | None = None,
+        vision_config: dict[str, Any] | TowerConfig | None = None,
         text_config: dict[str, Any] | SiglipTextConfig | None = None,
+        positions: Literal["sincos", "learned"] = "sincos",
         captioner_width: int = 512,
         captioner_layers: int = 12,
         captioner_heads: int = 8,
@@ -48,8 +58,10 @@ class ClipsConfig(PretrainedConfig):
         projection_dim: int = 512,
         **kwargs: Any,
     ) -> None:
-        self.vision_config = _sub_config(SiglipVisionConfig, vision_config)
-        self.text_config = _sub_config(SiglipTextConfig, text_config)
+        self.vision_config = tower_config(vision_config)
+        given = isinstance(text_config, SiglipTextConfig)
+        self.text_config: SiglipTextConfig = text_config if given else SiglipTextConfig(**(text_config or {}))
+        self.positions = positions
         self.captioner_width = captioner_width
         self.captioner_layers = captioner_layers
         self.captioner_heads = captioner_heads
@@ -57,10 +69,6 @@ class ClipsConfig(PretrainedConfig):
         self.captioner_queries = captioner_queries
         self.projection_dim = projection_dim
         super().__init__(**kwargs)
-
-
-def _sub_config(kind: type[PretrainedConfig], given: Any) -> Any:
-    return given if isinstance(given, kind) else kind(**(given or {}))
 
 
 def combination_mask(prefix: int, queries: int) -> torch.Tensor:
@@ -118,13 +126,13 @@ def _captioner_config(config: ClipsConfig) -> SiglipTextConfig:
 
 @dataclasses.dataclass
 class ClipsOutput:
-    """Unit-norm embeddings (b, d), the clamped logit scale, and the captioner's logits (b, q, v)."""
+    """Unit-norm embeddings (b, d), the clamped logit scale, and the captioner's logits (b, q, v), if there is one."""
 
     image: torch.Tensor
     web: torch.Tensor
     sub: torch.Tensor
     scale: torch.Tensor
-    caption_logits: torch.Tensor
+    caption_logits: torch.Tensor | None
 
 
 class ClipsModel(PreTrainedModel):
@@ -135,26 +143,27 @@ class ClipsModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules: ClassVar[list[str]] = ["SiglipEncoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["SiglipEncoderLayer", "ViTLayer"]
 
     def __init__(self, config: ClipsConfig) -> None:
         super().__init__(config)
-        self.vision_model = SiglipVisionModel._from_config(config.vision_config)
+        self.vision_model = build_tower(config.vision_config)
         self.text_model = SiglipTextModel._from_config(config.text_config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.captioner = Captioner(config)
+        self.captioner = Captioner(config) if config.captioner_layers else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.post_init()
         self._freeze_what_clips_lacks()
 
     def _freeze_what_clips_lacks(self) -> None:
-        """CLIPS has no bias in patch embedding and text projection, and its image positions are fixed."""
-        for parameter in (
-            self.vision_model.embeddings.patch_embedding.bias,
-            self.vision_model.embeddings.position_embedding.weight,
-            self.text_model.head.bias,
-        ):
+        """CLIPS has no bias in patch embedding and text projection, and its image positions may be fixed."""
+        for parameter in self.absent_parameters():
             parameter.requires_grad_(False)
+        tower_parts(self.vision_model).positions.requires_grad_(self.config.positions == "learned")
+
+    def absent_parameters(self) -> list[nn.Parameter]:
+        """What the stock classes have and CLIPS has not: zeros, never trained."""
+        return [*tower_parts(self.vision_model).absent, self.text_model.head.bias]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,19 +183,20 @@ class ClipsModel(PreTrainedModel):
 
     @classmethod
     def from_scratch(cls, config: ClipsConfig) -> ClipsModel:
-        """A freshly initialised model with sin-cos positions and zeros where CLIPS has no bias."""
+        """A freshly initialised model: positions start as sin-cos, and zeros stand where CLIPS has nothing."""
         model = cls(config)
-        embeddings = model.vision_model.embeddings
-        side = config.vision_config.image_size // config.vision_config.patch_size
+        vision = config.vision_config
+        positions = tower_parts(model.vision_model).positions
+        table = sincos_positions(vision.image_size // vision.patch_size, vision.hidden_size, has_class_token(vision))
         with torch.no_grad():
-            embeddings.position_embedding.weight.copy_(sincos_positions(side, config.vision_config.hidden_size))
-            embeddings.patch_embedding.bias.zero_()
-            model.text_model.head.bias.zero_()
+            positions.copy_(table.view_as(positions))
+            for parameter in model.absent_parameters():
+                parameter.zero_()
         return model
 
     def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The last block's patch tokens, neither normalised nor projected, (b, p, wv)."""
-        return self.vision_model.encoder(inputs_embeds=self.vision_model.embeddings(pixel_values)).last_hidden_state
+        return patch_tokens(self.vision_model, pixel_values)
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
         """The last block's text tokens, not normalised, (b, l, wt). Padding is attended to, as published."""
@@ -194,7 +204,7 @@ class ClipsModel(PreTrainedModel):
 
     def pool_image(self, patches: torch.Tensor) -> torch.Tensor:
         """Unit-norm image embeddings (b, d) of unnormalised patches: mean, LayerNorm, linear."""
-        pooled = self.vision_model.post_layernorm(patches.mean(dim=1))
+        pooled = tower_parts(self.vision_model).norm(patches.mean(dim=1))
         return F.normalize(self.visual_projection(pooled).float(), dim=-1)
 
     def pool_text(self, words: torch.Tensor) -> torch.Tensor:
@@ -223,5 +233,5 @@ class ClipsModel(PreTrainedModel):
             web=texts[:pairs],
             sub=texts[pairs:],
             scale=self.logit_scale.exp(),
-            caption_logits=self.captioner(patches, words[:pairs]),
+            caption_logits=None if self.captioner is None else self.captioner(patches, words[:pairs]),
         )

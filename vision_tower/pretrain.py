@@ -93,18 +93,19 @@ def model_config(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsConfig:
     from vision_tower.modeling import ClipsConfig
 
     image, text, captioner = recipe.image, recipe.text, recipe.captioner
+    vision = {
+        "hidden_size": image.width,
+        "num_hidden_layers": image.layers,
+        "intermediate_size": image.mlp,
+        "num_attention_heads": image.heads,
+        "image_size": recipe.image_size,
+        "patch_size": recipe.patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    }
+    stock = {"model_type": "vit"} if recipe.class_token else {"vision_use_head": False}
     return ClipsConfig(
-        vision_config={
-            "hidden_size": image.width,
-            "num_hidden_layers": image.layers,
-            "intermediate_size": image.mlp,
-            "num_attention_heads": image.heads,
-            "image_size": recipe.image_size,
-            "patch_size": recipe.patch_size,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-6,
-            "vision_use_head": False,
-        },
+        vision_config=vision | stock,
         text_config={
             "hidden_size": text.width,
             "num_hidden_layers": text.layers,
@@ -119,6 +120,7 @@ def model_config(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsConfig:
             "bos_token_id": tokenizer.bos,
             "eos_token_id": tokenizer.eos,
         },
+        positions=recipe.positions,
         captioner_width=captioner.width,
         captioner_layers=captioner.layers,
         captioner_heads=captioner.heads,

@@ -6,6 +6,7 @@ Recipes live apart from the code that reads them only so that `--help` answers a
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from vision_tower.errors import UserError
 from vision_tower.training_recipe import TrainingRecipe
@@ -77,6 +78,9 @@ class ModelRecipe:
         joint: width of the shared embedding space.
         image_size: side of the square picture, in pixels.
         patch_size: side of a patch, in pixels; it must divide the image size.
+        class_token: a class token before the patches, attended but not pooled, as in published weights (the tower is
+            then a ViTModel, else a SiglipVisionModel).
+        positions: of the image tower; sincos is fixed and recomputed at another size, learned starts from it.
         text_length: context of the text tower, with all special pieces.
         target_length: learnable queries, that is the longest caption to predict.
         vocabulary: a WordPiece vocab.txt, or none to train one on the captions.
@@ -89,6 +93,8 @@ class ModelRecipe:
     joint: int
     image_size: int
     patch_size: int
+    class_token: bool = False
+    positions: Literal["sincos", "learned"] = "sincos"
     text_length: int = 80
     target_length: int = 128
     vocabulary: str | None = None
