@@ -15,6 +15,7 @@ from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
     drop_launcher_arguments,
+    final_state,
     is_main_process,
     latest_checkpoint,
     start_run_folder,
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     from clips_mllm.projector import fit_projector
     from clips_mllm.prompts import load_template
     from clips_mllm.stages import apply_stage
-    from clips_mllm.trainer import MllmTrainer, final_state
+    from clips_mllm.trainer import MllmTrainer
 
     arguments = training_arguments(recipe.training, folder)  # before the model: ZeRO-3 shards it as it is built
     set_seed(recipe.training.seed)

@@ -110,9 +110,3 @@ class MllmTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(self.train_dataset.lengths(), together, self.args.seed)  # type: ignore[union-attr]
-
-
-def final_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """The whole state dict on the main process (ZeRO-3 gathers it there); None elsewhere."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return state if trainer.is_world_process_zero() else None

@@ -23,14 +23,30 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
-def save_encoder(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path) -> None:
-    """Write everything to a temporary folder first, then move it in, the tower's folder last."""
+def save_encoder(
+    model: ClipsModel,
+    tokenizer: ClipsTokenizer,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    exported: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write everything to a temporary folder first, then move it in, the tower's folder last.
+
+    Args:
+        weights: the model's state dict, where the model itself does not hold it whole (ZeRO-3).
+        exported: the state dict that the tower is taken from, where it is not the same (an average of the weights).
+    """
     work = folder / "partial"
     shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
+    weights = model.state_dict() if weights is None else weights
+    model.save_pretrained(work, state_dict=weights)
     tokenizer.save_pretrained(work)
     processor = evaluation_processor(model.config.vision_config.image_size)
-    model.vision_model.save_pretrained(work / "tower")
+    prefix = "vision_model."
+    tower = {
+        name.removeprefix(prefix): value for name, value in (exported or weights).items() if name.startswith(prefix)
+    }
+    model.vision_model.save_pretrained(work / "tower", state_dict=tower)
     processor.save_pretrained(work / "tower")
     make_readable(work)
     shutil.rmtree(folder / "tower", ignore_errors=True)

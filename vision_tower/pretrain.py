@@ -14,6 +14,7 @@ from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
+    compile_blocks,
     drop_launcher_arguments,
     is_main_process,
     latest_checkpoint,
@@ -23,6 +24,7 @@ from vision_tower.training import (
 
 if TYPE_CHECKING:
     from vision_tower.modeling import ClipsConfig
+    from vision_tower.pretrain_trainer import PretrainTrainer
     from vision_tower.tokenizer import ClipsTokenizer
 
 VOCABULARY_SAMPLES = 20_000
@@ -37,10 +39,18 @@ def main(argv: list[str]) -> None:
     from transformers import set_seed
 
     from vision_tower.data import PairCollator, PairStream
-    from vision_tower.encoder import save_encoder
+    from vision_tower.lock import lock_tower
     from vision_tower.modeling import ClipsModel
     from vision_tower.pretrain_trainer import PretrainTrainer
 
+    tokenizer = load_tokenizer(recipe)
+    set_seed(recipe.training.seed)
+    # Whole on every rank, so before the arguments: once they name ZeRO-3, transformers would divide parts of it here.
+    model = ClipsModel.from_scratch(model_config(recipe.model, tokenizer))
+    if recipe.lock.tower != "none":
+        lock_tower(model, recipe.lock)
+    if recipe.training.compile:
+        compile_blocks(model)
     arguments = training_arguments(recipe.training, folder)
     if arguments.gradient_accumulation_steps > 1:
         raise UserError(
@@ -51,9 +61,7 @@ def main(argv: list[str]) -> None:
     stream = PairStream(
         recipe.data, recipe.model.image_size, recipe.training.seed, arguments.process_index, arguments.world_size
     )
-    tokenizer = load_tokenizer(recipe)
-    set_seed(recipe.training.seed)
-    model = ClipsModel.from_scratch(model_config(recipe.model, tokenizer))
+    checkpoint = latest_checkpoint(folder)
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
@@ -62,20 +70,41 @@ def main(argv: list[str]) -> None:
             tokenizer=tokenizer, text_length=recipe.model.text_length, target_length=recipe.model.target_length
         ),
         loss_weights=recipe.loss,
+        training=recipe.training,
+        checkpoint=checkpoint,
     )
     if is_main_process():
         start_run_folder(folder, recipe)
     add_metrics_file(trainer, folder / "metrics.jsonl")
-    trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save_weights(trainer, tokenizer, folder)
+
+
+def save_weights(trainer: PretrainTrainer, tokenizer: ClipsTokenizer, folder: Path) -> None:
+    """The encoder, the average of its weights in `ema/` where there is one, and the tower of the better known of both.
+
+    Called on all ranks, since ZeRO-3 gathers the weights from them; rank 0 writes.
+    """
+    from vision_tower.encoder import save_encoder
+
+    own, averaged = trainer.whole_weights(), trainer.averaged_weights()
     if is_main_process():
-        save_encoder(model, tokenizer, folder)
+        if averaged is not None:
+            save_encoder(trainer.model, tokenizer, folder / "ema", averaged)
+        save_encoder(trainer.model, tokenizer, folder, own, exported=averaged)
+    trainer.accelerator.wait_for_everyone()
 
 
 def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
-    """The vocabulary the recipe names, or one trained on the captions (equal on every rank)."""
+    """That of a locked text tower, the vocabulary the recipe names, or one trained on the captions.
+
+    Equal on every rank.
+    """
     from vision_tower.data import read_texts
     from vision_tower.tokenizer import ClipsTokenizer
 
+    if recipe.lock.tower == "text" and recipe.lock.checkpoint is not None:
+        return ClipsTokenizer.from_pretrained(recipe.lock.checkpoint)
     if recipe.model.vocabulary is None:
         tokenizer = ClipsTokenizer.train(read_texts(recipe.data, VOCABULARY_SAMPLES), recipe.model.vocabulary_size)
     else:

@@ -131,6 +131,48 @@ class LossWeights:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LockRecipe:
+    """A tower that does not train (LiT).
+
+    Args:
+        tower: which tower, with its projection, keeps the weights of the checkpoint.
+        checkpoint: folder of a `pretrain` run or a converted encoder; its tower must have this recipe's sizes.
+    """
+
+    tower: Literal["none", "image", "text"] = "none"
+    checkpoint: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError where one of the two is missing."""
+        if (self.tower == "none") != (self.checkpoint is None):
+            raise UserError("lock: tower and checkpoint belong together; give both, or neither")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderTraining(TrainingRecipe):
+    """How to optimise an encoder.
+
+    Args:
+        ema_decay: keeps an average of the weights, for evaluation and the exported tower; 0 keeps none.
+        compile: torch.compile of the transformer blocks.
+        peak_tflops: what one device can do in this precision, for model-FLOPs utilisation; known GPUs need none.
+    """
+
+    ema_decay: float = 0.0
+    compile: bool = False
+    peak_tflops: float | None = None
+
+    def check(self) -> None:
+        """Raise UserError where the numbers make no sense."""
+        if self.max_steps < 1:
+            raise UserError("training.max_steps: pretraining reads an endless stream; say how many steps to take")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"training.ema_decay={self.ema_decay}: from 0 to below 1, for example 0.9999")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise UserError(f"training.peak_tflops={self.peak_tflops}: a positive number, in 10^12 FLOP/s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainRecipe:
     """Pretrain a CLIPS encoder from image-text pairs.
 
@@ -139,6 +181,7 @@ class PretrainRecipe:
         data: the pairs.
         model: the model.
         loss: weights of the loss terms.
+        lock: a tower that does not train.
         training: how to optimise.
     """
 
@@ -146,10 +189,11 @@ class PretrainRecipe:
     data: PairsRecipe
     model: ModelRecipe
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)
-    training: TrainingRecipe = dataclasses.field(default_factory=TrainingRecipe)
+    lock: LockRecipe = dataclasses.field(default_factory=LockRecipe)
+    training: EncoderTraining = dataclasses.field(default_factory=EncoderTraining)
 
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
         self.model.check()
-        if self.training.max_steps < 1:
-            raise UserError("training.max_steps: pretraining reads an endless stream; say how many steps to take")
+        self.lock.check()
+        self.training.check()

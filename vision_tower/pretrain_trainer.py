@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from vision_tower.average import WeightAverage
+from vision_tower.bad_step import refuse
+from vision_tower.flops import known_peak, training_flops
 from vision_tower.losses import clips_losses
-from vision_tower.pretrain_recipe import LossWeights
-from vision_tower.training import parameter_groups
+from vision_tower.pretrain_recipe import EncoderTraining, LossWeights
+from vision_tower.throughput import Throughput
+from vision_tower.training import final_state, parameter_groups
 
 
 class PretrainTrainer(Trainer):
-    """Adds the loss, decay on weight matrices only, and the loss terms in the log."""
+    """Adds the loss, decay on weight matrices only, the average of the weights, a stop on NaN, and what the log says.
 
-    def __init__(self, *, loss_weights: LossWeights, **kwargs: Any) -> None:
+    Args:
+        loss_weights: of the terms.
+        training: the recipe's part that transformers does not know.
+        checkpoint: the checkpoint the run goes on from, or none.
+    """
+
+    def __init__(
+        self, *, loss_weights: LossWeights, training: EncoderTraining, checkpoint: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.loss_weights = loss_weights
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the global batch already
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
+        self._keys: list[str] = []  # of the samples of this step
+        self.throughput = Throughput(self.args.world_size, peak_flops(training))
+        self.add_callback(self.throughput)
+        self.average = WeightAverage(training.ema_decay, checkpoint) if training.ema_decay else None
+        if self.average is not None:
+            self.add_callback(self.average)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, with the time it took to get them."""
+        with self.throughput.waiting():
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        self._keys = [key for batch in batches for key in batch["keys"]]
+        return batches, items
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The last place before the optimiser's step: nothing that is not finite goes further."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        values = {"loss": self._tr_loss, "gradient norm": torch.as_tensor(0.0 if norm is None else norm)}
+        refuse(values, self.state.global_step + 1, self._keys, Path(self.args.output_dir))
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Model FLOPs of a micro-batch on this device; transformers asks after each."""
+        flops = training_flops(self.model, inputs)
+        self.throughput.add(len(inputs["pixel_values"]), flops)
+        return flops
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """The CLIPS loss of this rank; its mean over ranks is the global one."""
@@ -43,13 +82,44 @@ class PretrainTrainer(Trainer):
         return losses.total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of every loss term since the last line."""
+        """Add the means over steps and ranks since the last line: every loss term, and how fast the run is."""
         if "loss" in logs and self._steps:
-            sums = torch.stack(list(self._sums.values())) / self._steps
-            means = self.accelerator.reduce(sums, reduction="mean").tolist()  # every rank logs, so every rank is here
-            logs = logs | {name: round(mean, 6) for name, mean in zip(self._sums, means, strict=True)}
+            terms = {name: value / self._steps for name, value in self._sums.items()}
+            speed = {name: torch.tensor(value) for name, value in self.throughput.take().items()}
+            means = self._mean_over_ranks(terms | speed)  # every rank logs, so every rank is here
+            logs = logs | {name: round(mean, 6) for name, mean in means.items()}
             self._sums, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+    def _mean_over_ranks(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        stacked = torch.stack([value.to(self.args.device, torch.float32) for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(output_dir)
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The fp32 state dict on the main process, None elsewhere; to be called on all ranks."""
+        state = final_state(self)
+        masters = self._masters() if self.is_deepspeed_enabled else {}
+        return None if state is None else {name: masters.get(name, value).float() for name, value in state.items()}
+
+    def averaged_weights(self) -> dict[str, torch.Tensor] | None:
+        """The same with the averaged weights, None also where there is no average."""
+        if self.average is None:
+            return None
+        with self.average.applied(self.model):
+            state = final_state(self)
+            return None if state is None else {name: value.float().clone() for name, value in state.items()}
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        """The fp32 weights of DeepSpeed's optimiser, whose model may hold them in bf16 only."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {name: safe_get_full_fp32_param(held) for name, held in self.model.named_parameters()}
+        return {name: master.cpu() for name, master in found.items() if master is not None}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; see `parameter_groups` for what decays."""
@@ -68,3 +138,10 @@ class PretrainTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
         )
+
+
+def peak_flops(training: EncoderTraining) -> float | None:
+    """FLOP/s that one device can do, from the recipe or, in bf16, from the table of known GPUs."""
+    if training.peak_tflops is not None:
+        return training.peak_tflops * 1e12
+    return known_peak() if training.precision == "bf16" else None

@@ -20,6 +20,7 @@ from vision_tower.recipe import dump_recipe
 from vision_tower.training_recipe import TrainingRecipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
@@ -53,8 +54,9 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path) -> TrainingArgu
         "save_steps": recipe.save_every or 500,
         "save_total_limit": recipe.keep_checkpoints,
         "logging_steps": recipe.log_every,
+        "logging_nan_inf_filter": False,  # it would hide what must stop the run
         "dataloader_num_workers": recipe.workers,
-        "report_to": list(recipe.report_to),
+        "report_to": _back_ends(recipe),
         "seed": recipe.seed,
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
@@ -72,6 +74,16 @@ def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean '{near[0]}'?" if near else "see transformers.TrainingArguments"
             raise UserError(f"training.extra.{name}: not a field of TrainingArguments; {remedy}")
+
+
+def _back_ends(recipe: TrainingRecipe) -> list[str]:
+    from importlib.util import find_spec
+
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+    for name in recipe.report_to:
+        if not any(find_spec(package) for package in packages[name]):
+            raise UserError(f"training.report_to: {name} is not installed; pip install {packages[name][-1]}")
+    return list(recipe.report_to)
 
 
 def drop_launcher_arguments(argv: list[str]) -> list[str]:
@@ -142,6 +154,21 @@ def add_metrics_file(trainer: Trainer, file: Path) -> None:
                     stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     trainer.add_callback(MetricsFile())
+
+
+def final_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """The whole state dict on the main process (ZeRO-3 gathers it there); None elsewhere."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state if trainer.is_world_process_zero() else None
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every transformer block in place: one compilation for all blocks of a kind, names unchanged."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class TrainingRecipe:
         keep_checkpoints: how many of the newest checkpoints stay.
         log_every: optimiser steps between lines of metrics.jsonl.
         workers: loader processes per device.
-        report_to: logging back-ends of transformers, such as tensorboard or wandb.
+        report_to: where the log goes besides metrics.jsonl; nowhere unless asked.
         seed: of initialisation, data order and augmentation.
         extra: any other field of transformers.TrainingArguments.
     """
@@ -60,7 +60,7 @@ class TrainingRecipe:
     keep_checkpoints: int = 1
     log_every: int = 10
     workers: int = 1
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 0
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 

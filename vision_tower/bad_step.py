@@ -1,0 +1,54 @@
+"""A loss or gradient that is not finite stops the run, and leaves what is needed to replay the step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vision_tower.errors import UserError
+from vision_tower.training import latest_checkpoint, write_text
+
+FILE = "bad_step.json"
+
+
+def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str], folder: Path) -> None:
+    """Stop all ranks where a value is NaN or infinite on any of them.
+
+    Called before anything of this step is saved, so the last checkpoint is from before it.
+
+    Args:
+        values: this rank's scalars, such as loss and gradient norm.
+        step: the optimiser step, from 1.
+        keys: this rank's samples of the step.
+        folder: the run folder; `bad_step.json` is written there.
+    Raises:
+        UserError: with the step, the file and the remedy.
+    """
+    device = next(iter(values.values())).device
+    numbers = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
+    bad = (~torch.isfinite(numbers)).any().float()
+    together = dist.is_available() and dist.is_initialized()
+    if together:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if not bad.item():  # the one place in a step where the host waits for the device
+        return
+    said = {name: repr(number) for name, number in zip(values, numbers.tolist(), strict=True)}
+    mine: dict[str, Any] = {"rank": dist.get_rank() if together else 0, **said, "keys": keys}
+    ranks = [mine]
+    if together:
+        ranks = [{}] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    if mine["rank"] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / FILE, json.dumps({"step": step, "ranks": ranks}, indent=1) + "\n")
+    back = latest_checkpoint(folder)
+    resume = f"run the same command again, it goes on from {back}" if back else "start again"
+    what = ", ".join(f"{name} {number}" for name, number in said.items())
+    raise UserError(
+        f"step {step}: {what} on rank {mine['rank']}; the samples of the step are listed in {folder / FILE}; "
+        f"lower training.learning_rate or take the samples out, then {resume}"
+    )
