@@ -2,8 +2,8 @@
 
     average <- decay * average + (1 - decay) * weights        after every optimiser step
 
-The decay of the first steps is smaller, min(decay, (1 + step) / (10 + step)), so that the random start is soon forgotten
-(the rule of TensorFlow's ExponentialMovingAverage).
+The decay of the first steps is smaller, min(decay, (1 + step) / (10 + step)), so that the random start is soon
+forgotten (the rule of TensorFlow's ExponentialMovingAverage).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     for name, held in _trained(model).items():
         held.copy_(values[name])
     # ZeRO-3 also keeps whole copies of its small parameters; they are put together again from the parts.
-    whole = [parameter for parameter in model.parameters() if getattr(parameter, "ds_persist", False)]
+    whole: list[Any] = [parameter for parameter in model.parameters() if getattr(parameter, "ds_persist", False)]
     if whole:
         whole[0].partition(whole)
         whole[0].all_gather(whole)

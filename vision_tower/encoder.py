@@ -39,7 +39,7 @@ def save_encoder(
     work = folder / "partial"
     shutil.rmtree(work, ignore_errors=True)
     weights = model.state_dict() if weights is None else weights
-    model.save_pretrained(work, state_dict=weights)
+    model.save_pretrained(work, state_dict=dict(weights))  # which empties what it is given
     tokenizer.save_pretrained(work)
     processor = evaluation_processor(model.config.vision_config.image_size)
     prefix = "vision_model."

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vision_tower.tokenizer import IGNORED
+from vision_tower.towers import has_class_token
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vision_tower.modeling import ClipsModel
 
 # Dense bf16 TFLOP/s by the name that CUDA reports; vendors' data sheets, sparsity not counted. Untested on GPU.
@@ -37,8 +38,6 @@ PEAK_TFLOPS = {
 
 def known_peak() -> float | None:
     """bf16 FLOP/s of this machine's GPU where the table knows it, else none."""
-    import torch
-
     if not torch.cuda.is_available():
         return None
     tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name())  # untested on GPU
@@ -61,11 +60,9 @@ def training_flops(model: ClipsModel, batch: Mapping[str, Any]) -> int:
 
 def _image(model: ClipsModel) -> int:
     vision = model.config.vision_config
-    patches = _patches(model)
-    stem = 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
-    tower = blocks(
-        vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, patches, patches * patches
-    )
+    tokens = _patches(model) + has_class_token(vision)
+    stem = 2 * _patches(model) * 3 * vision.patch_size**2 * vision.hidden_size
+    tower = blocks(vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, tokens, tokens * tokens)
     head = 2 * vision.hidden_size * model.config.projection_dim
     return _passes(model.vision_model) * (stem + tower) + _passes(model.visual_projection) * head
 
@@ -75,14 +72,14 @@ def _texts(model: ClipsModel, batch: Mapping[str, Any]) -> int:
     forward = 0
     for ids in (batch["web_ids"], batch["sub_ids"]):
         length = ids.shape[1]
-        forward += blocks(
-            text.num_hidden_layers, text.hidden_size, text.intermediate_size, length, length * length
-        )
+        forward += blocks(text.num_hidden_layers, text.hidden_size, text.intermediate_size, length, length * length)
         forward += 2 * text.hidden_size * model.config.projection_dim
     return _passes(model.text_model) * forward
 
 
 def _captioner(model: ClipsModel, batch: Mapping[str, Any]) -> int:
+    if model.captioner is None:
+        return 0
     config = model.config
     width, queries = config.captioner_width, batch["labels"].shape[1]
     patches, words = _patches(model), batch["web_ids"].shape[1]
@@ -101,6 +98,6 @@ def _patches(model: ClipsModel) -> int:
     return int((vision.image_size // vision.patch_size) ** 2)
 
 
-def _passes(part: nn.Module) -> int:
+def _passes(part: torch.nn.Module) -> int:
     """Forward and backward (twice the forward pass) of what trains; forward alone of what is locked."""
     return 3 if any(parameter.requires_grad for parameter in part.parameters()) else 1
