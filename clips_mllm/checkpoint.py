@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from clips_mllm.prompts import IMAGE
-from vision_tower.encoder import make_readable, refuse_partial_load
+from vision_tower.encoder import make_readable
 from vision_tower.errors import UserError
+from vision_tower.loading import refuse_partial_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

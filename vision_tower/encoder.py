@@ -15,6 +15,7 @@ import torch
 
 from vision_tower.errors import UserError
 from vision_tower.images import evaluation_processor
+from vision_tower.loading import load_model
 from vision_tower.modeling import ClipsModel
 from vision_tower.tokenizer import ClipsTokenizer
 
@@ -84,28 +85,22 @@ class Encoder:
         return self.model.embed_texts(self.tokenizer.contrastive(texts, length).to(self.model.device)).cpu()
 
 
-def load_encoder(folder: str | Path, device: str = "auto") -> Encoder:
-    """Read what `save_encoder` wrote. Raises UserError on a missing file, or missing or unexpected weights."""
+def load_encoder(folder: str | Path, device: str = "auto", image_size: int | None = None) -> Encoder:
+    """Read what `save_encoder` wrote, for pictures of another side where `image_size` says so.
+
+    Raises:
+        UserError: a missing file, or missing or unexpected weights.
+    """
     from transformers import AutoImageProcessor
 
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors", "tower/preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; {folder} is not a finished `clips-mllm pretrain` run")
-    model, info = ClipsModel.from_pretrained(folder, output_loading_info=True)
-    refuse_partial_load(folder, info)
+    model = load_model(folder, image_size)
+    if not (folder / "tower" / "preprocessor_config.json").is_file():
+        raise UserError(
+            f"{folder / 'tower' / 'preprocessor_config.json'}: missing; run `clips-mllm pretrain` to its end"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoImageProcessor.from_pretrained(folder / "tower")
+    side = model.config.vision_config.image_size
+    processor = AutoImageProcessor.from_pretrained(folder / "tower", size={"height": side, "width": side})
     return Encoder(model.to(device), ClipsTokenizer.from_pretrained(folder), processor)
-
-
-def refuse_partial_load(folder: str | Path, info: dict[str, object]) -> None:
-    """Raise UserError where a checkpoint lacks weights or has others than the model."""
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info.get(what) or ()))  # type: ignore[call-overload]
-        if keys:
-            raise UserError(
-                f"{folder}: {len(keys)} {what.replace('_', ' ')} (first: {keys[0]}); the checkpoint is incomplete "
-                "or belongs to another model, save it again from its run"
-            )

@@ -1,8 +1,11 @@
-"""Fixed two-dimensional sin-cos positions (MoCo v3, arXiv 2104.02057)."""
+"""Positions of image patches: fixed two-dimensional sin-cos (MoCo v3, arXiv 2104.02057), and learned ones resized."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 
 
 def sincos_positions(side: int, width: int, class_token: bool = False) -> torch.Tensor:
@@ -19,3 +22,16 @@ def sincos_positions(side: int, width: int, class_token: bool = False) -> torch.
     angle_y = y.flatten()[:, None] * omega
     table = torch.cat([angle_x.sin(), angle_x.cos(), angle_y.sin(), angle_y.cos()], dim=1).float()
     return torch.cat([torch.zeros(1, width), table]) if class_token else table
+
+
+def interpolate_positions(table: torch.Tensor, side: int, class_token: bool = False) -> torch.Tensor:
+    """Learned positions of a square grid, for a `side` x `side` grid: bicubic and antialiased, as in open_clip.
+
+    Args:
+        table: (p, w), or (1 + p, w) with a class token, whose position stays.
+    """
+    first, grid = table[: int(class_token)], table[int(class_token) :]
+    old = math.isqrt(len(grid))
+    picture = grid.view(1, old, old, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(picture, size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([first, resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])

@@ -23,7 +23,7 @@ from vision_tower.training import (
 )
 
 if TYPE_CHECKING:
-    from vision_tower.modeling import ClipsConfig
+    from vision_tower.modeling import ClipsConfig, ClipsModel
     from vision_tower.pretrain_trainer import PretrainTrainer
     from vision_tower.tokenizer import ClipsTokenizer
 
@@ -40,13 +40,12 @@ def main(argv: list[str]) -> None:
 
     from vision_tower.data import PairCollator, PairStream
     from vision_tower.lock import lock_tower
-    from vision_tower.modeling import ClipsModel
     from vision_tower.pretrain_trainer import PretrainTrainer
 
     tokenizer = load_tokenizer(recipe)
     set_seed(recipe.training.seed)
     # Whole on every rank, so before the arguments: once they name ZeRO-3, transformers would divide parts of it here.
-    model = ClipsModel.from_scratch(model_config(recipe.model, tokenizer))
+    model = starting_model(recipe.model, tokenizer)
     if recipe.lock.tower != "none":
         lock_tower(model, recipe.lock)
     if recipe.training.compile:
@@ -105,7 +104,9 @@ def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
 
     if recipe.lock.tower == "text" and recipe.lock.checkpoint is not None:
         return ClipsTokenizer.from_pretrained(recipe.lock.checkpoint)
-    if recipe.model.vocabulary is None:
+    if recipe.model.start_from is not None:
+        tokenizer = ClipsTokenizer.from_pretrained(recipe.model.start_from)
+    elif recipe.model.vocabulary is None:
         tokenizer = ClipsTokenizer.train(read_texts(recipe.data, VOCABULARY_SAMPLES), recipe.model.vocabulary_size)
     else:
         tokenizer = ClipsTokenizer.from_vocabulary(recipe.model.vocabulary)
@@ -115,6 +116,17 @@ def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
             f"model.vocabulary_size={recipe.model.vocabulary_size}; raise it"
         )
     return tokenizer
+
+
+def starting_model(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsModel:
+    """A fresh model, or the one that `start_from` names at this recipe's image size."""
+    from vision_tower.loading import continued
+    from vision_tower.modeling import ClipsModel
+
+    config = model_config(recipe, tokenizer)
+    return (
+        ClipsModel.from_scratch(config) if recipe.start_from is None else continued(recipe.start_from, recipe, config)
+    )
 
 
 def model_config(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsConfig:

@@ -85,6 +85,8 @@ class ModelRecipe:
         target_length: learnable queries, that is the longest caption to predict.
         vocabulary: a WordPiece vocab.txt, or none to train one on the captions.
         vocabulary_size: rows of the token embedding.
+        start_from: folder of an encoder whose weights and vocabulary the run starts from, usually at a smaller image
+            size (the optimiser starts afresh).
     """
 
     image: TowerRecipe
@@ -99,6 +101,7 @@ class ModelRecipe:
     target_length: int = 128
     vocabulary: str | None = None
     vocabulary_size: int = 32_000
+    start_from: str | None = None
 
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
@@ -111,6 +114,10 @@ class ModelRecipe:
         for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
             if tower.width % tower.heads:
                 raise UserError(f"model.{name}.heads={tower.heads}: does not divide width={tower.width}; change one")
+        if self.start_from is not None and self.vocabulary is not None:
+            raise UserError(
+                f"model.vocabulary={self.vocabulary}: the encoder in model.start_from brings its own; leave it out"
+            )
         if self.text_length < 4 or self.target_length < 3:
             raise UserError("model.text_length: at least 4, and model.target_length at least 3; nothing else would fit")
         if self.image.width % 4:

@@ -1,0 +1,142 @@
+"""Weights into models, whole or not at all, and at another resolution where asked.
+
+folder --from_pretrained--> ClipsModel --at_resolution--> ClipsModel for larger pictures
+                                       \\--continued------> the model of a recipe that starts from it
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_tower.errors import UserError
+from vision_tower.modeling import ClipsConfig, ClipsModel
+from vision_tower.positions import interpolate_positions, sincos_positions
+from vision_tower.pretrain_recipe import ModelRecipe, TowerRecipe
+from vision_tower.towers import has_class_token, tower_parts
+
+
+def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
+    """The model that `save_encoder` wrote, for pictures of `image_size` where that is given.
+
+    Raises:
+        UserError: a missing file, or missing or unexpected weights.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"{Path(folder) / name}: missing; {folder} is not a finished `clips-mllm pretrain` run")
+    model, info = ClipsModel.from_pretrained(folder, output_loading_info=True)
+    refuse_partial_load(folder, info)
+    return model if image_size is None else at_resolution(model, image_size)
+
+
+def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tuple[str, ...] = ()) -> None:
+    """Raise UserError where a checkpoint has other weights than the model; modules named in `fresh` may be missing."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, info.get(what) or ()))  # type: ignore[call-overload]
+        keys = [key for key in keys if key.partition(".")[0] not in fresh]
+        if keys:
+            raise UserError(
+                f"{folder}: {len(keys)} {what.replace('_', ' ')} (first: {keys[0]}); the checkpoint is incomplete "
+                "or belongs to another model, save it again from its run"
+            )
+
+
+def with_weights(config: ClipsConfig, state: dict[str, torch.Tensor], source: str | Path) -> ClipsModel:
+    """A model of `config` with exactly the weights `state`, in fp32. Raises UserError, naming `source`."""
+    return _filled(config, state, source)
+
+
+def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
+    """The same weights for square pictures of another side, in pixels.
+
+    Sin-cos positions are computed anew; learned ones are interpolated.
+    """
+    vision = model.config.vision_config
+    if image_size == vision.image_size:
+        return model
+    if image_size < vision.patch_size:
+        raise UserError(f"image size {image_size}: smaller than one patch of {vision.patch_size} pixels; take a larger")
+    config = copy.deepcopy(model.config)
+    config.vision_config.image_size = image_size
+    side, classed = image_size // vision.patch_size, has_class_token(vision)
+    positions = tower_parts(model.vision_model).positions
+    if config.positions == "sincos":
+        table = sincos_positions(side, vision.hidden_size, classed)
+    else:
+        table = interpolate_positions(positions.detach().flatten(end_dim=-2), side, classed)
+    name = next(name for name, value in model.named_parameters() if value is positions)
+    state = model.state_dict() | {name: table.view(*positions.shape[:-2], *table.shape)}
+    return with_weights(config, state, "the model at its old resolution")
+
+
+def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> ClipsModel:
+    """The encoder in `folder` as the model of `recipe`, whose stock words are `config`.
+
+    Only the image size may differ. A checkpoint without captioner, such as a converted one, gets a fresh one.
+
+    Raises:
+        UserError: no encoder there, or a size that differs.
+    """
+    model = load_model(folder, config.vision_config.image_size)
+    found = _recipe_words(model.config)
+    bare = not model.config.captioner_layers
+    for name in ("captioner", "target_length") if bare else ():
+        found.pop(name)
+    for name, value in found.items():
+        wanted = getattr(recipe, name)
+        if wanted != value:
+            raise UserError(
+                f"model.{name}: {wanted} in the recipe, {value} in {folder}, where the run starts from; "
+                "make them equal (only image_size may differ)"
+            )
+    return _filled(config, model.state_dict(), folder, fresh=("captioner",)) if bare else model
+
+
+def _recipe_words(config: ClipsConfig) -> dict[str, object]:
+    """What a recipe would say of a model, but for its image size and vocabulary file."""
+    image, text = config.vision_config, config.text_config
+    return {
+        "image": _tower_words(image),
+        "text": _tower_words(text),
+        "captioner": TowerRecipe(
+            width=config.captioner_width,
+            layers=config.captioner_layers,
+            mlp=config.captioner_mlp,
+            heads=config.captioner_heads,
+        ),
+        "joint": config.projection_dim,
+        "patch_size": image.patch_size,
+        "class_token": has_class_token(image),
+        "positions": config.positions,
+        "text_length": text.max_position_embeddings,
+        "target_length": config.captioner_queries,
+        "vocabulary_size": text.vocab_size,
+    }
+
+
+def _tower_words(config: Any) -> TowerRecipe:
+    return TowerRecipe(
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        mlp=config.intermediate_size,
+        heads=config.num_attention_heads,
+    )
+
+
+def _filled(
+    config: ClipsConfig, state: dict[str, torch.Tensor], source: str | Path, fresh: tuple[str, ...] = ()
+) -> ClipsModel:
+    model, info = ClipsModel.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
+        output_loading_info=True,
+    )
+    refuse_partial_load(source, info, fresh)
+    return model
