@@ -151,7 +151,9 @@ class ClipsModel(PreTrainedModel):
         self.text_model = SiglipTextModel._from_config(config.text_config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.captioner = Captioner(config) if config.captioner_layers else None
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(
+            torch.tensor([math.log(1 / 0.07)])
+        )  # DeepSpeed cannot send a scalar without shape
         self.post_init()
         self._freeze_what_clips_lacks()
 
@@ -232,6 +234,6 @@ class ClipsModel(PreTrainedModel):
             image=self.pool_image(patches),
             web=texts[:pairs],
             sub=texts[pairs:],
-            scale=self.logit_scale.exp(),
+            scale=self.logit_scale.exp()[0],
             caption_logits=None if self.captioner is None else self.captioner(patches, words[:pairs]),
         )
