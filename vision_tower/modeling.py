@@ -151,9 +151,8 @@ class ClipsModel(PreTrainedModel):
         self.text_model = SiglipTextModel._from_config(config.text_config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.captioner = Captioner(config) if config.captioner_layers else None
-        self.logit_scale = nn.Parameter(
-            torch.tensor([math.log(1 / 0.07)])
-        )  # DeepSpeed cannot send a scalar without shape
+        # One element, not a scalar: DeepSpeed cannot broadcast a tensor without dimensions.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
         self.post_init()
         self._freeze_what_clips_lacks()
 
