@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vision_tower.errors import UserError
-from vision_tower.tokenizer import BOS, CLS, EOS, IGNORED, PAD, UNK, ClipsTokenizer
+from vision_tower.tokenizer import BOS, CLS, EOS, IGNORED, PAD, UNK, ClipsTokenizer, clean
 
 WORDS = ["the", "a", "dog", "cat", "runs", "##ning"]
 
@@ -101,3 +101,94 @@ def test_bad_vocabularies(tmp_path: Path) -> None:
         ClipsTokenizer.from_vocabulary(tmp_path / "vocab.txt")
     with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
         ClipsTokenizer.from_pretrained(tmp_path)
+
+
+SCRIPTS = {
+    "latin": "abcdefghijklmnopqrstuvwxyzABCXYZ0123456789",
+    "accents": "éèüñçßøåİıŁœﬁﬃ",
+    "punctuation": ".,;:!?'\"()[]{}<>/\\|@#$%^&*-_=+`~«»“”‘’…–—",
+    "cjk": "一丁七万三上下不世中日本語漢字かなカナ한국어",
+    "emoji": "😀🐶🎈👩\u200d👩\u200d👧❤\ufe0f🇩🇪👍🏽",
+    "controls": "".join(map(chr, [*range(32), *range(0x7F, 0xA0), 0xAD, 0x200B, 0x2028, 0xFEFF, 0xFFFD])),
+    "spaces": " \t\n\r\u00a0\u2003\u3000",
+    "others": "абвгдЖЯαβγΩעבאرسทहि𝔘𝒻ｆｕｌｌ①½",
+}
+ODD = [
+    "",
+    " ",
+    "\n\t ",
+    "a " * 250 + "dog " * 250,
+    "&amp;amp; &lt;b&gt; &#39;it&#x27;s&#39; &nbsp; AT&T",
+    "donâ€™t and schÃ¶n and voilÃ\xa0",
+    "x" * 101,
+    "x" * 100,
+    "\x1b[31mred\x1b[0m",
+    "\ud7ff\ue000\U0010ffff",
+    "[bos",
+]
+
+
+def varied_strings(count: int) -> list[str]:
+    """Mixtures of scripts, of every length from nothing to 500 words, the odd ones first."""
+    import random
+
+    rng = random.Random(0)
+    texts = list(ODD)
+    while len(texts) < count:
+        kinds = rng.sample(list(SCRIPTS), rng.randint(1, len(SCRIPTS)))
+        words = [
+            "".join(rng.choices(SCRIPTS[rng.choice(kinds)], k=rng.randint(1, 9))) for _ in range(rng.randint(0, 60))
+        ]
+        texts.append(rng.choice([" ", "", "\n"]).join(words) if len(texts) % 25 else " ".join(words * 9)[:4000])
+    return texts
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipsTokenizer, Path]:
+    """A vocabulary that knows most of those letters, as ours and as a folder that open_clip reads."""
+    letters = sorted({letter for text in SCRIPTS.values() for letter in text.lower() if not letter.isspace()})
+    lines = [f"[unused{index - 1}]" for index in range(110)]
+    lines[0], lines[100], lines[101] = PAD, UNK, CLS
+    pieces = [letter for letter in letters if letter.isprintable()]
+    # A letter that opens a word but does not go on in it makes words unknown, as many are to BERT's vocabulary.
+    lines += [*WORDS, *pieces, *(f"##{piece}" for piece in pieces[::2]), "&", "<", ">", "'"]
+    folder = tmp_path_factory.mktemp("wide")
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+    # As the published repositories hold it: BERT's own tokenizer class with two of its unused pieces named.
+    from transformers import BertTokenizerFast
+
+    theirs = BertTokenizerFast(vocab=str(file), bos_token="[unused0]", eos_token="[unused1]")
+    theirs.save_pretrained(folder / "theirs")
+    return ClipsTokenizer.from_vocabulary(file), folder / "theirs"
+
+
+def test_ids_equal_open_clips(wide: tuple[ClipsTokenizer, Path]) -> None:
+    from open_clip.tokenizer import HFTokenizer
+
+    ours, folder = wide
+    theirs = HFTokenizer(str(folder), context_length=80, tokenizer_mode="clips")
+    texts = varied_strings(1000)
+    assert len(texts) == 1000 and sum(len(text.split()) > 300 for text in texts) > 10
+    expected, found = theirs(texts), ours.contrastive(texts, 80)
+    wrong = [text for text, a, b in zip(texts, expected, found, strict=True) if not torch.equal(a, b)]
+    assert not wrong, (len(wrong), wrong[0])
+    assert (found == ours.eos).any(dim=1).all() and len(found.unique()) > 150
+
+
+def test_special_pieces_in_a_text_are_words_here(wide: tuple[ClipsTokenizer, Path]) -> None:
+    """The one intended difference: open_clip lets a caption write special ids."""
+    from open_clip.tokenizer import HFTokenizer
+
+    ours, folder = wide
+    theirs = HFTokenizer(str(folder), context_length=12, tokenizer_mode="clips")
+    assert 101 in theirs(["a [CLS] dog"])[0, :-1] and 101 not in ours.contrastive(["a [CLS] dog"], 12)[0, :-1]
+
+
+def test_cleaning_leaves_plain_text_alone_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ftfy
+
+    plain = "A dog's ball, 3.5 m away (not far)!  Really? [CLS] <b> #1 @home 50% ~ ^ _ `a` {b} $5 a/b a\\b"
+    assert " ".join(ftfy.fix_text(plain).split()) == " ".join(plain.split())
+    monkeypatch.setattr(ftfy, "fix_text", None)
+    assert clean(plain) == plain

@@ -22,6 +22,17 @@ PAD, BOS, EOS, UNK, CLS = "[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]"
 IGNORED = -100
 
 
+def clean(text: str) -> str:
+    """Mojibake and HTML entities mended, white space squeezed: open_clip's `whitespace` cleaning, before any pieces."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # nothing to mend, and looking for it would cost more than the pieces
+    import html
+
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
 class ClipsTokenizer:
     """Turns captions into the two layouts. Wraps a fast tokenizer that knows the five special pieces."""
 
@@ -39,8 +50,13 @@ class ClipsTokenizer:
         return len(self.fast)
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
-        """Word pieces without special ones: a caption that spells out `[CLS]` gets ordinary pieces."""
-        encoded = self.fast(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
+        """Word pieces of the cleaned texts, without special ones.
+
+        A caption that spells out `[CLS]` gets ordinary pieces, so that no web page can write special ids into its
+        caption: the one difference from open_clip.
+        """
+        cleaned = [clean(text) for text in texts]
+        encoded = self.fast(cleaned, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
         return list(encoded["input_ids"])
 
     def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
@@ -109,7 +125,7 @@ class ClipsTokenizer:
         normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
         words: Counter[str] = Counter()
         for caption in captions:
-            words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+            words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(clean(caption))))
         letters = sorted({letter for word in words for letter in word})
         pieces = [PAD, BOS, EOS, UNK, CLS, *letters, *(f"##{letter}" for letter in letters)]
         ranked = sorted(words, key=lambda word: (-words[word], word))
