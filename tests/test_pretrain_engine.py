@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_pretrain import arguments, losses, metrics, pair, png, write_tar
 
+from vision_tower.errors import UserError, run_command
 from vision_tower.pretrain import main
 
 ROOT = Path(__file__).parents[1]
@@ -93,3 +98,263 @@ def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path, stage:
         assert distance(one / file, two / file) < 1e-5, file
     moved = distance(one / "model.safetensors", one / "ema" / "model.safetensors")
     assert moved > 1e-4, "the average would pass for the weights"
+
+
+# --- what trains, and how
+
+
+def test_only_weight_matrices_decay() -> None:
+    from transformers import set_seed
+
+    from vision_tower.modeling import ClipsModel
+    from vision_tower.training import parameter_groups
+
+    set_seed(0)
+    tower = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 2}
+    config = ClipsModel.config_class(
+        vision_config=tower | {"model_type": "vit", "image_size": 32, "patch_size": 16},
+        text_config=tower | {"vocab_size": 10, "max_position_embeddings": 4, "projection_size": 8},
+        captioner_width=8,
+        captioner_layers=1,
+        captioner_heads=2,
+        captioner_mlp=8,
+        captioner_queries=3,
+        projection_dim=8,
+    )
+    model = ClipsModel.from_scratch(config)
+    decaying, rest = parameter_groups(model, 0.2)
+    assert (decaying["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in decaying["params"]}
+    assert all(names[id(parameter)] not in decayed for parameter in rest["params"])
+    assert len(decayed) + len(rest["params"]) == sum(p.requires_grad for p in model.parameters())
+    # 6 matrices in each of three blocks, the patch stem, two projections, two more into the captioner, its output.
+    assert len(decayed) == 3 * 6 + 1 + 2 + 2 + 1
+    assert all(name.endswith("weight") and "norm" not in name and "embedding." not in name for name in decayed)
+    spared = {names[id(parameter)] for parameter in rest["params"]}
+    assert {"logit_scale", "captioner.queries", "vision_model.embeddings.cls_token"} <= spared
+    assert {"text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"} <= spared
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.siglip.modeling_siglip import SiglipMLP
+
+    calls = 0
+    forward = SiglipMLP.forward
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(SiglipMLP, "forward", counting)
+    counts = []
+    for value in ("false", "true"):
+        calls = 0
+        values = FULL_BATCH | {"training.gradient_checkpointing": value, "training.max_steps": 3}
+        main(arguments(tiny_world, tmp_path / value, **values))
+        counts.append(calls)
+    assert counts[1] == 2 * counts[0]
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-6)
+
+
+def test_bf16_keeps_fp32_weights(tiny_world: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        main(arguments(tiny_world, tmp_path / precision, **FULL_BATCH, **{"training.precision": precision}))
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
+    assert {value.dtype for value in load_file(tmp_path / "bf16" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_compiled_blocks_train_the_same(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated by the compiler; its last stage, machine code, would take half a minute."""
+    from torch._dynamo.utils import counters
+
+    quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    main(arguments(tiny_world, tmp_path / "plain", **FULL_BATCH))
+    counters.clear()
+    main(arguments(tiny_world, tmp_path / "compiled", **FULL_BATCH, **{"training.compile": "true"}))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
+    names = [set(load_file(tmp_path / run / "model.safetensors")) for run in ("plain", "compiled")]
+    assert names[0] == names[1]
+
+
+# --- the average of the weights
+
+
+AVERAGED = {
+    "training.ema_decay": 0.3,
+    "training.max_steps": 4,
+    "training.save_every": 1,
+    "training.keep_checkpoints": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def averaged(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    main(arguments(tiny_world, folder, **AVERAGED))
+    return folder
+
+
+def test_the_average_by_hand(averaged: Path, tiny_world: Path, tmp_path: Path) -> None:
+    main(arguments(tiny_world, tmp_path / "start", **{"training.max_steps": 1, "training.learning_rate": 0}))
+    expected = load_file(tmp_path / "start" / "model.safetensors")
+    for step in range(1, 5):
+        weights = load_file(averaged / f"checkpoint-{step}" / "model.safetensors")
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
+    found = load_file(averaged / "ema" / "model.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0, msg=name)
+    tower = load_file(averaged / "tower" / "model.safetensors")
+    for name, value in tower.items():
+        assert torch.equal(value, found[f"vision_model.{name}"]), name
+    own, last = (load_file(averaged / path / "model.safetensors") for path in (".", "checkpoint-4"))
+    assert all(torch.equal(own[name], last[name]) for name in own), "the model's own weights are not the average"
+
+
+def test_the_average_resumes_exactly(averaged: Path, tiny_world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "halves"
+    main(arguments(tiny_world, folder, **AVERAGED | {"training.max_steps": 2}))
+    main(arguments(tiny_world, folder, **AVERAGED))
+    assert distance(folder / "ema" / "model.safetensors", averaged / "ema" / "model.safetensors") == 0
+    late = tmp_path / "late"
+    main(arguments(tiny_world, late, **AVERAGED | {"training.ema_decay": 0, "training.max_steps": 2}))
+    with pytest.raises(UserError, match=r"average\.safetensors: missing, this run began without training\.ema_decay"):
+        main(arguments(tiny_world, late, **AVERAGED))
+
+
+# --- locked towers
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_locked_tower_keeps_its_weights(averaged: Path, tiny_world: Path, tmp_path: Path, tower: str) -> None:
+    values = {"lock.tower": tower, "lock.checkpoint": averaged, "training.weight_decay": 0.2, "training.seed": 1}
+    main(arguments(tiny_world, tmp_path / "run", **values))
+    before, after = load_file(averaged / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    locked = {"image": ("vision_model.", "visual_projection."), "text": ("text_model.",)}[tower]
+    for name in before:
+        assert torch.equal(before[name], after[name]) or not name.startswith(locked), name
+    trained = "text_model.head.weight" if tower == "image" else "visual_projection.weight"
+    assert not torch.equal(before[trained], after[trained])
+    tokens = [json.loads((folder / "tokenizer.json").read_text()) for folder in (averaged, tmp_path / "run")]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lock.tower": "image"}, "lock: tower and checkpoint belong together"),
+        ({"lock.tower": "image", "model.image.width": 64}, "its image tower is of another shape than model.image"),
+        ({"lock.tower": "text", "model.vocabulary": "vocab.txt"}, "lock.tower=text: brings its own vocabulary"),
+        ({"training.ema_decay": 1}, "training.ema_decay=1.0: from 0 to below 1"),
+        ({"training.peak_tflops": 0}, "training.peak_tflops=0.0: a positive number"),
+    ],
+)
+def test_bad_options_are_one_line(
+    averaged: Path, tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], values: Any, message: str
+) -> None:
+    if len(values) > 1:
+        values = values | {"lock.checkpoint": averaged}
+    assert run_command(main, arguments(tiny_world, tmp_path / "run", **values)) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+# --- NaN
+
+
+def test_a_nan_stops_the_run_and_leaves_the_last_checkpoint(
+    tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One poisoned picture at step 4: step and samples are told; without it the run ends as if never stopped."""
+    from vision_tower.data import PairCollator
+
+    values = {"training.max_steps": 6, "training.save_every": 1}
+    main(arguments(tiny_world, tmp_path / "whole", **values))
+    collate, batches = PairCollator.__call__, 0
+
+    def poisoned(self: PairCollator, samples: list[Any]) -> dict[str, Any]:
+        nonlocal batches
+        batches += 1
+        batch = collate(self, samples)
+        if batches == 4:
+            batch["pixel_values"][3, 0, 5, 5] = math.nan
+        return batch
+
+    monkeypatch.setattr(PairCollator, "__call__", poisoned)
+    folder = tmp_path / "run"
+    assert run_command(main, arguments(tiny_world, folder, **values)) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "step 4: loss nan" in line and "bad_step.json" in line and "checkpoint-3" in line
+    told = json.loads((folder / "bad_step.json").read_text())
+    assert told["step"] == 4 and len(told["ranks"]) == 1
+    keys = told["ranks"][0]["keys"]
+    assert len(set(keys)) == 16 and all("pretrain" in key for key in keys)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    state = load_file(folder / "checkpoint-3" / "model.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+    assert not (folder / "model.safetensors").exists()
+    monkeypatch.undo()
+    main(arguments(tiny_world, folder, **values))
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def _refuse_on_one_rank(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    from vision_tower.bad_step import refuse
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    refuse({"loss": torch.tensor(1.0)}, 6, [f"early-{rank}"], Path(folder))
+    try:
+        refuse({"loss": torch.tensor(math.inf if rank else 2.0)}, 7, [f"key-{rank}"], Path(folder))
+    except UserError as error:
+        (Path(folder) / f"said-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_stop_where_one_is_not_finite(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_refuse_on_one_rank, args=(str(tmp_path),), nprocs=2)
+    assert all("step 7" in (tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    told = json.loads((tmp_path / "bad_step.json").read_text())
+    assert told["ranks"] == [
+        {"rank": 0, "loss": "2.0", "keys": ["key-0"]},
+        {"rank": 1, "loss": "inf", "keys": ["key-1"]},
+    ]
+
+
+# --- the log
+
+
+def test_the_log_tells_how_fast_the_run_is(tiny_world: Path, tmp_path: Path) -> None:
+    values = {"training.peak_tflops": 0.5, "training.log_every": 2, "training.report_to": "[tensorboard]"}
+    main(arguments(tiny_world, tmp_path / "run", **values))
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["samples_per_second"] > 0 and 0 < row["data_wait"] < 1
+        assert row["mfu"] == pytest.approx(row["tflops"] / 0.5, abs=1e-5)
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    content = events.read_bytes()
+    for name in (
+        "loss",
+        "loss_web",
+        "loss_sub",
+        "loss_caption",
+        "temperature",
+        "grad_norm",
+        "samples_per_second",
+        "mfu",
+    ):
+        assert f"train/{name}".encode() in content, name
+
+
+def test_without_a_known_peak_there_is_no_mfu(averaged: Path) -> None:
+    assert all("mfu" not in row and row["tflops"] > 0 for row in metrics(averaged))
+    assert not list(averaged.rglob("events.out.tfevents.*")), "nothing is reported anywhere unless asked"

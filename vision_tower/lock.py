@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from vision_tower.encoder import load_encoder
 from vision_tower.errors import UserError
+from vision_tower.loading import load_model
 from vision_tower.modeling import ClipsModel
 from vision_tower.pretrain_recipe import LockRecipe
 
@@ -16,7 +14,7 @@ PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model",)
 def lock_tower(model: ClipsModel, recipe: LockRecipe) -> None:
     """Copy the tower's weights from `recipe.checkpoint` and freeze them. Raises UserError where shapes differ."""
     assert recipe.tower != "none" and recipe.checkpoint is not None, "LockRecipe.check has run"
-    given = load_encoder(Path(recipe.checkpoint), "cpu").model.float()
+    given = load_model(recipe.checkpoint, model.config.vision_config.image_size).float()
     for name in PARTS[recipe.tower]:
         part = model.get_submodule(name)
         try:

@@ -143,7 +143,8 @@ class LockRecipe:
 
     Args:
         tower: which tower, with its projection, keeps the weights of the checkpoint.
-        checkpoint: folder of a `pretrain` run or a converted encoder; its tower must have this recipe's sizes.
+        checkpoint: folder of a `pretrain` run or a converted encoder; its tower must have this recipe's sizes. A text
+            tower brings its vocabulary.
     """
 
     tower: Literal["none", "image", "text"] = "none"
@@ -203,4 +204,6 @@ class PretrainRecipe:
         """Raise UserError where the numbers do not fit together."""
         self.model.check()
         self.lock.check()
+        if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
+            raise UserError("lock.tower=text: brings its own vocabulary; leave model.vocabulary and start_from out")
         self.training.check()
