@@ -22,6 +22,7 @@ COMMANDS = {
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
+    "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
     "evaluate": Command("clips_eval.evaluate", "run lmms-eval tasks on a multimodal LLM"),
     "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
     "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),

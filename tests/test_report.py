@@ -1,25 +1,18 @@
-"""`clips-mllm report` on synthetic run folders, and `clips-mllm retrieve` with an encoder that reads colours."""
+"""`clips-mllm report` on synthetic run folders."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import sys
-from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from clips_eval import report, retrieve
-from clips_eval.embeddings import score
+from clips_eval import report
 from clips_eval.report_numbers import wilson
 from vision_tower.errors import UserError, run_command
-from vision_tower.karpathy import Pairs
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 RECALLS = {"i2t_r1": 0.311, "i2t_r5": 0.672, "i2t_r10": 0.793, "t2i_r1": 0.254, "t2i_r5": 0.615, "t2i_r10": 0.746}
@@ -159,6 +152,31 @@ def test_page_is_self_contained(run: Path) -> None:
     assert "a &lt;red&gt; scene" in page and "picture not kept" in page
 
 
+ZEROSHOT = {"top1": 0.437, "top5": 0.719, "mean_per_class": 0.428, "n_images": 600, "n_classes": 20, "n_texts": 160}
+
+
+def test_zero_shot_is_shown_where_it_was_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree, markdown, page = outputs(run)
+    assert tree["encoder"]["zeroshot"] is None and "zero-shot classification" not in markdown + page
+    dump(run / "encoder" / "zeroshot.json", ZEROSHOT | {"data": "data/objects"})
+    capsys.readouterr()
+    tree, markdown, page = outputs(run)
+    assert tree["encoder"]["zeroshot"] == {key: value for key, value in ZEROSHOT.items() if key != "n_texts"}
+    low, high = wilson(0.437, 600)
+    assert f"| This run | 43.7 | {100 * low:.1f}–{100 * high:.1f} | 71.9 | 42.8 |" in markdown
+    assert "| Chance | 5.0 | – | 25.0 | 5.0 |" in markdown
+    for text in (markdown, page):
+        assert "600 images, 20 classes, 160 prompts (data/objects)" in text
+    assert "top1 43.7%  top5 71.9%  mean_per_class 42.8%" in capsys.readouterr().out
+
+
+def test_zero_shot_below_five_classes_has_no_top_5(run: Path) -> None:
+    dump(run / "encoder" / "zeroshot.json", ZEROSHOT | {"top5": None, "n_classes": 4})
+    tree, markdown, _ = outputs(run)
+    assert tree["encoder"]["zeroshot"]["top5"] is None
+    assert "| – | 42.8 |" in markdown and "| Chance | 25.0 | – | – | 25.0 |" in markdown
+
+
 def test_same_run_same_bytes(run: Path) -> None:
     assert outputs(run) == outputs(run)
 
@@ -184,6 +202,7 @@ def test_missing_parts_are_said(run: Path, capsys: pytest.CaptureFixture[str]) -
         ("encoder/retrieval.json", "{", ["retrieval.json", "line 1", "not valid JSON"]),
         ("encoder/retrieval.json", json.dumps(RECALLS | {"n_images": 9, "i2t_r1": 31.1}), ["i2t_r1", "fraction"]),
         ("encoder/retrieval.json", json.dumps(RECALLS | {"n_images": 0}), ["n_images", "at least 1"]),
+        ("encoder/zeroshot.json", json.dumps(ZEROSHOT | {"top1": 43.7}), ["zeroshot.json", "top1", "fraction"]),
         ("finetune/lmms.json", json.dumps({"tasks": {"clips_mmbench": {"n": 3}}}), ["tasks.clips_mmbench.accuracy"]),
         ("finetune/lmms.json", json.dumps({"control": "shuffled", "tasks": {}}), ["lmms.json", "control"]),
         ("finetune/lmms_samples.jsonl", '{"task": "a", "correct": "yes"}', ["samples.jsonl", "line 1", "correct"]),
@@ -210,111 +229,3 @@ def test_wilson() -> None:
     """Textbook values: 8 of 10, and none of 20, where the plain interval would be empty."""
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-
-
-class ColourEncoder:
-    """Embeds a picture as its mean colour and a text as the colours it names: exact retrieval, nothing trained."""
-
-    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        rows = [
-            torch.tensor(image.convert("RGB").resize((1, 1)).getpixel((0, 0)), dtype=torch.float32) for image in images
-        ]
-        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
-
-    def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        rows = [torch.tensor([float(colour in text) for colour in COLOURS]) for text in texts]
-        return torch.nn.functional.normalize(torch.stack(rows) + 1e-3, dim=1)
-
-
-@pytest.fixture
-def karpathy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
-    """Three pictures with two captions each, one of them described wrongly, and one picture of another split."""
-    rows = []
-    for number, colour in enumerate(COLOURS):
-        picture(tmp_path / "val" / f"{colour}.png", colour)
-        named = ["red", "red"] if colour == "blue" else [colour, colour]
-        sentences = [{"raw": f"a {name} square"} for name in named]
-        rows.append(
-            {"filepath": "val", "filename": f"{colour}.png", "split": "test", "imgid": number, "sentences": sentences}
-        )
-    rows.append({"filepath": "val", "filename": "none.png", "split": "train", "imgid": 3, "sentences": []})
-    (tmp_path / "encoder").mkdir()
-    (tmp_path / "encoder" / "model.safetensors").write_bytes(b"weights")
-    fake = SimpleNamespace(load_encoder=lambda folder, device="auto": ColourEncoder())
-    monkeypatch.setitem(sys.modules, "vision_tower.encoder", fake)
-    return tmp_path, {"images": rows, "dataset": "sample"}
-
-
-def test_retrieve(karpathy: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    root, tree = karpathy
-    dump(root / "test.json", tree)
-    argv = [str(root / "encoder"), "--data", str(root / "test.json"), "--batch_size", "2"]
-    retrieve.main(argv)
-    found = json.loads((root / "encoder" / "retrieval.json").read_text())
-    # The blue picture's captions say red: it is never first, and its two captions rank the red picture before it.
-    assert (found["i2t_r1"], found["t2i_r1"]) == pytest.approx((2 / 3, 4 / 6))
-    assert (found["t2i_r5"], found["n_images"], found["n_texts"]) == (1.0, 3, 6)
-    assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
-    assert found["command"].startswith("clips-mllm retrieve ") and found["versions"]["torch"] == version("torch")
-    for row in found["examples"]["text_to_image"]:
-        assert all((root / "encoder" / name).is_file() for name in row["images"])
-    assert "66.7%" in capsys.readouterr().out
-    assert outputs(root)[0]["encoder"]["retrieval"]["t2i_r1"] == found["t2i_r1"]  # what it writes, `report` reads
-
-
-def test_retrieve_refuses_a_diverged_encoder(karpathy: tuple[Path, dict[str, Any]]) -> None:
-    """NaN loses no comparison, so it would be reported as a perfect recall."""
-    root, _ = karpathy
-    pairs = Pairs(files=[root], texts=["a"], owner=[0])
-    with pytest.raises(UserError, match="NaN"):
-        score(root, torch.full((1, 3), torch.nan), torch.ones(1, 3), pairs)
-
-
-def break_json(root: Path, tree: dict[str, Any]) -> None:
-    (root / "test.json").write_text("[")
-
-
-def break_split(root: Path, tree: dict[str, Any]) -> None:
-    dump(root / "test.json", {"images": tree["images"][3:]})
-
-
-def break_caption(root: Path, tree: dict[str, Any]) -> None:
-    tree["images"][1]["sentences"][1]["raw"] = " "
-    dump(root / "test.json", tree)
-
-
-def break_missing_picture(root: Path, tree: dict[str, Any]) -> None:
-    (root / "val" / "green.png").unlink()
-    dump(root / "test.json", tree)
-
-
-def break_corrupt_picture(root: Path, tree: dict[str, Any]) -> None:
-    file = root / "val" / "green.png"
-    file.write_bytes(file.read_bytes()[:40])
-    dump(root / "test.json", tree)
-
-
-def break_encoder(root: Path, tree: dict[str, Any]) -> None:
-    (root / "encoder" / "model.safetensors").unlink()
-    dump(root / "test.json", tree)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda root, tree: None, ["test.json", "no such file"]),
-        (break_json, ["test.json", "not valid JSON"]),
-        (break_split, ["split 'test'", "train", "--split"]),
-        (break_caption, ["images[1].sentences[1]", "raw"]),
-        (break_missing_picture, ["green.png", "images[1]", "--images"]),
-        (break_corrupt_picture, ["green.png", "not a readable image"]),
-        (break_encoder, ["encoder", "model.safetensors"]),
-    ],
-)
-def test_retrieve_names_what_is_wrong(karpathy: tuple[Path, dict[str, Any]], damage: Any, words: list[str]) -> None:
-    root, tree = karpathy
-    damage(root, tree)
-    with pytest.raises(UserError) as caught:
-        retrieve.main([str(root / "encoder"), "--data", str(root / "test.json")])
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
-    assert not (root / "encoder" / "retrieval.json").exists()

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Bad input. The message names the file, the place and the remedy, in one line."""
 
 
+class NotFinite(ValueError):
+    """An embedding holds NaN or infinity: it loses no comparison, or wins all, and scores would mean nothing."""
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` and return its exit code: 0, 2 for bad input, 28 for a full disk, 130 for Ctrl-C.
 

@@ -5,25 +5,16 @@ The form of dataset_coco.json and dataset_flickr30k.json; COCO's entries also na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import UserError
 from vision_tower.json_files import read_object
+from vision_tower.pictures import Pair
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Pictures and their captions: `owner[j]` is the place in `files` of the picture that `texts[j]` describes."""
-
-    files: list[Path]
-    texts: list[str]
-    owner: list[int]
-
-
-def load_pairs(data: Path, images_dir: Path, split: str) -> Pairs:
-    """Read the pictures of `split` and all their captions (COCO's test split: 5,000 and 25,010).
+def load_pairs(data: Path, images_dir: Path, split: str) -> list[Pair]:
+    """The pictures of `split` with all their captions (COCO's test split: 5,000 and 25,010).
 
     Raises:
         UserError: what is wrong in which image of the JSON, or a picture that does not exist.
@@ -35,15 +26,12 @@ def load_pairs(data: Path, images_dir: Path, split: str) -> Pairs:
     if not chosen:
         known = ", ".join(sorted({str(row.get("split")) for row in rows})) or "none"
         raise UserError(f"{data}: no image of split '{split}'; splits in this file: {known}; choose with --split")
-    files: list[Path] = []
-    texts: list[str] = []
-    owner: list[int] = []
+    pairs = []
     for place, row in chosen:
-        captions = _captions(data, place, row)
-        files.append(_file(data, place, row, images_dir))
-        texts += captions
-        owner += [len(files) - 1] * len(captions)
-    return Pairs(files=files, texts=texts, owner=owner)
+        captions = tuple(_captions(data, place, row))
+        file = _file(data, place, row, images_dir)
+        pairs.append(Pair(name=str(file), content=file, texts=captions))
+    return pairs
 
 
 def _captions(data: Path, place: int, row: dict[str, Any]) -> list[str]:

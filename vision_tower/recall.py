@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vision_tower.errors import NotFinite
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,7 +46,8 @@ def recall_at_k(
     Returns:
         `{"i2t_r1": ..., "t2i_r1": ...}`, one pair of keys for each k.
     Raises:
-        ValueError: shapes that do not fit, an image without a text, or an embedding that is not finite.
+        ValueError: shapes that do not fit, or an image without a text.
+        NotFinite: an embedding is not finite.
     """
     import torch
 
@@ -114,8 +117,7 @@ def _check(images: Tensor, texts: Tensor, image_of_text: Tensor) -> None:
         raise ValueError(f"images {tuple(images.shape)} and texts {tuple(texts.shape)} must be (N, D) and (M, D)")
     if image_of_text.shape != (len(texts),):
         raise ValueError(f"image_of_text {tuple(image_of_text.shape)} must be ({len(texts)},), one image for each text")
-    # NaN compares false with everything, so it could rank anywhere and look like a score.
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
-        raise ValueError("an embedding holds NaN or infinity")
+        raise NotFinite("an embedding holds NaN or infinity")
     if not torch.equal(image_of_text.unique(), torch.arange(len(images), device=image_of_text.device)):
         raise ValueError(f"each of the {len(images)} images needs a text, and each text an image among them")

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 def summary(tree: dict[str, Any]) -> list[str]:
     """The scores of report.json as lines for the terminal; what was not measured has no line."""
-    tables = {"retrieval": tree["encoder"]["retrieval"], **tree["mllm"]}
+    tables = {**tree["encoder"], **tree["mllm"]}
     lines = []
     for name, table in tables.items():
         scores = {key: value for key, value in (table or {}).items() if isinstance(value, float)}

@@ -10,7 +10,15 @@ from clips_eval.report_gallery import Card, Mark, answer_cards, chat_cards, retr
 from clips_eval.report_numbers import numbers
 from clips_eval.report_plots import Plot, benchmark_plot, curve_plots, retrieval_plot
 from clips_eval.report_read import Run
-from clips_eval.report_tables import PAPER_NOTE, load_paper, missing_parts, mllm_table, retrieval_table, steps_table
+from clips_eval.report_tables import (
+    PAPER_NOTE,
+    load_paper,
+    missing_parts,
+    mllm_table,
+    retrieval_table,
+    steps_table,
+    zeroshot_table,
+)
 
 
 def render(run: Run) -> str:
@@ -70,6 +78,8 @@ def _encoder(run: Run) -> str:
             "<h3>Image to text: the five best captions, the picture's own in green, with a tick</h3>",
             _cards(by_image, kind="cards two"),
         ]
+    if run.zeroshot:
+        parts += ["<h2>Encoder: zero-shot classification</h2>", _table(zeroshot_table(run.zeroshot))]
     return "\n".join(parts)
 
 

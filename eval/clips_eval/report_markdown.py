@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clips_eval.report_cells import MISSING, Table
 from clips_eval.report_read import Run
-from clips_eval.report_tables import load_paper, missing_parts, mllm_table, retrieval_table, steps_table
+from clips_eval.report_tables import load_paper, missing_parts, mllm_table, retrieval_table, steps_table, zeroshot_table
 
 
 def render(run: Run) -> str:
@@ -12,6 +12,8 @@ def render(run: Run) -> str:
     paper = load_paper()
     parts = [f"# clips-mllm: {run.root.resolve().name}", "Plots and pictures are in report.html."]
     parts += ["## Encoder: retrieval", _table(retrieval_table(run, paper))]
+    if run.zeroshot:
+        parts += ["## Encoder: zero-shot classification", _table(zeroshot_table(run.zeroshot))]
     parts += ["## Multimodal LLM: benchmarks", _table(mllm_table(run, paper))]
     if run.chat:
         lines = [f"- **{_inline(row.question)}** {_inline(row.answer) or '(empty)'}" for row in run.chat]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from clips_eval.report_files import count_in, number_in
-from clips_eval.report_read import RECALLS, Benchmarks, Retrieval, Run
+from clips_eval.report_read import RECALLS, Benchmarks, Retrieval, Run, ZeroShot
 
 SCHEMA_VERSION = 1
 # Our own tasks: the name in lmms.json and the metrics that report.json promises.
@@ -29,7 +29,7 @@ def numbers(run: Run) -> dict[str, Any]:
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        "encoder": {"retrieval": _retrieval(run.retrieval)},
+        "encoder": {"retrieval": _retrieval(run.retrieval), "zeroshot": _zeroshot(run.zeroshot)},
         "mllm": _mllm(run),
         "steps": [
             {
@@ -47,6 +47,11 @@ def numbers(run: Run) -> dict[str, Any]:
 
 def _retrieval(found: Retrieval | None) -> dict[str, Any] | None:
     return None if found is None else {key: found.recalls[key] for key in RECALLS} | {"n_images": found.n_images}
+
+
+def _zeroshot(found: ZeroShot | None) -> dict[str, Any] | None:
+    names = ("top1", "top5", "mean_per_class", "n_images", "n_classes")
+    return None if found is None else {name: getattr(found, name) for name in names}
 
 
 def _mllm(run: Run) -> dict[str, dict[str, Any] | None]:

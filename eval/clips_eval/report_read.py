@@ -1,6 +1,7 @@
 """What a run folder holds, read and checked: every part may be missing, none may be malformed.
 
-RUN/steps/*.json  RUN/encoder/retrieval.json  RUN/finetune/lmms.json (+ samples)  RUN/*/metrics.jsonl  --> Run
+RUN/steps/*.json  RUN/encoder/{retrieval,zeroshot}.json  RUN/finetune/lmms.json (+ samples)
+RUN/*/metrics.jsonl --> Run
 """
 
 from __future__ import annotations
@@ -37,6 +38,19 @@ class Retrieval:
     data: str
     folder: Path
     examples: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """Zero-shot accuracies as fractions; `top5` is None below five classes."""
+
+    top1: float
+    top5: float | None
+    mean_per_class: float
+    n_images: int
+    n_classes: int
+    n_texts: int
+    data: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +99,7 @@ class Run:
 
     root: Path
     retrieval: Retrieval | None = None
+    zeroshot: ZeroShot | None = None
     lmms: Benchmarks | None = None
     shuffled: Benchmarks | None = None
     curves: list[Curve] = field(default_factory=list)
@@ -103,13 +118,14 @@ def read_run(root: Path) -> Run:
     run = Run(
         root=root,
         retrieval=_read_retrieval(root / "encoder" / "retrieval.json"),
+        zeroshot=_read_zeroshot(root / "encoder" / "zeroshot.json"),
         lmms=_read_benchmarks(root / "finetune" / "lmms.json", control="none"),
         shuffled=_read_benchmarks(root / "finetune" / "lmms_shuffled.json", control="shuffled"),
         curves=[curve for stage in STAGES if (curve := _read_curve(root / stage / "metrics.jsonl", stage))],
         steps=[_read_step(file) for file in sorted((root / "steps").glob("*.json"), key=_step_order)],
         chat=_read_chat(root / "chat.json"),
     )
-    if not (run.retrieval or run.lmms or run.shuffled or run.curves or run.steps or run.chat):
+    if run == Run(root=root):
         raise UserError(f"{root}: nothing of a run in this folder; give one that holds encoder/, finetune/ or steps/")
     return run
 
@@ -147,6 +163,21 @@ def _read_retrieval(file: Path) -> Retrieval | None:
         data=str(tree.get("data", "")),
         folder=file.parent,
         examples={way: examples.get(way, []) for way in known},
+    )
+
+
+def _read_zeroshot(file: Path) -> ZeroShot | None:
+    if not file.exists():
+        return None
+    tree = read_object(file)
+    return ZeroShot(
+        top1=number_in(file, tree, "top1", fraction=True),
+        top5=None if tree.get("top5") is None else number_in(file, tree, "top5", fraction=True),
+        mean_per_class=number_in(file, tree, "mean_per_class", fraction=True),
+        n_images=count_in(file, tree, "n_images"),
+        n_classes=count_in(file, tree, "n_classes"),
+        n_texts=count_in(file, tree, "n_texts"),
+        data=str(tree.get("data", "")),
     )
 
 

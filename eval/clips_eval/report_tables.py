@@ -7,7 +7,7 @@ from typing import Any
 
 from clips_eval.report_cells import MISSING, NONE, Column, Row, Table, count, duration, interval, number, percent
 from clips_eval.report_numbers import CHANCE, OWN_TASKS, numbers, recall_chance, shuffled, size
-from clips_eval.report_read import RECALLS, STAGES, Run
+from clips_eval.report_read import RECALLS, STAGES, Run, ZeroShot
 
 PAPER_NOTE = (
     "Marked “paper”: published numbers of the CLIPS paper (arXiv 2411.16828), from other data, other models and a far "
@@ -83,6 +83,23 @@ def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
         only_first = [number(values.get(f"{data}_{key}")) for key in RECALLS]
         rows.append(Row(cells=[f"CLIPS H, {title}", *only_first], kind="paper"))
     return rows
+
+
+def zeroshot_table(found: ZeroShot) -> Table:
+    """Zero-shot accuracies of this run and of a guess."""
+    columns = [Column(name=name) for name in ("Encoder", "Top-1", "95 %", "Top-5", "Mean per class")]
+    chance, near = percent(1 / found.n_classes), percent(min(1.0, 5 / found.n_classes))
+    top5 = NONE if found.top5 is None else percent(found.top5)
+    ours = [percent(found.top1), interval(found.top1, found.n_images), top5, percent(found.mean_per_class)]
+    rows = [
+        Row(cells=["This run", *ours]),
+        Row(cells=["Chance", chance, NONE, NONE if found.top5 is None else near, chance], kind="control"),
+    ]
+    notes = [
+        "Accuracy in %. An image gets the class whose prompts' mean embedding is nearest; 95 %: Wilson interval.",
+        f"{found.n_images:,} images, {found.n_classes:,} classes, {found.n_texts:,} prompts ({found.data}).",
+    ]
+    return Table(columns=columns, rows=rows, notes=notes)
 
 
 def mllm_table(run: Run, paper: dict[str, Any]) -> Table:

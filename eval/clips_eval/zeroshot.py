@@ -1,0 +1,106 @@
+"""`clips-mllm zeroshot ENCODER --data FOLDER`: zero-shot classification of the pictures in class folders.
+
+FOLDER/CLASS/*.jpg, templates, class names --encoder--> top-1, top-5, mean per class --> zeroshot.json
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vision_tower.errors import NotFinite, UserError, run_command
+from vision_tower.recipe import parse_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotRecipe:
+    """Measure an encoder's zero-shot classification on a folder of class folders (ImageFolder).
+
+    Args:
+        encoder: folder of an encoder, as 'pretrain' and 'convert' write it.
+        data: the folder that holds a folder of pictures for each class.
+        templates: text file with one prompt a line, {} where the class name goes; eight simple ones if not given.
+        classes: text file with one class name a line, in the order of the sorted class folders; if not given, the
+            folders' names with spaces for underscores.
+        output: where the scores go; ENCODER/zeroshot.json if not given.
+        batch_size: pictures, or prompts, at a time.
+        most_bad: share of unreadable pictures above which the run stops; below it they are left out and counted.
+        device: auto, cpu or cuda.
+    """
+
+    encoder: Path
+    data: Path
+    templates: Path | None = None
+    classes: Path | None = None
+    output: Path | None = None
+    batch_size: int = 64
+    most_bad: float = 0.01
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raise UserError where a value has no meaning."""
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: at least 1 is needed")
+        if not 0 <= self.most_bad < 1:
+            raise UserError(f"--most_bad {self.most_bad}: a share from 0 to below 1 is needed")
+
+
+def main(argv: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: bad data, too many unreadable pictures, an unusable encoder.
+    """
+    start = time.perf_counter()
+    recipe = parse_recipe(ZeroShotRecipe, argv, command="zeroshot", positional=("encoder",))
+    recipe.check()
+
+    from vision_tower.image_folder import load_task
+
+    task = load_task(recipe.data, recipe.templates, recipe.classes)
+
+    from clips_eval.provenance import diverged, provenance
+    from clips_eval.report_files import write_json
+    from vision_tower.encoder import load_encoder
+    from vision_tower.pictures import Skips
+    from vision_tower.zeroshot import classify
+
+    encoder = load_encoder(recipe.encoder, recipe.device)
+    skips = Skips(str(recipe.data), recipe.most_bad)
+    try:
+        scores = classify(encoder, task, recipe.batch_size, skips)
+    except NotFinite as error:
+        raise diverged(recipe.encoder) from error
+    per_class = zip(task.folders, task.names, scores.images_per_class, scores.per_class, strict=True)
+    result = {
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "mean_per_class": scores.mean_per_class,
+        "n_images": sum(scores.images_per_class),
+        "n_texts": len(task.names) * len(task.templates),
+        "n_classes": len(task.names),
+        "n_skipped": skips.bad,
+        "data": str(recipe.data),
+        "templates": task.templates,
+        "classes": [{"folder": folder, "name": name, "n": n, "top1": top1} for folder, name, n, top1 in per_class],
+        **provenance(recipe.encoder, encoder, "zeroshot", argv),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    output = recipe.output or recipe.encoder / "zeroshot.json"
+    write_json(output, result)
+    print(_table(result, output))
+
+
+def _table(result: dict[str, Any], output: Path) -> str:
+    names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+    body = [f"{name:16}{result[key]:8.1%}" for key, name in names.items() if result[key] is not None]
+    left_out = f" ({result['n_skipped']} unreadable pictures left out)" if result["n_skipped"] else ""
+    counts = f"{result['n_images']} images{left_out}, {result['n_classes']} classes, {result['n_texts']} prompts"
+    return "\n".join([*body, f"{counts}; {result['seconds']:.0f} s; written to {output}"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

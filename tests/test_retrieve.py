@@ -1,0 +1,220 @@
+"""`clips-mllm retrieve` on Karpathy JSON and CSV, with an encoder that reads colours."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import colour_encoder
+import pytest
+import torch
+from colour_encoder import COLOURS, paint
+
+from clips_eval import report, retrieve
+from clips_eval.retrieval_scores import score
+from vision_tower.embedding import EmbeddedPairs
+from vision_tower.errors import UserError
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
+    """Three pictures with two captions each, one of them described wrongly, and one picture of another split."""
+    rows = []
+    for number, colour in enumerate(COLOURS):
+        paint(tmp_path / "val" / f"{colour}.png", colour)
+        named = ["red", "red"] if colour == "blue" else [colour, colour]
+        sentences = [{"raw": f"a {name} square"} for name in named]
+        rows.append(
+            {"filepath": "val", "filename": f"{colour}.png", "split": "test", "imgid": number, "sentences": sentences}
+        )
+    rows.append({"filepath": "val", "filename": "none.png", "split": "train", "imgid": 3, "sentences": []})
+    colour_encoder.install(tmp_path / "encoder", monkeypatch)
+    return tmp_path, {"images": rows, "dataset": "sample"}
+
+
+def dump(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree))
+
+
+def run(root: Path, *options: str, data: str = "test.json") -> dict[str, Any]:
+    retrieve.main([str(root / "encoder"), "--data", str(root / data), *options])
+    return json.loads((root / "encoder" / "retrieval.json").read_text())
+
+
+def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    root, tree = world
+    dump(root / "test.json", tree)
+    found = run(root, "--batch_size", "2")
+    # The blue picture's captions say red: it is never first, and its two captions rank the red picture before it.
+    assert (found["i2t_r1"], found["t2i_r1"]) == pytest.approx((2 / 3, 4 / 6))
+    assert (found["t2i_r5"], found["n_images"], found["n_texts"], found["n_skipped"]) == (1.0, 3, 6, 0)
+    assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert found["command"].startswith("clips-mllm retrieve ") and found["versions"]["torch"] == version("torch")
+    assert found["preprocessing"]["size"] == {"height": 24, "width": 24} and found["seconds"] > 0
+    assert found["preprocessing"]["image_mean"] == [0.485, 0.456, 0.406]
+    for row in found["examples"]["text_to_image"]:
+        assert all((root / "encoder" / name).is_file() for name in row["images"])
+    assert "66.7%" in capsys.readouterr().out
+    report.main([str(root)])  # what it writes, `report` reads
+    assert json.loads((root / "report.json").read_text())["encoder"]["retrieval"]["t2i_r1"] == found["t2i_r1"]
+
+
+def test_another_split(world: tuple[Path, dict[str, Any]]) -> None:
+    root, tree = world
+    tree["images"][1]["split"] = "val"
+    dump(root / "test.json", tree)
+    found = run(root, "--split", "val")
+    assert (found["split"], found["n_images"], found["n_texts"], found["t2i_r1"]) == ("val", 1, 2, 1.0)
+
+
+def write_csv(file: Path, rows: list[tuple[str, ...]], separator: str = ",") -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, delimiter=separator).writerows(rows)
+
+
+def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> None:
+    """Rows of one picture need not be neighbours; columns and separator are the user's, captions may hold both."""
+    root, tree = world
+    dump(root / "test.json", tree)
+    wanted = run(root)
+    rows = [
+        (f"val/{row['filename']}", sentence["raw"] + ',\t"quoted"\nsecond line')
+        for place in range(2)
+        for row in tree["images"][:3]
+        for sentence in [row["sentences"][place]]
+    ]
+    write_csv(root / "a.csv", [("image", "caption"), *rows])
+    write_csv(root / "b.tsv", [("title", "other", "filepath"), *((text, "x", file) for file, text in rows)], "\t")
+    other = ("--separator", "\t", "--image_column", "filepath", "--caption_column", "title")
+    for data, options in (("a.csv", ()), ("b.tsv", other)):
+        found = run(root, "--format", "csv", *options, data=data)
+        for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts"):
+            assert found[key] == wanted[key]
+        assert found["split"] is None
+    assert found["examples"]["text_to_image"][0]["query"] == 'a red square,\t"quoted"\nsecond line'
+
+
+def test_unreadable_pictures_are_left_out_counted_and_told(
+    world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its captions: they would have no picture to find."""
+    root, tree = world
+    (root / "val" / "blue.png").write_bytes(b"no picture")
+    dump(root / "test.json", tree)
+    found = run(root, "--most_bad", "0.4", "--batch_size", "1")
+    assert (found["n_images"], found["n_texts"], found["n_skipped"]) == (2, 4, 1)
+    assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 1.0)  # the blue one was the wrong one
+    shown = capsys.readouterr()
+    assert "1 unreadable pictures left out" in shown.out
+    assert shown.err.count("skipped: ") == 1 and "blue.png" in shown.err
+
+
+def test_retrieve_refuses_a_diverged_encoder(tmp_path: Path) -> None:
+    """NaN loses no comparison, so it would be reported as a perfect recall."""
+    images = torch.full((1, 3), torch.nan)
+    found = EmbeddedPairs(
+        images=images, texts=torch.ones(1, 3), owner=torch.zeros(1).long(), names=["i"], captions=[""]
+    )
+    with pytest.raises(UserError, match="NaN"):
+        score(tmp_path, found)
+
+
+def break_json(root: Path, tree: dict[str, Any]) -> None:
+    (root / "test.json").write_text("[")
+
+
+def break_split(root: Path, tree: dict[str, Any]) -> None:
+    dump(root / "test.json", {"images": tree["images"][3:]})
+
+
+def break_caption(root: Path, tree: dict[str, Any]) -> None:
+    tree["images"][1]["sentences"][1]["raw"] = " "
+    dump(root / "test.json", tree)
+
+
+def break_missing_picture(root: Path, tree: dict[str, Any]) -> None:
+    (root / "val" / "green.png").unlink()
+    dump(root / "test.json", tree)
+
+
+def break_corrupt_picture(root: Path, tree: dict[str, Any]) -> None:
+    file = root / "val" / "green.png"
+    file.write_bytes(file.read_bytes()[:40])
+    dump(root / "test.json", tree)
+
+
+def break_every_picture(root: Path, tree: dict[str, Any]) -> None:
+    for file in (root / "val").iterdir():
+        file.write_bytes(b"")
+    dump(root / "test.json", tree)
+
+
+def break_encoder(root: Path, tree: dict[str, Any]) -> None:
+    (root / "encoder" / "model.safetensors").unlink()
+    dump(root / "test.json", tree)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root, tree: None, ["test.json", "no such file"]),
+        (break_json, ["test.json", "not valid JSON"]),
+        (break_split, ["split 'test'", "train", "--split"]),
+        (break_caption, ["images[1].sentences[1]", "raw"]),
+        (break_missing_picture, ["green.png", "images[1]", "--images"]),
+        (break_corrupt_picture, ["test.json", "1 of 3 pictures", "green.png", "0.01"]),
+        (break_every_picture, ["test.json", "3 of 3 pictures"]),
+        (break_encoder, ["encoder", "model.safetensors"]),
+    ],
+)
+def test_retrieve_names_what_is_wrong(world: tuple[Path, dict[str, Any]], damage: Any, words: list[str]) -> None:
+    root, tree = world
+    damage(root, tree)
+    with pytest.raises(UserError) as caught:
+        run(root)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert not (root / "encoder" / "retrieval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        (None, [], ["data.csv", "no such file"]),
+        ("", [], ["data.csv", "no column 'image'", "the file is empty"]),
+        ("image,caption\n", [], ["data.csv", "no rows"]),
+        ("file,caption\nval/red.png,red\n", [], ["no column 'image'", "'file', 'caption'", "--image_column"]),
+        ("image,text\nval/red.png,red\n", [], ["no column 'caption'", "--caption_column"]),
+        ("image\tcaption\nval/red.png\tred\n", [], ["no column 'image'", "--separator"]),
+        ("image,caption\nval/red.png,red, round\n", [], ["line 2", "other fields", "quote"]),
+        ("image,caption\nval/red.png\n", [], ["line 2", "other fields"]),
+        ("image,caption\nval/red.png,red\nval/green.png, \n", [], ["line 3", "'caption' is empty"]),
+        ("image,caption\nval/red.png,red\nval/grey.png,grey\n", [], ["grey.png", "line 3", "--images"]),
+        ('image,caption\nval/red.png,"red\n', [], ["data.csv", "after line 1", "not CSV"]),
+        (b"image,caption\nval/red.png,\xff\n", [], ["data.csv", "not UTF-8"]),
+        ("image,caption\nval/red.png,red\n", ["--separator", ";;"], ["--separator ';;'", "one character"]),
+        ("image,caption\nval/red.png,red\n", ["--most_bad", "1"], ["--most_bad 1", "share"]),
+    ],
+)
+def test_a_bad_csv_is_named(
+    world: tuple[Path, dict[str, Any]], text: str | bytes | None, options: list[str], words: list[str]
+) -> None:
+    root, _ = world
+    if text is not None:
+        (root / "data.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        run(root, "--format", "csv", *options, data="data.csv")
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_with_a_saved_encoder_on_the_sample_world(encoder_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    data = sample_world / "retrieval" / "test.json"
+    retrieve.main([str(encoder_dir), "--data", str(data), "--output", str(output), "--device", "cpu"])
+    found = json.loads(output.read_text())
+    assert (found["n_images"], found["n_texts"]) == (20, 100)
+    assert found["sha256"] == hashlib.sha256((encoder_dir / "model.safetensors").read_bytes()).hexdigest()
+    assert found["t2i_r1"] <= found["t2i_r5"] <= found["t2i_r10"] < 1
