@@ -42,18 +42,21 @@ def save_encoder(
     weights = model.state_dict() if weights is None else weights
     model.save_pretrained(work, state_dict=dict(weights))  # which empties what it is given
     tokenizer.save_pretrained(work)
-    processor = evaluation_processor(model.config.vision_config.image_size)
-    prefix = "vision_model."
-    tower = {
-        name.removeprefix(prefix): value for name, value in (exported or weights).items() if name.startswith(prefix)
-    }
-    model.vision_model.save_pretrained(work / "tower", state_dict=tower)
-    processor.save_pretrained(work / "tower")
+    save_tower(model, work / "tower", weights if exported is None else exported)
     make_readable(work)
     shutil.rmtree(folder / "tower", ignore_errors=True)
     for path in sorted(work.iterdir(), key=lambda path: path.name == "tower"):
         os.replace(path, folder / path.name)
     work.rmdir()
+
+
+def save_tower(model: ClipsModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """The image tower alone as its stock class has it, with its processor, from the model's state dict or another."""
+    prefix = "vision_model."
+    given = model.state_dict() if weights is None else weights
+    tower = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    model.vision_model.save_pretrained(folder, state_dict=tower)
+    evaluation_processor(model.config.vision_config.image_size).save_pretrained(folder)
 
 
 def make_readable(folder: Path) -> None:

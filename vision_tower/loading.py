@@ -28,6 +28,9 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
     for name in ("config.json", "model.safetensors"):
         if not (Path(folder) / name).is_file():
             raise UserError(f"{Path(folder) / name}: missing; {folder} is not a finished `clips-mllm pretrain` run")
+    kind = ClipsConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != ClipsConfig.model_type:
+        raise UserError(f"{folder}: a '{kind}' checkpoint, not a CLIPS encoder; give the folder of a `pretrain` run")
     model, info = ClipsModel.from_pretrained(folder, output_loading_info=True)
     refuse_partial_load(folder, info)
     return model if image_size is None else at_resolution(model, image_size)

@@ -105,8 +105,24 @@ class ClipsTokenizer:
             raise UserError(f"{file}: no such vocabulary; give a WordPiece vocab.txt, or leave it out to train one")
         # Not splitlines(): ids are line numbers, and a piece may be U+2028.
         lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        return cls._from_pieces({piece: index for index, piece in enumerate(lines)}, file)
+
+    @classmethod
+    def from_tokenizer_json(cls, file: str | Path) -> ClipsTokenizer:
+        """The same vocabulary out of a WordPiece `tokenizer.json`, as published repositories hold it."""
+        import json
+
+        try:
+            model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
+            pieces = {str(piece): int(index) for piece, index in model["vocab"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: not a WordPiece tokenizer; put the model's vocab.txt beside it") from error
+        return cls._from_pieces(pieces, file)
+
+    @classmethod
+    def _from_pieces(cls, pieces: dict[str, int], file: str | Path) -> ClipsTokenizer:
         renamed = {"[unused0]": BOS, "[unused1]": EOS}
-        vocabulary = {renamed.get(piece, piece): index for index, piece in enumerate(lines)}
+        vocabulary = {renamed.get(piece, piece): index for piece, index in pieces.items()}
         for piece in (PAD, BOS, EOS, UNK, CLS):  # else the fast tokenizer would add them at the end, unasked
             if piece not in vocabulary:
                 raise UserError(f"{file}: no piece '{piece}'; give BERT's uncased vocab.txt or one of its layout")

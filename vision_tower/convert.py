@@ -1,0 +1,161 @@
+"""`clips-mllm convert SRC DST --to clips|tower|open_clip`: checkpoints of CLIPS encoders, in and out.
+
+open_clip folder (json + weights) --+                      +--> clips      ClipsModel, tokenizer, tower/
+                                    +--> model, tokenizer --+--> tower      the stock image tower and its processor
+`pretrain` run ---------------------+                      +--> open_clip  json, safetensors, tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vision_tower.convert_recipe import ConvertRecipe
+from vision_tower.errors import UserError, run_command
+from vision_tower.recipe import parse_recipe
+
+if TYPE_CHECKING:
+    from vision_tower.modeling import ClipsModel
+    from vision_tower.tokenizer import ClipsTokenizer
+
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt")
+
+
+def main(argv: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a source that is neither, is damaged or is no CLIPS model; a destination that is not empty.
+    """
+    recipe = parse_recipe(ConvertRecipe, argv, command="convert", positional=("source", "destination"))
+    if recipe.destination.exists() and (not recipe.destination.is_dir() or any(recipe.destination.iterdir())):
+        raise UserError(f"{recipe.destination}: not an empty folder; give a new one")
+    model, tokenizer = read_source(recipe.source)
+    print(f"{recipe.source}: {describe(model)}", flush=True)
+    work = recipe.destination.with_name(f".{recipe.destination.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        write(recipe, model, tokenizer, work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
+        raise
+    os.replace(work, recipe.destination)
+    print(f"{recipe.destination}: written as {recipe.to}")
+
+
+def write(recipe: ConvertRecipe, model: ClipsModel, tokenizer: ClipsTokenizer | None, folder: Path) -> None:
+    """Leave the model in `folder` in the form that the recipe names."""
+    from vision_tower.encoder import make_readable, save_encoder, save_tower
+
+    if recipe.to == "tower":
+        save_tower(model, folder)
+    elif tokenizer is None:
+        raise UserError(f"{recipe.source}: no vocab.txt or tokenizer.json; put the model's vocabulary there")
+    elif recipe.to == "clips":
+        save_encoder(model, tokenizer, folder)
+    else:
+        save_open_clip(model, tokenizer, folder, recipe.destination.name)
+    make_readable(folder)
+
+
+def read_source(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
+    """Model and tokenizer of either kind of folder; an open_clip folder may lack the tokenizer."""
+    from vision_tower.loading import load_model
+    from vision_tower.open_clip_config import FILE
+    from vision_tower.tokenizer import ClipsTokenizer
+
+    if (folder / FILE).is_file():
+        return read_open_clip(folder)
+    if (folder / "config.json").is_file():
+        return load_model(folder), ClipsTokenizer.from_pretrained(folder)
+    raise UserError(f"{folder}: neither {FILE} nor config.json here; give a folder of open_clip or of `pretrain`")
+
+
+def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
+    """A published model, without captioner; its positions count as sin-cos where they are."""
+    import torch
+
+    from vision_tower.loading import with_weights
+    from vision_tower.open_clip_config import FILE, read_config
+    from vision_tower.open_clip_weights import to_ours
+    from vision_tower.positions import sincos_positions
+    from vision_tower.weight_files import read_tensors
+
+    config = read_config(folder / FILE)
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is not None:
+        if len(tokenizer) > config.text_config.vocab_size:
+            raise UserError(
+                f"{folder}: its vocabulary has {len(tokenizer)} pieces, more than text_cfg.vocab_size="
+                f"{config.text_config.vocab_size}; put the model's own vocabulary there"
+            )
+        special = {"pad_token_id": tokenizer.pad, "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        config.text_config.update(special)
+    file = find_weights(folder)
+    state = to_ours(read_tensors(file), config, file)
+    vision = config.vision_config
+    table = sincos_positions(vision.image_size // vision.patch_size, vision.hidden_size, class_token=True)
+    fixed = torch.allclose(state["vision_model.embeddings.position_embeddings"][0], table, atol=1e-4)
+    config.positions = "sincos" if fixed else "learned"
+    return with_weights(config, state, file), tokenizer
+
+
+def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
+    """The vocabulary beside published weights, if there is one."""
+    from vision_tower.tokenizer import ClipsTokenizer
+
+    if (folder / "vocab.txt").is_file():
+        return ClipsTokenizer.from_vocabulary(folder / "vocab.txt")
+    if (folder / "tokenizer.json").is_file():
+        return ClipsTokenizer.from_tokenizer_json(folder / "tokenizer.json")
+    return None
+
+
+def find_weights(folder: Path) -> Path:
+    """The file of weights: by open_clip's names, or the only one there is. Raises UserError."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    if len(found) != 1:
+        what = "no file of weights" if not found else f"{len(found)} files that could be the weights"
+        raise UserError(f"{folder}: {what}; put {WEIGHTS[0]} there")
+    return found[0]
+
+
+def save_open_clip(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path, name: str) -> None:
+    """What open_clip reads as `local-dir:FOLDER`. A captioner, which it has no place for, stays behind."""
+    from safetensors.torch import save_file
+
+    from vision_tower.open_clip_config import FILE, write_config
+    from vision_tower.open_clip_weights import to_theirs
+    from vision_tower.training import write_text
+
+    config = write_config(model.config, name)
+    save_file(to_theirs(model), folder / WEIGHTS[0], metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    write_text(folder / FILE, json.dumps(config, indent=2) + "\n")
+
+
+def describe(model: ClipsModel) -> str:
+    """One line of what a model is."""
+    from vision_tower.towers import has_class_token
+
+    vision = model.config.vision_config
+    millions = sum(value.numel() for value in model.parameters()) / 1e6
+    return (
+        f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, patch {vision.patch_size}, "
+        f"{vision.image_size} pixels, {'with' if has_class_token(vision) else 'without'} class token, "
+        f"{model.config.positions} positions, {'with' if model.captioner else 'without'} captioner; "
+        f"{millions:.1f}M parameters"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,48 @@
+"""Weights from files of others: safetensors, or pickles read as plain tensors, never as code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from vision_tower.errors import UserError
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Names and tensors of a `.safetensors`, `.bin` or `.pt`, on the CPU.
+
+    Of a training checkpoint that is its `state_dict`, and DistributedDataParallel's `module.` is taken off the names.
+
+    Raises:
+        UserError: a damaged file, one that wants to run code, or one that holds no tensors.
+    """
+    tree = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+        tree = tree["state_dict"]
+    if not (isinstance(tree, dict) and tree and all(isinstance(value, torch.Tensor) for value in tree.values())):
+        raise UserError(f"{file}: not a mapping of names to tensors; give a file of weights")
+    return {str(name).removeprefix("module."): value for name, value in tree.items()}
+
+
+def _read_safetensors(file: Path) -> object:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _read_pickle(file: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file}: holds more than tensors, and loading that could run code; save its weights as safetensors first"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        cause = (str(error).splitlines() or ["it ends too early"])[0]
+        raise UserError(f"{file}: not a readable file of weights ({cause}); fetch it again") from error
