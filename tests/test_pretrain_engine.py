@@ -46,6 +46,11 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n, name in enumerate(NAMES)
         ]
         write_tar(world / "pretrain" / f"{shard}.tar", [member for row in rows for member in row])
+    images = []
+    for number, name in enumerate(NAMES):
+        (world / f"{name}.png").write_bytes(png(30 * number, 96))
+        images.append({"filename": f"{name}.png", "split": "val", "sentences": [{"raw": f"a {name} 0"}]})
+    (world / "val.json").write_text(json.dumps({"images": images}))
     return world
 
 
@@ -80,8 +85,14 @@ def distance(first: Path, second: Path) -> float:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path, stage: int) -> None:
-    """Loss, gradient norm, weights and their average after three steps, and again from a checkpoint on."""
-    values = FULL_BATCH | {"training.max_steps": 3, "training.weight_decay": 0.2, "training.ema_decay": 0.9}
+    """Loss, gradient norm, scores, and weights and their average after three steps."""
+    values = FULL_BATCH | {
+        "training.max_steps": 3,
+        "training.weight_decay": 0.2,
+        "training.ema_decay": 0.9,
+        "evaluation.every": 2,
+        "evaluation.retrieval": tiny_world / "val.json",
+    }
     main(arguments(tiny_world, tmp_path / "one", **values))
     zero = {
         "training.device_batch_size": 8,
@@ -94,7 +105,8 @@ def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path, stage:
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     norms = [[row["grad_norm"] for row in metrics(folder)] for folder in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    for file in ("model.safetensors", "ema/model.safetensors", "tower/model.safetensors"):
+    assert (two / "evaluation.jsonl").read_text() == (one / "evaluation.jsonl").read_text() != ""
+    for file in ("model.safetensors", "ema/model.safetensors", "tower/model.safetensors", "best/model.safetensors"):
         assert distance(one / file, two / file) < 1e-5, file
     moved = distance(one / "model.safetensors", one / "ema" / "model.safetensors")
     assert moved > 1e-4, "the average would pass for the weights"

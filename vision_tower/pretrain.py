@@ -75,6 +75,10 @@ def main(argv: list[str]) -> None:
     if is_main_process():
         start_run_folder(folder, recipe)
     add_metrics_file(trainer, folder / "metrics.jsonl")
+    if recipe.evaluation.every:
+        from vision_tower.scoring import Scoring
+
+        trainer.add_callback(Scoring(recipe.evaluation, trainer, tokenizer))
     trainer.train(resume_from_checkpoint=checkpoint)
     save_weights(trainer, tokenizer, folder)
 

@@ -157,6 +157,44 @@ class LockRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationRecipe:
+    """Measuring inside the run; it changes nothing in the training.
+
+    Args:
+        every: optimiser steps between evaluations (the last step is measured too); 0 measures nothing.
+        retrieval: a Karpathy-style JSON, as of `clips-mllm retrieve`.
+        images: folder of its pictures; the JSON's own folder if not given.
+        split: which of its splits.
+        zeroshot: a folder of class folders, as of `clips-mllm zeroshot`.
+        templates: text file with one prompt a line, {} where the class name goes; eight simple ones if not given.
+        classes: text file with one class name a line, in the order of the sorted class folders; their names if not
+            given.
+        best_by: the score whose best weights are kept in `best/`; mean_recall is the mean of R@1, 5, 10 both ways.
+        batch_size: pictures, or texts, at a time.
+    """
+
+    every: int = 0
+    retrieval: str | None = None
+    images: str | None = None
+    split: str = "val"
+    zeroshot: str | None = None
+    templates: str | None = None
+    classes: str | None = None
+    best_by: Literal["mean_recall", "top1", "none"] = "mean_recall"
+    batch_size: int = 64
+
+    def check(self) -> None:
+        """Raise UserError where something is missing."""
+        if self.every < 0 or self.batch_size < 1:
+            raise UserError("evaluation.every: at least 0, and evaluation.batch_size at least 1")
+        if self.every and self.retrieval is None and self.zeroshot is None:
+            raise UserError(f"evaluation.every={self.every}: nothing to measure; give retrieval or zeroshot")
+        needed = {"mean_recall": self.retrieval, "top1": self.zeroshot, "none": ""}[self.best_by]
+        if self.every and needed is None:
+            raise UserError(f"evaluation.best_by={self.best_by}: not measured; take another, or none to keep no best")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderTraining(TrainingRecipe):
     """How to optimise an encoder.
 
@@ -191,6 +229,7 @@ class PretrainRecipe:
         loss: weights of the loss terms.
         lock: a tower that does not train.
         training: how to optimise.
+        evaluation: what is measured inside the run.
     """
 
     output_dir: str
@@ -199,6 +238,7 @@ class PretrainRecipe:
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)
     lock: LockRecipe = dataclasses.field(default_factory=LockRecipe)
     training: EncoderTraining = dataclasses.field(default_factory=EncoderTraining)
+    evaluation: EvaluationRecipe = dataclasses.field(default_factory=EvaluationRecipe)
 
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
@@ -207,3 +247,4 @@ class PretrainRecipe:
         if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
             raise UserError("lock.tower=text: brings its own vocabulary; leave model.vocabulary and start_from out")
         self.training.check()
+        self.evaluation.check()

@@ -136,6 +136,13 @@ def latest_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
+def keep_lines(file: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file that a run resumed at `step` will write again."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # others were cut by an interruption
+    write_text(file, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
 def add_metrics_file(trainer: Trainer, file: Path) -> None:
     """Append every log line of the trainer to `file`; a resumed run first drops the lines it will repeat."""
     from transformers import TrainerCallback
@@ -143,10 +150,7 @@ def add_metrics_file(trainer: Trainer, file: Path) -> None:
     class MetricsFile(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-                whole = [line for line in lines if line.endswith("\n")]  # others were cut by an interruption
-                kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
-                write_text(file, "".join(kept))
+                keep_lines(file, state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if state.is_world_process_zero and logs and "loss" in logs:
