@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from open_clip.model import resize_pos_embed
 
 from vision_tower.encoder import load_encoder, save_encoder
 from vision_tower.errors import UserError
-from vision_tower.loading import at_resolution, continued
+from vision_tower.loading import at_resolution, continued, load_model
 from vision_tower.modeling import ClipsModel
+from vision_tower.objectives import OBJECTIVES
 from vision_tower.positions import interpolate_positions
 from vision_tower.pretrain import load_tokenizer, model_config, starting_model
 from vision_tower.pretrain_recipe import ModelRecipe, PairsRecipe, PretrainRecipe, TowerRecipe
@@ -61,7 +63,8 @@ def test_sincos_positions_are_those_of_a_model_built_at_that_size(
     with torch.no_grad():
         assert torch.equal(resized.embed_images(pixels), direct.embed_images(pixels))
         ids = torch.randint(0, 20, (2, 9))
-        assert torch.equal(resized(pixels, ids, ids).caption_logits, direct(pixels, ids, ids).caption_logits)
+        first, second = (some(pixels, web_ids=ids, labels=ids[:, :5]).caption_sum for some in (resized, direct))
+        assert torch.equal(first, second)
     assert not tower_parts(resized.vision_model).positions.requires_grad
 
 
@@ -155,6 +158,18 @@ def test_a_start_without_captioner_gets_a_fresh_one(trained: Path, tokenizer: Cl
     assert queries.shape == (50, 16) and queries.std().item() == pytest.approx(1, rel=0.1)
     assert all(value.isfinite().all() for value in continuation.parameters())
     assert torch.equal(continuation.text_model.head.weight, model.text_model.head.weight)
+
+
+@pytest.mark.parametrize(("name", "captioner"), [("clipa-mix", False), ("coca", True)])
+def test_a_start_for_another_objective_keeps_the_towers_alone(
+    trained: Path, tokenizer: ClipsTokenizer, name: Any, captioner: bool
+) -> None:
+    before = load_model(trained)
+    continuation = continued(trained, RECIPE, model_config(RECIPE, tokenizer, OBJECTIVES[name]))
+    assert (continuation.captioner is not None) is captioner
+    assert torch.equal(continuation.visual_projection.weight, before.visual_projection.weight)
+    if continuation.captioner is not None:  # that of CLIPS reads other things: nothing of it stays
+        assert not torch.equal(continuation.captioner.head.weight, before.captioner.head.weight)
 
 
 def test_a_start_that_is_none(tmp_path: Path, trained: Path, tokenizer: ClipsTokenizer) -> None:

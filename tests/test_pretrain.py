@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from vision_tower.captions import split_sentences
 from vision_tower.data import CaptionSample, PairStream, find_shards, read_texts
 from vision_tower.errors import UserError, run_command
 from vision_tower.pretrain import main
@@ -58,9 +60,14 @@ def numbered(folder: Path, shards: int, each: int) -> str:
     return str(folder / "*.tar")
 
 
+def draw_letters(web: str, full: str, rng: random.Random) -> dict[str, list[int]]:
+    """In place of an objective's texts: one sentence, letter by letter."""
+    return {"sub": [ord(letter) for letter in rng.choice(split_sentences(full) or [full])]}
+
+
 def stream(pattern: str, *, rank: int = 0, world: int = 1, seed: int = 0, **values: Any) -> PairStream:
     values = {"shuffle_buffer": 8, "augmentation": PLAIN} | values
-    return PairStream(PairsRecipe(shards=pattern, **values), 8, seed, rank, world)
+    return PairStream(PairsRecipe(shards=pattern, **values), 8, seed, rank, world, draw_letters)
 
 
 def take(source: PairStream, count: int) -> list[CaptionSample]:
@@ -98,7 +105,7 @@ def test_what_becomes_of_captions(tmp_path: Path) -> None:
     ]
     write_tar(tmp_path / "a.tar", rows)
     samples = take(stream(str(tmp_path / "a.tar"), shuffle_buffer=0), 80)
-    texts = {(sample.web, sample.sub, sample.full) for sample in samples}
+    texts = {(sample.web, "".join(map(chr, sample.texts["sub"])), sample.full) for sample in samples}
     assert texts == {
         ("w", "One.", "One. Two."),
         ("w", "Two.", "One. Two."),
@@ -174,8 +181,6 @@ def test_a_damaged_shard_is_named_not_taken_for_its_end(tmp_path: Path, damage: 
 
 
 def test_damaged_pictures_never_escape_as_other_errors() -> None:
-    import random
-
     from PIL import Image
 
     from vision_tower.images import BadImage, decode_image
@@ -308,7 +313,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         ({"model.image.heads": 3}, "model.image.heads=3: does not divide width=32"),
         ({"model.vocabulary_size": 20}, "model.vocabulary_size=20; raise it"),
         ({"training.max_steps": 0}, "training.max_steps: pretraining reads an endless stream"),
-        ({"training.global_batch_size": 32}, "set device_batch_size=32"),
+        ({"captions.budget": 14}, "captions.budget=14: from 1 to 13, what model.text_length has room for"),
+        ({"objective": "clip-web", "loss.caption": 1}, "loss.caption: objective 'clip-web' has only web; take another"),
+        ({"loss.web": 0, "loss.sub": 0, "loss.caption": 0}, "loss: every term is switched off"),
         ({"training.global_batch_size": 24}, "not a multiple of device_batch_size=16 x 1 devices"),
         ({"data.shards": "nowhere/*.tar"}, "nowhere/*.tar: no shard matches data.shards"),
         ({"data.synthetic_caption": "recaption"}, "no readable sample in 5 shards ({\"no 'recaption'\": "),

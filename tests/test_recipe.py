@@ -15,6 +15,7 @@ from clips_eval.lmms_recipe import EvaluateRecipe, check_specs
 from clips_mllm.sample.build import SampleRecipe
 from clips_mllm.train_recipe import TrainRecipe
 from vision_tower.errors import UserError
+from vision_tower.objectives import choose_objective
 from vision_tower.pretrain_recipe import PretrainRecipe
 from vision_tower.recipe import dump_recipe, parse_recipe
 from vision_tower.training_recipe import TrainingRecipe
@@ -202,8 +203,9 @@ def test_road_of_the_papers_batch_sizes() -> None:
             recipe = parse_recipe(TrainRecipe, ["--config", str(file)], command="train")
             assert recipe.training.global_batch_size == batch and recipe.training.accumulation(8) >= 1
     for file in (CONFIGS / "vision").glob("*.yaml"):
-        loss = parse_recipe(PretrainRecipe, ["--config", str(file)], command="pretrain").loss
-        assert (loss.contrastive, loss.caption) == (1.0, 2.0)
+        recipe = parse_recipe(PretrainRecipe, ["--config", str(file)], command="pretrain")
+        weights = choose_objective(recipe.objective, recipe.loss).weights
+        assert weights == {"web": 0.5, "sub": 0.5, "caption": 2.0}
 
 
 def test_accumulation() -> None:

@@ -47,13 +47,14 @@ def test_truncation_at_its_edge(published: ClipsTokenizer, words: int) -> None:
 
 
 def test_targets_are_shifted_and_end_with_eos(published: ClipsTokenizer) -> None:
-    labels = published.targets(["the dog runs", "", "cat " * 500], 6)
+    labels = published.target_layout(published.pieces(["the dog runs", "", "cat " * 500]), 6)
     ignored = IGNORED
     assert labels.tolist() == [
-        [110, 112, 114, 2, ignored, ignored],
-        [2, ignored, ignored, ignored, ignored, ignored],
-        [113, 113, 113, 113, 2, ignored],  # [bos] and 128 - 2 pieces and [eos], shifted left by one
+        [110, 112, 114, 2, ignored],
+        [2, ignored, ignored, ignored, ignored],
+        [113, 113, 113, 113, 2],  # [bos] and 6 - 2 pieces and [eos], shifted left by one
     ]
+    assert published.target_layout(published.pieces(["dog", "the dog"]), 6).shape == (2, 3)  # no longer than needed
 
 
 def test_any_text_keeps_the_layout(sample_world: Path) -> None:

@@ -1,12 +1,17 @@
-"""Sentences and sub-captions: only a short part of a synthetic caption goes to the text encoder.
+"""Sentences of captions, and reductions: only a short part of a synthetic caption goes to the text encoder.
 
-The inverse effect of CLIPS (arXiv 2411.16828, section 3): short synthetic captions train a better encoder.
+The inverse effect of CLIPS (arXiv 2411.16828, section 3): short synthetic captions train a better encoder. A piece is a
+word piece of a tokenizer, but anything will do here.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+Piece = TypeVar("Piece")
 
 # Full stops of abbreviations, initials and decimals do not end a sentence.
 _ALWAYS = frozenset({"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "approx"})
@@ -45,7 +50,34 @@ def _is_abbreviation(before: str, after: str) -> bool:
     return last in _ALWAYS or (len(last) == 1 and last.isascii() and last.isalpha() and last not in "ai")
 
 
-def draw_sentence(caption: str, rng: random.Random) -> str:
-    """One sentence, uniformly; the caption itself where it has no sentence (an empty caption stays empty)."""
-    sentences = split_sentences(caption)
-    return rng.choice(sentences) if sentences else caption.strip()
+def truncation(pieces: Sequence[Piece], budget: int) -> list[Piece]:
+    """The first `budget` pieces."""
+    return list(pieces[:budget])
+
+
+def random_mask(pieces: Sequence[Piece], budget: int, rng: random.Random) -> list[Piece]:
+    """`budget` pieces, each as likely as any other, in order."""
+    kept = sorted(rng.sample(range(len(pieces)), min(budget, len(pieces))))
+    return [pieces[place] for place in kept]
+
+
+def block_mask(pieces: Sequence[Piece], budget: int, rng: random.Random) -> list[Piece]:
+    """`budget` neighbouring pieces; every block is equally likely."""
+    start = rng.randrange(max(len(pieces) - budget, 0) + 1)
+    return list(pieces[start : start + budget])
+
+
+def sub_caption(sentences: Sequence[Sequence[Piece]], budget: int, rng: random.Random) -> list[Piece]:
+    """Random sentences until the budget is full, in the caption's order; the last one drawn is cut to what is left."""
+    kept: dict[int, Sequence[Piece]] = {}
+    for place in rng.sample(range(len(sentences)), len(sentences)):
+        kept[place] = sentences[place][:budget]
+        budget -= len(kept[place])
+        if not budget:
+            break
+    return [piece for place in sorted(kept) for piece in kept[place]]
+
+
+def draw_sentences(sentences: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """`count` sentences, or all where there are fewer, in order; every sentence is equally likely."""
+    return [sentences[place] for place in sorted(rng.sample(range(len(sentences)), min(count, len(sentences))))]

@@ -1,6 +1,6 @@
 """Image-text pairs from WebDataset shards to batches.
 
-tar files -> rows {image bytes, texts} -> CaptionSample -> PairCollator -> {pixel_values, web_ids, sub_ids, labels}
+tar files -> rows {image bytes, texts} -> CaptionSample -> PairCollator -> {pixel_values, web_ids, ..., labels}
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import random
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vision_tower.captions import draw_sentence
 from vision_tower.errors import UserError
 from vision_tower.images import BadImage, decode_image, normalize, training_transform
 from vision_tower.pretrain_recipe import PairsRecipe
+from vision_tower.texts import TARGET
 from vision_tower.tokenizer import ClipsTokenizer
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
@@ -31,12 +31,15 @@ IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 
 @dataclasses.dataclass(frozen=True)
 class CaptionSample:
-    """One pair: uint8 pixels (3, h, w), its three texts, and where it came from (shard and key)."""
+    """One pair: uint8 pixels (3, h, w), its captions, and where it came from (shard and key).
+
+    `texts` holds the word pieces that the objective reads, by stream (see `vision_tower.texts`).
+    """
 
     pixels: torch.Tensor
     web: str
-    sub: str
     full: str
+    texts: dict[str, list[int]]
     key: str
 
 
@@ -104,8 +107,17 @@ class PairStream(IterableDataset[CaptionSample]):
     sample on, and at the end of every pass).
     """
 
-    def __init__(self, recipe: PairsRecipe, size: int, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        recipe: PairsRecipe,
+        size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        draw_texts: Callable[[str, str, random.Random], dict[str, list[int]]],
+    ) -> None:
         self.recipe = recipe
+        self.draw_texts = draw_texts
         self.files = find_shards(recipe.shards)
         self.size = size
         self.seed = seed
@@ -179,7 +191,7 @@ class PairStream(IterableDataset[CaptionSample]):
         with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator; a resumed run must too
             torch.default_generator.manual_seed(rng.getrandbits(63))
             pixels = transform(picture)
-        return CaptionSample(pixels, web, draw_sentence(full, rng), full, f"{row.file}: {row.key}")
+        return CaptionSample(pixels, web, full, self.draw_texts(web, full, rng), f"{row.file}: {row.key}")
 
     def _skip(self, cause: str, row: Row) -> None:
         if not self.bad[cause]:
@@ -243,11 +255,18 @@ class PairCollator:
     target_length: int
 
     def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
-        """`pixel_values` (b, 3, h, w) fp32, `web_ids` and `sub_ids` (b, l), `labels` (b, q), `keys` (b strings)."""
-        return {
+        """`pixel_values` (b, 3, h, w) fp32, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings).
+
+        Streams are what the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels are there with a captioner.
+        """
+        batch: dict[str, Any] = {
             "keys": [sample.key for sample in samples],
             "pixel_values": normalize(torch.stack([sample.pixels for sample in samples])),
-            "web_ids": self.tokenizer.contrastive([sample.web for sample in samples], self.text_length),
-            "sub_ids": self.tokenizer.contrastive([sample.sub for sample in samples], self.text_length),
-            "labels": self.tokenizer.targets([sample.full for sample in samples], self.target_length),
         }
+        for name in samples[0].texts:
+            pieces = [sample.texts[name] for sample in samples]
+            if name == TARGET:
+                batch["labels"] = self.tokenizer.target_layout(pieces, self.target_length)
+            else:
+                batch[f"{name}_ids"] = self.tokenizer.contrastive_layout(pieces, self.text_length)
+        return batch

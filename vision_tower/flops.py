@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vision_tower.objectives import STREAMS
 from vision_tower.tokenizer import IGNORED
 from vision_tower.towers import has_class_token
 
@@ -70,8 +71,7 @@ def _image(model: ClipsModel) -> int:
 def _texts(model: ClipsModel, batch: Mapping[str, Any]) -> int:
     text = model.config.text_config
     forward = 0
-    for ids in (batch["web_ids"], batch["sub_ids"]):
-        length = ids.shape[1]
+    for length in (batch[f"{stream}_ids"].shape[1] for stream in STREAMS if f"{stream}_ids" in batch):
         forward += blocks(text.num_hidden_layers, text.hidden_size, text.intermediate_size, length, length * length)
         forward += 2 * text.hidden_size * model.config.projection_dim
     return _passes(model.text_model) * forward
@@ -82,12 +82,14 @@ def _captioner(model: ClipsModel, batch: Mapping[str, Any]) -> int:
         return 0
     config = model.config
     width, queries = config.captioner_width, batch["labels"].shape[1]
-    patches, words = _patches(model), batch["web_ids"].shape[1]
+    patches = _patches(model)
+    words = 0 if config.teacher_forced else batch["web_ids"].shape[1]
+    projected = queries if config.teacher_forced else words  # token embeddings, or the prompt
     prefix = patches + words
     # The prefix meets itself; query t meets the prefix and the queries up to t.
     meetings = prefix * prefix + queries * prefix + queries * (queries + 1) // 2
     each = blocks(config.captioner_layers, width, config.captioner_mlp, prefix + queries, meetings)
-    each += 2 * width * (patches * config.vision_config.hidden_size + words * config.text_config.hidden_size)
+    each += 2 * width * (patches * config.vision_config.hidden_size + projected * config.text_config.hidden_size)
     targets = int((batch["labels"] != IGNORED).sum())
     head = 2 * targets * width * config.text_config.vocab_size
     return _passes(model.captioner) * (len(batch["pixel_values"]) * each + head)

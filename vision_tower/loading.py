@@ -79,16 +79,19 @@ def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
 def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> ClipsModel:
     """The encoder in `folder` as the model of `recipe`, whose stock words are `config`.
 
-    Only the image size may differ. A checkpoint without captioner, such as a converted one, gets a fresh one.
+    Only the image size and the captioner may differ: a checkpoint without one, such as a converted encoder, or with
+    another objective's gets a fresh one, and an objective without captions gets none.
 
     Raises:
         UserError: no encoder there, or a size that differs.
     """
     model = load_model(folder, config.vision_config.image_size)
     found = _recipe_words(model.config)
-    bare = not model.config.captioner_layers
-    for name in ("captioner", "target_length") if bare else ():
-        found.pop(name)
+    same = bool(model.config.captioner_layers) == bool(config.captioner_layers)
+    same = same and model.config.teacher_forced == config.teacher_forced
+    if not same or not config.captioner_layers:
+        found.pop("captioner")
+        found.pop("target_length")
     for name, value in found.items():
         wanted = getattr(recipe, name)
         if wanted != value:
@@ -96,7 +99,10 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
                 f"model.{name}: {wanted} in the recipe, {value} in {folder}, where the run starts from; "
                 "make them equal (only image_size may differ)"
             )
-    return _filled(config, model.state_dict(), folder, fresh=("captioner",)) if bare else model
+    if same:
+        return model
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("captioner.")}
+    return _filled(config, state, folder, fresh=("captioner",))
 
 
 def _recipe_words(config: ClipsConfig) -> dict[str, object]:

@@ -1,9 +1,8 @@
 """The pretraining model: a stock vision tower, a stock text tower and the captioner.
 
 pixels (b, 3, h, w) -> a stock tower  -> patches (b, p, wv) -- mean, LayerNorm, linear --> image (b, d)
-web    (b, l)       -> SiglipTextModel -> tokens  (b, l, wt) -- last, LayerNorm, linear --> web   (b, d)
-sub    (b, l)       -> same text tower                                                  --> sub   (b, d)
-[patches | web tokens | q queries] -> Captioner -> logits (b, q, v) of the full synthetic caption
+texts  (b, l)       -> SiglipTextModel -> tokens  (b, l, wt) -- last, LayerNorm, linear --> texts (b, d)
+[patches | web tokens | q queries] -> Captioner -> loss of the full synthetic caption
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, SiglipTextConfig, SiglipTextModel
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from vision_tower.captioner import Captioner
+from vision_tower.objectives import STREAMS
 from vision_tower.positions import sincos_positions
+from vision_tower.tokenizer import IGNORED
 from vision_tower.towers import (
     TowerConfig,
     build_tower,
@@ -39,6 +40,7 @@ class ClipsConfig(PretrainedConfig):
         text_config: of the text tower.
         positions: of the image: `sincos` is fixed, `learned` is trained.
         captioner_layers: 0 leaves the captioner out, as in published weights.
+        teacher_forced: whether it is CoCa's captioner, see `vision_tower.captioner`.
         projection_dim: width of the joint embedding space.
     """
 
@@ -55,6 +57,7 @@ class ClipsConfig(PretrainedConfig):
         captioner_heads: int = 8,
         captioner_mlp: int = 2048,
         captioner_queries: int = 128,
+        teacher_forced: bool = False,
         projection_dim: int = 512,
         **kwargs: Any,
     ) -> None:
@@ -67,72 +70,19 @@ class ClipsConfig(PretrainedConfig):
         self.captioner_heads = captioner_heads
         self.captioner_mlp = captioner_mlp
         self.captioner_queries = captioner_queries
+        self.teacher_forced = teacher_forced
         self.projection_dim = projection_dim
         super().__init__(**kwargs)
 
 
-def combination_mask(prefix: int, queries: int) -> torch.Tensor:
-    """Who may attend to whom, (s, s) bool with s = prefix + queries; True = may.
-
-    The prefix (image and web text) sees all of itself and no query; query t sees the prefix and queries <= t.
-    """
-    size = prefix + queries
-    mask = torch.ones(size, size, dtype=torch.bool).tril()
-    mask[:prefix, :prefix] = True
-    return mask
-
-
-class Captioner(nn.Module):
-    """Predicts the full synthetic caption from learnable queries, without teacher forcing."""
-
-    def __init__(self, config: ClipsConfig) -> None:
-        super().__init__()
-        width = config.captioner_width
-        self.image_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
-        self.queries = nn.Parameter(torch.empty(config.captioner_queries, width))
-        self.layers = nn.ModuleList(
-            SiglipEncoderLayer(_captioner_config(config)) for _ in range(config.captioner_layers)
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, config.text_config.vocab_size, bias=False)
-
-    def forward(self, patches: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Logits (b, q, v) from unnormalised patches (b, p, wv) and web tokens (b, l, wt)."""
-        prefix = torch.cat([self.image_projection(patches), self.text_projection(words)], dim=1)
-        queries = self.queries.to(prefix.dtype).expand(len(prefix), -1, -1)
-        hidden = torch.cat([prefix, queries], dim=1)
-        allowed = combination_mask(prefix.shape[1], queries.shape[1]).to(hidden.device)
-        mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-        mask = mask.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[None, None]
-        for layer in self.layers:
-            hidden = layer(hidden, attention_mask=mask)
-        with torch.autocast(hidden.device.type, enabled=False):  # the vocabulary layer is fp32, as published
-            normed = self.norm(hidden[:, prefix.shape[1] :].to(self.norm.weight.dtype))
-            return F.linear(normed.float(), self.head.weight.float())
-
-
-def _captioner_config(config: ClipsConfig) -> SiglipTextConfig:
-    return SiglipTextConfig(
-        hidden_size=config.captioner_width,
-        intermediate_size=config.captioner_mlp,
-        num_hidden_layers=config.captioner_layers,
-        num_attention_heads=config.captioner_heads,
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-        attn_implementation=config._attn_implementation or "sdpa",
-    )
-
-
 @dataclasses.dataclass
 class ClipsOutput:
-    """Unit-norm embeddings (b, d), the clamped logit scale, and the captioner's logits (b, q, v), if there is one."""
+    """Unit-norm embeddings (b, d), texts by stream, the clamped logit scale, and the sum of the captioner's losses."""
 
     image: torch.Tensor
-    web: torch.Tensor
-    sub: torch.Tensor
+    texts: dict[str, torch.Tensor]
     scale: torch.Tensor
-    caption_logits: torch.Tensor | None
+    caption_sum: torch.Tensor | None
 
 
 class ClipsModel(PreTrainedModel):
@@ -143,7 +93,7 @@ class ClipsModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules: ClassVar[list[str]] = ["SiglipEncoderLayer", "ViTLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["SiglipEncoderLayer", "ViTLayer", "CaptionerLayer"]
 
     def __init__(self, config: ClipsConfig) -> None:
         super().__init__(config)
@@ -170,7 +120,8 @@ class ClipsModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Captioner):
-            nn.init.normal_(module.queries, std=1.0)
+            # Positions of pieces, in CoCa, must not drown the pieces.
+            nn.init.normal_(module.queries, std=0.01 if self.config.teacher_forced else 1.0)
             nn.init.normal_(module.head.weight, std=module.head.in_features**-0.5)
         elif isinstance(module, ClipsModel):
             nn.init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
@@ -221,18 +172,47 @@ class ClipsModel(PreTrainedModel):
         """Unit-norm fp32 embeddings (b, d) of ids in the contrastive layout (b, l)."""
         return self.pool_text(self.words(ids))
 
-    def forward(self, pixel_values: torch.Tensor, web_ids: torch.Tensor, sub_ids: torch.Tensor) -> ClipsOutput:
-        """Everything the objective needs. Both texts go through the tower in one pass."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        web_ids: torch.Tensor | None = None,
+        sub_ids: torch.Tensor | None = None,
+        mix_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ClipsOutput:
+        """Everything an objective needs. All texts go through the tower in one pass.
+
+        Args:
+            pixel_values: (b, 3, h, w).
+            web_ids: web captions in the contrastive layout, (b, l); so are `sub_ids` and `mix_ids`.
+            labels: the captioner's targets, (b, at most its queries); without them it does not run.
+        """
         with torch.no_grad():  # clamping the parameter, not its exponential, leaves a gradient to come back with
             self.logit_scale.clamp_(max=math.log(MAX_SCALE))
         patches = self.patches(pixel_values)
-        words = self.words(torch.cat([web_ids, sub_ids]))
-        texts = self.pool_text(words)
-        pairs = len(web_ids)
+        given = dict(zip(STREAMS, (web_ids, sub_ids, mix_ids), strict=True))
+        streams = {name: ids for name, ids in given.items() if ids is not None}
+        words = self.words(torch.cat(list(streams.values())))
+        pairs = len(pixel_values)
+        texts = dict(zip(streams, self.pool_text(words).split(pairs), strict=True))
+        prompt = None if web_ids is None or self.config.teacher_forced else words[:pairs]
         return ClipsOutput(
             image=self.pool_image(patches),
-            web=texts[:pairs],
-            sub=texts[pairs:],
+            texts=texts,
             scale=self.logit_scale.exp()[0],
-            caption_logits=None if self.captioner is None else self.captioner(patches, words[:pairs]),
+            caption_sum=None if labels is None else self.caption_sum(patches, prompt, labels),
         )
+
+    def caption_sum(self, patches: torch.Tensor, prompt: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the captioner's cross entropies; the vocabulary layer runs where there are targets, and only there."""
+        assert self.captioner is not None
+        earlier = self._earlier_pieces(labels) if self.config.teacher_forced else None
+        hidden = self.captioner(patches, words=prompt, earlier=earlier, length=labels.shape[1])
+        wanted = labels != IGNORED
+        return self.captioner.head(hidden[wanted], labels[wanted])
+
+    def _earlier_pieces(self, labels: torch.Tensor) -> torch.Tensor:
+        """Embeddings of `[bos]` and of every target but the last, (b, q, wt)."""
+        ids = labels.roll(1, dims=1)
+        ids[:, 0] = self.config.text_config.bos_token_id
+        return self.text_model.embeddings.token_embedding(ids.clamp(min=0))  # what follows [eos] trains nothing

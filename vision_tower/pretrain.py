@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tower.errors import UserError, run_command
+from vision_tower.objectives import OBJECTIVES, Objective, choose_objective
 from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
@@ -41,24 +42,26 @@ def main(argv: list[str]) -> None:
     from vision_tower.data import PairCollator, PairStream
     from vision_tower.lock import lock_tower
     from vision_tower.pretrain_trainer import PretrainTrainer
+    from vision_tower.step_loss import StepLoss
+    from vision_tower.texts import TextDrawer
 
+    objective = choose_objective(recipe.objective, recipe.loss)
     tokenizer = load_tokenizer(recipe)
     set_seed(recipe.training.seed)
     # Whole on every rank, so before the arguments: once they name ZeRO-3, transformers would divide parts of it here.
-    model = starting_model(recipe.model, tokenizer)
+    model = starting_model(recipe.model, tokenizer, objective)
     if recipe.lock.tower != "none":
         lock_tower(model, recipe.lock)
     if recipe.training.compile:
         compile_blocks(model)
     arguments = training_arguments(recipe.training, folder)
-    if arguments.gradient_accumulation_steps > 1:
-        raise UserError(
-            "training.global_batch_size: accumulation would leave each pair fewer negatives than the batch says; "
-            f"set device_batch_size={recipe.training.global_batch_size // arguments.world_size}, use more devices, "
-            "or lower global_batch_size"
-        )
     stream = PairStream(
-        recipe.data, recipe.model.image_size, recipe.training.seed, arguments.process_index, arguments.world_size
+        recipe.data,
+        recipe.model.image_size,
+        recipe.training.seed,
+        arguments.process_index,
+        arguments.world_size,
+        TextDrawer(tokenizer, objective, recipe.captions, recipe.model.text_room),
     )
     checkpoint = latest_checkpoint(folder)
     trainer = PretrainTrainer(
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
         data_collator=PairCollator(
             tokenizer=tokenizer, text_length=recipe.model.text_length, target_length=recipe.model.target_length
         ),
-        loss_weights=recipe.loss,
+        step_loss=StepLoss(objective.weights),
         training=recipe.training,
         checkpoint=checkpoint,
     )
@@ -122,19 +125,23 @@ def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
     return tokenizer
 
 
-def starting_model(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsModel:
+def starting_model(
+    recipe: ModelRecipe, tokenizer: ClipsTokenizer, objective: Objective = OBJECTIVES["clips"]
+) -> ClipsModel:
     """A fresh model, or the one that `start_from` names at this recipe's image size."""
     from vision_tower.loading import continued
     from vision_tower.modeling import ClipsModel
 
-    config = model_config(recipe, tokenizer)
+    config = model_config(recipe, tokenizer, objective)
     return (
         ClipsModel.from_scratch(config) if recipe.start_from is None else continued(recipe.start_from, recipe, config)
     )
 
 
-def model_config(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsConfig:
-    """The recipe in the words of the stock tower configs."""
+def model_config(
+    recipe: ModelRecipe, tokenizer: ClipsTokenizer, objective: Objective = OBJECTIVES["clips"]
+) -> ClipsConfig:
+    """The recipe in the words of the stock tower configs; an objective without captions gets no captioner."""
     from vision_tower.modeling import ClipsConfig
 
     image, text, captioner = recipe.image, recipe.text, recipe.captioner
@@ -167,10 +174,11 @@ def model_config(recipe: ModelRecipe, tokenizer: ClipsTokenizer) -> ClipsConfig:
         },
         positions=recipe.positions,
         captioner_width=captioner.width,
-        captioner_layers=captioner.layers,
+        captioner_layers=captioner.layers if objective.captioned else 0,
         captioner_heads=captioner.heads,
         captioner_mlp=captioner.mlp,
         captioner_queries=recipe.target_length,
+        teacher_forced=objective.teacher_forced,
         projection_dim=recipe.joint,
     )
 

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 from vision_tower.errors import UserError
+from vision_tower.objectives import CaptionRecipe, LossWeights, ObjectiveName, choose_objective
 from vision_tower.training_recipe import TrainingRecipe
 
 
@@ -74,7 +75,7 @@ class ModelRecipe:
     Args:
         image: image tower.
         text: text tower.
-        captioner: captioner.
+        captioner: captioner; objectives without one leave it out.
         joint: width of the shared embedding space.
         image_size: side of the square picture, in pixels.
         patch_size: side of a patch, in pixels; it must divide the image size.
@@ -103,6 +104,11 @@ class ModelRecipe:
     vocabulary_size: int = 32_000
     start_from: str | None = None
 
+    @property
+    def text_room(self) -> int:
+        """Word pieces of a caption that the text tower holds, beside `[bos]`, `[eos]` and `[CLS]`."""
+        return self.text_length - 3
+
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
         if self.image_size % self.patch_size:
@@ -122,19 +128,6 @@ class ModelRecipe:
             raise UserError("model.text_length: at least 4, and model.target_length at least 3; nothing else would fit")
         if self.image.width % 4:
             raise UserError(f"model.image.width={self.image.width}: sin-cos positions need a multiple of 4")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the two terms of the CLIPS loss.
-
-    Args:
-        contrastive: of the mean of the web and the sub-caption InfoNCE.
-        caption: of the captioner's cross entropy.
-    """
-
-    contrastive: float = 1.0
-    caption: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +219,9 @@ class PretrainRecipe:
         output_dir: the run folder; it gets the model, `tower/`, metrics and checkpoints.
         data: the pairs.
         model: the model.
+        objective: clip-web, clip-synthetic, clipa-mix (most captions from the web), coca (the same, with a
+            teacher-forced captioner) or clips.
+        captions: which part of a caption the text tower reads.
         loss: weights of the loss terms.
         lock: a tower that does not train.
         training: how to optimise.
@@ -235,6 +231,8 @@ class PretrainRecipe:
     output_dir: str
     data: PairsRecipe
     model: ModelRecipe
+    objective: ObjectiveName = "clips"
+    captions: CaptionRecipe = dataclasses.field(default_factory=CaptionRecipe)
     loss: LossWeights = dataclasses.field(default_factory=LossWeights)
     lock: LockRecipe = dataclasses.field(default_factory=LockRecipe)
     training: EncoderTraining = dataclasses.field(default_factory=EncoderTraining)
@@ -243,6 +241,8 @@ class PretrainRecipe:
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
         self.model.check()
+        self.captions.check(self.model.text_room)
+        choose_objective(self.objective, self.loss)
         self.lock.check()
         if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
             raise UserError("lock.tower=text: brings its own vocabulary; leave model.vocabulary and start_from out")

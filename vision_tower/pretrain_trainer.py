@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with the CLIPS objective."""
+"""`transformers.Trainer` with the contrastive and captioning objectives."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import Trainer
 from vision_tower.average import WeightAverage
 from vision_tower.bad_step import refuse
 from vision_tower.flops import known_peak, training_flops
-from vision_tower.losses import clips_losses
-from vision_tower.pretrain_recipe import EncoderTraining, LossWeights
+from vision_tower.pretrain_recipe import EncoderTraining
+from vision_tower.step_loss import StepLoss
 from vision_tower.throughput import Throughput
 from vision_tower.training import final_state, parameter_groups
 
@@ -22,16 +22,16 @@ class PretrainTrainer(Trainer):
     """Adds the loss, decay on weight matrices only, the average of the weights, a stop on NaN, and what the log says.
 
     Args:
-        loss_weights: of the terms.
+        step_loss: what is minimised; it makes accumulation contrastive-safe.
         training: the recipe's part that transformers does not know.
         checkpoint: the checkpoint the run goes on from, or none.
     """
 
     def __init__(
-        self, *, loss_weights: LossWeights, training: EncoderTraining, checkpoint: str | None = None, **kwargs: Any
+        self, *, step_loss: StepLoss, training: EncoderTraining, checkpoint: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.loss_weights = loss_weights
+        self.step_loss = step_loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the global batch already
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
@@ -47,6 +47,7 @@ class PretrainTrainer(Trainer):
         with self.throughput.waiting():
             batches, items = super().get_batch_samples(*args, **kwargs)
         self._keys = [key for batch in batches for key in batch["keys"]]
+        self.step_loss.start(batches)
         return batches, items
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,19 +64,8 @@ class PretrainTrainer(Trainer):
         return flops
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
-        """The CLIPS loss of this rank; its mean over ranks is the global one."""
-        labels = inputs.pop("labels")
-        del inputs["keys"]
-        out = model(**inputs)
-        losses = clips_losses(
-            image=out.image,
-            web=out.web,
-            sub=out.sub,
-            scale=out.scale,
-            caption_logits=out.caption_logits,
-            caption_labels=labels,
-            weights=self.loss_weights,
-        )
+        """The loss of one micro-batch of this rank; its mean over micro-batches and ranks is the global one."""
+        losses = self.step_loss(model, inputs, self._prepare_inputs)
         for name, value in losses.report.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         self._steps += 1

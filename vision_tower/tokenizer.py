@@ -61,23 +61,30 @@ class ClipsTokenizer:
 
     def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
         """Ids for the text tower, (texts, length), int64."""
+        return self.contrastive_layout(self.pieces(texts), length)
+
+    def contrastive_layout(self, captions: list[list[int]], length: int) -> torch.Tensor:
+        """The same of word pieces that are there already."""
         import torch
 
-        ids = torch.full((len(texts), length), self.pad, dtype=torch.long)
-        for row, pieces in zip(ids, self.pieces(texts), strict=True):
+        ids = torch.full((len(captions), length), self.pad, dtype=torch.long)
+        for row, pieces in zip(ids, captions, strict=True):
             kept = self._framed(pieces, length - 1)
             row[: len(kept)] = torch.tensor(kept)
         ids[:, -1] = self.cls
         return ids
 
-    def targets(self, texts: list[str], length: int) -> torch.Tensor:
-        """Labels of the captioner's queries, (texts, length), int64; `IGNORED` after `[eos]`."""
+    def target_layout(self, captions: list[list[int]], length: int) -> torch.Tensor:
+        """Labels of the captioner's queries, (captions, longest of them, at most `length`), int64.
+
+        `IGNORED` after `[eos]`.
+        """
         import torch
 
-        labels = torch.full((len(texts), length), IGNORED, dtype=torch.long)
-        for row, pieces in zip(labels, self.pieces(texts), strict=True):
-            kept = self._framed(pieces, length)[1:]  # the one place where targets are shifted
-            row[: len(kept)] = torch.tensor(kept)
+        kept = [self._framed(pieces, length)[1:] for pieces in captions]  # the one place where targets are shifted
+        labels = torch.full((len(captions), max(map(len, kept))), IGNORED, dtype=torch.long)
+        for row, pieces in zip(labels, kept, strict=True):
+            row[: len(pieces)] = torch.tensor(pieces)
         return labels
 
     def _framed(self, pieces: list[int], length: int) -> list[int]:

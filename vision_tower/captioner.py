@@ -1,0 +1,117 @@
+"""The captioner: learnable queries that read the image and a prompt, and say the full synthetic caption.
+
+    CLIPS    [patches | web tokens | queries]                 all pieces at once, no teacher forcing
+    CoCa     [patches | queries + pieces before them]         teacher-forced, the baseline
+
+The combination mask of CLIPS: the prefix sees all of itself and no query; query t sees the prefix and queries <= t.
+Shapes: b pairs, p prefix rows, q queries, w width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import SiglipTextConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from vision_tower.losses import summed_cross_entropy
+
+if TYPE_CHECKING:
+    from vision_tower.modeling import ClipsConfig
+
+
+class CaptionerLayer(SiglipEncoderLayer):
+    """The stock block under the combination mask, without the (p + q, p + q) matrix that the mask would be.
+
+    The prefix attends to itself with no mask; the queries attend to everything with (q, p + q). In the last layer only
+    the queries go on: the prefix is needed as keys and values there, and no further.
+    """
+
+    def forward(self, hidden: torch.Tensor, prefix: int, last: bool) -> torch.Tensor:  # type: ignore[override]
+        """(b, p + q, w) -> the same, or (b, q, w) in the last layer; `prefix` is p."""
+        start = prefix if last else 0
+        hidden = hidden[:, start:] + self._attend(self.layer_norm1(hidden), prefix, start)
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+    def _attend(self, hidden: torch.Tensor, prefix: int, start: int) -> torch.Tensor:
+        attention = self.self_attn
+
+        def heads(rows: torch.Tensor) -> torch.Tensor:
+            return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        keys, values = heads(attention.k_proj(hidden)), heads(attention.v_proj(hidden))
+        asking = heads(attention.q_proj(hidden[:, start:]))
+        queries = asking[:, :, prefix - start :]
+        allowed = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=hidden.device).tril(prefix)
+        answers = [F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)]
+        if start < prefix:
+            inside = asking[:, :, :prefix]
+            answers.insert(0, F.scaled_dot_product_attention(inside, keys[:, :, :prefix], values[:, :, :prefix]))
+        return attention.out_proj(torch.cat(answers, dim=2).transpose(1, 2).flatten(2))
+
+
+class CaptionHead(nn.Linear):
+    """The vocabulary layer, in fp32 as published, with its loss: the logits of a whole batch are never held."""
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Sum of cross entropies of (n, w) states and their n labels."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return summed_cross_entropy(hidden.float(), self.weight.float(), labels)
+
+
+class Captioner(nn.Module):
+    """Queries to states before the vocabulary layer, which is `head`."""
+
+    def __init__(self, config: ClipsConfig) -> None:
+        super().__init__()
+        width = config.captioner_width
+        self.image_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
+        self.queries = nn.Parameter(torch.empty(config.captioner_queries, width))
+        self.layers = nn.ModuleList(CaptionerLayer(_layer_config(config)) for _ in range(config.captioner_layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = CaptionHead(width, config.text_config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        *,
+        words: torch.Tensor | None = None,
+        earlier: torch.Tensor | None = None,
+        length: int | None = None,
+    ) -> torch.Tensor:
+        """Normed fp32 states (b, q, w) of the first `length` queries.
+
+        Queries see only earlier ones, so those behind the longest target change nothing and need not be computed.
+
+        Args:
+            patches: unnormalised image tokens, (b, patches, wv).
+            words: unnormalised tokens of the web caption, (b, l, wt): the prompt of CLIPS.
+            earlier: embeddings of the piece before each target, (b, length, wt): teacher forcing.
+        """
+        prefix = self.image_projection(patches)
+        if words is not None:
+            prefix = torch.cat([prefix, self.text_projection(words)], dim=1)
+        queries = self.queries[:length].to(prefix.dtype).expand(len(prefix), -1, -1)
+        if earlier is not None:
+            queries = queries + self.text_projection(earlier)
+        hidden = torch.cat([prefix, queries], dim=1)
+        for number, layer in enumerate(self.layers, start=1):
+            hidden = layer(hidden, prefix.shape[1], number == len(self.layers))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.norm(hidden.to(self.norm.weight.dtype)).float()
+
+
+def _layer_config(config: ClipsConfig) -> Any:
+    return SiglipTextConfig(
+        hidden_size=config.captioner_width,
+        intermediate_size=config.captioner_mlp,
+        num_hidden_layers=config.captioner_layers,
+        num_attention_heads=config.captioner_heads,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+        attn_implementation=config._attn_implementation or "sdpa",
+    )
