@@ -342,7 +342,7 @@ def test_damaged_files_are_refused(damage: str, message: str, small: tuple[Any, 
         case "cut":
             file.write_bytes(content[: len(content) // 2])
         case "code":
-            pickled.write_bytes(pickle.dumps({"weight": Payload(tmp_path / "ran")}))
+            pickled.write_bytes(pickle.dumps({"weight": Payload(tmp_path / "ran")}, protocol=2))
         case "cut bin":
             torch.save(state, pickled)
             pickled.write_bytes(pickled.read_bytes()[:5000])

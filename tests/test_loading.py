@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from open_clip.model import resize_pos_embed
+from PIL import Image
 
 from vision_tower.encoder import load_encoder, save_encoder
 from vision_tower.errors import UserError
@@ -19,6 +20,7 @@ from vision_tower.modeling import ClipsModel
 from vision_tower.objectives import OBJECTIVES
 from vision_tower.positions import interpolate_positions
 from vision_tower.pretrain import load_tokenizer, model_config, starting_model
+from vision_tower.pretrain import main as pretrain
 from vision_tower.pretrain_recipe import ModelRecipe, PairsRecipe, PretrainRecipe, TowerRecipe
 from vision_tower.tokenizer import ClipsTokenizer
 from vision_tower.towers import tower_parts
@@ -98,8 +100,6 @@ def test_learned_positions_of_a_model(tokenizer: ClipsTokenizer, class_token: bo
 
 
 def test_an_encoder_is_loaded_at_another_size_with_its_processor(encoder_dir: Path) -> None:
-    from PIL import Image
-
     encoder = load_encoder(encoder_dir, "cpu", image_size=160)
     picture = Image.effect_noise((50, 30), 80).convert("RGB")
     pixels = encoder.processor(images=[picture], return_tensors="pt")["pixel_values"]
@@ -180,3 +180,53 @@ def test_a_start_that_is_none(tmp_path: Path, trained: Path, tokenizer: ClipsTok
         ClipsTokenizer.from_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match=r"model\.vocabulary=vocab\.txt: the encoder in model\.start_from brings"):
         dataclasses.replace(RECIPE, start_from="run", vocabulary="vocab.txt").check()
+
+
+def test_the_command_goes_on_at_a_larger_size(encoder_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """`clips-mllm pretrain` with `start_from`, at a learning rate that hardly moves anything."""
+    towers = {f"model.{name}": "{width: 32, layers: 2, mlp: 64, heads: 2}" for name in ("image", "text", "captioner")}
+    given = towers | {
+        "output_dir": tmp_path / "larger",
+        "data.shards": sample_world / "pretrain" / "*.tar",
+        "model.start_from": encoder_dir,
+        "model.joint": 32,
+        "model.image_size": 128,
+        "model.patch_size": 32,
+        "model.text_length": 24,
+        "model.target_length": 32,
+        "model.vocabulary_size": 400,
+        "training.global_batch_size": 8,
+        "training.device_batch_size": 8,
+        "training.learning_rate": 1e-7,
+        "training.max_steps": 2,
+        "training.workers": 0,
+        "training.precision": "fp32",
+    }
+    pretrain([f"--{name}={value}" for name, value in given.items()])
+    before, after = load_encoder(encoder_dir, "cpu", image_size=128), load_encoder(tmp_path / "larger", "cpu")
+    assert after.tokenizer.fast.get_vocab() == before.tokenizer.fast.get_vocab()
+    moved = {
+        name: (value - before.model.state_dict()[name]).abs().max().item()
+        for name, value in after.model.state_dict().items()
+    }
+    assert 0 < max(moved.values()) < 1e-6
+    size = after.processor(images=[Image.new("RGB", (9, 9))], return_tensors="pt")["pixel_values"].shape
+    assert size == (1, 3, 128, 128)
+
+
+def test_a_tower_with_class_token_joins_an_llm(tokenizer: ClipsTokenizer, sample_world: Path, tmp_path: Path) -> None:
+    from clips_mllm.checkpoint import build_mllm, load_mllm, save_mllm
+
+    model = built(dataclasses.replace(RECIPE, class_token=True), tokenizer)
+    save_encoder(model, tokenizer, tmp_path / "run")
+    kinds: dict[str, Any] = {"feature_layer": -1, "feature_select": "default", "dtype": torch.float32}
+    mllm, processor = build_mllm(str(tmp_path / "run" / "tower"), str(sample_world / "llm"), **kinds)
+    save_mllm(mllm, processor, tmp_path / "mllm")
+    loaded = load_mllm(tmp_path / "mllm", device="cpu")
+    pixels = torch.randn(1, 3, 24, 24)
+    seen: list[torch.Tensor] = []
+    loaded.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        loaded.model.get_image_features(pixels)
+        patches = model.patches(pixels)
+    torch.testing.assert_close(seen[0].view(patches.shape), patches, atol=1e-6, rtol=0)
