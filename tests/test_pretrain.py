@@ -1,208 +1,24 @@
-"""Shards to batches, and `clips-mllm pretrain` on the tiny sample world."""
+"""`clips-mllm pretrain` on the tiny sample world."""
 
 from __future__ import annotations
 
-import collections
-import io
-import itertools
 import json
 import os
-import random
-import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vision_tower.captions import split_sentences
-from vision_tower.data import CaptionSample, PairStream, find_shards, read_texts
-from vision_tower.errors import UserError, run_command
+from vision_tower.errors import run_command
+from vision_tower.pairs_recipe import Augmentation
 from vision_tower.pretrain import main
-from vision_tower.pretrain_recipe import Augmentation, PairsRecipe, PretrainRecipe
+from vision_tower.pretrain_recipe import PretrainRecipe
 from vision_tower.recipe import parse_recipe
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
-
-
-def png(color: int = 0, size: int = 8) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), (color, 0, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(file, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return file
-
-
-def pair(
-    key: str, web: Any = "web", full: Any = "Full caption.", picture: bytes | None = None
-) -> list[tuple[str, bytes]]:
-    row = {"web_caption": web, "synthetic_caption": full}
-    return [(f"{key}.png", picture or png()), (f"{key}.json", json.dumps(row).encode())]
-
-
-def numbered(folder: Path, shards: int, each: int) -> str:
-    """Shards whose web captions count from 0."""
-    for shard in range(shards):
-        rows = [pair(f"{n:03d}", web=str(n)) for n in range(shard * each, (shard + 1) * each)]
-        write_tar(folder / f"{shard}.tar", [member for row in rows for member in row])
-    return str(folder / "*.tar")
-
-
-def draw_letters(web: str, full: str, rng: random.Random) -> dict[str, list[int]]:
-    """In place of an objective's texts: one sentence, letter by letter."""
-    return {"sub": [ord(letter) for letter in rng.choice(split_sentences(full) or [full])]}
-
-
-def stream(pattern: str, *, rank: int = 0, world: int = 1, seed: int = 0, **values: Any) -> PairStream:
-    values = {"shuffle_buffer": 8, "augmentation": PLAIN} | values
-    return PairStream(PairsRecipe(shards=pattern, **values), 8, seed, rank, world, draw_letters)
-
-
-def take(source: PairStream, count: int) -> list[CaptionSample]:
-    return list(itertools.islice(source, count))
-
-
-@pytest.mark.parametrize("buffer", [0, 1, 8, 1000])
-def test_every_sample_once_an_epoch(tmp_path: Path, buffer: int) -> None:
-    source = stream(numbered(tmp_path, 3, 10), shuffle_buffer=buffer)
-    seen = [sample.web for sample in take(source, 60)]
-    for epoch in (seen[:30], seen[30:]):
-        assert sorted(epoch, key=int) == [str(n) for n in range(30)]
-    assert (seen[:30] != seen[30:]) or buffer == 0  # another order every time
-    assert [sample.web for sample in take(source, 60)] == seen  # and the same one from the start
-    if buffer > 1:
-        assert seen[:10] != sorted(seen[:10], key=int)
-
-
-def test_ranks_and_seeds(tmp_path: Path) -> None:
-    pattern = numbered(tmp_path, 4, 5)
-    halves = [{sample.web for sample in take(stream(pattern, rank=rank, world=2), 10)} for rank in (0, 1)]
-    assert len(halves[0]) == len(halves[1]) == 10 and not halves[0] & halves[1]
-    orders = [[sample.web for sample in take(stream(pattern, seed=seed), 20)] for seed in (0, 1)]
-    assert orders[0] != orders[1]
-    with pytest.raises(UserError, match="4 shards for 5 readers"):
-        take(stream(pattern, world=5), 1)
-
-
-def test_what_becomes_of_captions(tmp_path: Path) -> None:
-    rows = [
-        *pair("a", web="w", full="One. Two."),
-        *pair("b", web="only web", full=""),
-        *pair("c", web=None, full="Only full."),
-        *pair("d", web=["x", "y"], full=None),
-    ]
-    write_tar(tmp_path / "a.tar", rows)
-    samples = take(stream(str(tmp_path / "a.tar"), shuffle_buffer=0), 80)
-    texts = {(sample.web, "".join(map(chr, sample.texts["sub"])), sample.full) for sample in samples}
-    assert texts == {
-        ("w", "One.", "One. Two."),
-        ("w", "Two.", "One. Two."),
-        ("only web", "only web", "only web"),  # the web caption stands in
-        ("", "Only full.", "Only full."),
-        ("x", "x", "x"),
-        ("y", "y", "y"),
-    }
-
-
-def test_unreadable_samples_are_skipped_and_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    good = [member for n in range(14) for member in pair(f"{n:02d}", web=str(n))]
-    bad = [
-        *pair("x1", picture=b"no picture"),
-        *pair("x2", picture=png(size=64)[:60]),
-        ("x3.png", png()),
-        ("x4.png", png()),
-        ("x4.json", b"{"),
-        ("x5.png", png()),
-        ("x5.json", b"[1]"),
-        ("x6.json", b"{}"),
-        ("x7.json", json.dumps({"web_caption": "", "synthetic_caption": " "}).encode()),
-        ("x7.png", png()),
-        ("x8.json", json.dumps({"web_caption": "w", "synthetic_caption": "f"}).encode()),
-    ]
-    write_tar(tmp_path / "a.tar", good + bad)
-    source = stream(str(tmp_path / "a.tar"), most_bad=0.5, shuffle_buffer=0)
-    assert sorted(int(sample.web) for sample in take(source, 15)[:14]) == list(range(14))  # the 15th is past the bad
-    causes = {"corrupt image": 2, "no 'json'": 1, "malformed json": 2, "no 'web_caption'": 1, "no caption": 1}
-    assert source.bad == collections.Counter(causes | {"no image": 1})
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert len(lines) == 6 and all(str(tmp_path / "a.tar") in line for line in lines)  # one a cause
-    assert len(read_texts(source.recipe, 100)) == 2 * 18  # the vocabulary does not stumble over them
-
-
-def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:
-    rows = [member for n in range(20) for member in pair(f"{n:02d}", picture=b"bad" if n < 2 else None)]
-    write_tar(tmp_path / "a.tar", rows)
-    assert len(take(stream(str(tmp_path / "a.tar"), most_bad=0.1), 100)) == 100
-    with pytest.raises(UserError, match=r"2 of 20 samples are unreadable.*data\.most_bad=0\.09"):
-        take(stream(str(tmp_path / "a.tar"), most_bad=0.09), 100)
-    write_tar(tmp_path / "b.tar", pair("a", picture=b"bad"))
-    with pytest.raises(UserError, match="no readable sample in 1 shards"):
-        take(stream(str(tmp_path / "b.tar"), most_bad=1.0), 1)
-
-
-def test_bad_shards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no shard matches data\.shards"):
-        find_shards(str(tmp_path / "*.tar"))
-    write_tar(tmp_path / "empty.tar", [])
-    (tmp_path / "zero.tar").write_bytes(b"")
-    (tmp_path / "text.tar").write_text("hello " * 500)
-    (tmp_path / "folder.tar").mkdir()
-    for name in ("empty", "zero", "text", "folder"):
-        file = str(tmp_path / f"{name}.tar")
-        with pytest.raises(UserError, match=r"empty shard|not a readable tar") as caught:
-            find_shards(file)
-        assert str(caught.value).startswith(file) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", ["cut in a member", "damaged header"])
-def test_a_damaged_shard_is_named_not_taken_for_its_end(tmp_path: Path, damage: str) -> None:
-    numbered(tmp_path, 1, 10)
-    file = tmp_path / "0.tar"
-    content = bytearray(file.read_bytes())
-    if damage == "cut in a member":
-        content = content[: 9 * 512 + 100]
-    else:
-        content[8 * 512 : 9 * 512] = b"x" * 512
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=r"0\.tar: broken after '"):
-        take(stream(str(file)), 10)
-
-
-def test_damaged_pictures_never_escape_as_other_errors() -> None:
-    from PIL import Image
-
-    from vision_tower.images import BadImage, decode_image
-
-    rng = random.Random(0)
-    picture = Image.effect_noise((40, 40), 80).convert("RGB")
-    refused = 0
-    for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
-        buffer = io.BytesIO()
-        picture.save(buffer, format=form)
-        for _ in range(60):
-            content = bytearray(buffer.getvalue())
-            for _ in range(rng.randint(1, 20)):
-                content[rng.randrange(min(len(content), 200))] = rng.randrange(256)
-            try:
-                decode_image(bytes(content[: rng.randint(1, len(content))]))
-            except BadImage:
-                refused += 1
-    assert refused > 200
-
-
-# --- the command
 
 
 TOWER = {"width": 32, "layers": 1, "mlp": 64, "heads": 2}
@@ -276,34 +92,6 @@ def test_a_fixed_seed_fixes_the_losses(run: Path, sample_world: Path, tmp_path: 
         folder = tmp_path / str(seed)
         main(arguments(sample_world, folder, **{"training.max_steps": 4, "training.seed": seed}))
         assert (losses(folder) == losses(run)[:4]) is same
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    run: Path, sample_world: Path, tmp_path: Path, workers: int
-) -> None:
-    """The second command finds the first one's checkpoint, drops the log lines behind it, and meets the same losses."""
-    given = {
-        "training.max_steps": 8,
-        "training.save_every": 3,
-        "training.keep_checkpoints": 2,
-        "training.workers": workers,
-    }
-    reference = run
-    if workers:
-        reference = tmp_path / "whole"
-        main(arguments(sample_world, reference, **given))
-    folder = tmp_path / "halves"
-    main(arguments(sample_world, folder, **given | {"training.max_steps": 5}))
-    shutil.rmtree(folder / "checkpoint-5")
-    first, *rest = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    marked = json.dumps(json.loads(first) | {"marked": 1.0}) + "\n"
-    cut = '{"step": 6, "lo'  # by the interruption
-    (folder / "metrics.jsonl").write_text("".join([marked, *rest, cut]))
-    main(arguments(sample_world, folder, **given))
-    assert [row["step"] for row in metrics(folder)] == list(range(1, 9))
-    assert "marked" in metrics(folder)[0]  # its first steps were not repeated
-    assert losses(folder) == pytest.approx(losses(reference)[:8], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,34 @@
-"""Image-text pairs from WebDataset shards to batches.
+"""Image-text pairs to batches.
 
-tar files -> rows {image bytes, texts} -> CaptionSample -> PairCollator -> {pixel_values, web_ids, ..., labels}
+Reader -> rows -> CaptionSample -> PairCollator -> {pixel_values, web_ids, ..., labels, keys, cursor}
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import glob
+import hashlib
 import json
+import os
 import random
+import signal
 import sys
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vision_tower.errors import UserError
 from vision_tower.images import BadImage, decode_image, normalize, training_transform
-from vision_tower.pretrain_recipe import PairsRecipe
+from vision_tower.pairs_recipe import IMAGE_ENDINGS, PairsRecipe, SourceRecipe
+from vision_tower.readers import Cursor, Reader
+from vision_tower.shards import BadShard, Row, find_shards, read_shard
 from vision_tower.texts import TARGET
 from vision_tower.tokenizer import ClipsTokenizer
-
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionSample:
-    """One pair: uint8 pixels (3, h, w), its captions, and where it came from (shard and key).
+    """One pair: uint8 pixels (3, h, w), its captions, shard and key, and where its reader goes on after it.
 
     `texts` holds the word pieces that the objective reads, by stream (see `vision_tower.texts`).
     """
@@ -41,70 +38,81 @@ class CaptionSample:
     full: str
     texts: dict[str, list[int]]
     key: str
+    cursor: Cursor
 
 
-def find_shards(pattern: str) -> list[str]:
-    """The tars of a pattern, sorted. Raises UserError where there are none, or one is no tar or empty."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(f"{pattern}: no shard matches data.shards; build the sample world or mend the pattern")
-    for file in files:
-        try:
-            with tarfile.open(file) as tar:
-                if tar.next() is None:
-                    raise UserError(f"{file}: an empty shard; remove it or write it again")
-        except (tarfile.TarError, OSError) as error:
-            cause = str(error).splitlines()[0].rstrip(":")
-            raise UserError(f"{file}: not a readable tar file ({cause}); remove it or fetch it again") from error
-    return files
+class BadSample(ValueError):
+    """A row that is no pair. The message is one of a few words, to be counted."""
 
 
-def read_texts(recipe: PairsRecipe, most: int) -> list[str]:
-    """Captions of the first `most` samples, to train a vocabulary on."""
-    texts: list[str] = []
-    rng = random.Random(0)
-    for file in find_shards(recipe.shards):
-        for _, content in _members(file, ".json"):
-            try:
-                texts += read_captions(content, recipe, rng)
-            except (ValueError, KeyError):  # the stream skips and counts it
-                continue
-            if len(texts) >= 2 * most:
-                return texts
-    return texts
-
-
-def read_captions(content: bytes, recipe: PairsRecipe, rng: random.Random) -> tuple[str, str]:
+def read_captions(row: Row, source: SourceRecipe, rng: random.Random) -> tuple[str, str]:
     """(web caption, synthetic caption) of a row, one at random where there are several, empty where it is null.
 
-    Raises ValueError on malformed JSON, KeyError on a missing caption.
+    Raises BadSample on malformed json and on a missing caption.
     """
-    row = json.loads(content)
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    web, full = (_one_of(row[key], rng) for key in (recipe.web_caption, recipe.synthetic_caption))
+    try:
+        fields = json.loads(row.fields["json"]) if "json" in row.fields else {}
+    except ValueError as error:
+        raise BadSample("malformed json") from error
+    if not isinstance(fields, dict):
+        raise BadSample("malformed json")
+    web, full = (_one_of(row.fields | fields, name, rng) for name in (source.web_caption, source.synthetic_caption))
     return web, full
 
 
-def _one_of(given: Any, rng: random.Random) -> str:
+def _one_of(fields: dict[str, Any], name: str, rng: random.Random) -> str:
+    if name not in fields:
+        raise BadSample(f"no '{name}'")
+    given = fields[name]
     text = rng.choice(given) if isinstance(given, list) and given else given
+    if isinstance(text, bytes):  # a member of its own
+        text = text.decode("utf-8", errors="replace")
     return str(text or "").strip()
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A sample as it lies in its shard: encoded parts by ending."""
+def read_image(row: Row, source: SourceRecipe) -> bytes:
+    """The encoded picture: bytes, or the bytes of a {bytes, path} struct. Raises BadSample where there is none."""
+    for name in (source.image, *IMAGE_ENDINGS):
+        given = row.fields.get(name)
+        content = given.get("bytes") if isinstance(given, dict) else given
+        if isinstance(content, bytes):
+            return content
+    raise BadSample("no image")
 
-    file: str
-    key: str
-    parts: dict[str, bytes]
+
+def read_texts(recipe: PairsRecipe, most: int) -> list[str]:
+    """Captions of the first `most` samples, an equal number from each source, to train a vocabulary on.
+
+    What cannot be read is left to the stream, which counts it.
+    """
+    texts: list[str] = []
+    for source in recipe.sources:
+        rng = random.Random(0)
+        found: list[str] = []
+        for row in _readable_rows(find_shards(source.shards), source.text_names):
+            try:
+                found += read_captions(row, source, rng)
+            except BadSample:
+                continue
+            if len(found) >= 2 * most // len(recipe.sources):
+                break
+        texts += found
+    return texts
+
+
+def _readable_rows(shards: list[str], names: frozenset[str]) -> Iterator[Row]:
+    for shard in shards:
+        try:
+            yield from read_shard(shard, names, lambda _: True)
+        except BadShard as error:
+            print(f"{shard}: {error.cause} ({error}); its captions are not in the vocabulary", file=sys.stderr)
 
 
 class PairStream(IterableDataset[CaptionSample]):
-    """Endless pairs, reshuffled every epoch, split over ranks and loader processes by shard.
+    """Endless pairs; see `vision_tower.readers` for who reads what, and how an interrupted run goes on.
 
-    Unreadable samples are skipped and counted by cause; above `most_bad` the run stops (looked at from the 1,000th
-    sample on, and at the end of every pass).
+    Unreadable samples and shards are skipped and counted by cause; above `most_bad` the run stops. What is drawn for a
+    sample (caption, sentence, augmentation) follows from the seed, its pass and its key alone.
     """
 
     def __init__(
@@ -118,149 +126,85 @@ class PairStream(IterableDataset[CaptionSample]):
     ) -> None:
         self.recipe = recipe
         self.draw_texts = draw_texts
-        self.files = find_shards(recipe.shards)
+        self.shards = [find_shards(source.shards) for source in recipe.sources]
         self.size = size
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.bad: collections.Counter[str] = collections.Counter()
-        self.seen = 0
+        self.cursors: dict[int, Cursor] = {}
+        self.turn = 0
+
+    def fingerprint(self) -> str:
+        """Changes with the names and the order of the shards."""
+        return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()[:16]
+
+    def go_on_from(self, cursors: dict[int, Cursor], turn: int) -> None:
+        """Start each reader at its cursor, and the loader with its reader number `turn`.
+
+        A loader takes batches from its processes in turn, always from the first one first.
+        """
+        self.cursors, self.turn = cursors, turn
 
     def __iter__(self) -> Iterator[CaptionSample]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        part, parts = self.rank * workers + number, self.world * workers
-        if len(self.files) < parts:
-            raise UserError(
-                f"{self.recipe.shards}: {len(self.files)} shards for {parts} readers (ranks x training.workers); "
-                "write smaller shards or use fewer workers"
-            )
-        rng = random.Random(f"{self.seed}/{part}/{parts}")
+        number = self.rank * workers + (number + self.turn) % workers
+        reader = Reader(self.recipe, self.shards, reader=number, readers=self.world * workers, seed=self.seed)
+        if number in self.cursors:
+            reader.go_on_from(self.cursors[number])
         transform: Any = training_transform(self.recipe.augmentation, self.size)
-        files = self.files[part::parts]
-        while True:
-            yield from self._epoch(files, transform, rng)
-
-    def _epoch(self, files: list[str], transform: Any, rng: random.Random) -> Iterator[CaptionSample]:
-        found = 0
-        for row in self._shuffled(_rows(rng.sample(files, len(files))), rng):
-            sample = self._sample(row, transform, rng)
-            if sample is not None:
-                found += 1
-                yield sample
-        if not found:
-            raise UserError(f"{self.recipe.shards}: no readable sample in {len(files)} shards ({dict(self.bad)})")
-        self._check_share()
-
-    def _shuffled(self, rows: Iterator[Row], rng: random.Random) -> Iterator[Row]:
-        """The buffer holds rows as they lie in the shard, since decoded pictures would take many times the memory."""
-        buffer: list[Row] = []
-        for row in rows:
-            if len(buffer) < self.recipe.shuffle_buffer:
-                buffer.append(row)
+        for source, row in reader.rows():
+            rng = random.Random(f"{self.seed}/{source.place.epoch}/{os.path.basename(row.shard)}/{row.key}")
+            try:
+                pixels, web, full = self._decode(row, source.source, transform, rng)
+            except (BadSample, BadImage) as error:
+                source.skip("corrupt image" if isinstance(error, BadImage) else str(error), row)
                 continue
-            if buffer:
-                place = rng.randrange(len(buffer))
-                buffer[place], row = row, buffer[place]
-            yield row
-        rng.shuffle(buffer)
-        yield from buffer
+            key = f"{row.shard}: {row.key}"
+            yield CaptionSample(pixels, web, full, self.draw_texts(web, full, rng), key, reader.cursor())
 
-    def _sample(self, row: Row, transform: Any, rng: random.Random) -> CaptionSample | None:
-        self.seen += 1
-        parts = row.parts
-        try:
-            web, full = read_captions(parts["json"], self.recipe, rng)
-            picture = decode_image(next(parts[ending] for ending in IMAGE_ENDINGS if ending in parts))
-        except BadImage:
-            self._skip("corrupt image", row)
-            return None
-        except KeyError as error:
-            self._skip(f"no {error}", row)
-            return None
-        except ValueError:
-            self._skip("malformed json", row)
-            return None
-        except StopIteration:
-            self._skip("no image", row)
-            return None
+    @staticmethod
+    def _decode(row: Row, source: SourceRecipe, transform: Any, rng: random.Random) -> tuple[torch.Tensor, str, str]:
+        web, full = read_captions(row, source, rng)
         full = full or web  # an empty synthetic caption: the web caption stands in
+        content = read_image(row, source)
         if not full:
-            self._skip("no caption", row)
-            return None
-        with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator; a resumed run must too
+            raise BadSample("no caption")
+        picture = decode_image(content)
+        with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            pixels = transform(picture)
-        return CaptionSample(pixels, web, full, self.draw_texts(web, full, rng), f"{row.file}: {row.key}")
-
-    def _skip(self, cause: str, row: Row) -> None:
-        if not self.bad[cause]:
-            print(f"skipped: {row.file}: {row.key}: {cause} (further ones are counted)", file=sys.stderr, flush=True)
-        self.bad[cause] += 1
-        if self.seen >= 1000:
-            self._check_share()
-
-    def _check_share(self) -> None:
-        bad = self.bad.total()
-        if bad > self.recipe.most_bad * self.seen:
-            raise UserError(
-                f"{self.recipe.shards}: {bad} of {self.seen} samples are unreadable ({dict(self.bad)}), more than "
-                f"data.most_bad={self.recipe.most_bad}; mend the shards or raise the limit"
-            )
+            return transform(picture), web, full
 
 
-def _rows(files: list[str]) -> Iterator[Row]:
-    """Consecutive members of a tar that share the name up to the first dot of its last part."""
-    for file in files:
-        row = Row(file, "", {})
-        for name, content in _members(file):
-            path = Path(name)
-            stem, _, ending = path.name.partition(".")
-            key = str(path.parent / stem)
-            if key != row.key:
-                if row.parts:
-                    yield row
-                row = Row(file, key, {})
-            row.parts[ending.lower()] = content
-        if row.parts:
-            yield row
+def outlive_one_sigterm(_: int) -> None:
+    """For loader processes. A scheduler signals a whole job; the main process still needs them to reach a checkpoint.
 
+    The second signal, which the loader sends to a process that does not end by itself, ends it.
+    """
 
-def _members(file: str, ending: str = "") -> Iterator[tuple[str, bytes]]:
-    """Name and content of a tar's files whose names end in `ending`. Raises UserError where the tar is damaged."""
-    name = ""
-    try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                name = member.name
-                if member.isfile() and name.endswith(ending):
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    yield name, stream.read()
-            # tarfile takes a damaged header for the end of the archive: a real end is zeros, or nothing.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError("damaged header")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: broken after '{name}' ({error}); fetch the shard again or remove it") from error
+    def forgive(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, forgive)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Samples -> the model's inputs and the captioner's labels."""
+    """Samples -> the model's inputs, the captioner's labels, and what the trainer keeps account of."""
 
     tokenizer: ClipsTokenizer
     text_length: int
     target_length: int
 
     def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
-        """`pixel_values` (b, 3, h, w) fp32, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings).
+        """`pixel_values` (b, 3, h, w) fp32, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings), `cursor`.
 
-        Streams are what the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels are there with a captioner.
+        Streams are what the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels are there with a captioner. The
+        cursor is where the reader of this batch goes on after it.
         """
         batch: dict[str, Any] = {
             "keys": [sample.key for sample in samples],
+            "cursor": samples[-1].cursor,
             "pixel_values": normalize(torch.stack([sample.pixels for sample in samples])),
         }
         for name in samples[0].texts:

@@ -16,8 +16,13 @@ class NotFinite(ValueError):
     """An embedding holds NaN or infinity: it loses no comparison, or wins all, and scores would mean nothing."""
 
 
+class Stopped(Exception):
+    """A signal ended the command early, and nothing is lost. The message says how to go on, in one line."""
+
+
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `main(argv)` and return its exit code: 0, 2 for bad input, 28 for a full disk, 130 for Ctrl-C.
+    """Run `main(argv)` and return its exit code: 0, 2 for bad input, 28 for a full disk, 130 for Ctrl-C, 143 for
+    SIGTERM after a saved checkpoint.
 
     Anything else is our bug and keeps its traceback.
     """
@@ -26,6 +31,10 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except UserError as error:
         # A loader process hands its error on with its traceback in the message; the line is what it ends with.
         return _fail(" ".join(str(error).rpartition(f"{UserError.__name__}: ")[2].split()), 2)
+    except Stopped as stop:
+        _end_progress_bars()
+        print(stop, file=sys.stderr, flush=True)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on from the last checkpoint", 128 + signal.SIGINT)
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from vision_tower.pretrain_recipe import Augmentation
+from vision_tower.pairs_recipe import Augmentation
 
 if TYPE_CHECKING:
     import torch

@@ -36,17 +36,21 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(PretrainRecipe, drop_launcher_arguments(argv), command="pretrain")
     recipe.check()
     folder = Path(recipe.output_dir)
+    checkpoint = latest_checkpoint(folder)
 
     from transformers import set_seed
 
     from vision_tower.data import PairCollator, PairStream
     from vision_tower.lock import lock_tower
     from vision_tower.pretrain_trainer import PretrainTrainer
+    from vision_tower.resume import end_if_stopped, refuse_other_recipe, report_skipped
     from vision_tower.step_loss import StepLoss
     from vision_tower.texts import TextDrawer
 
+    if checkpoint is not None:
+        refuse_other_recipe(folder / "recipe.yaml", recipe)
     objective = choose_objective(recipe.objective, recipe.loss)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe, checkpoint)
     set_seed(recipe.training.seed)
     # Whole on every rank, so before the arguments: once they name ZeRO-3, transformers would divide parts of it here.
     model = starting_model(recipe.model, tokenizer, objective)
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> None:
         arguments.world_size,
         TextDrawer(tokenizer, objective, recipe.captions, recipe.model.text_room),
     )
-    checkpoint = latest_checkpoint(folder)
+    check_vocabulary(tokenizer)
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
@@ -83,6 +87,8 @@ def main(argv: list[str]) -> None:
 
         trainer.add_callback(Scoring(recipe.evaluation, trainer, tokenizer))
     trainer.train(resume_from_checkpoint=checkpoint)
+    report_skipped(trainer)
+    end_if_stopped(trainer)
     save_weights(trainer, tokenizer, folder)
 
 
@@ -101,14 +107,14 @@ def save_weights(trainer: PretrainTrainer, tokenizer: ClipsTokenizer, folder: Pa
     trainer.accelerator.wait_for_everyone()
 
 
-def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
-    """That of a locked text tower, the vocabulary the recipe names, or one trained on the captions.
-
-    Equal on every rank.
-    """
+def load_tokenizer(recipe: PretrainRecipe, checkpoint: str | None = None) -> ClipsTokenizer:
+    """That of the checkpoint to go on from, of a locked text tower, the vocabulary the recipe names, or one trained on
+    the captions."""
     from vision_tower.data import read_texts
     from vision_tower.tokenizer import ClipsTokenizer
 
+    if checkpoint is not None:
+        return ClipsTokenizer.from_pretrained(checkpoint)
     if recipe.lock.tower == "text" and recipe.lock.checkpoint is not None:
         return ClipsTokenizer.from_pretrained(recipe.lock.checkpoint)
     if recipe.model.start_from is not None:
@@ -123,6 +129,15 @@ def load_tokenizer(recipe: PretrainRecipe) -> ClipsTokenizer:
             f"model.vocabulary_size={recipe.model.vocabulary_size}; raise it"
         )
     return tokenizer
+
+
+def check_vocabulary(tokenizer: ClipsTokenizer) -> None:
+    """Raise UserError where ranks read other captions, for want of a shard, and so have another vocabulary."""
+    from accelerate.utils import gather_object
+
+    everyone = gather_object([tokenizer.fast.get_vocab()])
+    if any(vocabulary != everyone[0] for vocabulary in everyone):
+        raise UserError("model.vocabulary: the ranks could not read the same shards to train one on; give a vocab.txt")
 
 
 def starting_model(

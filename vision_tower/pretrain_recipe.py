@@ -10,45 +10,8 @@ from typing import Literal
 
 from vision_tower.errors import UserError
 from vision_tower.objectives import CaptionRecipe, LossWeights, ObjectiveName, choose_objective
+from vision_tower.pairs_recipe import PairsRecipe
 from vision_tower.training_recipe import TrainingRecipe
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Training augmentation; the defaults are those of CLIPS.
-
-    Args:
-        smallest_crop: smallest share of the area that a random crop keeps; 1 squashes the whole picture.
-        jitter: strength of brightness, contrast and saturation jitter; hue gets a quarter.
-        jitter_probability: how often colours are jittered.
-        gray_probability: how often the picture turns gray.
-    """
-
-    smallest_crop: float = 0.4
-    jitter: float = 0.32
-    jitter_probability: float = 0.8
-    gray_probability: float = 0.2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairsRecipe:
-    """Where the image-text pairs come from.
-
-    Args:
-        shards: glob pattern of WebDataset tars; each sample has a picture and a json.
-        web_caption: key of the web caption in the json.
-        synthetic_caption: key of the synthetic caption in the json.
-        shuffle_buffer: samples that are shuffled together, per loader process.
-        most_bad: share of unreadable samples above which the run stops.
-        augmentation: what happens to pictures in training.
-    """
-
-    shards: str
-    web_caption: str = "web_caption"
-    synthetic_caption: str = "synthetic_caption"
-    shuffle_buffer: int = 4096
-    most_bad: float = 0.01
-    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +203,7 @@ class PretrainRecipe:
 
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
+        self.data.check()
         self.model.check()
         self.captions.check(self.model.text_room)
         choose_objective(self.objective, self.loss)

@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from vision_tower.average import WeightAverage
 from vision_tower.bad_step import refuse
+from vision_tower.data import outlive_one_sigterm
 from vision_tower.flops import known_peak, training_flops
 from vision_tower.pretrain_recipe import EncoderTraining
+from vision_tower.resume import ResumableTrainer
 from vision_tower.step_loss import StepLoss
 from vision_tower.throughput import Throughput
 from vision_tower.training import final_state, parameter_groups
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(ResumableTrainer):
     """Adds the loss, decay on weight matrices only, the average of the weights, a stop on NaN, and what the log says.
 
     Args:
@@ -33,8 +34,6 @@ class PretrainTrainer(Trainer):
         super().__init__(**kwargs)
         self.step_loss = step_loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the global batch already
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
         self._keys: list[str] = []  # of the samples of this step
         self.throughput = Throughput(self.args.world_size, peak_flops(training))
         self.add_callback(self.throughput)
@@ -125,6 +124,7 @@ class PretrainTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=outlive_one_sigterm,
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
         )
