@@ -21,6 +21,7 @@ from transformers import AutoModel, ViTModel
 from vision_tower.convert import main
 from vision_tower.encoder import load_encoder, save_encoder
 from vision_tower.errors import UserError
+from vision_tower.loading import continued
 from vision_tower.modeling import ClipsModel
 from vision_tower.positions import sincos_positions
 from vision_tower.pretrain import model_config
@@ -230,6 +231,32 @@ def test_positions_count_as_sincos_where_they_are(fixed: bool, tmp_path: Path) -
     assert load_encoder(tmp_path / "ours", "cpu").model.config.positions == ("sincos" if fixed else "learned")
     larger = load_encoder(tmp_path / "ours", "cpu", image_size=42)
     assert larger.model.patches(torch.randn(1, 3, 42, 42)).shape == (1, 36, 32)
+
+
+def test_pretraining_goes_on_from_a_converted_model(tmp_path: Path) -> None:
+    tree = copy.deepcopy(SMALL)
+    tree["model_cfg"]["vision_cfg"]["norm_kwargs"] = {"eps": 1e-3}  # no recipe says it; the checkpoint's must stay
+    model = theirs(tree)
+    main([str(folder_of(model, tree, tmp_path / "source")), str(tmp_path / "ours"), "--to", "clips"])
+    recipe = ModelRecipe(
+        image=TowerRecipe(width=32, layers=2, mlp=128, heads=2),
+        text=TowerRecipe(width=24, layers=2, mlp=96, heads=3),
+        captioner=TowerRecipe(width=16, layers=1, mlp=16, heads=2),
+        joint=24,
+        image_size=28,
+        patch_size=7,
+        class_token=True,
+        positions="learned",
+        target_length=9,
+        vocabulary_size=200,
+    )
+    tokenizer = load_encoder(tmp_path / "ours", "cpu").tokenizer
+    start = continued(tmp_path / "ours", recipe, model_config(recipe, tokenizer)).eval()
+    pixels, ids = torch.randn(2, 3, 28, 28), tokenizer.contrastive(TEXTS, 80)
+    with torch.no_grad():
+        assert (start.embed_images(pixels) - model.encode_image(pixels, True)).abs().max() < 1e-5
+        assert (start.embed_texts(ids) - model.encode_text(ids, True)).abs().max() < 1e-5
+    assert start.captioner.queries.shape == (9, 16)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,19 @@ from vision_tower.positions import interpolate_positions, sincos_positions
 from vision_tower.pretrain_recipe import ModelRecipe, TowerRecipe
 from vision_tower.towers import has_class_token, tower_parts
 
+# The captioner's fields of ClipsConfig.
+CAPTIONER = (
+    "captioner_width",
+    "captioner_layers",
+    "captioner_heads",
+    "captioner_mlp",
+    "captioner_queries",
+    "teacher_forced",
+)
+
 
 def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
-    """The model that `save_encoder` wrote, for pictures of `image_size` where that is given.
+    """The model that `save_encoder` wrote, in fp32, for pictures of `image_size` where that is given.
 
     Raises:
         UserError: a missing file, or missing or unexpected weights.
@@ -31,7 +41,7 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
     kind = ClipsConfig.get_config_dict(folder)[0].get("model_type")
     if kind != ClipsConfig.model_type:
         raise UserError(f"{folder}: a '{kind}' checkpoint, not a CLIPS encoder; give the folder of a `pretrain` run")
-    model, info = ClipsModel.from_pretrained(folder, output_loading_info=True)
+    model, info = ClipsModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     refuse_partial_load(folder, info)
     return model if image_size is None else at_resolution(model, image_size)
 
@@ -101,8 +111,10 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
             )
     if same:
         return model
+    towers = copy.deepcopy(model.config)  # what a recipe does not say of them, such as the norms' epsilon, stays
+    towers.update({name: getattr(config, name) for name in CAPTIONER})
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("captioner.")}
-    return _filled(config, state, folder, fresh=("captioner",))
+    return _filled(towers, state, folder, fresh=("captioner",))
 
 
 def _recipe_words(config: ClipsConfig) -> dict[str, object]:
