@@ -25,6 +25,7 @@ COMMANDS = {
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
     "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
     "evaluate": Command("clips_eval.evaluate", "run lmms-eval tasks on a multimodal LLM"),
+    "ablate": Command("clips_eval.ablate", "rerun the paper's comparisons: caption length, objectives"),
     "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
     "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),
 }

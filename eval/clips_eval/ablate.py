@@ -1,0 +1,54 @@
+"""`clips-mllm ablate`: the paper's comparisons, rerun on any shards.
+
+recipe --> grid of runs --processes--> retrieval.json of each --> ablation.md, ablation.json, length.png, objectives.png
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from clips_eval.ablate_grid import AblateRecipe, settings
+from vision_tower.errors import UserError, run_command
+from vision_tower.pretrain_recipe import PretrainRecipe
+from vision_tower.recipe import parse_recipe
+
+
+def main(argv: list[str]) -> None:
+    """Train what is missing, then compare.
+
+    Raises:
+        UserError: a recipe that does not fit, runs of another recipe in the folder, or runs that failed.
+    """
+    recipe = parse_recipe(AblateRecipe, argv, command="ablate")
+    samples_seen = _check(recipe)
+
+    from clips_eval.ablate_report import write_report
+    from clips_eval.ablate_runner import run_cells, score
+
+    done = run_cells(recipe, _say)
+    scores = {
+        setting: [score(cell, recipe.metric) for cell in done if cell.setting == setting]
+        for setting in settings(recipe)
+    }
+    print(write_report(recipe, scores, samples_seen, shlex.join(["clips-mllm", "ablate", *argv])))
+    print(f"written to {Path(recipe.output_dir) / 'ablation.md'}")
+
+
+def _check(recipe: AblateRecipe) -> int:
+    """The pairs that a run sees. Raises UserError before anything is trained."""
+    run = parse_recipe(PretrainRecipe, ["--config", str(recipe.pretrain)], command="pretrain")
+    run.check()
+    recipe.check(run.model.text_room)
+    if not recipe.data.is_file():
+        raise UserError(f"{recipe.data}: no such file; build the sample world, or give a Karpathy-style JSON by --data")
+    return run.training.max_steps * run.training.global_batch_size
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
