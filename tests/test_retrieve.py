@@ -1,4 +1,4 @@
-"""`clips-mllm retrieve` on Karpathy JSON and CSV, with an encoder that reads colours."""
+"""`clips-mllm retrieve` on Karpathy JSON, CSV and shards, with an encoder that reads colours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import colour_encoder
 import pytest
 import torch
 from colour_encoder import COLOURS, paint
+from shard_files import write_parquet, write_tar
 
 from clips_eval import report, retrieve
 from clips_eval.retrieval_scores import score
@@ -96,6 +97,110 @@ def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> Non
             assert found[key] == wanted[key]
         assert found["split"] is None
     assert found["examples"]["text_to_image"][0]["query"] == 'a red square,\t"quoted"\nsecond line'
+
+
+def rows_of(tree: dict[str, Any], root: Path) -> list[tuple[str, bytes, list[str]]]:
+    """Key, picture and captions of the test split."""
+    rows = [row for row in tree["images"] if row["split"] == "test"]
+    names = [f"val/{row['filename']}" for row in rows]
+    texts = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+    return [(name.split(".")[0], (root / name).read_bytes(), said) for name, said in zip(names, texts, strict=True)]
+
+
+def write_shards(root: Path, kind: str, rows: list[tuple[str, bytes, list[str]]]) -> list[str]:
+    """Two shards of one kind; the options that read them."""
+    for number, part in enumerate((rows[:2], rows[2:])):
+        match kind:
+            case "json":
+                members = [
+                    member
+                    for key, content, texts in part
+                    for member in ((f"{key}.png", content), (f"{key}.json", json.dumps({"said": texts}).encode()))
+                ]
+                write_tar(root / f"s{number}.tar", members)
+            case "txt":
+                lines = [(f"{key}.txt", ("\n".join(texts) + "\n").encode()) for key, _, texts in part]
+                pictures = [(f"{key}.pic", content) for key, content, _ in part]
+                write_tar(
+                    root / f"s{number}.tar", [each for pair in zip(lines, pictures, strict=True) for each in pair]
+                )
+            case "parquet":
+                pictures = [{"bytes": content, "path": None} for _, content, _ in part]
+                columns = {"photo": pictures, "said": [texts for _, _, texts in part], "other": [1] * len(part)}
+                write_parquet(root / f"s{number}.parquet", columns)
+    return {
+        "json": ["--data", str(root / "s{0..1}.tar"), "--caption_column", "said"],
+        "txt": ["--data", str(root / "s*.tar"), "--image_column", "pic", "--caption_column", "txt"],
+        "parquet": ["--data", str(root / "*.parquet"), "--image_column", "photo", "--caption_column", "said"],
+    }[kind]
+
+
+def run_shards(root: Path, options: list[str]) -> dict[str, Any]:
+    retrieve.main([str(root / "encoder"), "--format", "shards", *options])
+    return json.loads((root / "encoder" / "retrieval.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["json", "txt", "parquet"])
+def test_shards_equal_the_karpathy_json(
+    world: tuple[Path, dict[str, Any]], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, tree = world
+    dump(root / "test.json", tree)
+    wanted = run(root)
+    options = write_shards(root, kind, rows_of(tree, root))
+    capsys.readouterr()
+    found = run_shards(root, options)
+    for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts", "n_skipped"):
+        assert found[key] == wanted[key]
+    assert found["examples"]["image_to_text"][0]["query"].startswith(f"{root}/s0.")
+    assert "3/3" in capsys.readouterr().err  # the total is known, and so is the time left
+
+
+def test_rows_that_are_no_pair_are_left_out_and_counted(
+    world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, tree = world
+    good = rows_of(tree, root)[:2]
+    options = write_shards(root, "json", good)
+    bad = [
+        *[("a.png", good[0][1]), ("a.json", b'{"said": []}')],
+        *[("b.png", good[0][1]), ("b.json", b'{"other": "text"}')],
+        *[("c.png", good[0][1]), ("c.json", b"{")],
+        ("d.json", b'{"said": "no picture"}'),
+        *[("e.png", good[0][1][:40]), ("e.json", b'{"said": "half a picture"}')],
+        *[("f.png", good[0][1]), ("f.json", b'{"said": null}')],
+    ]
+    write_tar(root / "s1.tar", bad)
+    found = run_shards(root, [*options, "--most_bad", "0.8"])
+    assert (found["n_images"], found["n_texts"], found["n_skipped"], found["t2i_r1"]) == (2, 4, 6, 1.0)
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    with pytest.raises(UserError, match=r"6 of 8 pictures cannot be used \(first: .*s1\.tar: a: no caption\)"):
+        run_shards(root, options)
+
+
+def cut(root: Path) -> None:
+    (root / "s1.tar").write_bytes((root / "s1.tar").read_bytes()[:700])
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "words"),
+    [
+        (cut, [], ["s1.tar", "broken shard", "fetch the shard again"]),
+        (lambda root: (root / "s1.tar").unlink(), [], ["s1.tar", "no such shard"]),
+        (lambda root: None, ["--caption_column", "title"], ["s0.tar: val/red", "no 'title'", "--caption_column"]),
+        (lambda root: None, ["--image_column", "pic", "--data", "{root}/none*.tar"], ["none*.tar", "no shard"]),
+    ],
+)
+def test_bad_shards_are_named(
+    world: tuple[Path, dict[str, Any]], damage: Any, options: list[str], words: list[str]
+) -> None:
+    root, tree = world
+    given = write_shards(root, "json", rows_of(tree, root))
+    damage(root)
+    with pytest.raises(UserError) as caught:
+        run_shards(root, [*given, *(word.format(root=root) for word in options)])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert not (root / "encoder" / "retrieval.json").exists()
 
 
 def test_unreadable_pictures_are_left_out_counted_and_told(

@@ -50,14 +50,20 @@ def read_captions(row: Row, source: SourceRecipe, rng: random.Random) -> tuple[s
 
     Raises BadSample on malformed json and on a missing caption.
     """
+    fields = read_fields(row)
+    web, full = (_one_of(fields, name, rng) for name in (source.web_caption, source.synthetic_caption))
+    return web, full
+
+
+def read_fields(row: Row) -> dict[str, Any]:
+    """Columns or members of a row, and the keys of its json. Raises BadSample on malformed json."""
     try:
         fields = json.loads(row.fields["json"]) if "json" in row.fields else {}
     except ValueError as error:
         raise BadSample("malformed json") from error
     if not isinstance(fields, dict):
         raise BadSample("malformed json")
-    web, full = (_one_of(row.fields | fields, name, rng) for name in (source.web_caption, source.synthetic_caption))
-    return web, full
+    return row.fields | fields
 
 
 def _one_of(fields: dict[str, Any], name: str, rng: random.Random) -> str:

@@ -49,7 +49,7 @@ AnyPicture = TypeVar("AnyPicture", bound=Picture)
 
 
 class Skips:
-    """Counts unreadable pictures; above a share of `most_bad` it stops the run.
+    """Counts pictures, and those that cannot be used; above a share of `most_bad` it stops the run.
 
     The share is looked at from the 1,000th picture on, and at the end.
     """
@@ -61,8 +61,9 @@ class Skips:
         self.bad = 0
         self.first = ""
 
-    def add(self, name: str, cause: str) -> None:
-        """Count one; the first is told of at once."""
+    def skip(self, name: str, cause: str) -> None:
+        """Count one that cannot be used; the first is told of at once."""
+        self.seen += 1
         self.bad += 1
         if self.bad == 1:
             self.first = f"{name}: {cause}"
@@ -72,7 +73,7 @@ class Skips:
         """Raise UserError where more than the share was skipped."""
         if self.bad > self.most_bad * self.seen:
             raise UserError(
-                f"{self.source}: {self.bad} of {self.seen} pictures are not readable images (first: {self.first}), "
+                f"{self.source}: {self.bad} of {self.seen} pictures cannot be used (first: {self.first}), "
                 f"more than the share of {self.most_bad} that may be skipped; replace them or take them out"
             )
 
@@ -104,12 +105,12 @@ def _readable(
 
     kept, images = [], []
     for picture, future in batch:
-        skips.seen += 1
         try:
             images.append(future.result())
             kept.append(picture)
+            skips.seen += 1
         except BadImage as error:
-            skips.add(picture.name, str(error))
+            skips.skip(picture.name, str(error))
     if skips.seen >= EARLY:
         skips.check()
     return kept, images

@@ -1,33 +1,37 @@
 """`clips-mllm retrieve ENCODER --data test.json`: recall@1/5/10 between images and captions.
 
-Karpathy JSON or CSV --> pairs --encoder--> embeddings --recall_at_k--> retrieval.json
+Karpathy JSON, CSV or shards --> pairs --encoder--> embeddings --recall_at_k--> retrieval.json
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vision_tower.errors import UserError, run_command
+from vision_tower.pictures import Pair, Skips
 from vision_tower.recipe import parse_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveRecipe:
-    """Measure an encoder's retrieval on a Karpathy-style JSON (COCO, Flickr30K, the sample world) or a CSV.
+    """Measure an encoder's retrieval on a Karpathy-style JSON (COCO, Flickr30K, the sample world), a CSV, or shards.
 
     Args:
         encoder: folder of an encoder, as 'pretrain' and 'convert' write it.
-        data: the file with the captions.
-        format: karpathy (images with "filename", "split", "sentences" and, as COCO's do, a folder "filepath"), or csv
-            (a header, then a row for each caption; rows that name the same picture describe it together).
-        images: folder of the pictures; the file's own folder if not given.
+        data: the file with the captions; for shards a path or URL, with globs and braces as {000..009}.
+        format: karpathy (images with "filename", "split", "sentences" and, as COCO's do, a folder "filepath"), csv
+            (a header, then a row for each caption; rows that name the same picture describe it together), or shards
+            (WebDataset tars or Parquet; a row is a picture with its captions).
+        images: karpathy and csv; folder of the pictures, the file's own folder if not given.
         split: karpathy; which of the file's splits to measure.
-        image_column: csv; the column with the picture's path.
-        caption_column: csv; the column with the caption.
+        image_column: csv; the column with the picture's path. shards; the picture's column, or ending in a tar.
+        caption_column: csv; the column with the caption. shards; the column, or in a tar a key of the json or an ending
+            such as txt; one caption or a list.
         separator: csv; what stands between columns.
         output: where the scores go; ENCODER/retrieval.json if not given.
         batch_size: pictures, or captions, at a time.
@@ -36,8 +40,8 @@ class RetrieveRecipe:
     """
 
     encoder: Path
-    data: Path
-    format: Literal["karpathy", "csv"] = "karpathy"
+    data: str
+    format: Literal["karpathy", "csv", "shards"] = "karpathy"
     images: Path | None = None
     split: str = "test"
     image_column: str = "image"
@@ -67,25 +71,23 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     recipe = parse_recipe(RetrieveRecipe, argv, command="retrieve", positional=("encoder",))
     recipe.check()
-    pairs = _pairs(recipe)
-
     from clips_eval.provenance import provenance
     from clips_eval.report_files import write_json
     from clips_eval.retrieval_scores import examples, score
     from vision_tower.embedding import embed_pairs
     from vision_tower.encoder import load_encoder
-    from vision_tower.pictures import Skips
 
+    skips = Skips(recipe.data, recipe.most_bad)
+    pairs, total = _pairs(recipe, skips)
     encoder = load_encoder(recipe.encoder, recipe.device)
-    skips = Skips(str(recipe.data), recipe.most_bad)
-    found = embed_pairs(encoder, pairs, recipe.batch_size, skips, total=len(pairs))
+    found = embed_pairs(encoder, pairs, recipe.batch_size, skips, total=total)
     output = recipe.output or recipe.encoder / "retrieval.json"
     result = {
         **score(recipe.encoder, found),
         "n_images": len(found.images),
         "n_texts": len(found.texts),
         "n_skipped": skips.bad,
-        "data": str(recipe.data),
+        "data": recipe.data,
         "split": recipe.split if recipe.format == "karpathy" else None,
         **provenance(recipe.encoder, encoder, "retrieve", argv),
         "examples": examples(found, output.parent),
@@ -95,17 +97,26 @@ def main(argv: list[str]) -> None:
     print(_table(result, output))
 
 
-def _pairs(recipe: RetrieveRecipe) -> list[Any]:
-    folder = recipe.images or recipe.data.parent
+def _pairs(recipe: RetrieveRecipe, skips: Skips) -> tuple[Iterable[Pair], int | None]:
+    """The pairs, and how many there are where that is known."""
+    file = Path(recipe.data)
+    folder = recipe.images or file.parent
     match recipe.format:
         case "karpathy":
             from vision_tower.karpathy import load_pairs
 
-            return load_pairs(recipe.data, folder, recipe.split)
+            pairs = load_pairs(file, folder, recipe.split)
+            return pairs, len(pairs)
         case "csv":
             from clips_eval.csv_pairs import load_csv
 
-            return load_csv(recipe.data, folder, recipe.image_column, recipe.caption_column, recipe.separator)
+            pairs = load_csv(file, folder, recipe.image_column, recipe.caption_column, recipe.separator)
+            return pairs, len(pairs)
+        case "shards":
+            from clips_eval.shard_pairs import count_pairs, stream_pairs
+
+            stream = stream_pairs(recipe.data, recipe.image_column, recipe.caption_column, skips)
+            return stream, count_pairs(recipe.data)
 
 
 def _table(result: dict[str, Any], output: Path) -> str:
