@@ -373,3 +373,32 @@ def test_the_log_tells_how_fast_the_run_is(tiny_world: Path, tmp_path: Path) -> 
 def test_without_a_known_peak_there_is_no_mfu(averaged: Path) -> None:
     assert all("mfu" not in row and row["tflops"] > 0 for row in metrics(averaged))
     assert not list(averaged.rglob("events.out.tfevents.*")), "nothing is reported anywhere unless asked"
+
+
+# --- pictures
+
+
+def test_jpeg_is_decoded_no_larger_than_the_smallest_crop_needs() -> None:
+    import io
+
+    from PIL import Image
+
+    from vision_tower.images import decode_image, enough_pixels
+    from vision_tower.pairs_recipe import Augmentation
+
+    assert enough_pixels(Augmentation(smallest_crop=0.25), 112) == 224
+    assert enough_pixels(Augmentation(smallest_crop=1.0), 112) == 112
+    picture = Image.radial_gradient("L").resize((900, 700)).convert("RGB")
+    for kind, least, expected in (
+        ("JPEG", None, (900, 700)),
+        ("JPEG", 224, (450, 350)),
+        ("JPEG", 112, (225, 175)),
+        ("JPEG", 500, (900, 700)),
+        ("PNG", 112, (900, 700)),
+    ):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=kind)
+        found = decode_image(buffer.getvalue(), least)
+        assert found.size == expected and found.mode == "RGB", (kind, least)
+        small, whole = (torch.tensor(list(image.resize((20, 16)).tobytes())) for image in (found, picture))
+        assert (small - whole).abs().float().mean() < 3

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_pretrain import arguments, losses, png
+from shard_files import png
+from test_pretrain import arguments, losses
 
 from vision_tower.errors import run_command
 from vision_tower.pretrain import main

@@ -46,9 +46,9 @@ def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str], folder: 
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / FILE, json.dumps({"step": step, "ranks": ranks}, indent=1) + "\n")
     back = latest_checkpoint(folder)
-    resume = f"run the same command again, it goes on from {back}" if back else "start again"
+    resume = f"go on from {back} with the same command" if back else "start again"
     what = ", ".join(f"{name} {number}" for name, number in said.items())
     raise UserError(
-        f"step {step}: {what} on rank {mine['rank']}; the samples of the step are listed in {folder / FILE}; "
-        f"lower training.learning_rate or take the samples out, then {resume}"
+        f"step {step}: {what} on rank {mine['rank']}; samples listed in {folder / FILE}: mend what is wrong with "
+        f"them and {resume}, or lower training.learning_rate in another output_dir"
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vision_tower.images import BadImage, decode_image, normalize, training_transform
+from vision_tower.images import BadImage, decode_image, enough_pixels, normalize, training_transform
 from vision_tower.pairs_recipe import IMAGE_ENDINGS, PairsRecipe, SourceRecipe
 from vision_tower.readers import Cursor, Reader
 from vision_tower.shards import BadShard, Row, find_shards, read_shard
@@ -159,10 +159,11 @@ class PairStream(IterableDataset[CaptionSample]):
         if number in self.cursors:
             reader.go_on_from(self.cursors[number])
         transform: Any = training_transform(self.recipe.augmentation, self.size)
+        least = enough_pixels(self.recipe.augmentation, self.size)
         for source, row in reader.rows():
             rng = random.Random(f"{self.seed}/{source.place.epoch}/{os.path.basename(row.shard)}/{row.key}")
             try:
-                pixels, web, full = self._decode(row, source.source, transform, rng)
+                pixels, web, full = self._decode(row, source.source, transform, least, rng)
             except (BadSample, BadImage) as error:
                 source.skip("corrupt image" if isinstance(error, BadImage) else str(error), row)
                 continue
@@ -170,13 +171,15 @@ class PairStream(IterableDataset[CaptionSample]):
             yield CaptionSample(pixels, web, full, self.draw_texts(web, full, rng), key, reader.cursor())
 
     @staticmethod
-    def _decode(row: Row, source: SourceRecipe, transform: Any, rng: random.Random) -> tuple[torch.Tensor, str, str]:
+    def _decode(
+        row: Row, source: SourceRecipe, transform: Any, least: int, rng: random.Random
+    ) -> tuple[torch.Tensor, str, str]:
         web, full = read_captions(row, source, rng)
         full = full or web  # an empty synthetic caption: the web caption stands in
         content = read_image(row, source)
         if not full:
             raise BadSample("no caption")
-        picture = decode_image(content)
+        picture = decode_image(content, least)
         with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator
             torch.default_generator.manual_seed(rng.getrandbits(63))
             return transform(picture), web, full

@@ -47,12 +47,16 @@ def refuse_other_recipe(file: Path, recipe: Any) -> None:
     """Raise UserError where the run that left `file` (its recipe.yaml) had other values than `recipe`."""
     before = _flat(parse_recipe(type(recipe), ["--config", str(file)], command="pretrain"))
     now = _flat(recipe)
-    changed = sorted(name for name in before | now if before.get(name) != now.get(name) and name not in MAY_DIFFER)
+    changed = sorted(name for name in before | now if before.get(name) != now.get(name) and not _may_differ(name))
     if changed:
         said = ", ".join(f"{name}={now.get(name)} (was {before.get(name)})" for name in changed)
         raise UserError(
             f"{file.parent}: holds checkpoints of another recipe: {said}; give it back, or take another output_dir"
         )
+
+
+def _may_differ(name: str) -> bool:
+    return name in MAY_DIFFER or name.partition(".")[0] == "evaluation"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
