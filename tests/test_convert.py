@@ -196,7 +196,7 @@ def training_checkpoint(model: Any) -> dict[str, Any]:
     return {"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}}
 
 
-@pytest.mark.parametrize("kind", ["bin", "pt", "custom text", "bare json", "half", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["bin", "pt", "custom text", "bare json", "half", "tokenizer.json", "named"])
 def test_every_form_of_file(kind: str, small: tuple[Any, Path], tmp_path: Path) -> None:
     model, tree, weights = small[0], copy.deepcopy(SMALL), "open_clip_model.safetensors"
     match kind:
@@ -216,9 +216,15 @@ def test_every_form_of_file(kind: str, small: tuple[Any, Path], tmp_path: Path) 
         (source / "vocab.txt").unlink()
         pieces = {piece: index for index, piece in enumerate(VOCABULARY)}
         (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": pieces}}))
+    if kind == "named":  # a vocabulary that calls the two specials by names of its own
+        names = dict(zip(VOCABULARY, ["[PAD]", "<s>", "</s>", *VOCABULARY[3:]], strict=True))
+        (source / "vocab.txt").write_text("\n".join(names.values()) + "\n")
+        settings = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
     main([str(source), str(tmp_path / "ours"), "--to", "clips"])
     assert_same(model.float(), tmp_path / "ours")
-    assert load_encoder(tmp_path / "ours", "cpu").tokenizer.pieces(["cats"]) == [[104, 105]]
+    tokenizer = load_encoder(tmp_path / "ours", "cpu").tokenizer
+    assert tokenizer.contrastive(["cats"], 7).tolist() == [[1, 104, 105, 2, 0, 0, 101]]
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -338,10 +344,12 @@ class Payload:
         ("halves", "2 files that could be the weights"),
         ("none", "no file of weights"),
         ("cut", "not a readable safetensors file"),
-        ("code", "holds more than tensors"),
+        ("code", "holds more than plain tensors"),
+        ("pointer", "holds more than plain tensors"),
         ("cut bin", "not a readable file of weights"),
         ("empty bin", "not a readable file of weights"),
         ("list", "not a mapping of names to tensors"),
+        ("tokenizer", "tokenizer.json: not a WordPiece tokenizer"),
         ("vocabulary", "its vocabulary has 201 pieces, more than text_cfg.vocab_size=200"),
     ],
 )
@@ -370,6 +378,8 @@ def test_damaged_files_are_refused(damage: str, message: str, small: tuple[Any, 
             file.write_bytes(content[: len(content) // 2])
         case "code":
             pickled.write_bytes(pickle.dumps({"weight": Payload(tmp_path / "ran")}, protocol=2))
+        case "pointer":  # what git leaves of a large file without LFS
+            pickled.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
         case "cut bin":
             torch.save(state, pickled)
             pickled.write_bytes(pickled.read_bytes()[:5000])
@@ -377,6 +387,10 @@ def test_damaged_files_are_refused(damage: str, message: str, small: tuple[Any, 
             pickled.write_bytes(b"")
         case "list":
             torch.save([1, 2], pickled)
+        case "tokenizer":
+            file.write_bytes(content)
+            (source / "vocab.txt").unlink()
+            (source / "tokenizer.json").write_text('{"model": {"vocab": [["a", -1.5]]}}')
         case "vocabulary":
             file.write_bytes(content)
             more = [f"w{index}" for index in range(201 - len(VOCABULARY))]

@@ -114,4 +114,6 @@ def _layer_config(config: ClipsConfig) -> Any:
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-6,
         attn_implementation=config._attn_implementation or "sdpa",
+        bos_token_id=None,  # it has no vocabulary of its own, and the defaults would draw a warning
+        eos_token_id=None,
     )

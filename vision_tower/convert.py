@@ -85,6 +85,7 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     from vision_tower.open_clip_config import FILE, read_config
     from vision_tower.open_clip_weights import to_ours
     from vision_tower.positions import sincos_positions
+    from vision_tower.published_vocabulary import read_tokenizer
     from vision_tower.weight_files import read_tensors
 
     config = read_config(folder / FILE)
@@ -104,17 +105,6 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     fixed = torch.allclose(state["vision_model.embeddings.position_embeddings"][0], table, atol=1e-4)
     config.positions = "sincos" if fixed else "learned"
     return with_weights(config, state, file), tokenizer
-
-
-def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
-    """The vocabulary beside published weights, if there is one."""
-    from vision_tower.tokenizer import ClipsTokenizer
-
-    if (folder / "vocab.txt").is_file():
-        return ClipsTokenizer.from_vocabulary(folder / "vocab.txt")
-    if (folder / "tokenizer.json").is_file():
-        return ClipsTokenizer.from_tokenizer_json(folder / "tokenizer.json")
-    return None
 
 
 def find_weights(folder: Path) -> Path:

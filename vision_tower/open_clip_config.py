@@ -100,6 +100,7 @@ TEXT = Section(
         {"norm_kwargs", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
     ),
 )
+PUBLISHED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PREPROCESSING: dict[str, Any] = {
     "mean": list(MEAN),
     "std": list(STD),
@@ -147,6 +148,7 @@ def read_config(file: Path) -> ClipsConfig:
             "projection_size": joint,
             "hidden_act": "gelu_pytorch_tanh",
             "layer_norm_eps": _eps(file, given["text_cfg"]),
+            **PUBLISHED_IDS,
         },
         captioner_layers=0,
         projection_dim=joint,

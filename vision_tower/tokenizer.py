@@ -8,7 +8,7 @@ Source: the published CLIPS tokenizer (UCSC-VLAA/CLIPS), see also `tokenizer_mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK, CLS = "[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]"
+UNUSED = {"[unused0]": BOS, "[unused1]": EOS}  # BERT leaves these pieces to others
 IGNORED = -100
 
 
@@ -106,29 +107,17 @@ class ClipsTokenizer:
         return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
 
     @classmethod
-    def from_vocabulary(cls, file: str | Path) -> ClipsTokenizer:
+    def from_vocabulary(cls, file: str | Path, renamed: Mapping[str, str] = UNUSED) -> ClipsTokenizer:
         """The published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
         if not Path(file).is_file():
             raise UserError(f"{file}: no such vocabulary; give a WordPiece vocab.txt, or leave it out to train one")
         # Not splitlines(): ids are line numbers, and a piece may be U+2028.
         lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        return cls._from_pieces({piece: index for index, piece in enumerate(lines)}, file)
+        return cls.from_pieces({piece: index for index, piece in enumerate(lines)}, file, renamed)
 
     @classmethod
-    def from_tokenizer_json(cls, file: str | Path) -> ClipsTokenizer:
-        """The same vocabulary out of a WordPiece `tokenizer.json`, as published repositories hold it."""
-        import json
-
-        try:
-            model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
-            pieces = {str(piece): int(index) for piece, index in model["vocab"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: not a WordPiece tokenizer; put the model's vocab.txt beside it") from error
-        return cls._from_pieces(pieces, file)
-
-    @classmethod
-    def _from_pieces(cls, pieces: dict[str, int], file: str | Path) -> ClipsTokenizer:
-        renamed = {"[unused0]": BOS, "[unused1]": EOS}
+    def from_pieces(cls, pieces: dict[str, int], file: str | Path, renamed: Mapping[str, str]) -> ClipsTokenizer:
+        """Pieces and ids out of `file`; `renamed` says which serve as `[bos]` and `[eos]`. Raises UserError."""
         vocabulary = {renamed.get(piece, piece): index for piece, index in pieces.items()}
         for piece in (PAD, BOS, EOS, UNK, CLS):  # else the fast tokenizer would add them at the end, unasked
             if piece not in vocabulary:

@@ -41,7 +41,8 @@ def _read_pickle(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file}: holds more than tensors, and loading that could run code; save its weights as safetensors first"
+            f"{file}: holds more than plain tensors, and loading that could run code; fetch it again, or save its "
+            "weights as safetensors first"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         cause = (str(error).splitlines() or ["it ends too early"])[0]

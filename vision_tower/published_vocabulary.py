@@ -1,0 +1,49 @@
+"""The vocabulary beside published weights: BERT's files, in which two pieces serve as `[bos]` and `[eos]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vision_tower.errors import UserError
+from vision_tower.tokenizer import BOS, EOS, UNUSED, ClipsTokenizer
+
+
+def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
+    """The tokenizer of `vocab.txt` or `tokenizer.json` in an open_clip folder; none where there is neither.
+
+    Raises:
+        UserError: a file that is no WordPiece vocabulary of the CLIPS layout.
+    """
+    vocabulary, whole = folder / "vocab.txt", folder / "tokenizer.json"
+    if vocabulary.is_file():
+        return ClipsTokenizer.from_vocabulary(vocabulary, _special_names(folder))
+    if not whole.is_file():
+        return None
+    try:
+        pieces = {str(piece): int(index) for piece, index in _read_json(whole)["model"]["vocab"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{whole}: not a WordPiece tokenizer; put the model's vocab.txt beside it") from error
+    return ClipsTokenizer.from_pieces(pieces, whole, _special_names(folder))
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """What `tokenizer_config.json` calls the two, if it does: published vocabularies do not agree on a name."""
+    file = folder / "tokenizer_config.json"
+    settings = _read_json(file) if file.is_file() else {}
+    names: dict[str, str] = {}
+    for key, own in (("bos_token", BOS), ("eos_token", EOS)):
+        name = settings.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        if isinstance(name, str):
+            names[name] = own
+    return names or UNUSED
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
+    return tree if isinstance(tree, dict) else {}
