@@ -16,6 +16,9 @@ from vision_tower.tokenizer import IGNORED
 PATCHES, WORDS, QUERIES, VOCABULARY = 9, 7, 6, 50
 
 
+IDS = torch.full((1, WORDS), 5)
+
+
 def build(**options: Any) -> ClipsModel:
     torch.manual_seed(0)
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
@@ -92,7 +95,7 @@ def test_equals_stock_blocks_under_the_dense_mask(layers: int) -> None:
     inputs = {name: value.grad.clone() for name, value in given.items() if value.grad is not None}
     for value in given.values():
         value.grad = None
-    loss = model.caption_sum(given["patches"], given["words"], labels)
+    loss = model.caption_sum(given["patches"], given["words"], IDS, labels)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
     found = gradients(captioner, loss)
     assert set(found) == set(wanted)
@@ -100,6 +103,21 @@ def test_equals_stock_blocks_under_the_dense_mask(layers: int) -> None:
         assert (found[name] - value).abs().max() <= 1e-5 * max(1, value.abs().max()), name
     for name, value in given.items():
         assert (value.grad - inputs[name]).abs().max() <= 1e-5 * max(1, inputs[name].abs().max()), name
+
+
+def test_what_may_not_be_seen_is_as_good_as_absent() -> None:
+    """Masked rows of the prompt change neither the other rows of the prefix nor the queries."""
+    captioner: Captioner = build(captioner_layers=3).captioner
+    given = prefix()
+    seen = torch.tensor([True, True, False, False, True, False, True]).expand(3, -1)
+    with torch.no_grad():
+        masked = captioner(**given, seen=seen)
+        absent = captioner(given["patches"], words=given["words"][:, seen[0]])
+        all_seen = captioner(**given, seen=torch.ones_like(seen))
+        plain = captioner(**given)
+    torch.testing.assert_close(masked, absent, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(all_seen, plain, atol=1e-5, rtol=1e-5)
+    assert (masked - plain).abs().max() > 1e-3
 
 
 def test_queries_see_the_prefix_and_earlier_queries_only() -> None:
@@ -186,7 +204,7 @@ def test_the_largest_tensor_is_no_mask_and_no_batch_of_logits(monkeypatch: pytes
     with torch.autograd.graph.saved_tensors_hooks(
         lambda value: (kept.append(value.shape), value)[1], lambda value: value
     ):
-        model.caption_sum(**{"patches": prefix(8)["patches"], "prompt": prefix(8)["words"]}, labels=labels)
+        model.caption_sum(*prefix(8).values(), IDS, labels)
     size = PATCHES + WORDS + QUERIES
     assert kept and not [shape for shape in kept if shape[-2:] == (size, size)]
     assert not [shape for shape in kept if VOCABULARY in shape and 8 * QUERIES in shape]

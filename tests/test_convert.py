@@ -399,6 +399,14 @@ def test_damaged_files_are_refused(damage: str, message: str, small: tuple[Any, 
     assert not (tmp_path / "ran").exists()
 
 
+def test_masked_padding_has_no_open_clip_form(encoder_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(encoder_dir, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"padding": "masked"}))
+    refuse(source, tmp_path, "--to open_clip: this model masks padding", to="open_clip")
+
+
 def test_a_run_without_class_token_has_no_open_clip_form(encoder_dir: Path, tmp_path: Path) -> None:
     refuse(encoder_dir, tmp_path, "--to open_clip: this tower has no class token", to="open_clip")
     main([str(encoder_dir), str(tmp_path / "tower"), "--to", "tower"])

@@ -56,8 +56,7 @@ def build(tower: str = "patches only", **options: Any) -> ClipsModel:
     torch.manual_seed(0)
     config = ClipsConfig(
         vision_config=TOWERS[tower],
-        text_config=TEXT,
-        **CAPTIONER | options,
+        **{"text_config": TEXT} | CAPTIONER | options,
         projection_dim=12,
     )
     return ClipsModel.from_scratch(config).eval()
@@ -140,6 +139,29 @@ def test_a_model_without_captioner_embeds() -> None:
         given = {name: value for name, value in inputs().items() if name != "labels"}
         first, second = whole(**inputs()), bare(**given)
     assert first.caption_sum is not None and second.caption_sum is None and torch.equal(first.image, second.image)
+
+
+def padded_texts(length: int, count: int = 3) -> torch.Tensor:
+    """Texts of 1, 2, ... pieces in the contrastive layout at some length; 0 is padding."""
+    rows = [[1, *range(10, 11 + row), 2] for row in range(count)]
+    return torch.tensor([row + [0] * (length - 1 - len(row)) + [3] for row in rows])
+
+
+def test_masked_padding_means_nothing() -> None:
+    """Trimmed batches give the same embeddings and losses; published towers attend to padding, so theirs would not."""
+    text = TEXT | {"pad_token_id": 0}
+    given = inputs()
+    whole, trimmed = ({**given, "web_ids": padded_texts(n), "sub_ids": padded_texts(n).flip(0)} for n in (7, 6))
+    masking, attending = (build(text_config=text, padding=kind) for kind in ("masked", "attended"))
+    with torch.no_grad():
+        first, second = masking(**whole), masking(**trimmed)
+        alone = masking.embed_texts(padded_texts(7)[:1])
+        other = attending.embed_texts(padded_texts(7)) - attending.embed_texts(padded_texts(6))
+    for stream in ("web", "sub"):
+        torch.testing.assert_close(first.texts[stream], second.texts[stream], atol=1e-6, rtol=0)
+    torch.testing.assert_close(first.caption_sum, second.caption_sum, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(alone, first.texts["web"][:1], atol=1e-6, rtol=0)
+    assert other.abs().max() > 1e-4
 
 
 def test_only_weight_matrices_decay(model: ClipsModel) -> None:

@@ -170,3 +170,24 @@ def test_bad_weights(weights: LossWeights, message: str) -> None:
 def test_bad_caption_recipes(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CaptionRecipe(**values).check(20)
+
+
+def test_batches_are_trimmed_to_their_longest_text(tokenizer: ClipsTokenizer) -> None:
+    """All streams to one length, for they share a pass; never beyond the context; targets do not count."""
+    from vision_tower.data import CaptionSample, PairCollator
+    from vision_tower.readers import Cursor
+
+    cursor = Cursor(reader=0, draws=0, places=())
+
+    def lengths(*texts: tuple[int, int], trim: bool = True) -> set[tuple[int, ...]]:
+        pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
+        samples = [
+            CaptionSample(pixels, "", "", {"web": [9] * web, "sub": [9] * sub, "target": [9] * 40}, "", cursor)
+            for web, sub in texts
+        ]
+        batch = PairCollator(tokenizer=tokenizer, text_length=20, target_length=24, trim=trim)(samples)
+        assert all((batch[name][:, -1] == tokenizer.cls).all() for name in ("web_ids", "sub_ids"))
+        return {tuple(batch[name].shape) for name in ("web_ids", "sub_ids")}
+
+    assert lengths((2, 5), (7, 1)) == {(2, 10)}  # [bos], seven pieces, [eos], [CLS]
+    assert lengths((2, 50)) == lengths((2, 5), trim=False) == {(1, 20)}

@@ -30,13 +30,20 @@ class CaptionerLayer(SiglipEncoderLayer):
     the queries go on: the prefix is needed as keys and values there, and no further.
     """
 
-    def forward(self, hidden: torch.Tensor, prefix: int, last: bool) -> torch.Tensor:  # type: ignore[override]
-        """(b, p + q, w) -> the same, or (b, q, w) in the last layer; `prefix` is p."""
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, prefix: int, last: bool, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(b, p + q, w) -> the same, or (b, q, w) in the last layer.
+
+        Args:
+            prefix: p.
+            seen: which rows of the prefix may be attended to, (b, p) bool; all without it.
+        """
         start = prefix if last else 0
-        hidden = hidden[:, start:] + self._attend(self.layer_norm1(hidden), prefix, start)
+        hidden = hidden[:, start:] + self._attend(self.layer_norm1(hidden), prefix, start, seen)
         return hidden + self.mlp(self.layer_norm2(hidden))
 
-    def _attend(self, hidden: torch.Tensor, prefix: int, start: int) -> torch.Tensor:
+    def _attend(self, hidden: torch.Tensor, prefix: int, start: int, seen: torch.Tensor | None) -> torch.Tensor:
         attention = self.self_attn
 
         def heads(rows: torch.Tensor) -> torch.Tensor:
@@ -46,10 +53,14 @@ class CaptionerLayer(SiglipEncoderLayer):
         asking = heads(attention.q_proj(hidden[:, start:]))
         queries = asking[:, :, prefix - start :]
         allowed = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=hidden.device).tril(prefix)
+        within = None if seen is None else seen[:, None, None]
+        if within is not None:
+            allowed = allowed & F.pad(within, (0, queries.shape[2]), value=True)
         answers = [F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)]
         if start < prefix:
             inside = asking[:, :, :prefix]
-            answers.insert(0, F.scaled_dot_product_attention(inside, keys[:, :, :prefix], values[:, :, :prefix]))
+            before = keys[:, :, :prefix], values[:, :, :prefix]
+            answers.insert(0, F.scaled_dot_product_attention(inside, *before, attn_mask=within))
         return attention.out_proj(torch.cat(answers, dim=2).transpose(1, 2).flatten(2))
 
 
@@ -80,6 +91,7 @@ class Captioner(nn.Module):
         patches: torch.Tensor,
         *,
         words: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
         earlier: torch.Tensor | None = None,
         length: int | None = None,
     ) -> torch.Tensor:
@@ -90,17 +102,20 @@ class Captioner(nn.Module):
         Args:
             patches: unnormalised image tokens, (b, patches, wv).
             words: unnormalised tokens of the web caption, (b, l, wt): the prompt of CLIPS.
+            seen: which of the words may be attended to, (b, l) bool; all without it.
             earlier: embeddings of the piece before each target, (b, length, wt): teacher forcing.
         """
         prefix = self.image_projection(patches)
         if words is not None:
             prefix = torch.cat([prefix, self.text_projection(words)], dim=1)
+        if seen is not None:
+            seen = F.pad(seen, (patches.shape[1], 0), value=True)
         queries = self.queries[:length].to(prefix.dtype).expand(len(prefix), -1, -1)
         if earlier is not None:
             queries = queries + self.text_projection(earlier)
         hidden = torch.cat([prefix, queries], dim=1)
         for number, layer in enumerate(self.layers, start=1):
-            hidden = layer(hidden, prefix.shape[1], number == len(self.layers))
+            hidden = layer(hidden, prefix.shape[1], number == len(self.layers), seen)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.norm(hidden.to(self.norm.weight.dtype)).float()
 

@@ -199,11 +199,16 @@ def outlive_one_sigterm(_: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Samples -> the model's inputs, the captioner's labels, and what the trainer keeps account of."""
+    """Samples -> the model's inputs, the captioner's labels, and what the trainer keeps account of.
+
+    Args:
+        trim: whether texts are only as long as the batch's longest, which needs a model that masks padding.
+    """
 
     tokenizer: ClipsTokenizer
     text_length: int
     target_length: int
+    trim: bool = False
 
     def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
         """`pixel_values` (b, 3, h, w) fp32, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings), `cursor`.
@@ -216,10 +221,16 @@ class PairCollator:
             "cursor": samples[-1].cursor,
             "pixel_values": normalize(torch.stack([sample.pixels for sample in samples])),
         }
+        length = self._length(samples) if self.trim else self.text_length
         for name in samples[0].texts:
             pieces = [sample.texts[name] for sample in samples]
             if name == TARGET:
                 batch["labels"] = self.tokenizer.target_layout(pieces, self.target_length)
             else:
-                batch[f"{name}_ids"] = self.tokenizer.contrastive_layout(pieces, self.text_length)
+                batch[f"{name}_ids"] = self.tokenizer.contrastive_layout(pieces, length)
         return batch
+
+    def _length(self, samples: list[CaptionSample]) -> int:
+        """Of all streams alike, for they go through the tower together."""
+        texts = (pieces for sample in samples for name, pieces in sample.texts.items() if name != TARGET)
+        return min(max(map(len, texts)) + 3, self.text_length)  # [bos], [eos] and [CLS]

@@ -133,6 +133,7 @@ def _recipe_words(config: ClipsConfig) -> dict[str, object]:
         "patch_size": image.patch_size,
         "class_token": has_class_token(image),
         "positions": config.positions,
+        "padding": config.padding,
         "text_length": text.max_position_embeddings,
         "target_length": config.captioner_queries,
         "vocabulary_size": text.vocab_size,

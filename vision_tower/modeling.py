@@ -41,6 +41,7 @@ class ClipsConfig(PretrainedConfig):
         positions: of the image: `sincos` is fixed, `learned` is trained.
         captioner_layers: 0 leaves the captioner out, as in published weights.
         teacher_forced: whether it is CoCa's captioner, see `vision_tower.captioner`.
+        padding: of texts: `attended` as in published weights, or `masked`, which makes its amount mean nothing.
         projection_dim: width of the joint embedding space.
     """
 
@@ -58,6 +59,7 @@ class ClipsConfig(PretrainedConfig):
         captioner_mlp: int = 2048,
         captioner_queries: int = 128,
         teacher_forced: bool = False,
+        padding: Literal["attended", "masked"] = "attended",
         projection_dim: int = 512,
         **kwargs: Any,
     ) -> None:
@@ -71,6 +73,7 @@ class ClipsConfig(PretrainedConfig):
         self.captioner_mlp = captioner_mlp
         self.captioner_queries = captioner_queries
         self.teacher_forced = teacher_forced
+        self.padding = padding
         self.projection_dim = projection_dim
         super().__init__(**kwargs)
 
@@ -151,8 +154,23 @@ class ClipsModel(PreTrainedModel):
         return patch_tokens(self.vision_model, pixel_values)
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
-        """The last block's text tokens, not normalised, (b, l, wt). Padding is attended to, as published."""
-        return self.text_model.encoder(inputs_embeds=self.text_model.embeddings(input_ids=ids)).last_hidden_state
+        """The last block's text tokens, not normalised, (b, l, wt). Padding is attended to, as published, or masked.
+
+        Masked, `ids` may be trimmed to the longest text: `[CLS]` keeps the last position of the whole context.
+        """
+        seen = self._seen(ids)
+        if seen is None:
+            embeddings, mask = self.text_model.embeddings(input_ids=ids), None
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            positions[-1] = self.config.text_config.max_position_embeddings - 1
+            embeddings = self.text_model.embeddings(input_ids=ids, position_ids=positions[None])
+            mask = seen[:, None, None]
+        return self.text_model.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+
+    def _seen(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Which positions may be attended to, (b, l) bool; None where all may."""
+        return None if self.config.padding == "attended" else ids != self.config.text_config.pad_token_id
 
     def pool_image(self, patches: torch.Tensor) -> torch.Tensor:
         """Unit-norm image embeddings (b, d) of unnormalised patches: mean, LayerNorm, linear."""
@@ -192,22 +210,31 @@ class ClipsModel(PreTrainedModel):
         patches = self.patches(pixel_values)
         given = dict(zip(STREAMS, (web_ids, sub_ids, mix_ids), strict=True))
         streams = {name: ids for name, ids in given.items() if ids is not None}
-        words = self.words(torch.cat(list(streams.values())))
+        words = self.words(torch.cat(list(streams.values())))  # web comes first
         pairs = len(pixel_values)
         texts = dict(zip(streams, self.pool_text(words).split(pairs), strict=True))
-        prompt = None if web_ids is None or self.config.teacher_forced else words[:pairs]
         return ClipsOutput(
             image=self.pool_image(patches),
             texts=texts,
             scale=self.logit_scale.exp()[0],
-            caption_sum=None if labels is None else self.caption_sum(patches, prompt, labels),
+            caption_sum=None if labels is None else self.caption_sum(patches, words[:pairs], web_ids, labels),
         )
 
-    def caption_sum(self, patches: torch.Tensor, prompt: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the captioner's cross entropies; the vocabulary layer runs where there are targets, and only there."""
+    def caption_sum(
+        self, patches: torch.Tensor, words: torch.Tensor, ids: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the captioner's cross entropies; the vocabulary layer runs where there are targets, and only there.
+
+        Args:
+            words: tokens of the web captions, whose ids are `ids`; a teacher-forced captioner reads neither.
+        """
         assert self.captioner is not None
-        earlier = self._earlier_pieces(labels) if self.config.teacher_forced else None
-        hidden = self.captioner(patches, words=prompt, earlier=earlier, length=labels.shape[1])
+        length = labels.shape[1]
+        if self.config.teacher_forced:
+            hidden = self.captioner(patches, earlier=self._earlier_pieces(labels), length=length)
+        else:
+            assert ids is not None
+            hidden = self.captioner(patches, words=words, seen=self._seen(ids), length=length)
         wanted = labels != IGNORED
         return self.captioner.head(hidden[wanted], labels[wanted])
 

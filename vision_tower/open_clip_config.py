@@ -161,9 +161,14 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
     Args:
         name: of the repository that holds the tokenizer. open_clip's `local-dir:` reads the folder's own in any case.
     Raises:
-        UserError: a tower without class token, which open_clip's own ViT cannot be.
+        UserError: a tower without class token, which open_clip's own ViT cannot be, or masked padding.
     """
     image, text = config.vision_config, config.text_config
+    if config.padding == "masked":
+        raise UserError(
+            "--to open_clip: this model masks padding, and open_clip attends to it; "
+            "use --to tower, or pretrain with model.padding=attended"
+        )
     if not has_class_token(image):
         raise UserError(
             "--to open_clip: this tower has no class token, and open_clip's always has one; "

@@ -73,7 +73,10 @@ def main(argv: list[str]) -> None:
         args=arguments,
         train_dataset=stream,
         data_collator=PairCollator(
-            tokenizer=tokenizer, text_length=recipe.model.text_length, target_length=recipe.model.target_length
+            tokenizer=tokenizer,
+            text_length=recipe.model.text_length,
+            target_length=recipe.model.target_length,
+            trim=recipe.model.padding == "masked",
         ),
         step_loss=StepLoss(objective.weights),
         training=recipe.training,
@@ -188,6 +191,7 @@ def model_config(
             "eos_token_id": tokenizer.eos,
         },
         positions=recipe.positions,
+        padding=recipe.padding,
         captioner_width=captioner.width,
         captioner_layers=captioner.layers if objective.captioned else 0,
         captioner_heads=captioner.heads,

@@ -46,6 +46,8 @@ class ModelRecipe:
             then a ViTModel, else a SiglipVisionModel).
         positions: of the image tower; sincos is fixed and recomputed at another size, learned starts from it.
         text_length: context of the text tower, with all special pieces.
+        padding: of texts: attended, as in published weights, or masked, so that batches can be trimmed to their longest
+            text (faster; open_clip knows no such model).
         target_length: learnable queries, that is the longest caption to predict.
         vocabulary: a WordPiece vocab.txt, or none to train one on the captions.
         vocabulary_size: rows of the token embedding.
@@ -62,6 +64,7 @@ class ModelRecipe:
     class_token: bool = False
     positions: Literal["sincos", "learned"] = "sincos"
     text_length: int = 80
+    padding: Literal["attended", "masked"] = "attended"
     target_length: int = 128
     vocabulary: str | None = None
     vocabulary_size: int = 32_000

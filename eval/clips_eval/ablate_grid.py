@@ -28,7 +28,8 @@ class AblateRecipe:
         data: Karpathy-style JSON with the test captions, as for 'retrieve'.
         shards: pattern of the pretraining shards; those of the recipe if not given.
         reductions: ways to cut synthetic captions; with none the comparison of lengths is left out.
-        budgets: word pieces left of a caption; the whole caption is always compared too.
+        budgets: word pieces left of a synthetic caption; the whole caption is always compared too.
+        web_budgets: word pieces left of a web caption; they are shorter to begin with.
         objectives: what the second comparison compares; it may be empty.
         seeds: of initialisation and data order; each run is repeated with every one.
         metric: recall that is compared, the mean of both directions.
@@ -41,7 +42,8 @@ class AblateRecipe:
     data: Path
     shards: str | None = None
     reductions: tuple[CutTo, ...] = ("truncation", "random", "block", "sub-caption")
-    budgets: tuple[int, ...] = (6, 12, 24)
+    budgets: tuple[int, ...] = (8, 16, 32)
+    web_budgets: tuple[int, ...] = (2, 4)
     objectives: tuple[ObjectiveName, ...] = ("clip-web", "clipa-mix", "coca", "clips")
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: Literal["r1", "r5", "r10"] = "r1"
@@ -54,9 +56,9 @@ class AblateRecipe:
             raise UserError("reductions, objectives: nothing to compare; name some of either")
         if len(set(self.seeds)) < 2:
             raise UserError("seeds: two different ones at least, for a standard error; three for a comparison to trust")
-        if self.reductions and not self.budgets:
-            raise UserError("budgets: none to compare lengths at; give some, such as [6, 12, 24]")
-        for budget in self.budgets if self.reductions else ():
+        if self.reductions and not (self.budgets and self.web_budgets):
+            raise UserError("budgets, web_budgets: none to compare lengths at; give some, such as [8, 16, 32]")
+        for budget in (*self.budgets, *self.web_budgets) if self.reductions else ():
             if not 1 <= budget < room:
                 raise UserError(
                     f"budgets: {budget} is not below {room}, the room of model.text_length in {self.pretrain}"
@@ -103,7 +105,8 @@ def length_curves(recipe: AblateRecipe) -> dict[str, list[Setting]]:
         + [SYNTHETIC]
         for reduction in recipe.reductions
     }
-    return curves | {"web": [*(Setting(objective="clip-web", budget=budget) for budget in budgets), WEB]}
+    web = [Setting(objective="clip-web", budget=budget) for budget in sorted(set(recipe.web_budgets))]
+    return curves | {"web": [*web, WEB]}
 
 
 def objective_bars(recipe: AblateRecipe) -> dict[str, Setting]:

@@ -61,9 +61,16 @@ def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: s
     ]
     curves = length_curves(recipe)
     if curves:
-        head = ["word pieces kept", *(_length(setting) for setting in next(iter(curves.values())))]
-        rows = [[_curve(kind), *(_cell(scores, setting) for setting in curve)] for kind, curve in curves.items()]
-        parts += ["## Caption length", _table(head, rows), "![caption length](length.png)"]
+        lengths = _lengths(recipe)
+        rows = []
+        for kind, curve in curves.items():
+            at = {_length(setting): _cell(scores, setting) for setting in curve}
+            rows.append([_curve(kind), *(at.get(length, "") for length in lengths)])
+        parts += [
+            "## Caption length",
+            _table(["word pieces kept", *lengths], rows),
+            "![caption length](length.png)",
+        ]
     bars = objective_bars(recipe)
     if bars:
         rows = [[kind, _cell(scores, setting)] for kind, setting in bars.items()]
@@ -79,6 +86,12 @@ def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: s
         "zero. Undecided: it holds zero.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _lengths(recipe: AblateRecipe) -> list[str]:
+    """All budgets, synthetic and web, from the shortest to the whole caption."""
+    found = {setting.budget for curve in length_curves(recipe).values() for setting in curve}
+    return [*(str(budget) for budget in sorted(budget for budget in found if budget is not None)), WHOLE]
 
 
 def _length(setting: Setting) -> str:
@@ -106,11 +119,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def draw_lengths(recipe: AblateRecipe, scores: Scores, file: Path) -> None:
     """Recall over the length of captions, a line for each reduction; web captions dashed."""
 
+    labels = _lengths(recipe)
+
     def draw(axes: Axes) -> None:
         for kind, curve in length_curves(recipe).items():
             found = [mean(scores[setting]) for setting in curve]
             axes.errorbar(
-                range(len(curve)),
+                [labels.index(_length(setting)) for setting in curve],
                 [100 * one.value for one in found],
                 yerr=[100 * one.error for one in found],
                 label=_curve(kind),
@@ -118,7 +133,6 @@ def draw_lengths(recipe: AblateRecipe, scores: Scores, file: Path) -> None:
                 marker="o",
                 capsize=3,
             )
-        labels = [_length(setting) for setting in next(iter(length_curves(recipe).values()))]
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel("word pieces of a caption that the text tower reads")
         axes.legend(frameon=False)
