@@ -60,7 +60,7 @@ def test_the_grid_has_every_run_once(tmp_path: Path) -> None:
 
 def test_every_setting_is_a_recipe_of_pretrain() -> None:
     """The options are real fields, and equal but for what the setting names."""
-    base = ["--config", str(ROOT / "configs/ablate/quickstart_run.yaml")]
+    base = ["--config", str(ROOT / "configs/vision/quickstart_ablate.yaml")]
     grid = parse_recipe(AblateRecipe, ["--config", str(ROOT / "configs/ablate/quickstart.yaml")], command="ablate")
     plain = parse_recipe(PretrainRecipe, base, command="pretrain")
     grid.check(plain.model.text_room)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from clips_eval.ablate_grid import AblateRecipe
 from clips_eval.lmms_recipe import EvaluateRecipe, check_specs
 from clips_mllm.sample.build import SampleRecipe
 from clips_mllm.train_recipe import TrainRecipe
@@ -148,7 +149,13 @@ def test_dump_reads_back_equal(write: Callable[[str], str]) -> None:
     assert parse("--config", write(dump_recipe(recipe))) == recipe
 
 
-KINDS: dict[str, type] = {"vision": PretrainRecipe, "mllm": TrainRecipe, "eval": EvaluateRecipe, "data": SampleRecipe}
+KINDS: dict[str, type] = {
+    "vision": PretrainRecipe,
+    "ablate": AblateRecipe,
+    "mllm": TrainRecipe,
+    "eval": EvaluateRecipe,
+    "data": SampleRecipe,
+}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -160,6 +167,9 @@ def test_every_recipe_that_ships(file: Path, tmp_path: Path) -> None:
     match recipe:
         case PretrainRecipe():
             recipe.check()
+        case AblateRecipe():
+            run = parse_recipe(PretrainRecipe, ["--config", str(CONFIGS.parent / recipe.pretrain)], command="try")
+            recipe.check(run.model.text_room)
         case TrainRecipe():
             recipe.model.check()
         case SampleRecipe():
