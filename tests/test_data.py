@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from vision_tower.captions import split_sentences
 from vision_tower.data import CaptionSample, PairStream, read_texts
 from vision_tower.errors import UserError
 from vision_tower.pairs_recipe import Augmentation, PairsRecipe, SourceRecipe
+from vision_tower.pretrain_recipe import PretrainRecipe
 from vision_tower.readers import Cursor
+from vision_tower.recipe import parse_recipe
+from vision_tower.shards import Row
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
 
@@ -125,6 +129,37 @@ def test_going_on_gives_the_same_samples(tmp_path: Path, workers: int, consumed:
     assert [batch[-1].cursor for batch in rest] == [batch[-1].cursor for batch in batches[consumed:]]  # counts as well
 
 
+def test_going_on_decodes_nothing_twice_and_holds_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_tower import data, readers
+
+    read, decoded = 0, 0
+    read_shard, decode_image = readers.read_shard, data.decode_image
+
+    def counting_read(*args: Any) -> Iterator[Row]:
+        nonlocal read
+        for row in read_shard(*args):
+            read += 1
+            yield row
+
+    def counting_decode(*args: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode_image(*args)
+
+    monkeypatch.setattr(readers, "read_shard", counting_read)
+    monkeypatch.setattr(data, "decode_image", counting_decode)
+    pattern = numbered(tmp_path, 4, 50)
+    given = iter(stream(pattern, shuffle_buffer=16))
+    for number in range(1, 121):
+        sample = next(given)
+        assert read - number <= 16
+    read = decoded = 0
+    source = stream(pattern, shuffle_buffer=16)
+    source.go_on_from({0: sample.cursor}, 0)
+    take(source, 10)
+    assert decoded == 10 and read <= 16 + 16 + 10  # the block in hand once more, and what follows
+
+
 def test_what_is_drawn_follows_from_seed_pass_and_key(tmp_path: Path) -> None:
     """Not from what came before: other neighbours, another place in the order, the same crop and sentence."""
     sentences = " ".join(f"Sentence {n}." for n in range(40))
@@ -216,12 +251,18 @@ def test_a_damaged_shard_gives_what_it_has_and_stops_nobody(
 ) -> None:
     damaged(tmp_path / "0.tar", how)
     (tmp_path / "1.tar").write_bytes(counted(10, 20))
-    samples = take(stream(str(tmp_path / "*.tar")), 24)
+    endless = iter(stream(str(tmp_path / "*.tar")))
+    samples = list(itertools.islice(endless, 24))
     kept = {"0", "1"} if how == "cut in a member" else {"0"}  # without a next header nobody knows that 1 is whole
     assert {sample.web for sample in samples} == kept | {str(n) for n in range(10, 20)}
     assert samples[-1].cursor.places[0].broken == {str(tmp_path / "0.tar"): "broken shard"}
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"skipped: {tmp_path / '0.tar'}: broken shard (after '00")
+    (tmp_path / "0.tar").write_bytes(counted(0, 10))  # mended while the run goes on
+    samples = list(itertools.islice(endless, 60))
+    assert {sample.web for sample in samples} == {str(n) for n in range(20)}
+    assert samples[-1].cursor.places[0].broken == {}
+    damaged(tmp_path / "0.tar", how)
     damaged(tmp_path / "2.tar", how)  # one may be bad luck; two of three are more than data.most_bad
     with pytest.raises(UserError, match=r"cannot read 2 of 3 shards \({'broken shard': 2}\), more than data\.most_bad"):
         take(stream(str(tmp_path / "*.tar")), 48)
@@ -269,6 +310,20 @@ def test_a_mixture_draws_by_weight_and_each_source_once_a_pass(tmp_path: Path) -
     source.go_on_from({0: samples[199].cursor}, 0)
     assert [sample.key for sample in take(source, 100)] == [sample.key for sample in samples[200:300]]
     assert {"tar 0", "Long.", "Full."} < set(read_texts(recipe, 20))
+
+
+def test_a_mixture_in_yaml(tmp_path: Path) -> None:
+    quickstart = Path(__file__).parents[1] / "configs" / "vision" / "quickstart.yaml"
+    file = tmp_path / "mixture.yaml"
+    file.write_text(
+        "data: {shards: null, mixture: [{shards: 'a{0..1}.tar', weight: 3, web_caption: txt}, {shards: b.tar}]}"
+    )
+    words = ["--config", str(quickstart), "--config", str(file)]
+    sources = parse_recipe(PretrainRecipe, words, command="pretrain").data.sources
+    assert sources == (SourceRecipe(shards="a{0..1}.tar", weight=3, web_caption="txt"), SourceRecipe(shards="b.tar"))
+    file.write_text("data: {mixture: [{shards: a.tar, wieght: 3}]}")
+    with pytest.raises(UserError, match=r"'data\.mixture\[0\]\.wieght'; did you mean 'data\.mixture\[0\]\.weight'"):
+        parse_recipe(PretrainRecipe, words, command="pretrain")
 
 
 def test_a_recipe_says_once_where_the_pairs_are() -> None:

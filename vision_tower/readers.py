@@ -35,7 +35,7 @@ class Place:
         taken: rows of the block that have been handed out.
         seen: rows that have been handed out since the run began.
         bad: unreadable samples by cause.
-        broken: cause by shard that could not be read, or not to its end.
+        broken: cause by shard that could not be read, or not to its end, the last time.
     """
 
     epoch: int = 0
@@ -155,6 +155,8 @@ class SourceReader:
                     yield number, row
             except BadShard as error:
                 self._lose(piece.shard, error)
+            else:
+                self._find_again(piece.shard)
 
     # --- counting
 
@@ -177,6 +179,11 @@ class SourceReader:
                 f"{self.source.shards}: cannot read {self._say_shards()}, more than data.most_bad={self.most_bad}; "
                 "mend or remove them, or raise the limit"
             )
+
+    def _find_again(self, shard: str) -> None:
+        """A shard counts by its last reading: a store that was away for an hour need not stop a run of weeks."""
+        if self.broken.pop(shard, None) is not None:
+            self.place = dataclasses.replace(self.place, broken=dict(self.broken))
 
     @staticmethod
     def _say(line: str) -> None:
