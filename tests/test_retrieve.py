@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import colour_encoder
+import fsspec
 import pytest
 import torch
 from colour_encoder import COLOURS, paint
+from safetensors.torch import load_file, save_file
 from shard_files import write_parquet, write_tar
 
 from clips_eval import report, retrieve
@@ -323,3 +326,28 @@ def test_with_a_saved_encoder_on_the_sample_world(encoder_dir: Path, sample_worl
     assert (found["n_images"], found["n_texts"]) == (20, 100)
     assert found["sha256"] == hashlib.sha256((encoder_dir / "model.safetensors").read_bytes()).hexdigest()
     assert found["t2i_r1"] <= found["t2i_r5"] <= found["t2i_r10"] < 1
+
+
+def test_an_encoder_with_other_shapes_is_refused_in_one_line(
+    encoder_dir: Path, sample_world: Path, tmp_path: Path
+) -> None:
+    """Such as one of an older version, whose temperature had no shape."""
+    folder = tmp_path / "old"
+    shutil.copytree(encoder_dir, folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"logit_scale": state["logit_scale"].squeeze()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 mismatched keys .*logit_scale") as caught:
+        retrieve.main([str(folder), "--data", str(sample_world / "retrieval" / "test.json")])
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_remote_shard(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Behind a URL the rows are not counted first, which would fetch them twice."""
+    root, tree = world
+    write_shards(root, "json", rows_of(tree, root))
+    for number in range(2):
+        with fsspec.open(f"memory://held_out/s{number}.tar", "wb") as stream:
+            stream.write((root / f"s{number}.tar").read_bytes())
+    found = run_shards(root, ["--data", "memory://held_out/s{0..1}.tar", "--caption_column", "said"])
+    assert (found["n_images"], found["n_texts"], found["data"]) == (3, 6, "memory://held_out/s{0..1}.tar")
+    assert found["i2t_r1"] == pytest.approx(2 / 3) and "3/3" not in capsys.readouterr().err

@@ -41,8 +41,10 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
     kind = ClipsConfig.get_config_dict(folder)[0].get("model_type")
     if kind != ClipsConfig.model_type:
         raise UserError(f"{folder}: a '{kind}' checkpoint, not a CLIPS encoder; give the folder of a `pretrain` run")
-    model, info = ClipsModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    refuse_partial_load(folder, info)
+    model, info = ClipsModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    refuse_partial_load(folder, info)  # other sizes too: transformers would raise a table of them
     return model if image_size is None else at_resolution(model, image_size)
 
 
