@@ -169,9 +169,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Address of a server for `tmp_path`, with short pauses and little patience."""
+    """Address of a server for `tmp_path`, with short pauses between tries."""
     monkeypatch.setattr(shards, "BACKOFF", 0.01)
-    monkeypatch.setattr(shards, "PATIENCE", 1.0)
     Server.requests.clear()
     Server.release.clear()
     handler = type(
@@ -198,15 +197,21 @@ def test_a_server_that_fails_twice(server: str, tmp_path: Path) -> None:
     [("gone", "missing shard"), ("busy", "unreadable shard"), ("hung", "slow shard"), ("cut", "broken shard")],
 )
 def test_a_remote_shard_that_never_comes(
-    server: str, tmp_path: Path, name: str, cause: str, monkeypatch: pytest.MonkeyPatch
+    server: str,
+    tmp_path: Path,
+    name: str,
+    cause: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(shards, "PATIENCE", 0.2 if name == "hung" else 10)
+    if name == "hung":
+        monkeypatch.setattr(shards, "PATIENCE", 0.2)
     if name != "gone":
         (tmp_path / f"{name}.tar").write_bytes(counted(0, 3)[:2000])
     with pytest.raises(BadShard) as caught:
         everything(f"{server}/{name}.tar")
     assert caught.value.cause == cause
-    assert Server.requests.count(f"{name}.tar") >= shards.TRIES - (name == "gone")
+    assert capfd.readouterr().err.count("trying again") == shards.TRIES - 1
 
 
 def test_bad_remote_shards_do_not_stop_the_rest(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +221,8 @@ def test_bad_remote_shards_do_not_stop_the_rest(server: str, tmp_path: Path, mon
     from vision_tower.data import PairStream
     from vision_tower.pairs_recipe import Augmentation, PairsRecipe
 
-    monkeypatch.setattr(shards, "PATIENCE", 0.5)
+    monkeypatch.setattr(shards, "PATIENCE", 2.0)  # a new process on a busy machine may need a second
+    monkeypatch.setattr(shards, "TRIES", 2)
     for number in range(4):
         (tmp_path / f"good{number}.tar").write_bytes(counted(number * 5, number * 5 + 5))
     (tmp_path / "hung.tar").write_bytes(counted(90, 95))
