@@ -180,6 +180,9 @@ def test_bf16_keeps_fp32_weights(tiny_world: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
     assert {value.dtype for value in load_file(tmp_path / "bf16" / "model.safetensors").values()} == {torch.float32}
+    # How attention was computed here is no business of those who load the checkpoint.
+    configs = [(tmp_path / run / "config.json").read_text() for run in ("fp32", "bf16")]
+    assert configs[0] == configs[1]
 
 
 def test_compiled_blocks_train_the_same(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import SiglipTextConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from vision_tower.attention import attend
 from vision_tower.losses import summed_cross_entropy
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ class CaptionerLayer(SiglipEncoderLayer):
         within = None if seen is None else seen[:, None, None]
         if within is not None:
             allowed = allowed & F.pad(within, (0, queries.shape[2]), value=True)
-        answers = [F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)]
+        answers = [attend(queries, keys, values, allowed)]
         if start < prefix:
             inside = asking[:, :, :prefix]
             before = keys[:, :, :prefix], values[:, :, :prefix]
-            answers.insert(0, F.scaled_dot_product_attention(inside, *before, attn_mask=within))
+            answers.insert(0, attend(inside, *before, within))
         return attention.out_proj(torch.cat(answers, dim=2).transpose(1, 2).flatten(2))
 
 

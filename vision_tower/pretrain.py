@@ -38,8 +38,10 @@ def main(argv: list[str]) -> None:
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 
+    import torch
     from transformers import set_seed
 
+    from vision_tower.attention import choose_attention
     from vision_tower.data import PairCollator, PairStream
     from vision_tower.lock import lock_tower
     from vision_tower.pretrain_trainer import PretrainTrainer
@@ -59,6 +61,7 @@ def main(argv: list[str]) -> None:
     if recipe.training.compile:
         compile_blocks(model)
     arguments = training_arguments(recipe.training, folder)
+    choose_attention(model, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     stream = PairStream(
         recipe.data,
         recipe.model.image_size,
