@@ -1,7 +1,7 @@
 """CLIPS pretraining against `open_clip_train` with CoCa, its nearest objective: same tars, tower sizes and batch.
 
-    python benchmarks/pretrain_speed.py                      # 3 repeats, Ti towers, batch 32; wants an idle machine
-    python benchmarks/pretrain_speed.py --size S --batch 64  # larger towers
+    python benchmarks/pretrain_speed.py                      # 3 repeats, Ti towers, batch 64; wants an idle machine
+    python benchmarks/pretrain_speed.py --size S             # larger towers
     python benchmarks/pretrain_speed.py --tiny               # does it run? a minute; its ratios mean nothing
     python benchmarks/pretrain_speed.py --profile train      # where our step's time goes (torch.profiler)
     python benchmarks/pretrain_speed.py --profile data       # where our loader's time goes (cProfile)
@@ -286,7 +286,7 @@ def profile(args: argparse.Namespace, shards: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="Ti")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--image_size", type=int, default=112)
     parser.add_argument("--repeats", type=int, default=3)
