@@ -165,7 +165,9 @@ class ClipsModel(PreTrainedModel):
             positions = torch.arange(ids.shape[1], device=ids.device)
             positions[-1] = self.config.text_config.max_position_embeddings - 1
             embeddings = self.text_model.embeddings(input_ids=ids, position_ids=positions[None])
-            mask = seen[:, None, None]
+            # Added to the scores: of all attention implementations only some take a bool.
+            mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=ids.device)
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None, None]
         return self.text_model.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
 
     def _seen(self, ids: torch.Tensor) -> torch.Tensor | None:
