@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_pretrain import arguments, metrics
 
 from vision_tower.errors import run_command
@@ -52,7 +53,8 @@ def start(world: Path, folder: Path, ranks: int = 1, **values: Any) -> subproces
     words = ["-m", "vision_tower.pretrain", *arguments(world, folder, **GIVEN | values)]
     if ranks > 1:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # The other runs are in this process: as many threads, or sums come in another order.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if ranks == 1 else 1)}
     return subprocess.Popen(
         [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )

@@ -38,7 +38,7 @@ STAGE_OF_PIXELS = {112: "ablation", 84: "pretrain", 160: "pretrain", 224: "finet
 )
 RECIPES = {
     file.stem: parse_recipe(PretrainRecipe, ["--config", str(file)], command="pretrain")
-    for file in sorted(CONFIGS.glob("*_*.yaml"))
+    for file in sorted(CONFIGS.glob("*[0-9]_*.yaml"))
 }
 
 

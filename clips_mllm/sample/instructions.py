@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 from clips_mllm.sample.objects import THEMES, spoken_names, theme_of
@@ -13,6 +12,7 @@ from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summar
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+MOST_ABSENT = 3  # yes/no questions about what is not there, of one picture
 Turn = tuple[str, str]
 
 STAGE1_PROMPTS = ("Describe the image concisely.", "Provide a brief description of the given image.")
@@ -40,16 +40,14 @@ def caption_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
 
 
 def shape_row(shape: ShapeImage, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 2: easy-VQA's questions about one picture, as one conversation.
+    """Stage 2: some of easy-VQA's questions about one picture, as one conversation.
 
-    Four in five of its yes/no questions ask for what is not there, and a model that knows this need not look. So as
-    many of those are kept as there are questions about what is there, and at least one.
+    Three in four of its yes/no questions ask for what is not there, and a model that knows this need not look. So of
+    those only three are kept; all others stay.
     """
-    open_ones = [pair for pair in shape.questions if is_open(pair[1])]
-    closed = [pair for pair in shape.questions if not is_open(pair[1])]
-    present = [pair for pair in closed if asks_for_what_is_there(*pair)]
-    absent = [pair for pair in closed if not asks_for_what_is_there(*pair)]
-    kept = open_ones + present + rng.sample(absent, min(max(len(present), 1), len(absent)))
+    present = [pair for pair in shape.questions if is_open(pair[1]) or asks_for_what_is_there(*pair)]
+    absent = [pair for pair in shape.questions if pair not in present]
+    kept = present + rng.sample(absent, min(MOST_ABSENT, len(absent)))
     rng.shuffle(kept)
     return conversation(f"easy-vqa-{shape.image_id}", short_answers(kept), [image])
 
@@ -67,22 +65,30 @@ def short_answers(pairs: list[Turn]) -> list[Turn]:
 
 def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
     """Stage 2: a description, choices by letter, or a round of short questions, about one scene."""
-    kind = rng.choices(("short", "letters", "describe"), (8, 1, 1))[0]
-    if kind == "describe":
-        turns = [(rng.choice(DESCRIBE_PROMPTS), summary(scene, rng))]
-    elif kind == "letters":
-        turns = [choice_turn(make_choice(scene, rng), rng) for _ in range(3)]
-    else:
-        turns = short_answers(_short_round(scene, rng))
+    match rng.choices(("presence", "short", "letters", "describe"), (4, 4, 1, 2))[0]:
+        case "presence":
+            turns = short_answers(_presence_round(scene, rng))
+        case "short":
+            turns = short_answers(_short_round(scene, rng))
+        case "letters":
+            turns = [choice_turn(make_choice(scene, rng), rng) for _ in range(3)]
+        case _:
+            turns = [(rng.choice(DESCRIBE_PROMPTS), summary(scene, rng))]
     return conversation(scene.key, turns, [image])
 
 
-def _short_round(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Presence of every object and of as many absent ones, then two questions of other kinds, shuffled."""
+def _presence_round(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Every object and as many absent ones, shuffled. No other question: an earlier answer would give it away."""
     turns = [(presence_question(name_of(thing)), "yes") for thing in scene.things]
     turns += [(presence_question(name), "no") for name in absent_names(scene, len(scene.things), rng)]
-    makers: list[Callable[[Scene, random.Random], Turn]] = [_place_turn, _object_turn, _count_turn, _background_turn]
-    turns += [maker(scene, rng) for maker in rng.sample(makers, 2)]
+    rng.shuffle(turns)
+    return turns
+
+
+def _short_round(scene: Scene, rng: random.Random) -> list[Turn]:
+    """What stands where, how many things, before what: a name costs few tokens and teaches to look."""
+    turns = [(f"What is in the {place_of(thing)}?", name_of(thing)) for thing in scene.things]
+    turns += [_place_turn(scene, rng), rng.choice((_count_turn, _background_turn))(scene, rng)]
     rng.shuffle(turns)
     return turns
 
@@ -108,11 +114,6 @@ def absent_names(scene: Scene, count: int, rng: random.Random) -> list[str]:
 def _place_turn(scene: Scene, rng: random.Random) -> Turn:
     thing = rng.choice(scene.things)
     return f"Where is the {name_of(thing)}?", place_of(thing)
-
-
-def _object_turn(scene: Scene, rng: random.Random) -> Turn:
-    thing = rng.choice(scene.things)
-    return f"What is in the {place_of(thing)}?", name_of(thing)
 
 
 def _count_turn(scene: Scene, rng: random.Random) -> Turn:
