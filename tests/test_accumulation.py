@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,15 @@ def batch(pairs: int) -> dict[str, Any]:
     }
 
 
-def step(some: ClipsModel, whole: dict[str, Any], size: int) -> tuple[float, dict[str, torch.Tensor]]:
+def step(
+    some: ClipsModel, whole: dict[str, Any], size: int, weights: Mapping[str, float] = OBJECTIVES["clips"].weights
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step in micro-batches of `size`."""
     count = len(whole["keys"]) // size
     parts = [{name: value[n * size :][:size] for name, value in whole.items()} for n in range(count)]
     for part in parts:  # each in memory of its own
         part.update({name: value.clone() for name, value in part.items() if isinstance(value, torch.Tensor)})
-    loss = StepLoss(OBJECTIVES["clips"].weights)
+    loss = StepLoss(weights)
     loss.start(parts)
     total = 0.0
     for part in parts:
@@ -138,11 +141,12 @@ def step(some: ClipsModel, whole: dict[str, Any], size: int) -> tuple[float, dic
     return total, {name: value.grad for name, value in some.named_parameters() if value.grad is not None}
 
 
+@pytest.mark.parametrize("weights", [OBJECTIVES["clips"].weights, {"sub": 1.0, "caption": 2.0}, {"caption": 2.0}])
 @pytest.mark.parametrize("size", [6, 4, 1])
-def test_gradients_equal_the_big_batch(size: int) -> None:
+def test_gradients_equal_the_big_batch(size: int, weights: dict[str, float]) -> None:
     whole = batch(12)
-    expected, wanted = step(model(), whole, 12)
-    found, gradients = step(model(), whole, size)
+    expected, wanted = step(model(), whole, 12, weights)
+    found, gradients = step(model(), whole, size, weights)
     assert found == pytest.approx(expected, abs=1e-5) and set(gradients) == set(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(gradients[name], value, atol=1e-5, rtol=0, msg=name)

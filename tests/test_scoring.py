@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,34 @@ def test_an_interrupted_run_measures_on(sample_world: Path, tmp_path: Path) -> N
     assert scored(sample_world, folder, **values) == whole
     told = [json.loads((place / "best" / "evaluation.json").read_text()) for place in (folder, tmp_path / "whole")]
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(("by", "kept"), [("top1", 6), ("none", 4)])
+def test_a_run_goes_on_with_another_score(
+    sample_world: Path, classes: Path, tmp_path: Path, by: str, kept: int
+) -> None:
+    """The first measurement is the best by a score that was never taken before."""
+    folder = tmp_path / "run"
+    values = {"training.save_every": 4, "training.max_steps": 6, "training.keep_checkpoints": 9}
+    scored(sample_world, folder, **values)
+    shutil.rmtree(folder / "checkpoint-6")
+    told = folder / "best" / "evaluation.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"step": 4}))
+    rows = scored(sample_world, folder, **values | {"evaluation.zeroshot": classes, "evaluation.best_by": by})
+    assert [row["step"] for row in rows] == [2, 4, 6] and "top1" in rows[-1]
+    assert json.loads(told.read_text())["step"] == kept
+
+
+def test_a_run_that_diverged_says_so(
+    sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from vision_tower import modeling
+
+    monkeypatch.setattr(modeling.ClipsModel, "embed_texts", lambda self, ids: torch.full((len(ids), 16), torch.nan))
+    values = {"evaluation.every": 1, "evaluation.split": "test"}
+    values["evaluation.retrieval"] = sample_world / "retrieval" / "test.json"
+    assert run_command(main, arguments(sample_world, tmp_path / "run", **values)) == 2
+    assert "error: step 1: embeddings hold NaN or infinity" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,9 @@ def load_tokenizer(recipe: PretrainRecipe, checkpoint: str | None = None) -> Cli
     else:
         tokenizer = ClipsTokenizer.from_vocabulary(recipe.model.vocabulary)
     if len(tokenizer) > recipe.model.vocabulary_size:
+        source = recipe.model.start_from or recipe.model.vocabulary or "data"
         raise UserError(
-            f"{recipe.model.vocabulary or recipe.data.shards}: the vocabulary needs {len(tokenizer)} pieces, more than "
+            f"{source}: the vocabulary needs {len(tokenizer)} pieces, more than "
             f"model.vocabulary_size={recipe.model.vocabulary_size}; raise it"
         )
     return tokenizer

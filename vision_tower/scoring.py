@@ -21,8 +21,10 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from vision_tower.encoder import save_encoder
+from vision_tower.errors import NotFinite, UserError
 from vision_tower.evaluation import evaluate_retrieval, evaluate_zeroshot
 from vision_tower.image_folder import load_task
+from vision_tower.json_files import read_object
 from vision_tower.karpathy import load_pairs
 from vision_tower.pretrain_recipe import EvaluationRecipe
 from vision_tower.pretrain_trainer import PretrainTrainer
@@ -54,7 +56,7 @@ class Scoring(TrainerCallback):
         """A resumed run drops the lines it will repeat and knows its best; a fresh one has neither."""
         told = self.folder / BEST / "evaluation.json"
         if state.global_step and told.is_file():
-            self._best = json.loads(told.read_text())[self.recipe.best_by]
+            self._best = read_object(told).get(self.recipe.best_by)  # none where another score is asked for now
         if state.is_world_process_zero:
             keep_lines(self.folder / FILE, state.global_step)
             if not state.global_step:
@@ -80,15 +82,29 @@ class Scoring(TrainerCallback):
         model, average = self.trainer.model, self.trainer.average
         divided = any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
         half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
-        scores: list[dict[str, float]] = [{}]
+        found: list[dict[str, float] | UserError] = [{}]
         with untouched_randomness(), half, nullcontext() if average is None else average.applied(model):
             if divided or self.trainer.is_world_process_zero():
-                scores = [self._measured()]
+                found = [self._measured()]
         if self.trainer.args.world_size > 1:
-            dist.broadcast_object_list(scores)
-        return scores[0]
+            dist.broadcast_object_list(found)
+        if isinstance(found[0], UserError):  # all ranks end with the same line; none is left waiting
+            raise found[0]
+        return found[0]
 
-    def _measured(self) -> dict[str, float]:
+    def _measured(self) -> dict[str, float] | UserError:
+        """The scores, or why there are none."""
+        try:
+            return self._measure()
+        except NotFinite:
+            return UserError(
+                f"step {self.trainer.state.global_step}: embeddings hold NaN or infinity, the run diverged; lower "
+                "training.learning_rate in another output_dir"
+            )
+        except UserError as error:
+            return error
+
+    def _measure(self) -> dict[str, float]:
         model, size, progress = self.trainer.model, self.recipe.batch_size, self.trainer.is_world_process_zero()
         scores: dict[str, float] = {}
         if self.pairs is not None:
@@ -116,8 +132,9 @@ class Scoring(TrainerCallback):
 def untouched_randomness() -> Iterator[None]:
     """Whatever is drawn within, the draws afterwards are those that would have come without it."""
     python, numbers = random.getstate(), np.random.get_state()
+    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # untested on GPU
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=own):
             yield
     finally:
         random.setstate(python)

@@ -26,6 +26,7 @@ class StepLoss:
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
+        self.contrastive = any(name != CAPTION for name in weights)
         self._batches: Sequence[Mapping[str, Any]] = ()
         self._slopes: Slopes | None = None
         self._number = 0
@@ -48,7 +49,7 @@ class StepLoss:
             inputs: the micro-batch, on the device.
             to_device: moves another one there, for the pass without graph.
         """
-        if len(self._batches) > 1 and self._slopes is None:
+        if self.contrastive and len(self._batches) > 1 and self._slopes is None:
             towers = (to_device(_without(batch, "keys", "labels")) for batch in self._batches)
             self._slopes = first_pass(model, towers, self.weights)
         out = model(**_without(inputs, "keys"))
