@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
 
 
@@ -89,9 +89,7 @@ def answer_examples(conversation: Conversation, examples: list[dict[str, str]], 
         stream_to(sys.stdout, iter(pieces))
         answered.append(example | {"answer": "".join(pieces).strip()})
     if output is not None:
-        partial = Path(output).with_suffix(".partial")
-        partial.write_text(json.dumps(answered, indent=1))
-        os.replace(partial, output)
+        write_text(Path(output), json.dumps(answered, indent=1))
 
 
 def check_image(file: str) -> None:

@@ -304,7 +304,8 @@ def test_models_of_another_layout_are_refused(
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "model_cfg.embed_dim is 0"),
+        ("[]", "a JSON object is expected, this is list"),
+        (json.dumps(SMALL | {"preprocess_cfg": None}), "preprocess_cfg is None"),
         (json.dumps(SMALL | {"preprocess_cfg": {"mean": [0.5] * 3}}), "preprocess_cfg.mean is [0.5, 0.5, 0.5]"),
     ],
 )

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
 from vision_tower.errors import UserError
+from vision_tower.ranks import rank
 
 
 class WeightAverage(TrainerCallback):
@@ -38,7 +38,7 @@ class WeightAverage(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         """Start from the weights, or from the checkpoint. Not earlier: ZeRO-3 divides the weights only now."""
         self._held = {name: held.detach().float().clone() for name, held in _trained(model).items()}
-        self._divided = any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+        self._divided = is_divided(model)
         if self.checkpoint is not None:
             self._load(self.checkpoint)
 
@@ -63,7 +63,7 @@ class WeightAverage(TrainerCallback):
         """Write this rank's part, or all of it once where every rank holds the whole."""
         from safetensors.torch import save_file
 
-        if self._divided or _rank() == 0:
+        if self._divided or rank() == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(self._held, self._file(folder))
 
@@ -79,7 +79,7 @@ class WeightAverage(TrainerCallback):
             self._held[name].copy_(value)
 
     def _file(self, folder: str) -> Path:
-        return Path(folder) / (f"average-{_rank()}.safetensors" if self._divided else "average.safetensors")
+        return Path(folder) / (f"average-{rank()}.safetensors" if self._divided else "average.safetensors")
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -102,5 +102,6 @@ def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         whole[0].all_gather(whole)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def is_divided(model: nn.Module) -> bool:
+    """Whether each rank holds a part of the weights only, as under ZeRO-3."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())

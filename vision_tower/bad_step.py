@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from vision_tower.errors import UserError
-from vision_tower.training import latest_checkpoint, write_text
+from vision_tower.files import write_text
+from vision_tower.ranks import rank, world
+from vision_tower.training import latest_checkpoint
 
 FILE = "bad_step.json"
 
@@ -31,16 +33,15 @@ def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str], folder: 
     device = next(iter(values.values())).device
     numbers = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
     bad = (~torch.isfinite(numbers)).any().float()
-    together = dist.is_available() and dist.is_initialized()
-    if together:
+    if world() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():  # the one place in a step where the host waits for the device
         return
     said = {name: repr(number) for name, number in zip(values, numbers.tolist(), strict=True)}
-    mine: dict[str, Any] = {"rank": dist.get_rank() if together else 0, **said, "keys": keys}
+    mine: dict[str, Any] = {"rank": rank(), **said, "keys": keys}
     ranks = [mine]
-    if together:
-        ranks = [{}] * dist.get_world_size()
+    if world() > 1:
+        ranks = [{}] * world()
         dist.all_gather_object(ranks, mine)
     if mine["rank"] == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from vision_tower.convert_recipe import ConvertRecipe
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -125,7 +126,6 @@ def save_open_clip(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path, n
 
     from vision_tower.open_clip_config import FILE, write_config
     from vision_tower.open_clip_weights import to_theirs
-    from vision_tower.training import write_text
 
     config = write_config(model.config, name)
     save_file(to_theirs(model), folder / WEIGHTS[0], metadata={"format": "pt"})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vision_tower.errors import UserError
-from vision_tower.json_files import read_text
+from vision_tower.files import read_text
 from vision_tower.pictures import Labelled
 
 # What torchvision's ImageFolder takes for a picture.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import UserError
-from vision_tower.json_files import read_object
+from vision_tower.files import read_object
 from vision_tower.pictures import Pair
 
 

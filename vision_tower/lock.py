@@ -14,7 +14,7 @@ PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model",)
 def lock_tower(model: ClipsModel, recipe: LockRecipe) -> None:
     """Copy the tower's weights from `recipe.checkpoint` and freeze them. Raises UserError where shapes differ."""
     assert recipe.tower != "none" and recipe.checkpoint is not None, "LockRecipe.check has run"
-    given = load_model(recipe.checkpoint, model.config.vision_config.image_size).float()
+    given = load_model(recipe.checkpoint, model.config.vision_config.image_size)
     for name in PARTS[recipe.tower]:
         part = model.get_submodule(name)
         try:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vision_tower.objectives import CAPTION
+from vision_tower.ranks import rank, world
 from vision_tower.tokenizer import IGNORED
 
 SCORES_AT_ONCE = 2**24  # 64 MB in fp32: similarities, or logits, that are held together
@@ -134,13 +135,3 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(rows.contiguous()))
-
-
-def world() -> int:
-    """Ranks."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This rank's number."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

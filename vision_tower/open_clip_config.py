@@ -9,11 +9,11 @@ Source: `CLIPVisionCfg` and `CLIPTextCfg` of open_clip 3.3, and the JSON files o
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import UserError
+from vision_tower.files import read_object
 from vision_tower.images import MEAN, STD
 from vision_tower.modeling import ClipsConfig
 from vision_tower.towers import has_class_token
@@ -111,11 +111,7 @@ PREPROCESSING: dict[str, Any] = {
 
 def read_config(file: Path) -> ClipsConfig:
     """The model that a JSON describes, without captioner. Raises UserError for any that is not of the CLIPS layout."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
-    tree = tree if isinstance(tree, dict) else {}
+    tree = read_object(file)
     _check_preprocessing(file, tree.get("preprocess_cfg", {}))
     given = tree.get("model_cfg", tree)
     joint = MODEL.read(file, given)["embed_dim"]
@@ -208,7 +204,9 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
     }
 
 
-def _check_preprocessing(file: Path, given: dict[str, Any]) -> None:
+def _check_preprocessing(file: Path, given: Any) -> None:
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: preprocess_cfg is {given!r}, where an object is needed; fetch the file again")
     for key, needed in PREPROCESSING.items():
         if given.get(key, needed) != needed:
             raise UserError(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from vision_tower.errors import UserError
+from vision_tower.files import read_object
 from vision_tower.tokenizer import BOS, EOS, UNUSED, ClipsTokenizer
 
 
@@ -22,7 +21,7 @@ def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
     if not whole.is_file():
         return None
     try:
-        pieces = {str(piece): int(index) for piece, index in _read_json(whole)["model"]["vocab"].items()}
+        pieces = {str(piece): int(index) for piece, index in read_object(whole)["model"]["vocab"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{whole}: not a WordPiece tokenizer; put the model's vocab.txt beside it") from error
     return ClipsTokenizer.from_pieces(pieces, whole, _special_names(folder))
@@ -31,7 +30,7 @@ def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
 def _special_names(folder: Path) -> dict[str, str]:
     """What `tokenizer_config.json` calls the two, if it does: published vocabularies do not agree on a name."""
     file = folder / "tokenizer_config.json"
-    settings = _read_json(file) if file.is_file() else {}
+    settings = read_object(file) if file.is_file() else {}
     names: dict[str, str] = {}
     for key, own in (("bos_token", BOS), ("eos_token", EOS)):
         name = settings.get(key)
@@ -39,11 +38,3 @@ def _special_names(folder: Path) -> dict[str, str]:
         if isinstance(name, str):
             names[name] = own
     return names or UNUSED
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
-    return tree if isinstance(tree, dict) else {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -138,10 +137,3 @@ def _one_line(command: str, argv: list[str], message: str) -> str:
     files = ", ".join(map(str, _config_files(argv)))
     place = f"{files}: " if files else ""
     return f"{place}{words}; see 'clips-mllm {command} --help'"
-
-
-def main_guard(main: Any) -> None:
-    """`if __name__ == "__main__"` of a command module."""
-    from vision_tower.errors import run_command
-
-    sys.exit(run_command(main))

@@ -25,9 +25,9 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vision_tower.data import PairStream
 from vision_tower.errors import Stopped, UserError
+from vision_tower.files import write_text
 from vision_tower.readers import Cursor
 from vision_tower.recipe import parse_recipe
-from vision_tower.training import write_text
 
 # A resumed run may write elsewhere or more often; everything else would make it another run.
 MAY_DIFFER = frozenset(
@@ -136,14 +136,11 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                if self.state.best_global_step == self.state.global_step:  # it was noted where it will not stay
-                    self.state.best_model_checkpoint = str(folder / name)
-                    self.state.save_to_json(str(self._folder / name / "trainer_state.json"))
                 _flush(self._folder)
                 shutil.rmtree(folder / name, ignore_errors=True)
                 os.replace(self._folder / name, folder / name)
                 self._folder.rmdir()
-                rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+                rotate_checkpoints(str(folder), self.args.save_total_limit)
         finally:
             self._folder = None
         self.accelerator.wait_for_everyone()

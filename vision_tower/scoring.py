@@ -20,16 +20,17 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from vision_tower.average import is_divided
 from vision_tower.encoder import save_encoder
 from vision_tower.errors import NotFinite, UserError
 from vision_tower.evaluation import evaluate_retrieval, evaluate_zeroshot
+from vision_tower.files import read_object, write_text
 from vision_tower.image_folder import load_task
-from vision_tower.json_files import read_object
 from vision_tower.karpathy import load_pairs
 from vision_tower.pretrain_recipe import EvaluationRecipe
 from vision_tower.pretrain_trainer import PretrainTrainer
 from vision_tower.tokenizer import ClipsTokenizer
-from vision_tower.training import keep_lines, write_text
+from vision_tower.training import keep_lines
 
 FILE = "evaluation.jsonl"
 BEST = "best"
@@ -80,11 +81,10 @@ class Scoring(TrainerCallback):
     def _scores(self) -> dict[str, float]:
         """On all ranks. Rank 0 measures; under ZeRO-3, where the weights are divided, all do, with the same result."""
         model, average = self.trainer.model, self.trainer.average
-        divided = any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
         half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
         found: list[dict[str, float] | UserError] = [{}]
         with untouched_randomness(), half, nullcontext() if average is None else average.applied(model):
-            if divided or self.trainer.is_world_process_zero():
+            if is_divided(model) or self.trainer.is_world_process_zero():
                 found = [self._measured()]
         if self.trainer.args.world_size > 1:
             dist.broadcast_object_list(found)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_tower.errors import UserError
+from vision_tower.files import write_text
 from vision_tower.recipe import dump_recipe
 from vision_tower.training_recipe import TrainingRecipe
 
@@ -109,13 +110,6 @@ def start_run_folder(folder: Path, recipe: Any) -> None:
         "packages": {name: _version(name) for name in PACKAGES},
     }
     write_text(folder / "environment.json", json.dumps(environment, indent=1))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    work = file.with_name(f".{file.name}.partial")
-    work.write_text(text, encoding="utf-8")
-    os.replace(work, file)
 
 
 def _git_revision() -> str | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from clips_eval.ablate_grid import AblateRecipe, Setting, length_curves, objective_bars, settings
 from clips_eval.ablate_results import Scores, directions, mean
-from clips_eval.report_files import write_atomic, write_json
+from clips_eval.report_files import write_json
+from vision_tower.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def write_report(recipe: AblateRecipe, scores: Scores, samples_seen: int, comman
         draw_lengths(recipe, scores, folder / "length.png")
     if recipe.objectives:
         draw_objectives(recipe, scores, folder / "objectives.png")
-    write_atomic(folder / "ablation.md", text)
+    write_text(folder / "ablation.md", text)
     return text
 
 

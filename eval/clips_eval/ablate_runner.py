@@ -16,8 +16,7 @@ from pathlib import Path
 from clips_eval.ablate_cell import ORDER
 from clips_eval.ablate_grid import AblateRecipe, Setting, settings
 from vision_tower.errors import UserError
-from vision_tower.json_files import read_object
-from vision_tower.training import write_text
+from vision_tower.files import read_object, write_text
 
 SCORES = "retrieval.json"
 

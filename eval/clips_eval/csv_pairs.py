@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from vision_tower.errors import UserError
-from vision_tower.json_files import read_text
+from vision_tower.files import read_text
 from vision_tower.pictures import Pair
 
 

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from clips_eval.lmms_recipe import EvaluateRecipe, check_specs
 from clips_eval.lmms_scores import sample_rows, save_gallery, task_scores
 from clips_eval.lmms_tasks import load_tasks
-from clips_eval.report_files import write_atomic, write_json
+from clips_eval.report_files import write_json
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         result, rows = run(recipe, output, Path(cache))
     result["command"] = shlex.join(["clips-mllm", "evaluate", *argv])
     # Scores last: a file with scores is a finished evaluation.
-    write_atomic(output.parent / result["samples_file"], "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(output.parent / result["samples_file"], "".join(json.dumps(row) + "\n" for row in rows))
     write_json(output, result)
     print(_table(result, output))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import run_command
+from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(ReportRecipe, argv, command="report", positional=("run",))
 
     from clips_eval import report_html, report_markdown
-    from clips_eval.report_files import write_atomic, write_json
+    from clips_eval.report_files import write_json
     from clips_eval.report_numbers import numbers
     from clips_eval.report_read import read_run
     from clips_eval.report_tables import missing_parts
@@ -44,8 +45,8 @@ def main(argv: list[str]) -> None:
     # All three are rendered before the first is written, so that a malformed file leaves no half a report.
     tree, markdown, page = numbers(run), report_markdown.render(run), report_html.render(run)
     write_json(recipe.run / "report.json", tree)
-    write_atomic(recipe.run / "report.md", markdown)
-    write_atomic(recipe.run / "report.html", page)
+    write_text(recipe.run / "report.md", markdown)
+    write_text(recipe.run / "report.html", page)
     for part in missing_parts(run):
         print(f"not measured: {part}")
     print("\n".join(summary(tree)))

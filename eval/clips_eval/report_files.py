@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import UserError
-from vision_tower.json_files import read_text
+from vision_tower.files import read_text, write_text
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -60,17 +59,6 @@ def count_in(path: Path, tree: dict[str, Any], key: str, place: str = "") -> int
     return int(value)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """`tree` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+    """`tree` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 from clips_eval.report_files import count_in, number_in, read_lines
 from vision_tower.errors import UserError
-from vision_tower.json_files import read_object
+from vision_tower.files import read_object
 
 STAGES = ("encoder", "align", "finetune")
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))

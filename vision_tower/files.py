@@ -1,8 +1,9 @@
-"""Reading a user's JSON: every failure names the file and the remedy."""
+"""Text and JSON files: read with errors that name the file and the remedy, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text; make the file again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.partial")
+    try:
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
