@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from clips_mllm.prompts import IMAGE
-from vision_tower.encoder import make_readable
+from vision_tower.encoder import choose_device, make_readable
 from vision_tower.errors import UserError
-from vision_tower.loading import refuse_partial_load
+from vision_tower.loading import read_pretrained, refuse_partial_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,9 +57,9 @@ def build_mllm(
     """
     vision = _read_weights(AutoModel, _existing(tower, "model.tower"), dtype)
     check_tower(tower, vision.config, feature_select)
-    image_processor = _read(AutoImageProcessor, tower)
+    image_processor = read_pretrained(AutoImageProcessor, tower)
     language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm"), dtype)
-    tokenizer = _read(AutoTokenizer, llm)
+    tokenizer = read_pretrained(AutoTokenizer, llm)
     if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
         tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)
@@ -145,7 +145,7 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto") 
     """
     model, processor = load_parts(folder, dtype=dtype)
     processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
-    place = torch.device(_pick_device() if device == "auto" else device)
+    place = choose_device(device)
     return Mllm(model.to(place).eval(), processor, place)
 
 
@@ -153,10 +153,10 @@ def load_parts(folder: str | Path, *, dtype: str | torch.dtype) -> tuple[LlavaFo
     """Model and processor as saved, for training or for use."""
     name = _existing(str(folder), "model")
     _refuse_encoder(Path(name))
-    config = _read(AutoConfig, name)
+    config = read_pretrained(AutoConfig, name)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
-    processor = _read(LlavaProcessor, name)
+    processor = read_pretrained(LlavaProcessor, name)
     check_image_token(processor.tokenizer, folder)
     return _read_weights(LlavaForConditionalGeneration, name, dtype), processor
 
@@ -202,26 +202,8 @@ def _refuse_encoder(folder: Path) -> None:
         raise UserError(f"{folder}: a CLIPS encoder, not a multimodal LLM; give the folder of a `clips-mllm train` run")
 
 
-def _read(kind: Any, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`; a file that is missing or damaged becomes a UserError."""
-    from safetensors import SafetensorError
-
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{name}: cannot be read as {kind.__name__} ({error}); save or fetch the checkpoint again"
-        ) from error
-
-
 def _read_weights(kind: Any, name: str, dtype: str | torch.dtype) -> Any:
     """A model, every weight of which came from the checkpoint."""
-    model, info = _read(kind, name, dtype=dtype, output_loading_info=True)
+    model, info = read_pretrained(kind, name, dtype=dtype, output_loading_info=True)
     refuse_partial_load(name, info)
     return model
-
-
-def _pick_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -107,6 +107,28 @@ def test_an_encoder_is_loaded_at_another_size_with_its_processor(encoder_dir: Pa
     assert encoder.embed_images([picture]).norm().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json: line 1: not valid JSON"),
+        ("model.safetensors", "no weights", "cannot be read as ClipsModel"),
+        ("tokenizer.json", "{", "tokenizer.json: not a readable tokenizer"),
+        ("tower/preprocessor_config.json", "{", "cannot be read as AutoImageProcessor"),
+    ],
+)
+def test_a_damaged_encoder_is_named(encoder_dir: Path, tmp_path: Path, file: str, content: str, message: str) -> None:
+    folder = Path(shutil.copytree(encoder_dir, tmp_path / "damaged"))
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_encoder(folder, "cpu")
+    assert str(caught.value).startswith(str(folder))
+
+
+def test_a_device_that_is_not_here(encoder_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"device gpu: not usable here"):
+        load_encoder(encoder_dir, "gpu")
+
+
 @pytest.fixture
 def trained(tokenizer: ClipsTokenizer, tmp_path: Path) -> Path:
     save_encoder(built(RECIPE, tokenizer), tokenizer, tmp_path / "first")

@@ -15,7 +15,7 @@ import torch
 
 from vision_tower.errors import UserError
 from vision_tower.images import evaluation_processor
-from vision_tower.loading import load_model
+from vision_tower.loading import load_model, read_pretrained
 from vision_tower.modeling import ClipsModel
 from vision_tower.tokenizer import ClipsTokenizer
 
@@ -40,9 +40,13 @@ def save_encoder(
     work = folder / "partial"
     shutil.rmtree(work, ignore_errors=True)
     weights = model.state_dict() if weights is None else weights
-    model.save_pretrained(work, state_dict=dict(weights))  # which empties what it is given
-    tokenizer.save_pretrained(work)
-    save_tower(model, work / "tower", weights if exported is None else exported)
+    try:
+        model.save_pretrained(work, state_dict=dict(weights))  # which empties what it is given
+        tokenizer.save_pretrained(work)
+        save_tower(model, work / "tower", weights if exported is None else exported)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
+        raise
     make_readable(work)
     shutil.rmtree(folder / "tower", ignore_errors=True)
     for path in sorted(work.iterdir(), key=lambda path: path.name == "tower"):
@@ -102,8 +106,19 @@ def load_encoder(folder: str | Path, device: str = "auto", image_size: int | Non
         raise UserError(
             f"{folder / 'tower' / 'preprocessor_config.json'}: missing; run `clips-mllm pretrain` to its end"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     side = model.config.vision_config.image_size
-    processor = AutoImageProcessor.from_pretrained(folder / "tower", size={"height": side, "width": side})
-    return Encoder(model.to(device), ClipsTokenizer.from_pretrained(folder), processor)
+    processor = read_pretrained(AutoImageProcessor, folder / "tower", size={"height": side, "width": side})
+    return Encoder(model.to(choose_device(device)), ClipsTokenizer.from_pretrained(folder), processor)
+
+
+def choose_device(name: str) -> torch.device:
+    """A device by PyTorch's name, or with `auto` the best that is here. Raises UserError where it is not."""
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: not usable here ({str(error).splitlines()[0]}); take auto or cpu") from error
+    return torch.device(name)

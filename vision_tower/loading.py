@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vision_tower.errors import UserError
+from vision_tower.files import read_object
 from vision_tower.modeling import ClipsConfig, ClipsModel
 from vision_tower.positions import interpolate_positions, sincos_positions
 from vision_tower.pretrain_recipe import ModelRecipe, TowerRecipe
@@ -38,14 +39,26 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
     for name in ("config.json", "model.safetensors"):
         if not (Path(folder) / name).is_file():
             raise UserError(f"{Path(folder) / name}: missing; {folder} is not a finished `clips-mllm pretrain` run")
-    kind = ClipsConfig.get_config_dict(folder)[0].get("model_type")
+    kind = read_object(Path(folder) / "config.json").get("model_type")
     if kind != ClipsConfig.model_type:
         raise UserError(f"{folder}: a '{kind}' checkpoint, not a CLIPS encoder; give the folder of a `pretrain` run")
-    model, info = ClipsModel.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    model, info = read_pretrained(
+        ClipsModel, folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
     refuse_partial_load(folder, info)  # other sizes too: transformers would raise a table of them
     return model if image_size is None else at_resolution(model, image_size)
+
+
+def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained`; a file that is missing or damaged becomes a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{name}: cannot be read as {kind.__name__} ({error}); save or fetch the checkpoint again"
+        ) from error
 
 
 def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tuple[str, ...] = ()) -> None:
@@ -60,9 +73,24 @@ def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tupl
             )
 
 
-def with_weights(config: ClipsConfig, state: dict[str, torch.Tensor], source: str | Path) -> ClipsModel:
-    """A model of `config` with exactly the weights `state`, in fp32. Raises UserError, naming `source`."""
-    return _filled(config, state, source)
+def with_weights(
+    config: ClipsConfig, state: dict[str, torch.Tensor], source: str | Path, fresh: tuple[str, ...] = ()
+) -> ClipsModel:
+    """A model of `config` with exactly the weights `state`, in fp32; modules named in `fresh` may be missing there.
+
+    Raises:
+        UserError: naming `source`.
+    """
+    model, info = ClipsModel.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
+        output_loading_info=True,
+    )
+    refuse_partial_load(source, info, fresh)
+    return model
 
 
 def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
@@ -116,7 +144,7 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
     towers = copy.deepcopy(model.config)  # what a recipe does not say of them, such as the norms' epsilon, stays
     towers.update({name: getattr(config, name) for name in CAPTIONER})
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("captioner.")}
-    return _filled(towers, state, folder, fresh=("captioner",))
+    return with_weights(towers, state, folder, fresh=("captioner",))
 
 
 def _recipe_words(config: ClipsConfig) -> dict[str, object]:
@@ -149,18 +177,3 @@ def _tower_words(config: Any) -> TowerRecipe:
         mlp=config.intermediate_size,
         heads=config.num_attention_heads,
     )
-
-
-def _filled(
-    config: ClipsConfig, state: dict[str, torch.Tensor], source: str | Path, fresh: tuple[str, ...] = ()
-) -> ClipsModel:
-    model, info = ClipsModel.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
-        output_loading_info=True,
-    )
-    refuse_partial_load(source, info, fresh)
-    return model

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tower.errors import UserError
+from vision_tower.files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,12 @@ class ClipsTokenizer:
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"{file}: missing; {folder} is not a CLIPS checkpoint (point to the folder of `pretrain`)")
-        return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
+        try:
+            return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
+        except UserError:
+            raise
+        except Exception as error:  # the tokenizers library has no narrower one
+            raise UserError(f"{file}: not a readable tokenizer ({error}); save or fetch it again") from error
 
     @classmethod
     def from_vocabulary(cls, file: str | Path, renamed: Mapping[str, str] = UNUSED) -> ClipsTokenizer:
@@ -112,7 +118,7 @@ class ClipsTokenizer:
         if not Path(file).is_file():
             raise UserError(f"{file}: no such vocabulary; give a WordPiece vocab.txt, or leave it out to train one")
         # Not splitlines(): ids are line numbers, and a piece may be U+2028.
-        lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = read_text(Path(file)).rstrip("\n").split("\n")
         return cls.from_pieces({piece: index for index, piece in enumerate(lines)}, file, renamed)
 
     @classmethod
