@@ -138,9 +138,11 @@ def test_the_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"budgets": (21,)}, "budgets: 21 is not below 21"),
+        ({"budgets": (21,)}, "^budgets: 21 is not from 1 to below 21"),
+        ({"budgets": (6,), "web_budgets": (0,)}, "^web_budgets: 0 is not from 1 to below 21"),
         ({"budgets": ()}, "budgets, web_budgets: none"),
-        ({"seeds": (1, 1)}, "seeds: two different ones"),
+        ({"seeds": (1,)}, "seeds: two different ones"),
+        ({"seeds": (0, 1, 1)}, "seeds: two different ones"),
         ({"reductions": (), "objectives": ()}, "nothing to compare"),
         ({"threads": 0, "budgets": (6,)}, "threads at least 1"),
     ],
@@ -199,4 +201,4 @@ def test_a_run_that_fails_is_named_with_its_log(
     assert run_command(main, words) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     log = Path(line.removeprefix("error: ").partition(": 2 of 2 runs failed")[0])
-    assert "no shard matches data.shards" in log.read_text()
+    assert "no shard matches this pattern" in log.read_text()

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
         UserError: a source that is neither, is damaged or is no CLIPS model; a destination that is not empty.
     """
     recipe = parse_recipe(ConvertRecipe, argv, command="convert", positional=("source", "destination"))
-    if recipe.destination.exists() and (not recipe.destination.is_dir() or any(recipe.destination.iterdir())):
+    given = recipe.destination
+    if not given.name or (given.exists() and (not given.is_dir() or any(given.iterdir()))):
         raise UserError(f"{recipe.destination}: not an empty folder; give a new one")
     model, tokenizer = read_source(recipe.source)
     print(f"{recipe.source}: {describe(model)}", flush=True)

@@ -25,7 +25,10 @@ def load_pairs(data: Path, images_dir: Path, split: str) -> list[Pair]:
     chosen = [(place, row) for place, row in enumerate(rows) if row.get("split") == split]
     if not chosen:
         known = ", ".join(sorted({str(row.get("split")) for row in rows})) or "none"
-        raise UserError(f"{data}: no image of split '{split}'; splits in this file: {known}; choose with --split")
+        raise UserError(
+            f"{data}: no image of split '{split}'; splits in this file: {known}; choose with --split "
+            "(pretrain: evaluation.split)"
+        )
     pairs = []
     for place, row in chosen:
         captions = tuple(_captions(data, place, row))
@@ -51,5 +54,8 @@ def _file(data: Path, place: int, row: dict[str, Any], images_dir: Path) -> Path
         raise UserError(f"{data}: images[{place}]: 'filename' (and 'filepath') must be text; correct the entry")
     file = images_dir / folder / name
     if not file.is_file():
-        raise UserError(f"{file}: no such image (images[{place}] of {data}); give their folder with --images")
+        raise UserError(
+            f"{file}: no such image (images[{place}] of {data}); give their folder with --images "
+            "(pretrain: evaluation.images)"
+        )
     return file

@@ -25,6 +25,16 @@ class Augmentation:
     jitter_probability: float = 0.8
     gray_probability: float = 0.2
 
+    def check(self) -> None:
+        """Raise UserError where a number has no meaning."""
+        if not 0 < self.smallest_crop <= 1:
+            raise UserError(f"data.augmentation.smallest_crop={self.smallest_crop}: a share above 0, at most 1")
+        if not 0 <= self.jitter <= 2:
+            raise UserError(f"data.augmentation.jitter={self.jitter}: from 0 to 2")
+        for name in ("jitter_probability", "gray_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.augmentation.{name}={getattr(self, name)}: from 0 to 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceRecipe:
@@ -105,3 +115,4 @@ class PairsRecipe:
         for number, source in enumerate(self.mixture):
             if source.weight <= 0:
                 raise UserError(f"data.mixture[{number}].weight={source.weight}: must be above 0; leave the source out")
+        self.augmentation.check()

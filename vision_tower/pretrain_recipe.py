@@ -77,6 +77,9 @@ class ModelRecipe:
 
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
+        for name, value in self._sizes().items():
+            if value < 1:
+                raise UserError(f"model.{name}={value}: at least 1")
         if self.image_size % self.patch_size:
             down = self.image_size // self.patch_size * self.patch_size
             near = f"{down} or {down + self.patch_size}" if down else str(self.patch_size)
@@ -94,6 +97,13 @@ class ModelRecipe:
             raise UserError("model.text_length: at least 4, and model.target_length at least 3; nothing else would fit")
         if self.image.width % 4:
             raise UserError(f"model.image.width={self.image.width}: sin-cos positions need a multiple of 4")
+
+    def _sizes(self) -> dict[str, int]:
+        """Every number of the recipe by its dotted name."""
+        sizes = {name: getattr(self, name) for name in ("joint", "image_size", "patch_size", "vocabulary_size")}
+        for tower in ("image", "text", "captioner"):
+            sizes |= {f"{tower}.{name}": value for name, value in dataclasses.asdict(getattr(self, tower)).items()}
+        return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +179,7 @@ class EncoderTraining(TrainingRecipe):
 
     def check(self) -> None:
         """Raise UserError where the numbers make no sense."""
+        super().check()
         if self.max_steps < 1:
             raise UserError("training.max_steps: pretraining reads an endless stream; say how many steps to take")
         if not 0 <= self.ema_decay < 1:

@@ -68,10 +68,10 @@ def find_shards(pattern: str) -> list[str]:
     for part in expand_braces(pattern):
         found += _remote(part) if is_remote(part) else _local(part.removeprefix("file://"))
     if not found:
-        raise UserError(f"{pattern}: no shard matches data.shards; build the sample world or mend the pattern")
+        raise UserError(f"{pattern}: no shard matches this pattern; build the sample world or mend it")
     for shard in found:
         if _ending(shard) not in READERS:
-            raise UserError(f"{shard}: data.shards reads {', '.join(READERS)}; convert it or mend the pattern")
+            raise UserError(f"{shard}: no shard by its ending ({', '.join(READERS)}); convert it or mend the pattern")
     return list(dict.fromkeys(found))
 
 
@@ -104,7 +104,7 @@ def _local(part: str) -> list[str]:
     if glob.has_magic(part):
         return sorted(glob.glob(part, recursive=True))
     if not Path(part).exists():
-        raise UserError(f"{part}: no such shard (data.shards); fetch it or mend the pattern")
+        raise UserError(f"{part}: no such shard; fetch it or mend the pattern")
     return [part]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_tower.errors import UserError
-from vision_tower.files import write_text
+from vision_tower.files import read_object, write_text
 from vision_tower.recipe import dump_recipe
 from vision_tower.training_recipe import TrainingRecipe
 
@@ -36,6 +36,8 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path) -> TrainingArgu
     _check_extra(recipe, {field.name for field in dataclasses.fields(TrainingArguments)})
     if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
         raise UserError(f"{recipe.deepspeed}: no such DeepSpeed configuration; see configs/deepspeed/")
+    if recipe.deepspeed is not None:
+        read_object(Path(recipe.deepspeed))  # one line where it is damaged, before DeepSpeed reads it
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": recipe.device_batch_size,

@@ -64,6 +64,13 @@ class TrainingRecipe:
     seed: int = 0
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise UserError where a number has no meaning."""
+        least = {"global_batch_size": 1, "device_batch_size": 1, "log_every": 1, "save_every": 0, "workers": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"training.{name}={getattr(self, name)}: at least {value}")
+
     def accumulation(self, world: int) -> int:
         """Forward passes per optimiser step. Raises UserError where the numbers do not divide."""
         together = self.device_batch_size * world
