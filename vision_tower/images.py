@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MEAN = (0.485, 0.456, 0.406)  # ImageNet
 STD = (0.229, 0.224, 0.225)
 
-
 # What Pillow's decoders raise on damaged files, besides its own errors.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
@@ -56,7 +55,7 @@ def enough_pixels(augmentation: Augmentation, size: int) -> int:
 
 
 def training_transform(augmentation: Augmentation, size: int) -> object:
-    """PIL picture -> (3, size, size) fp32 in [0, 1]; no flip, since captions speak of left and right."""
+    """PIL picture -> (3, size, size) uint8; no flip, since captions speak of left and right."""
     from torchvision.transforms import v2
 
     steps: list[object] = []
