@@ -34,8 +34,7 @@ PROJECTOR_SAMPLES = 128
 def main(argv: list[str]) -> None:
     """Train one stage and leave a stock LLaVA checkpoint in the run folder."""
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
-    recipe.model.check()
-    recipe.training.check()
+    recipe.check()
     folder = Path(recipe.output_dir)
 
     from transformers import set_seed

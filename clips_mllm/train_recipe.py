@@ -6,8 +6,8 @@ import dataclasses
 from typing import Literal
 
 from clips_mllm.prompts import TemplateName
+from clips_mllm.stage_recipe import MllmTraining, StageRecipe, TrainEvaluationRecipe
 from vision_tower.errors import UserError
-from vision_tower.training_recipe import TrainingRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class MllmRecipe:
         checkpoint: folder or hub id of a LLaVA checkpoint, instead of tower and llm.
         feature_layer: which hidden state of the tower the projector reads; -2 is the last but one.
         feature_select: "full" for towers without a class token, "default" drops the class token.
+        attention: how attention is computed; auto leaves the choice to transformers.
     """
 
     tower: str | None = None
@@ -27,6 +28,7 @@ class MllmRecipe:
     checkpoint: str | None = None
     feature_layer: int = -2
     feature_select: Literal["full", "default"] = "full"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
     def check(self) -> None:
         """Raise UserError unless exactly one of the two ways is given."""
@@ -59,36 +61,33 @@ class InstructionRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StageRecipe:
-    """What trains in a stage; the rest is frozen.
-
-    Args:
-        projector: the MLP between tower and LLM.
-        llm: the whole LLM.
-        tower: the whole vision tower.
-        projector_learning_rate: of the projector, where it differs from training.learning_rate.
-    """
-
-    projector: bool = True
-    llm: bool = False
-    tower: bool = False
-    projector_learning_rate: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
     """Train a multimodal LLM: stage 1 aligns the projector, stage 2 finetunes the LLM too.
 
     Args:
-        output_dir: the run folder; it gets a stock LLaVA checkpoint, metrics and checkpoints.
+        output_dir: the run folder; it gets a stock LLaVA checkpoint or a PEFT adapter, metrics and checkpoints.
         model: what the MLLM is made of.
         data: the conversations.
         stage: what trains.
         training: how to optimise.
+        evaluation: what is measured inside the run.
     """
 
     output_dir: str
     model: MllmRecipe
     data: InstructionRecipe
     stage: StageRecipe = dataclasses.field(default_factory=StageRecipe)
-    training: TrainingRecipe = dataclasses.field(default_factory=TrainingRecipe)
+    training: MllmTraining = dataclasses.field(default_factory=MllmTraining)
+    evaluation: TrainEvaluationRecipe = dataclasses.field(default_factory=TrainEvaluationRecipe)
+
+    def check(self) -> None:
+        """Raise UserError where a value has no meaning, or two do not fit each other."""
+        self.model.check()
+        self.stage.check()
+        self.training.check()
+        self.evaluation.check(self.training.save_every)
+        if self.stage.adapter.kind != "none" and self.model.checkpoint is None:
+            raise UserError(
+                "model.checkpoint: an adapter is saved without its base, which must be a checkpoint; give a run of "
+                "stage 1 (configs/mllm/*_align.yaml) instead of tower and llm"
+            )
