@@ -26,7 +26,7 @@ from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained, refuse_partial_load
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
 # Towers by model type: those with a class token must drop it.
 FEATURE_SELECT = {"siglip_vision_model": "full", "clip_vision_model": "default", "vit": "default", "dinov2": "default"}
@@ -55,11 +55,38 @@ def build_mllm(
     Raises:
         UserError: a folder without a checkpoint, or weights that do not fit their class.
     """
+    vision, image_processor = read_tower(tower, feature_select, dtype)
+    language, tokenizer = read_llm(llm, dtype)
+    return join_parts(
+        vision, image_processor, language, tokenizer, feature_layer=feature_layer, feature_select=feature_select
+    )
+
+
+def read_tower(
+    tower: str, feature_select: Literal["full", "default"], dtype: str | torch.dtype
+) -> tuple[Any, BaseImageProcessor]:
+    """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
     vision = _read_weights(AutoModel, _existing(tower, "model.tower"), dtype)
     check_tower(tower, vision.config, feature_select)
-    image_processor = read_pretrained(AutoImageProcessor, tower)
+    return vision, read_pretrained(AutoImageProcessor, tower)
+
+
+def read_llm(llm: str, dtype: str | torch.dtype) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A causal LM and its tokenizer. Raises UserError where either is missing or does not fit."""
     language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm"), dtype)
-    tokenizer = read_pretrained(AutoTokenizer, llm)
+    return language, read_pretrained(AutoTokenizer, llm)
+
+
+def join_parts(
+    vision: Any,
+    image_processor: Any,
+    language: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    feature_layer: int,
+    feature_select: Literal["full", "default"],
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The stock model around a tower and a causal LM, in the LLM's dtype, with a fresh projector; and its processor."""
     if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
         tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)
@@ -76,8 +103,8 @@ def build_mllm(
         image_seq_length=patches,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
-    model.model.vision_tower = vision
+    model = LlavaForConditionalGeneration._from_config(config, dtype=language.dtype)
+    model.model.vision_tower = vision.to(language.dtype)
     model.model.language_model = language.model
     model.lm_head = language.lm_head
     model.tie_weights()

@@ -8,15 +8,13 @@ open_clip folder (json + weights) --+                      +--> clips      Clips
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tower.convert_recipe import ConvertRecipe
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import write_text
+from vision_tower.files import new_folder, write_text
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -33,21 +31,15 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: a source that is neither, is damaged or is no CLIPS model; a destination that is not empty.
     """
-    recipe = parse_recipe(ConvertRecipe, argv, command="convert", positional=("source", "destination"))
-    given = recipe.destination
-    if not given.name or (given.exists() and (not given.is_dir() or any(given.iterdir()))):
-        raise UserError(f"{recipe.destination}: not an empty folder; give a new one")
-    model, tokenizer = read_source(recipe.source)
-    print(f"{recipe.source}: {describe(model)}", flush=True)
-    work = recipe.destination.with_name(f".{recipe.destination.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    convert(parse_recipe(ConvertRecipe, argv, command="convert", positional=("source", "destination")))
+
+
+def convert(recipe: ConvertRecipe) -> None:
+    """Read, write whole or not at all, and say so. Raises UserError as `main` does."""
+    with new_folder(recipe.destination) as work:
+        model, tokenizer = read_source(recipe.source)
+        print(f"{recipe.source}: {describe(model)}", flush=True)
         write(recipe, model, tokenizer, work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
-        raise
-    os.replace(work, recipe.destination)
     print(f"{recipe.destination}: written as {recipe.to}")
 
 

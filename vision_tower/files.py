@@ -1,9 +1,12 @@
-"""Text and JSON files: read with errors that name the file and the remedy, written whole or not at all."""
+"""Files: read with errors that name the file and the remedy; files and folders written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +50,23 @@ def write_text(path: Path, text: str) -> None:
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `destination` at the end and is gone where an error ends it.
+
+    Raises:
+        UserError: a destination that exists and is not an empty folder.
+    """
+    if not destination.name or (destination.exists() and (not destination.is_dir() or any(destination.iterdir()))):
+        raise UserError(f"{destination}: not an empty folder; give a new one")
+    work = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
+        raise
+    os.replace(work, destination)
