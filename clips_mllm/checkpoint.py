@@ -15,9 +15,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
+    SiglipVisionModel,
 )
 
 from clips_mllm.prompts import IMAGE
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 # Towers by model type: those with a class token must drop it.
 FEATURE_SELECT = {"siglip_vision_model": "full", "clip_vision_model": "default", "vit": "default", "dinov2": "default"}
+# Checkpoints of two towers, of which the vision tower alone is read.
+VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -63,10 +68,15 @@ def build_mllm(
 
 
 def read_tower(
-    tower: str, feature_select: Literal["full", "default"], dtype: str | torch.dtype
+    tower: str, feature_select: Literal["full", "default"] | None, dtype: str | torch.dtype
 ) -> tuple[Any, BaseImageProcessor]:
     """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
-    vision = _read_weights(AutoModel, _existing(tower, "model.tower"), dtype)
+    config = read_pretrained(AutoConfig, _existing(tower, "model.tower"))
+    if half := VISION_HALVES.get(config.model_type):
+        vision, info = read_pretrained(half, tower, dtype=dtype, output_loading_info=True)
+        refuse_partial_load(tower, info | {"unexpected_keys": ()})  # the text tower
+    else:
+        vision = _read_weights(AutoModel, tower, dtype)
     check_tower(tower, vision.config, feature_select)
     return vision, read_pretrained(AutoImageProcessor, tower)
 
@@ -120,13 +130,13 @@ def join_parts(
     return model, processor
 
 
-def check_tower(tower: str, config: Any, feature_select: Literal["full", "default"]) -> None:
+def check_tower(tower: str, config: Any, feature_select: Literal["full", "default"] | None) -> None:
     """Raise UserError for a tower of an unknown kind, or where `feature_select` keeps or drops the wrong token."""
     right = FEATURE_SELECT.get(config.model_type)
     if right is None:
         known = ", ".join(FEATURE_SELECT)
         raise UserError(f"{tower}: a '{config.model_type}' model cannot be the tower; kinds that can: {known}")
-    if feature_select != right:
+    if feature_select not in (right, None):
         raise UserError(f"model.feature_select={feature_select}: a '{config.model_type}' tower needs '{right}'")
 
 

@@ -20,7 +20,7 @@ class Command:
 COMMANDS = {
     "data sample": Command("clips_mllm.sample.build", "build the sample world: pictures, captions, benchmarks, an LLM"),
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
-    "convert": Command("vision_tower.convert", "convert encoders: open_clip, CLIPS, the stock tower alone"),
+    "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
     "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
