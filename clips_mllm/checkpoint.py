@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from transformers import (
@@ -31,8 +31,15 @@ from vision_tower.loading import read_pretrained, refuse_partial_load
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
+FeatureSelect: TypeAlias = Literal["full", "default"]
+
 # Towers by model type: those with a class token must drop it.
-FEATURE_SELECT = {"siglip_vision_model": "full", "clip_vision_model": "default", "vit": "default", "dinov2": "default"}
+FEATURE_SELECT: dict[str, FeatureSelect] = {
+    "siglip_vision_model": "full",
+    "clip_vision_model": "default",
+    "vit": "default",
+    "dinov2": "default",
+}
 # Checkpoints of two towers, of which the vision tower alone is read.
 VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -53,7 +60,7 @@ class Mllm:
 
 
 def build_mllm(
-    tower: str, llm: str, *, feature_layer: int, feature_select: Literal["full", "default"], dtype: torch.dtype
+    tower: str, llm: str, *, feature_layer: int, feature_select: FeatureSelect, dtype: torch.dtype
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a pretrained tower and LLM with a fresh projector.
 
@@ -68,7 +75,7 @@ def build_mllm(
 
 
 def read_tower(
-    tower: str, feature_select: Literal["full", "default"] | None, dtype: str | torch.dtype
+    tower: str, feature_select: FeatureSelect | None, dtype: str | torch.dtype
 ) -> tuple[Any, BaseImageProcessor]:
     """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
     config = read_pretrained(AutoConfig, _existing(tower, "model.tower"))
@@ -94,7 +101,7 @@ def join_parts(
     tokenizer: PreTrainedTokenizerFast,
     *,
     feature_layer: int,
-    feature_select: Literal["full", "default"],
+    feature_select: FeatureSelect,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The stock model around a tower and a causal LM, in the LLM's dtype, with a fresh projector; and its processor."""
     if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
@@ -130,7 +137,7 @@ def join_parts(
     return model, processor
 
 
-def check_tower(tower: str, config: Any, feature_select: Literal["full", "default"] | None) -> None:
+def check_tower(tower: str, config: Any, feature_select: FeatureSelect | None) -> None:
     """Raise UserError for a tower of an unknown kind, or where `feature_select` keeps or drops the wrong token."""
     right = FEATURE_SELECT.get(config.model_type)
     if right is None:

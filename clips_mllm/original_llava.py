@@ -86,7 +86,7 @@ def _join(
         raise UserError(f"{source}: nothing names its vision tower; give --tower")
     vision, image_processor = _tower(source, name, weights.tower)
     # A tower without a class token has none to drop, whatever the file says of "patch".
-    select = FEATURE_SELECT[vision.config.model_type] if config.feature_select == "default" else "full"
+    select = FEATURE_SELECT[vision.config.model_type] if config.feature_select == "default" else config.feature_select
     model, processor = join_parts(
         vision, image_processor, language, tokenizer, feature_layer=config.feature_layer, feature_select=select
     )
@@ -186,7 +186,7 @@ def _with_adapter(folder: Path, llm: str | None) -> tuple[Any, PreTrainedTokeniz
     language, tokenizer = read_llm(llm or _base(folder), "auto")
     state = read_tensors(file)
     try:
-        adapted = get_peft_model(language, PeftConfig.from_pretrained(folder))
+        adapted = get_peft_model(language, PeftConfig.from_pretrained(str(folder)))
     except (ValueError, TypeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{folder}: adapter_config.json does not fit the LLM ({error}); give its own with --llm"
