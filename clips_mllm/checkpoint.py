@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
@@ -24,6 +24,14 @@ from transformers import (
 )
 
 from clips_mllm.prompts import IMAGE
+from clips_mllm.towers import (
+    FeatureSelect,
+    additional_tokens,
+    at_size,
+    check_tower,
+    feature_selection,
+    resize_processor,
+)
 from vision_tower.encoder import choose_device, make_readable
 from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained, refuse_partial_load
@@ -31,15 +39,6 @@ from vision_tower.loading import read_pretrained, refuse_partial_load
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
-FeatureSelect: TypeAlias = Literal["full", "default"]
-
-# Towers by model type: those with a class token must drop it.
-FEATURE_SELECT: dict[str, FeatureSelect] = {
-    "siglip_vision_model": "full",
-    "clip_vision_model": "default",
-    "vit": "default",
-    "dinov2": "default",
-}
 # Checkpoints of two towers, of which the vision tower alone is read.
 VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -60,23 +59,31 @@ class Mllm:
 
 
 def build_mllm(
-    tower: str, llm: str, *, feature_layer: int, feature_select: FeatureSelect, dtype: torch.dtype
+    tower: str,
+    llm: str,
+    *,
+    feature_layer: int | list[int],
+    feature_select: Literal["auto", "full", "default"],
+    dtype: torch.dtype,
+    image_size: int | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a pretrained tower and LLM with a fresh projector.
 
     Raises:
         UserError: a folder without a checkpoint, or weights that do not fit their class.
     """
-    vision, image_processor = read_tower(tower, feature_select, dtype)
+    vision, image_processor = read_tower(tower, dtype)
+    selection = feature_selection(tower, vision.config, feature_select)
+    if image_size is not None:
+        vision = at_size(vision, image_size)
+        resize_processor(image_processor, image_size)
     language, tokenizer = read_llm(llm, dtype)
     return join_parts(
-        vision, image_processor, language, tokenizer, feature_layer=feature_layer, feature_select=feature_select
+        vision, image_processor, language, tokenizer, feature_layer=feature_layer, feature_select=selection
     )
 
 
-def read_tower(
-    tower: str, feature_select: FeatureSelect | None, dtype: str | torch.dtype
-) -> tuple[Any, BaseImageProcessor]:
+def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProcessor]:
     """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
     config = read_pretrained(AutoConfig, _existing(tower, "model.tower"))
     if half := VISION_HALVES.get(config.model_type):
@@ -84,7 +91,7 @@ def read_tower(
         refuse_partial_load(tower, info | {"unexpected_keys": ()})  # the text tower
     else:
         vision = _read_weights(AutoModel, tower, dtype)
-    check_tower(tower, vision.config, feature_select)
+    check_tower(tower, vision.config)
     return vision, read_pretrained(AutoImageProcessor, tower)
 
 
@@ -100,7 +107,7 @@ def join_parts(
     language: Any,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    feature_layer: int,
+    feature_layer: int | list[int],
     feature_select: FeatureSelect,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The stock model around a tower and a causal LM, in the LLM's dtype, with a fresh projector; and its processor."""
@@ -131,20 +138,10 @@ def join_parts(
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=feature_select,
-        num_additional_image_tokens=1 if feature_select == "default" else 0,
+        num_additional_image_tokens=additional_tokens(vision.config),
         image_token=IMAGE,
     )
     return model, processor
-
-
-def check_tower(tower: str, config: Any, feature_select: FeatureSelect | None) -> None:
-    """Raise UserError for a tower of an unknown kind, or where `feature_select` keeps or drops the wrong token."""
-    right = FEATURE_SELECT.get(config.model_type)
-    if right is None:
-        known = ", ".join(FEATURE_SELECT)
-        raise UserError(f"{tower}: a '{config.model_type}' model cannot be the tower; kinds that can: {known}")
-    if feature_select not in (right, None):
-        raise UserError(f"model.feature_select={feature_select}: a '{config.model_type}' tower needs '{right}'")
 
 
 def generation_config(language: Any, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -1,6 +1,6 @@
 """Conversations to batches.
 
-LLaVA JSON --llava_json--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
+sources --row_store--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
 """
 
 from __future__ import annotations
@@ -9,22 +9,59 @@ import dataclasses
 import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import LlavaImageProcessor, LlavaProcessor
 
-from clips_mllm.llava_json import BadRow, Example, read_rows, to_example
-from clips_mllm.prompts import IGNORED, Rendered, Unsupervised, load_template, render
+from clips_mllm.chat_template import template_for
+from clips_mllm.llava_json import Example
+from clips_mllm.mixture import mix
+from clips_mllm.packing import Row, fill, pack
+from clips_mllm.prompts import IGNORED, Rendered, Unsupervised, render
+from clips_mllm.row_store import RowStore, say
 from clips_mllm.train_recipe import InstructionRecipe
 from vision_tower.errors import UserError
 from vision_tower.images import BadImage, decode_image
+from vision_tower.training import is_main_process
 
 SETTLED = 200  # samples seen before the share of unusable ones may stop a run
+
+
+class Examples(Sequence[Example]):
+    """The conversations of an epoch, read from disk as they are asked for: one source after the other, or a mixture."""
+
+    def __init__(self, recipe: InstructionRecipe) -> None:
+        self.stores = [RowStore(source) for source in recipe.sources]
+        for store in self.stores:
+            say(store.source, store.report, len(store), recipe.most_bad, quiet=not is_main_process())
+        sizes = [len(store) for store in self.stores]
+        self.begins = np.cumsum([0, *sizes])
+        self.places = mix(recipe.sources, sizes, recipe.seed)
+
+    def __len__(self) -> int:
+        return int(self.begins[-1]) if self.places is None else len(self.places)
+
+    def where(self, index: int) -> tuple[RowStore, int]:
+        """The source of a sample, and the place there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = index if self.places is None else int(self.places[index])
+        number = int(np.searchsorted(self.begins, at, side="right")) - 1
+        return self.stores[number], at - int(self.begins[number])
+
+    def __getitem__(self, index: Any) -> Any:
+        store, at = self.where(index)
+        return store.example(at)
+
+    def lengths(self) -> np.ndarray:
+        """Rough lengths in words, int32; negative for text-only samples."""
+        line = np.concatenate([store.lengths() for store in self.stores])
+        return line if self.places is None else line[self.places]
 
 
 class InstructionDataset(Dataset[dict[str, Any]]):
@@ -37,45 +74,12 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     def __init__(self, recipe: InstructionRecipe, processor: LlavaProcessor) -> None:
         self.recipe = recipe
         self.processor = processor
-        self.template = load_template(recipe.template)
-        self.file = Path(recipe.file)
-        self.folder = Path(recipe.images)
-        rows = read_rows(self.file)
-        self.dropped: Counter[str] = Counter()
-        self.examples = list(self._usable(rows))
-        self._report(len(rows))
+        self.template = template_for(processor.tokenizer, recipe.template)
+        self.examples = Examples(recipe)
+        self.name = ", ".join(source.file for source in recipe.sources)
+        self.dropped: Counter[str] = sum((Counter(store.report.dropped) for store in self.examples.stores), Counter())
         self.corrupt = multiprocessing.Value("l", 0)
         self.seen = multiprocessing.Value("l", 0)
-
-    def _usable(self, rows: list[dict[str, Any]]) -> Iterator[Example]:
-        for number, row in enumerate(rows):
-            try:
-                example = to_example(row)
-            except BadRow as error:
-                self._drop(str(error), number, row)
-                continue
-            missing = next((name for name in example.images if not (self.folder / name).is_file()), None)
-            if missing is not None:
-                self._drop("missing image", number, row, f" {self.folder / missing}")
-                continue
-            yield example
-
-    def _drop(self, cause: str, number: int, row: Any, detail: str = "") -> None:
-        if not self.dropped[cause]:
-            name = row.get("id", "") if isinstance(row, dict) else ""
-            print(f"skipped: {self.file}: row {number} ({name}): {cause}{detail}", file=sys.stderr, flush=True)
-        self.dropped[cause] += 1
-
-    def _report(self, rows: int) -> None:
-        if not self.dropped:
-            return
-        causes = ", ".join(f"{count} x {cause}" for cause, count in self.dropped.most_common())
-        if self.dropped.total() > self.recipe.most_bad * rows or not self.examples:
-            raise UserError(
-                f"{self.file}: {self.dropped.total()} of {rows} rows are unusable ({causes}), more than data.most_bad="
-                f"{self.recipe.most_bad}; mend the file or raise the limit"
-            )
-        print(f"skipped: {self.file}: {self.dropped.total()} of {rows} rows: {causes}", file=sys.stderr, flush=True)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -83,20 +87,30 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`ids`, `labels` and `images`, a list of RGB pictures."""
         for step in range(len(self)):
-            example = self.examples[(index + step) % len(self)]
+            at = (index + step) % len(self)
             with self.seen.get_lock():
                 self.seen.value += 1
             try:
-                pictures = [self._picture(name) for name in example.images]
-                rendered = self.render(example)
+                return self.load(at)[0]
             except (BadImage, OSError) as error:  # which name the file
                 self._count_corrupt(str(error))
-                continue
             except Unsupervised as error:
-                self._count_corrupt(f"{', '.join(example.images) or 'a text-only sample'}: {error}")
-                continue
-            return {"ids": rendered.ids, "labels": rendered.labels, "images": pictures}
-        raise UserError(f"{self.file}: not one usable sample; every picture is corrupt or nothing is supervised")
+                names = ", ".join(map(str, self.examples[at].images))
+                self._count_corrupt(f"{names or 'a text-only sample'}: {error}")
+        raise UserError(f"{self.name}: not one usable sample; every picture is corrupt or nothing is supervised")
+
+    def load(self, index: int) -> tuple[dict[str, Any], Rendered]:
+        """The sample at a place itself, and how it was rendered. Raises BadImage, OSError or Unsupervised."""
+        store, at = self.examples.where(index)
+        example = store.example(at)
+        pictures = [self._picture(store, at, name) for name in example.images]
+        rendered = self.render(example)
+        return {"ids": rendered.ids, "labels": rendered.labels, "images": pictures}, rendered
+
+    def describe(self, index: int) -> str:
+        """File and row of a sample."""
+        store, at = self.examples.where(index)
+        return f"{store.source.file}: row {store.number(at)}"
 
     def render(self, example: Example) -> Rendered:
         """Ids and labels of an example."""
@@ -108,32 +122,28 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             max_length=self.recipe.max_length,
         )
 
-    def _picture(self, name: str) -> Image.Image:
+    @staticmethod
+    def _picture(store: RowStore, at: int, name: str | int) -> Image.Image:
         try:
-            return decode_image((self.folder / name).read_bytes())
+            return decode_image(store.picture(at, name))
         except BadImage as error:
-            raise BadImage(f"corrupt image {self.folder / name} ({error})") from error
+            place = store.images / name if isinstance(name, str) else f"in row {store.number(at)}"
+            raise BadImage(f"corrupt image {place} ({error})") from error
 
     def _count_corrupt(self, what: str) -> None:
         with self.corrupt.get_lock():
             self.corrupt.value += 1
         bad, seen = self.corrupt.value, self.seen.value
-        print(f"skipped: {self.file}: {what} ({bad} so far)", file=sys.stderr, flush=True)
+        print(f"skipped: {self.name}: {what} ({bad} so far)", file=sys.stderr, flush=True)
         if seen >= SETTLED and bad > self.recipe.most_bad * seen:
             raise UserError(
-                f"{self.file}: {bad} of {seen} samples could not be used (last: {what}), more than data.most_bad="
-                f"{self.recipe.most_bad}; mend the data or raise the limit"
+                f"{self.name}: {bad} of {seen} samples could not be used (last: {what}), more than data.most_bad="
+                f"{self.recipe.most_bad}; `clips-mllm data doctor` finds them; mend the data or raise the limit"
             )
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Rough token counts for grouping: words of the conversation, negative for text-only samples."""
-        found: list[int] = []
-        for example in self.examples:
-            words = sum(
-                len(part["text"].split()) + 8 for m in example.messages for part in m["content"] if "text" in part
-            )
-            found.append(words if example.images else -words)
-        return found
+        return self.examples.lengths()
 
 
 def image_tokens(processor: LlavaProcessor) -> int:
@@ -145,8 +155,10 @@ def image_tokens(processor: LlavaProcessor) -> int:
     return int(count) - (processor.vision_feature_select_strategy == "default")
 
 
-def make_square(processor: LlavaProcessor, square: Literal["squash", "pad"]) -> None:
+def make_square(processor: LlavaProcessor, square: Literal["squash", "pad", "crop"]) -> None:
     """Let the processor squash pictures, or first centre them on a square of its mean colour, as LLaVA-1.5 does.
+
+    `crop` leaves a tower's processor as it came: OpenAI CLIP's scales the shorter side and crops the middle.
 
     Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares pictures in the
     way that it was trained with.
@@ -165,6 +177,8 @@ def make_square(processor: LlavaProcessor, square: Literal["squash", "pad"]) -> 
         )
     elif isinstance(own, LlavaImageProcessor):
         own.do_pad = False
+    if square == "squash" and getattr(own, "do_center_crop", False):
+        own.size, own.do_center_crop = own.crop_size, False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,32 +186,60 @@ class InstructionCollator:
     """Samples -> right-padded `input_ids`, `attention_mask`, `labels` (b, s) and `pixel_values` (images, 3, h, w).
 
     A batch without any picture gets a blank one whose tokens are masked padding: then every rank always runs tower and
-    projector, and no collective of ZeRO waits for a rank that has only text.
+    projector, and no collective of ZeRO waits for a rank that has only text. With `packing`, samples share rows, and
+    `position_ids` that start again stand in the place of `attention_mask` (packing.py).
     """
 
     processor: LlavaProcessor
+    packing: Literal["none", "rows", "one_row"] = "none"
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """See the class."""
+        if any(sample["images"] for sample in samples):
+            blank = []
+        else:
+            count = image_tokens(self.processor)
+            ids, labels = [self.processor.image_token_id] * count, [IGNORED] * count
+            blank = [{"ids": ids, "labels": labels, "images": [blank_picture()]}]
+        pad = self.processor.tokenizer.pad_token_id
+        if self.packing == "none":
+            samples, tokens = [*samples, *blank], self._padded(samples, blank, pad)
+        else:
+            samples, tokens = self._packed([*samples, *blank], pad)
+        pictures = [picture for sample in samples for picture in sample["images"]]
+        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return {**tokens, "pixel_values": pixels}
+
+    @staticmethod
+    def _padded(samples: list[dict[str, Any]], blank: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+        """A row a sample; a blank picture's tokens follow the first, masked."""
         ids = [list(sample["ids"]) for sample in samples]
         labels = [list(sample["labels"]) for sample in samples]
         masks = [[1] * len(row) for row in ids]
-        pictures = [picture for sample in samples for picture in sample["images"]]
-        if not pictures:
-            pictures = [blank_picture()]
-            blank = image_tokens(self.processor)
-            ids[0] += [self.processor.image_token_id] * blank
-            labels[0] += [IGNORED] * blank
-            masks[0] += [0] * blank
+        for sample in blank:
+            ids[0] += sample["ids"]
+            labels[0] += sample["labels"]
+            masks[0] += [0] * len(sample["ids"])
         longest = max(map(len, ids))
-        pad = self.processor.tokenizer.pad_token_id
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         return {
             "input_ids": _padded(ids, longest, pad),
             "attention_mask": _padded(masks, longest, 0),
             "labels": _padded(labels, longest, IGNORED),
-            "pixel_values": pixels,
         }
+
+    def _packed(self, samples: list[dict[str, Any]], pad: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+        """The samples in reading order of their rows, as the model takes their pictures, and the rows."""
+        rows = [Row(list(sample["ids"]), list(sample["labels"])) for sample in samples]
+        lengths = [len(row.ids) for row in rows]
+        layout = fill(lengths, sum(lengths) if self.packing == "one_row" else max(lengths))
+        return [samples[at] for row in layout for at in row], pack(rows, layout, pad)
+
+
+def packing_for(recipe: InstructionRecipe, attention: str) -> Literal["none", "rows", "one_row"]:
+    """How the collator packs: flash attention tells samples apart in a single row only (untested here, no GPU)."""
+    if not recipe.packing:
+        return "none"
+    return "one_row" if attention.startswith("flash_attention") else "rows"
 
 
 def blank_picture() -> Image.Image:

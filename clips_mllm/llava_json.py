@@ -1,16 +1,24 @@
-"""LLaVA JSON: rows of a file, and a row as a conversation in chat-template form."""
+"""A row of LLaVA JSON, or of the forms that hub data sets use, as a conversation in chat-template form.
+
+    {"image": path | [paths], "conversations": [{"from": "human" | "gpt" | "system", "value"}]}     LLaVA
+    {"images": [...], "messages": [{"role", "content"}]}                                            TRL and others
+    {"images": [...], "texts": [{"user", "assistant"}]}                                             FineVision
+
+A picture is a path, or lies in the row: bytes, or a struct with bytes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
+import itertools
 from typing import Any
 
 from clips_mllm.prompts import IMAGE, Message
-from vision_tower.errors import UserError
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+
+OPENING = "opening answer dropped"
+MOVED = "placeholder moved to the front"
 
 
 class BadRow(ValueError):
@@ -19,54 +27,33 @@ class BadRow(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A conversation in chat-template form, and its picture files."""
+    """A conversation in chat-template form, and its pictures: paths, or places among the row's own pictures.
+
+    Attributes:
+        mended: what was put right in the row.
+    """
 
     messages: list[Message]
-    images: list[str]
+    images: list[str] | list[int]
+    mended: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a LLaVA JSON (a list) or JSONL. Raises UserError with file, line and remedy."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file (data.file); build the sample world or mend the path")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start}: not UTF-8 text ({error.reason}); write it as UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{file}: empty; expected a JSON list of conversations")
-    try:
-        if file.suffix == ".jsonl":
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-            rows = [_json_line(file, number, line) for number, line in lines]
-        else:
-            rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON ({error.msg}); mend or write it again") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: expected a non-empty JSON list of conversations, found {type(rows).__name__}")
-    return rows
-
-
-def _json_line(file: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {number}: not valid JSON ({error.msg}); mend or remove the line") from error
+    @property
+    def words(self) -> int:
+        """Rough length: words, and 8 for each text's surroundings."""
+        return sum(len(part["text"].split()) + 8 for m in self.messages for part in m["content"] if "text" in part)
 
 
 def to_example(row: dict[str, Any]) -> Example:
     """Raises BadRow with what is wrong. A lone `<image>` moves to the front of its turn, as in LLaVA."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
+    images = _images(row) if isinstance(row, dict) else []
+    turns = _turns(row, len(images)) if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
         raise BadRow("no 'conversations'")
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise BadRow("'image' is neither a path nor a list of paths")
-    messages = [_message(turn) for turn in turns]
+    mended: list[str] = []
+    messages = [_message(turn, mended) for turn in turns]
     while messages and messages[0]["role"] == "assistant":
         messages.pop(0)  # LLaVA drops an opening answer to nothing
+        mended.append(OPENING)
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders != len(images):
         raise BadRow(f"{placeholders} {IMAGE} for {len(images)} images")
@@ -75,10 +62,65 @@ def to_example(row: dict[str, Any]) -> Example:
         raise BadRow("no answer")
     if any(not message["content"][0]["text"].strip() for message in answers):
         raise BadRow("empty answer")
-    return Example(messages, images)
+    return Example(messages, images, tuple(dict.fromkeys(mended)))
 
 
-def _message(turn: Any) -> Message:
+def picture_bytes(row: dict[str, Any], place: int) -> bytes:
+    """The encoded picture at a place among those that lie in the row."""
+    found = _listed(row)[place]
+    return bytes(found["bytes"] if isinstance(found, dict) else found)
+
+
+def _listed(row: dict[str, Any]) -> list[Any]:
+    given = next((row[key] for key in ("image", "images") if row.get(key)), [])
+    return given if isinstance(given, list) else [given]
+
+
+def _images(row: dict[str, Any]) -> list[str] | list[int]:
+    paths: list[str] = []
+    inside = 0
+    for found in _listed(row):
+        match found:
+            case bytes() | {"bytes": bytes()}:
+                inside += 1
+            case str() as path:
+                paths.append(path)
+            case {"path": str() as path}:
+                paths.append(path)
+            case _:
+                raise BadRow("'image' is neither a path nor a list of paths")
+    if paths and inside:
+        raise BadRow("some pictures in the row and some by path")
+    return paths or list(range(inside))
+
+
+def _turns(row: dict[str, Any], images: int) -> Any:
+    """Turns as LLaVA has them, of whichever form."""
+    match row:
+        case {"conversations": turns} if turns is not None:
+            return turns
+        case {"messages": list() as messages}:
+            return [_as_turn(message) for message in messages]
+        case {"texts": list() as texts}:
+            pairs = [[("human", text.get("user")), ("gpt", text.get("assistant"))] for text in texts]
+            turns = [{"from": speaker, "value": value} for speaker, value in itertools.chain(*pairs)]
+            if turns and isinstance(turns[0]["value"], str) and IMAGE not in turns[0]["value"]:
+                turns[0]["value"] = f"{IMAGE}\n" * images + turns[0]["value"]  # these sets have no placeholders
+            return turns
+    return None
+
+
+def _as_turn(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        content = "".join(f"{IMAGE}\n" if part.get("type") == "image" else part.get("text") or "" for part in parts)
+    return {"from": message.get("role"), "value": content}
+
+
+def _message(turn: Any, mended: list[str]) -> Message:
     role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
     if role is None or not isinstance(turn.get("value"), str):
         raise BadRow("a turn without 'from' (human, gpt, system) and 'value'")
@@ -90,6 +132,8 @@ def _message(turn: Any) -> Message:
     pieces = turn["value"].split(IMAGE)
     texts = [{"type": "text", "text": piece.strip("\n")} for piece in pieces]
     if len(pieces) == 2:
+        if pieces[0].strip():
+            mended.append(MOVED)
         joined = "\n".join(text["text"].strip() for text in texts if text["text"].strip())
         return {"role": role, "content": [{"type": "image"}, {"type": "text", "text": joined}]}
     content = [texts[0]]

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clips_mllm.checkpoint import FEATURE_SELECT, check_tower, join_parts, read_llm, read_tower
+from clips_mllm.checkpoint import join_parts, read_llm, read_tower
 from clips_mllm.data import make_square
 from clips_mllm.original_config import OriginalConfig, read_original_config
 from clips_mllm.original_weights import OriginalWeights, Weights, read_weights, weight_files, without_rotary
+from clips_mllm.towers import check_tower, feature_selection
 from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained, refuse_partial_load
 
@@ -86,7 +87,7 @@ def _join(
         raise UserError(f"{source}: nothing names its vision tower; give --tower")
     vision, image_processor = _tower(source, name, weights.tower)
     # A tower without a class token has none to drop, whatever the file says of "patch".
-    select = FEATURE_SELECT[vision.config.model_type] if config.feature_select == "default" else config.feature_select
+    select = feature_selection(name, vision.config, "auto" if config.feature_select == "default" else "full")
     model, processor = join_parts(
         vision, image_processor, language, tokenizer, feature_layer=config.feature_layer, feature_select=select
     )
@@ -112,11 +113,11 @@ def _tower(source: Path, name: str, state: Weights) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel
 
     if not state:
-        return read_tower(name, None, "auto")
+        return read_tower(name, "auto")
     config = read_pretrained(AutoConfig, name)
     if config.model_type == "clip":
         config = config.vision_config
-    check_tower(name, config, None)
+    check_tower(name, config)
     if config.model_type != "clip_vision_model":
         raise UserError(f"{name}: a '{config.model_type}'; the weights in {source} are of a CLIP vision tower")
     model = _filled(CLIPVisionModel, config, _without_position_ids(state), source)

@@ -39,20 +39,20 @@ def main(argv: list[str]) -> None:
 
     from transformers import set_seed
 
+    from clips_mllm.chat_template import adopt_template
     from clips_mllm.checkpoint import save_mllm
-    from clips_mllm.data import InstructionCollator, InstructionDataset, make_square
+    from clips_mllm.data import InstructionCollator, InstructionDataset, make_square, packing_for
     from clips_mllm.projector import fit_projector
-    from clips_mllm.prompts import load_template
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer
 
     arguments = training_arguments(recipe.training, folder)  # before the model: ZeRO-3 shards it as it is built
     set_seed(recipe.training.seed)
     model, processor = load_or_build(recipe.model, weight_dtype(recipe))
-    processor.chat_template = processor.tokenizer.chat_template = load_template(recipe.data.template)
+    adopt_template(processor, recipe.data.template, model)
     make_square(processor, recipe.data.square)
     dataset = InstructionDataset(recipe.data, processor)
-    collator = InstructionCollator(processor)
+    collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
         fit_projector(model, first_pixels(dataset, collator))
     line = apply_stage(model, recipe.stage)
@@ -91,6 +91,7 @@ def load_or_build(recipe: MllmRecipe, dtype: torch.dtype) -> tuple[LlavaForCondi
         recipe.llm,
         feature_layer=recipe.feature_layer,
         feature_select=recipe.feature_select,
+        image_size=recipe.image_size,
         dtype=dtype,
     )
 

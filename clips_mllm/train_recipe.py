@@ -18,16 +18,19 @@ class MllmRecipe:
         tower: folder or hub id of a stock vision tower with its image processor.
         llm: folder or hub id of a LLaMA-family causal LM.
         checkpoint: folder or hub id of a LLaVA checkpoint, instead of tower and llm.
-        feature_layer: which hidden state of the tower the projector reads; -2 is the last but one.
-        feature_select: "full" for towers without a class token, "default" drops the class token.
+        feature_layer: which hidden state of the tower the projector reads; -2 is the last but one. Several, as
+            [-2, -5], are concatenated.
+        feature_select: "full" keeps every position, "default" drops the class token; "auto" keeps the patches alone.
+        image_size: side in pixels for which the tower's positions are computed anew; none keeps its own.
         attention: how attention is computed; auto leaves the choice to transformers.
     """
 
     tower: str | None = None
     llm: str | None = None
     checkpoint: str | None = None
-    feature_layer: int = -2
-    feature_select: Literal["full", "default"] = "full"
+    feature_layer: int | list[int] = -2
+    feature_select: Literal["auto", "full", "default"] = "auto"
+    image_size: int | None = None
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
     def check(self) -> None:
@@ -38,26 +41,74 @@ class MllmRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructionSource:
+    """One source of conversations.
+
+    Args:
+        file: LLaVA JSON (.json), JSONL (.jsonl) or Parquet (.parquet, globs allowed), a folder of a `datasets` data
+            set, or one on the hub as hf://datasets/OWNER/NAME.
+        images: folder that the rows' image paths are relative to; not needed where the pictures are in the file.
+        split: which split of a folder or hub data set.
+        weight: passes over this source in one epoch: 0.5 takes a fixed random half of it, 2 takes it twice.
+        cap: most samples of it in one epoch, chosen at random; 0 is no limit.
+    """
+
+    file: str
+    images: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+    cap: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructionRecipe:
     """Which conversations, and how they become tokens.
 
     Args:
-        file: LLaVA JSON or JSONL.
-        images: folder that the rows' image paths are relative to.
-        template: how a conversation is written; the checkpoint carries it on.
+        file: LLaVA JSON (.json), JSONL (.jsonl) or Parquet (.parquet, globs allowed), a folder of a `datasets` data
+            set, or one on the hub as hf://datasets/OWNER/NAME.
+        images: folder that the rows' image paths are relative to; not needed where the pictures are in the file.
+        mixture: several sources with file, images, split, weight and cap each, instead of the two values above.
+        template: how a conversation is written; the checkpoint carries it on. `tokenizer` is the LLM's own.
         max_length: longest sequence in tokens, pictures included.
-        square: squash the picture to the tower's square, or pad it with the mean colour first.
+        square: squash the picture to the tower's square, pad it with the mean colour first, or crop it as the tower's
+            own processor does.
         most_bad: share of unusable samples above which the run stops.
         group_by_length: batches of like length and modality, for less padding.
+        packing: lay several short samples of a batch into one row; they do not see each other.
+        seed: of the random part of a source that weight or cap takes.
     """
 
-    file: str
-    images: str
+    file: str | None = None
+    images: str | None = None
+    mixture: tuple[InstructionSource, ...] = ()
     template: TemplateName
     max_length: int = 2048
-    square: Literal["squash", "pad"] = "squash"
+    square: Literal["squash", "pad", "crop"] = "squash"
     most_bad: float = 0.01
     group_by_length: bool = False
+    packing: bool = False
+    seed: int = 0
+
+    @property
+    def sources(self) -> tuple[InstructionSource, ...]:
+        """The mixture, or the one source."""
+        return self.mixture if self.file is None else (InstructionSource(file=self.file, images=self.images),)
+
+    def check(self) -> None:
+        """Raise UserError where it does not say what to read, or a number has no meaning."""
+        if (self.file is None) == (not self.mixture):
+            raise UserError("data.file: say where the conversations are, or give several sources as data.mixture")
+        for number, source in enumerate(self.mixture):
+            place = f"data.mixture[{number}]"
+            if source.weight <= 0:
+                raise UserError(f"{place}.weight={source.weight}: must be above 0; leave the source out")
+            if source.cap < 0:
+                raise UserError(f"{place}.cap={source.cap}: 0 (no limit) or a number of samples")
+        if not 0 <= self.most_bad <= 1:
+            raise UserError(f"data.most_bad={self.most_bad}: a share from 0 to 1")
+        if self.max_length < 2:
+            raise UserError(f"data.max_length={self.max_length}: at least 2 tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +134,7 @@ class TrainRecipe:
     def check(self) -> None:
         """Raise UserError where a value has no meaning, or two do not fit each other."""
         self.model.check()
+        self.data.check()
         self.stage.check()
         self.training.check()
         self.evaluation.check(self.training.save_every)

@@ -1,0 +1,129 @@
+"""The chat template of a checkpoint: chosen once for training, and carried on, BOS and all.
+
+Who writes BOS? Some readers of a checkpoint tokenize the rendered prompt with special tokens (`processor(text=...)`),
+others without (`tokenizer.apply_chat_template`, vLLM). Where the LLM's tokenizer puts BOS in front by itself, here the
+template writes it instead and the tokenizer no longer does: every reader gets it exactly once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from clips_mllm.prompts import TemplateName, Unsupervised, load_template, render_text
+from clips_mllm.spans import special_pieces
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+
+# What ends an answer; `plain` ends with a line break, and a model trained with it is not for talking.
+END_TOKENS = {"vicuna_v1": "</s>", "llama_2": "</s>", "llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
+WRITES_BOS = "{{- bos_token -}}"
+KEY = "clips_mllm_llm"  # in tokenizer_config.json, where transformers keeps what it does not know
+
+PROBE = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    {"role": "user", "content": [{"type": "text", "text": "And this?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnFormat:
+    """What the LLM came with, before a stage's template took its place.
+
+    Attributes:
+        chat_template: its chat template, if it has one.
+        adds_bos: whether its tokenizer puts BOS in front of every text.
+    """
+
+    chat_template: str | None
+    adds_bos: bool
+
+
+def own_format(tokenizer: PreTrainedTokenizerFast) -> OwnFormat:
+    """As kept by `adopt_template`, or as the tokenizer is now."""
+    if KEY in tokenizer.init_kwargs:
+        return OwnFormat(**tokenizer.init_kwargs[KEY])
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    bos = tokenizer.bos_token_id
+    return OwnFormat(own, bos is not None and tokenizer("")["input_ids"][:1] == [bos])
+
+
+def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName) -> str:
+    """The Jinja text that training renders with and the checkpoint carries.
+
+    Raises:
+        UserError: `tokenizer` is asked for and the LLM has none of its own.
+    """
+    own = own_format(tokenizer)
+    if name != "tokenizer":
+        return (WRITES_BOS if own.adds_bos else "") + load_template(name)
+    if not own.chat_template:
+        raise UserError(
+            f"data.template=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own; choose "
+            f"another (plain, {', '.join(END_TOKENS)})"
+        )
+    preamble = "" if own.chat_template.startswith(_preamble()) else _preamble()
+    return preamble + own.chat_template
+
+
+def adopt_template(
+    processor: LlavaProcessor, name: TemplateName, model: LlavaForConditionalGeneration | None = None
+) -> str:
+    """Make a template the checkpoint's: processor, tokenizer, BOS, and where the model's answers end.
+
+    Returns:
+        The Jinja text.
+    Raises:
+        UserError: the template does not suit the tokenizer, or labels cannot be told with it.
+    """
+    tokenizer = processor.tokenizer
+    text = template_for(tokenizer, name)
+    tokenizer.init_kwargs[KEY] = dataclasses.asdict(own_format(tokenizer))
+    _leave_bos_to_the_template(tokenizer)
+    end = _end_of_answer(tokenizer, name, text)
+    if model is not None and end is not None:
+        _stop_at(model.generation_config, end)
+    processor.chat_template = tokenizer.chat_template = text
+    return text
+
+
+def _preamble() -> str:
+    return load_template("flatten")  # type: ignore[arg-type]
+
+
+def _leave_bos_to_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    if tokenizer.bos_token is None or not tokenizer("")["input_ids"]:
+        return
+    tokenizer.add_bos_token = tokenizer.add_eos_token = False  # which rewrites the post-processor
+    tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
+    assert not tokenizer("")["input_ids"], "the tokenizer still adds special tokens"
+
+
+def _end_of_answer(tokenizer: PreTrainedTokenizerFast, name: TemplateName, text: str) -> int | None:
+    """The id of the token that ends an answer, found in a rendered conversation."""
+    if name == "plain":
+        return None
+    try:
+        rendered, spans = render_text(PROBE, text, tokenizer)
+    except Unsupervised as error:
+        raise UserError(f"data.template={name}: {error}; choose another, chatml suits most LLMs") from error
+    for piece in special_pieces(tokenizer):
+        if rendered[: spans[-1][1]].endswith(piece):
+            return int(tokenizer.convert_tokens_to_ids(piece))
+    raise UserError(
+        f"data.template={name}: it ends answers with {END_TOKENS.get(name, rendered[-20:])!r}, which is not one "
+        "special piece of this LLM's tokenizer; choose the template of its family, or 'tokenizer'"
+    )
+
+
+def _stop_at(generation_config: Any, end: int) -> None:
+    """An instruct model's end of turn is often not the eos of its base model."""
+    known = generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if end not in known:
+        generation_config.eos_token_id = [*known, end] if known else end

@@ -1,0 +1,29 @@
+"""Which samples of which sources an epoch has: weights and caps, chosen once by the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clips_mllm.train_recipe import InstructionSource
+
+
+def mix(sources: Sequence[InstructionSource], sizes: Sequence[int], seed: int) -> np.ndarray | None:
+    """Places of an epoch's samples in the line of all sources, (n,) int64; None where it is the line itself.
+
+    A source comes `weight` times, at most `cap` samples of it: whole passes, and a random part of one, in file order.
+    """
+    if all(source.weight == 1 and not 0 < source.cap < size for source, size in zip(sources, sizes, strict=True)):
+        return None
+    chosen: list[np.ndarray] = []
+    begin = 0
+    for number, (source, size) in enumerate(zip(sources, sizes, strict=True)):
+        count = max(round(source.weight * size), 1)
+        if source.cap:
+            count = min(count, source.cap)
+        passes, rest = divmod(count, size)
+        some = np.sort(np.random.default_rng([seed, number]).permutation(size)[:rest])
+        chosen += [begin + np.arange(size)] * passes + [begin + some]
+        begin += size
+    return np.concatenate(chosen)

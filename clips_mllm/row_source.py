@@ -1,0 +1,114 @@
+"""Where rows come from: a JSON read in a stream, or a `datasets` data set that is mapped into memory.
+
+.json .jsonl --json_rows--> rows
+.parquet, folder, hf://datasets/OWNER/NAME --datasets--> Arrow files on disk --> rows, pictures as they are encoded
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clips_mllm.json_rows import read_rows
+from clips_mllm.train_recipe import InstructionSource
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB = "hf://datasets/"
+JSON_ENDINGS = (".json", ".jsonl")
+CHUNK = 2000  # rows that a worker checks at a time
+CHUNK_WITH_PICTURES = 100
+
+
+def is_json(source: InstructionSource) -> bool:
+    """Whether the rows are read as text."""
+    return Path(source.file).suffix in JSON_ENDINGS and not source.file.startswith(HUB)
+
+
+def image_folder(source: InstructionSource) -> Path:
+    """What paths of pictures are relative to: the given folder, or that of the file."""
+    return Path(source.images) if source.images is not None else Path(source.file).parent
+
+
+def open_table(source: InstructionSource) -> Dataset:
+    """The rows of a source that is no JSON, memory-mapped; its pictures stay encoded.
+
+    Raises:
+        UserError: no such file or data set, or none that `datasets` can read.
+    """
+    import datasets
+
+    try:
+        match source.file:
+            case name if name.startswith(HUB):
+                table = datasets.load_dataset(name.removeprefix(HUB), split=source.split)
+            case name if Path(name).suffix == ".parquet":
+                files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+                if not files or not Path(files[0]).is_file():
+                    raise UserError(f"{name}: no such file (data.file); mend the path")
+                table = datasets.load_dataset("parquet", data_files=files, split="train")
+            case name if Path(name).is_dir():
+                saved = (Path(name) / "state.json").is_file()
+                table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=source.split)
+            case name:
+                raise UserError(
+                    f"{name}: no such file or folder (data.file), or none of .json, .jsonl, .parquet, a folder, {HUB}…"
+                )
+    except UserError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{source.file}: cannot be read as a data set ({words}); check the path and the file"
+        ) from error
+    return _encoded(table)
+
+
+def _encoded(table: Dataset) -> Dataset:
+    """Pictures as bytes and path, not decoded."""
+    import datasets
+
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return table
+
+
+def json_chunks(source: InstructionSource) -> Iterator[list[Any]]:
+    """Rows of a JSON in chunks. Raises UserError as `read_rows` does."""
+    rows = read_rows(Path(source.file))
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        yield chunk
+
+
+def table_chunks(table: Dataset, size: int = CHUNK_WITH_PICTURES) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a table in chunks."""
+    for begin in range(0, len(table), size):
+        columns = table[begin : begin + size]
+        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def without_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose pictures are there, but empty: light to hand to another process."""
+    light = dict(row)
+    for key in ("image", "images"):
+        found = light.get(key)
+        if found:
+            light[key] = [_light(one) for one in found] if isinstance(found, list) else _light(found)
+    return light
+
+
+def _light(found: Any) -> Any:
+    match found:
+        case bytes():
+            return b""
+        case {"bytes": bytes()}:
+            return found | {"bytes": b""}
+    return found
