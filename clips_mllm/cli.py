@@ -19,6 +19,8 @@ class Command:
 
 COMMANDS = {
     "data sample": Command("clips_mllm.sample.build", "build the sample world: pictures, captions, benchmarks, an LLM"),
+    "data doctor": Command("clips_mllm.doctor", "look at every row and picture of a data set; write a clean copy"),
+    "data preview": Command("clips_mllm.preview", "show samples with what the model learns in colour"),
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),

@@ -72,7 +72,7 @@ def picture_bytes(row: dict[str, Any], place: int) -> bytes:
 
 
 def _listed(row: dict[str, Any]) -> list[Any]:
-    given = next((row[key] for key in ("image", "images") if row.get(key)), [])
+    given: Any = next((row[key] for key in ("image", "images") if row.get(key)), [])
     return given if isinstance(given, list) else [given]
 
 

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")
@@ -25,7 +25,7 @@ def spread(
     *,
     workers: int = 0,
     start: Callable[..., None] | None = None,
-    arguments: tuple[object, ...] = (),
+    arguments: tuple[Any, ...] = (),
 ) -> Iterator[Found]:
     """`function` of each chunk, in order; a few chunks a worker are under way at a time, so memory stays bounded.
 

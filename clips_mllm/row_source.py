@@ -81,10 +81,10 @@ def _encoded(table: Dataset) -> Dataset:
     return table
 
 
-def json_chunks(source: InstructionSource) -> Iterator[list[Any]]:
+def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[Any]]:
     """Rows of a JSON in chunks. Raises UserError as `read_rows` does."""
     rows = read_rows(Path(source.file))
-    while chunk := list(itertools.islice(rows, CHUNK)):
+    while chunk := list(itertools.islice(rows, size)):
         yield chunk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="datasets-cache-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 SMALL_WORLD = {
     "llm": "tiny",

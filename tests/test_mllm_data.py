@@ -14,7 +14,8 @@ from transformers import AutoProcessor
 from clips_mllm import data
 from clips_mllm.checkpoint import Mllm, load_mllm
 from clips_mllm.data import InstructionCollator, InstructionDataset, image_tokens, make_square
-from clips_mllm.llava_json import BadRow, Example, read_rows, to_example
+from clips_mllm.json_rows import read_rows
+from clips_mllm.llava_json import BadRow, Example, to_example
 from clips_mllm.prompts import IGNORED
 from clips_mllm.sampler import LengthGroupedSampler
 from clips_mllm.train_recipe import InstructionRecipe
@@ -112,20 +113,20 @@ def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:
 def test_malformed_files_name_the_line(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        read_rows(tmp_path / name)
+        list(read_rows(tmp_path / name))
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(UserError, match=r"a\.json: .*UTF-8"):
-        read_rows(tmp_path / "a.json")
+        list(read_rows(tmp_path / "a.json"))
 
 
 def test_json_and_jsonl_are_the_same_rows(tmp_path: Path) -> None:
     rows = [{"id": 1}, {"id": 2}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    assert read_rows(tmp_path / "a.json") == read_rows(tmp_path / "a.jsonl") == rows
+    assert list(read_rows(tmp_path / "a.json")) == list(read_rows(tmp_path / "a.jsonl")) == rows
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast,
 from clips_mllm.data import image_tokens
 from clips_mllm.prompts import IGNORED, IMAGE, Rendered, Unsupervised, load_template, render, render_text
 
-TEMPLATES = ("plain", "chatml", "llama_3", "vicuna_v1")
+TEMPLATES = ("plain", "chatml", "llama_2", "llama_3", "vicuna_v1")
 PATCHES = 9
-ENDS = {"plain": "\n", "chatml": "<|im_end|>", "llama_3": "<|eot_id|>", "vicuna_v1": "</s>"}
+ENDS = {"plain": "\n", "chatml": "<|im_end|>", "llama_2": " </s>", "llama_3": "<|eot_id|>", "vicuna_v1": "</s>"}
 SPECIAL = {
     "plain": ["<s>", "</s>"],
     "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama_2": ["<s>", "</s>"],
     "llama_3": ["<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "vicuna_v1": ["<s>", "</s>"],
 }
@@ -60,6 +61,13 @@ EXPECTED = {
         "text": "<|im_start|>user\n2 plus 2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n",
         "two_images": "<|im_start|>user\n<image>\n<image>\nSame?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n",
     },
+    "llama_2": {
+        "one": "[INST] <image>\nWhat is it? [/INST] A cat. </s>",
+        "several": "[INST] <image>\nWhat is it? [/INST] A cat. </s>[INST] Which colour? [/INST] Black, 3 spots! </s>",
+        "system": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat is it? [/INST] A cat. </s>",
+        "text": "[INST] 2 plus 2? [/INST] Four. </s>",
+        "two_images": "[INST] <image>\n<image>\nSame? [/INST] No. </s>",
+    },
     "llama_3": {
         "one": "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>",
@@ -87,6 +95,7 @@ EXPECTED = {
 GENERATION_PROMPTS = {
     "plain": "",
     "chatml": "<|im_start|>assistant\n",
+    "llama_2": " [/INST]",
     "llama_3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "vicuna_v1": "ASSISTANT:",
 }

@@ -1,0 +1,108 @@
+"""Clean copies: what the doctor dropped is left out, what it can mend in the file is mended. Whole files or none."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clips_mllm.json_rows import read_rows
+from clips_mllm.row_source import is_json, open_table
+from clips_mllm.train_recipe import InstructionSource
+from vision_tower.errors import UserError
+
+
+def check_copy(source: InstructionSource, copy: Path, shards: bool) -> None:
+    """Raise UserError where the copy would be of another kind, or replace what it is copied from."""
+    if copy.resolve() == Path(source.file).resolve():
+        raise UserError(f"--fix {copy}: that is the file itself; give another name")
+    if shards:
+        if copy.suffix:
+            raise UserError(f"--fix {copy}: shards are copied into a folder; give its name")
+        return
+    wanted = (".json", ".jsonl") if is_json(source) else (".parquet",)
+    if copy.suffix not in wanted:
+        raise UserError(f"--fix {copy}: write {' or '.join(wanted)}, as {source.file} is read")
+
+
+def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files: Mapping[int, list[str]]) -> None:
+    """The good rows of a JSON, JSONL or table, as they were but for an opening answer and renamed pictures.
+
+    Args:
+        bad: numbers of rows that are left out.
+        files: the pictures that are there, by number of the row.
+    """
+    if not is_json(source):
+        table = open_table(source)
+        with _whole(copy) as work:
+            table.select([at for at in range(len(table)) if at not in bad]).to_parquet(str(work))
+        return
+    lines = copy.suffix == ".jsonl"
+    with _whole(copy) as work, work.open("w", encoding="utf-8") as out:
+        between = "" if lines else "[\n"
+        for number, row in enumerate(read_rows(Path(source.file))):
+            if number not in bad:
+                out.write(between + json.dumps(_mend(row, files.get(number)), ensure_ascii=False))
+                between = "\n" if lines else ",\n"
+        out.write("\n" if lines else "\n]\n" if between != "[\n" else "[\n]\n")
+
+
+def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
+    turns = row.get("conversations")
+    if isinstance(turns, list):
+        begin = next(at for at, turn in enumerate(turns) if turn["from"] not in ("gpt", "assistant"))
+        row = row | {"conversations": turns[begin:]}
+    if files is not None:
+        key = "image" if row.get("image") else "images"
+        row = row | {key: files[0] if isinstance(row[key], str) else files}
+    return row
+
+
+def copy_shard(shard: str, folder: Path, names: frozenset[str], bad: Collection[int]) -> None:
+    """The good rows of a pretraining shard, into a shard of the same name."""
+    from vision_tower.shards import BadShard, read_shard
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = Path(shard.partition("?")[0]).name
+    rows = (row for row in read_shard(shard, names, lambda number: number not in bad))
+    with _whole(folder / name) as work:
+        try:
+            if name.endswith(".parquet"):
+                _write_parquet(work, rows)
+            else:
+                _write_tar(work, rows)
+        except BadShard:
+            pass  # counted by the doctor; what came before the fault is kept
+
+
+def _write_tar(work: Path, rows: Iterator[Any]) -> None:
+    with tarfile.open(work, "w") as tar:
+        for row in rows:
+            for ending, content in row.fields.items():
+                member = tarfile.TarInfo(f"{row.key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _write_parquet(work: Path, rows: Iterator[Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([row.fields for row in rows]), work)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A name to write to; the file appears under its own when all went well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    work = file.with_name(f".{file.name}.partial")
+    try:
+        yield work
+        os.replace(work, file)
+    finally:
+        work.unlink(missing_ok=True)
