@@ -80,7 +80,7 @@ def trained(
         optimizer.zero_grad()
         (summed / count).backward()
         optimizer.step()
-        curve.append(float(summed))
+        curve.append(float(summed.detach()))
     assert curve[1] < curve[0], "one step, and the loss falls"
     folder = tmp_path_factory.mktemp("checkpoint")
     save_mllm(model, processor, folder)
@@ -158,7 +158,7 @@ def test_the_llms_own_template_survives_stage_1(llms: dict[str, Path], encoder_d
     adopt_template(later, "tokenizer")
     assert later.chat_template.endswith(FAMILIES["mistral"][3])
     adopt_template(later, "vicuna_v1")
-    ids = later(text=later.apply_chat_template(ONE))["input_ids"][0]
+    ids = later(text=later.apply_chat_template(TALKS["text"]))["input_ids"][0]
     assert ids[0] == later.tokenizer.bos_token_id != ids[1]
 
 

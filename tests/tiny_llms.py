@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
         core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         core.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()])
-        first, alphabet = ["<unk>"], sorted(set(TEXT) | set("[]INST/\n<>be.?"))
+        first, alphabet = ["<unk>"], sorted(set(string.printable))
     else:
         core = Tokenizer(models.BPE())
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
