@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +10,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_llava import (
+    ROWS,
+    build_tiny_mllm,
+    easy_vqa_rows,
+    make_requests,
+    mmbench_rows,
+    picture,
+    pope_rows,
+    write_parquet,
+)
 
 from clips_eval.evaluate import main
 from clips_eval.lmms_data import check_data
@@ -23,112 +30,11 @@ from vision_tower.errors import UserError, run_command
 from vision_tower.recipe import parse_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "eval"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-# --- fixtures: a tiny random LLaVA of stock classes, pictures, requests -----------------------------------------------
-
-
-def build_tokenizer() -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={"</s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def mllm() -> SimpleNamespace:
-    """What `clips_mllm.checkpoint.load_mllm` returns, with random weights large enough that pictures matter."""
-    from transformers import (
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        SiglipImageProcessor,
-        SiglipVisionConfig,
-    )
-
-    tokenizer = build_tokenizer()
-    vision = SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        vision_use_head=False,
-    )
-    text = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=len(tokenizer),
-        initializer_range=0.3,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="full",
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.model.multi_modal_projector.parameters():
-            parameter.normal_(std=0.5)
-    processor = LlavaProcessor(
-        image_processor=SiglipImageProcessor(size={"height": 32, "width": 32}),
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=TEMPLATE,
-    )
-    tokenizer.padding_side = "left"
-    return SimpleNamespace(model=model, processor=processor, device=torch.device("cpu"))
-
-
-def picture(seed: int, size: int = 40) -> Image.Image:
-    rng = random.Random(seed)
-    image = Image.new("RGB", (size, size), tuple(rng.randrange(256) for _ in range(3)))
-    image.paste(tuple(rng.randrange(256) for _ in range(3)), (0, 0, size // 2, rng.randrange(4, size)))
-    return image
-
-
-def make_requests(documents: list[tuple[list[Image.Image], str]], model: Any, task: str = "t") -> list[Any]:
-    """lmms-eval's chat-mode requests for (pictures, question) documents."""
-    from lmms_eval.api.instance import Instance
-
-    def doc_to_messages(doc: tuple[list[Image.Image], str]) -> list[dict[str, Any]]:
-        content: list[dict[str, Any]] = [{"type": "image", "url": image} for image in doc[0]]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": doc[1]}]}]
-
-    model.task_dict[task] = {"test": documents}
-    options = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
-    return [
-        Instance(
-            request_type="generate_until",
-            arguments=(question, doc_to_messages, dict(options), place, task, "test"),
-            idx=0,
-            metadata={"task": task, "doc_id": place, "repeats": 1},
-        )
-        for place, (_, question) in enumerate(documents)
-    ]
+    return build_tiny_mllm()
 
 
 DOCUMENTS = [
@@ -317,72 +223,6 @@ def test_easy_vqa_metrics_by_hand() -> None:
 # --- data and recipes -------------------------------------------------------------------------------------------------
 
 
-def png(image: Image.Image) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def write_parquet(file: Path, rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Features, Value
-    from datasets import Image as ImageFeature
-
-    names = list(rows[0]) if rows else list(columns)
-    kinds = {name: Value("int64") if name == "index" else Value("string") for name in names}
-    schema = Features({**kinds, **({"image": ImageFeature()} if "image" in names else {})}).arrow_schema
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
-    return file
-
-
-def pope_rows(count: int = 6) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": str(n),
-            "question_id": str(n),
-            "question": f"Is there a thing {'x' * (n % 3)}?",
-            "answer": "yes" if n % 2 else "no",
-            "image_source": "s",
-            "image": png(picture(n % 3)),
-            "category": "random",
-        }
-        for n in range(count)
-    ]
-
-
-def mmbench_rows() -> list[dict[str, Any]]:
-    fixed = {"hint": "nan", "C": "nan", "D": "nan", "category": "c", "L2-category": "l", "source": "s", "split": "dev"}
-    return [
-        {
-            "index": n,
-            "question": "What?",
-            "answer": "AB"[n % 2],
-            "A": "cat",
-            "B": "dog",
-            "image": png(picture(n)),
-            **fixed,
-        }
-        for n in range(4)
-    ]
-
-
-def easy_vqa_rows() -> list[dict[str, Any]]:
-    kinds = [("open", "red"), ("yes_no", "yes"), ("open", "circle"), ("yes_no", "no")]
-    return [
-        {"question_id": str(n), "question": "Q?", "answer": a, "kind": k, "image_id": "1", "image": png(picture(n % 2))}
-        for n, (k, a) in enumerate(kinds)
-    ]
-
-
-ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "clips_pope_random": pope_rows,
-    "clips_mmbench": mmbench_rows,
-    "clips_easy_vqa": easy_vqa_rows,
-}
-
-
 def without(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != column} for row in rows]
 
@@ -429,18 +269,19 @@ def test_bad_data_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def test_unknown_task_names_the_nearest(tmp_path: Path) -> None:
-    from clips_eval.lmms_tasks import load_tasks
+    from clips_eval.lmms_tasks import index_tasks
 
     data = str(write_parquet(tmp_path / "p.parquet", pope_rows()))
     with pytest.raises(UserError, match="unknown task 'mmbench_en_dev_statik'; nearest names: mmbench_en_dev_static"):
-        load_tasks([TaskSpec(task="mmbench_en_dev_statik", data=data)], tmp_path)
+        index_tasks([TaskSpec(task="mmbench_en_dev_statik", data=data)])
 
 
 def test_a_stock_task_reads_local_data(tmp_path: Path) -> None:
-    from clips_eval.lmms_tasks import load_tasks
+    from clips_eval.lmms_tasks import index_tasks, load_task
 
     data = write_parquet(tmp_path / "pope.parquet", pope_rows())
-    (task,) = load_tasks([TaskSpec(task="pope", data=str(data))], tmp_path / "cache").values()
+    spec = TaskSpec(task="pope", data=str(data))
+    (task,) = load_task(spec, index_tasks([spec]), tmp_path / "cache").values()
     assert len(task.eval_docs) == 6
     assert task.doc_to_text(task.eval_docs[0]).endswith("?\nAnswer the question using a single word or phrase.")
 
@@ -448,9 +289,12 @@ def test_a_stock_task_reads_local_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipes_parse(recipe: Path) -> None:
     parsed = parse_recipe(
-        EvaluateRecipe, ["MODEL", "--config", str(recipe), "--limit", "3"], command="evaluate", positional=("model",)
+        EvaluateRecipe,
+        ["MODEL", "--config", str(recipe), "--limit", "3"],
+        command="evaluate",
+        positional=("checkpoint",),
     )
-    assert parsed.model == Path("MODEL") and parsed.limit == 3 and parsed.tasks
+    assert parsed.checkpoint == "MODEL" and parsed.limit == 3 and parsed.tasks
     assert all((spec.data is not None) == (spec.task in OWN_TASKS) for spec in parsed.tasks)
 
 
@@ -458,7 +302,7 @@ def test_a_misspelt_key_of_a_task_names_its_place(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("tasks:\n  - {task: gqa}\n  - {task: pope, dta: x}\n")
     with pytest.raises(UserError, match=r"unknown key 'tasks\[1\].dta'; did you mean 'tasks\[1\].data'"):
-        parse_recipe(EvaluateRecipe, ["M", "--config", str(recipe)], command="evaluate", positional=("model",))
+        parse_recipe(EvaluateRecipe, ["M", "--config", str(recipe)], command="evaluate", positional=("checkpoint",))
 
 
 # --- the whole command ------------------------------------------------------------------------------------------------

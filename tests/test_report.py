@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clips_eval import report
-from clips_eval.report_numbers import wilson
+from clips_eval.uncertainty import wilson
 from vision_tower.errors import UserError, run_command
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from clips_eval.lmms_images import derangement
+from clips_eval.lmms_journal import key_of
 from vision_tower.errors import UserError
 
 # lmms-eval puts its few-shot delimiter into `until` of every task that names none. In a chat there are no shots to
@@ -24,10 +25,15 @@ class Document:
     """A request made ready to batch."""
 
     task: str
-    place: str  # for messages: "task pope, document 3"
+    doc_id: int
     ids: list[int]  # the prompt, one placeholder token an image
     images: list[str]  # digests, in the prompt's order
     options: str  # generation options as JSON: only documents with equal ones share a batch
+
+    @property
+    def key(self) -> str:
+        """For the journal."""
+        return key_of(self.task, self.doc_id, self.ids, self.images, self.options)
 
 
 def generation_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,12 +78,17 @@ def _check_answers(file: Path, task: str) -> None:
     import pyarrow.parquet as pq
 
     columns = [column for column in OWN_TASKS[task] if column != "image"]
+    seen: dict[str, int] = {}
     for number, row in enumerate(pq.read_table(file, columns=columns).to_pylist()):
         allowed = _allowed(row, OWN_TASKS[task])
         answer = row["answer"] if OWN_TASKS[task] is MMBENCH_COLUMNS else plain_word(row["answer"] or "")
         if not answer or (allowed and answer not in allowed):
             choices = f"one of {', '.join(allowed)}" if allowed else "a word"
             raise UserError(f"{file}: row {number}: answer {row['answer']!r} should be {choices}; mend the row")
+        name = str(row.get("question_id", row.get("index")))
+        if name in seen:
+            raise UserError(f"{file}: row {number}: id {name} is that of row {seen[name]} too; give each row its own")
+        seen[name] = number
         if "kind" in row and row["kind"] not in ("open", "yes_no"):
             raise UserError(f"{file}: row {number}: kind {row['kind']!r} should be open or yes_no; mend the row")
 

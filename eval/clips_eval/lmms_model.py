@@ -8,8 +8,9 @@ Shapes: N documents of a batch, T prompt tokens (left-padded), P tokens an image
 
 from __future__ import annotations
 
+import copy
 import json
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from clips_eval.lmms_batches import Document, batches, cut, expand, generation_options, left_pad, shuffle_images
 from clips_eval.lmms_images import FeatureCache, pixel_digest
+from clips_eval.lmms_journal import Journal
+from clips_eval.lmms_requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,22 +29,25 @@ if TYPE_CHECKING:
 
     from clips_mllm.checkpoint import Mllm
 
-MANIFEST = ModelManifest(model_id="clips_mllm", chat_class_path="clips_eval.lmms_model.ClipsMllm")
-
-Control = Literal["none", "shuffled"]
+MANIFEST = ModelManifest(
+    model_id="clips_mllm",
+    simple_class_path="clips_eval.lmms_model.ClipsMllmSimple",
+    chat_class_path="clips_eval.lmms_model.ClipsMllm",
+)
 
 
 class ClipsMllm(lmms):
     """A stock LLaVA checkpoint in lmms-eval's chat mode, batched.
 
     Args:
-        pretrained: folder of the checkpoint; or give a live `mllm`.
+        pretrained: folder of the checkpoint or a hub id; or give a live `mllm`.
         batch_size: documents at a time.
         device, dtype: as `clips_mllm.checkpoint.load_mllm` takes them.
-        control: "shuffled" shows every document another document's picture, which tells how much of a score is
-            language prior.
-        seed: of the control.
+        control: what is shown in place of a document's pictures, which tells how much of a score is language prior:
+            "shuffled" another document's, "blank" one of the mean colour, "no_image" none.
+        seed: of the shuffled control.
         cache_gb: memory for image features.
+        journal: where answers are kept as they come, and found again.
     Raises:
         UserError: a value that cannot be used, or a checkpoint that cannot be loaded.
     """
@@ -59,6 +65,7 @@ class ClipsMllm(lmms):
         control: Control = "none",
         seed: int = 0,
         cache_gb: float = 2.0,
+        journal: Journal | None = None,
     ) -> None:
         super().__init__()
         if control not in get_args(Control):
@@ -71,8 +78,11 @@ class ClipsMllm(lmms):
                 f"{pretrained}: the processor has no chat template; add the LLM's own as chat_template.jinja"
             )
         self.batch_size = int(batch_size)
-        self.control, self.seed = control, seed
+        self.control: Control = control
+        self.seed = seed
         self.features = FeatureCache(int(cache_gb * 2**30))
+        self.journal = journal
+        self.pictures: dict[tuple[str, int], list[str]] = {}  # digests by document, before any exchange
         self._sources: dict[str, tuple[Instance, int]] = {}  # digest -> where to read the picture again
 
     @property
@@ -93,12 +103,16 @@ class ClipsMllm(lmms):
         quiet = self.rank != 0
         documents = [self._read(request) for request in tqdm(requests, desc="Reading", unit="doc", disable=quiet)]
         if self.control == "shuffled":
-            documents = shuffle_images(documents, self.seed)
-        answers: dict[int, str] = {}
-        with tqdm(total=len(documents), desc="Answering", unit="doc", disable=quiet) as bar:
-            for places in batches(documents, self.batch_size):
+            documents = self._shuffled(documents, requests)
+        answers = self._kept(documents)
+        missing = [place for place in range(len(documents)) if place not in answers]
+        with tqdm(total=len(documents), initial=len(answers), desc="Answering", unit="doc", disable=quiet) as bar:
+            for some in batches([documents[place] for place in missing], self.batch_size):
+                places = [missing[one] for one in some]
                 texts = self._answer([documents[place] for place in places])
                 answers.update(zip(places, texts, strict=True))
+                if self.journal is not None:
+                    self.journal.add({documents[place].key: answers[place] for place in places})
                 bar.update(len(places))
         return [answers[place] for place in range(len(documents))]
 
@@ -108,50 +122,57 @@ class ClipsMllm(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("clips_mllm answers one round; choose a task with output_type generate_until")
 
+    def _kept(self, documents: list[Document]) -> dict[int, str]:
+        """Answers of an earlier run, by place."""
+        if self.journal is None:
+            return {}
+        found = {place: self.journal.get(document.key) for place, document in enumerate(documents)}
+        return {place: answer for place, answer in found.items() if answer is not None}
+
+    def _ask(self, request: Instance) -> Asked:
+        """The prompt and the pictures of a request, under the control."""
+        document = document_of(request, self.task_dict)
+        ask = ask_simple if self.is_simple else ask_chat
+        return ask(request, document, self.mllm.processor, self.control)
+
     def _read(self, request: Instance) -> Document:
-        _, _, gen_kwargs, doc_id, task, _ = request.args
-        place = f"task {task}, document {doc_id}"
-        messages, images = self._messages(request, place)
+        _, _, _, doc_id, task, _ = request.args
+        place = place_of(request)
+        asked = self._ask(request)
         processor = self.mllm.processor
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # As transformers does: a template that writes <bos> itself must not get a second one.
         bos = processor.tokenizer.bos_token
-        special = bos is None or not prompt.startswith(bos)
-        ids = processor.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        if ids.count(processor.image_token_id) != len(images):
+        special = bos is None or not asked.prompt.startswith(bos)
+        ids = processor.tokenizer(asked.prompt, add_special_tokens=special)["input_ids"]
+        if ids.count(processor.image_token_id) != len(asked.pictures):
             raise UserError(
                 f"{place}: {ids.count(processor.image_token_id)} '{processor.image_token}' in the prompt but "
-                f"{len(images)} images; take the placeholder out of the document's text or mend the chat template"
+                f"{len(asked.pictures)} images; take the placeholder out of the document's text or mend the chat "
+                "template"
             )
-        digests = [pixel_digest(image) for image in images]
+        digests = [pixel_digest(image) for image in asked.pictures]
+        self.pictures[task, doc_id] = digests
         for index, digest in enumerate(digests):
             self._sources.setdefault(digest, (request, index))
-        options = json.dumps(generation_options(gen_kwargs), sort_keys=True)
-        return Document(task=task, place=place, ids=ids, images=digests, options=options)
+        options = json.dumps(generation_options(options_of(request, simple=self.is_simple)), sort_keys=True)
+        return Document(task=task, doc_id=doc_id, ids=ids, images=digests, options=options)
 
-    def _messages(self, request: Instance, place: str) -> tuple[list[dict[str, Any]], list[Image]]:
-        """The chat in the processor's form and its pictures, from the task's document."""
-        _, doc_to_messages, _, doc_id, task, split = request.args
-        messages: list[dict[str, Any]] = []
-        images: list[Image] = []
-        try:
-            for message in doc_to_messages(self.task_dict[task][split][doc_id]):
-                content: list[dict[str, str]] = []
-                for part in message["content"]:
-                    match part["type"]:
-                        case "text":
-                            content.append({"type": "text", "text": part["text"]})
-                        case "image":
-                            content.append({"type": "image"})
-                            images.append(_picture(part["url"]))
-                        case other:
-                            raise UserError(
-                                f"{place}: it has {other}, which a LLaVA model cannot take; leave the task out"
-                            )
-                messages.append({"role": message["role"], "content": content})
-        except (OSError, SyntaxError) as error:  # how PIL reports what is no image
-            raise UserError(f"{place}: its image cannot be read ({error}); mend the data file") from error
-        return messages, images
+    def _shuffled(self, documents: list[Document], requests: list[Instance]) -> list[Document]:
+        """Pictures exchanged within each task, over the documents of all processes."""
+        if self.world_size == 1:
+            return shuffle_images(documents, self.seed)
+        own = {digest: (request.args[3], index) for digest, (request, index) in self._sources.items()}
+        shares: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(shares, (documents, own))
+        one_of = {request.args[4]: request for request in requests}
+        for others, places in shares:
+            for document in others:
+                for digest in document.images:
+                    doc_id, index = places[digest]
+                    self._sources.setdefault(digest, (_about(one_of[document.task], doc_id), index))
+        everywhere = [document for others, _ in shares for document in others]
+        start = sum(len(others) for others, _ in shares[: self.rank])
+        return shuffle_images(everywhere, self.seed)[start : start + len(documents)]
 
     def _answer(self, batch: list[Document]) -> list[str]:
         features = self._image_features([digest for document in batch for digest in document.images])
@@ -190,7 +211,22 @@ class ClipsMllm(lmms):
 
     def _picture_of(self, digest: str) -> Image:
         request, index = self._sources[digest]
-        return self._messages(request, f"task {request.args[4]}, document {request.args[3]}")[1][index]
+        return self._ask(request).pictures[index]
+
+
+class ClipsMllmSimple(ClipsMllm):
+    """The same in lmms-eval's simple mode, for tasks that have no other and for comparisons with stock models."""
+
+    is_simple = True
+
+
+def _about(request: Instance, doc_id: int) -> Instance:
+    """The same request about another document: another process read it, and this one must find its picture."""
+    other = copy.copy(request)
+    arguments = list(request.args)
+    arguments[3] = doc_id
+    other.arguments = tuple(arguments)
+    return other
 
 
 def _encoder_output(features: list[torch.Tensor]) -> Any:
@@ -199,13 +235,6 @@ def _encoder_output(features: list[torch.Tensor]) -> Any:
 
     # Annotated as one tensor, but LLaVA itself puts a list there.
     return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-
-
-def _picture(source: Image | str) -> Image:
-    from PIL import Image
-
-    picture = Image.open(source) if isinstance(source, str) else source
-    return picture.convert("RGB")
 
 
 def _load(pretrained: str | None, device: str, dtype: str) -> Mllm:

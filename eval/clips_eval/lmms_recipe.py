@@ -6,14 +6,20 @@ cost `--help` seven seconds.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from clips_eval.lmms_data import check_data
 from clips_eval.tasks import OWN_TASKS
 from vision_tower.errors import UserError
+
+ControlName = Literal["none", "shuffled", "blank", "no_image"]
+Engine = Literal["clips_mllm", "llava_hf", "vllm", "openai"]
+CONTROLS: tuple[ControlName, ...] = ("shuffled", "blank", "no_image")
+WORDINGS = 3  # of the line that asks for the answer's form; the first is the task's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,32 +36,111 @@ class TaskSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One pass over the tasks: what is shown, and how the answer's form is asked for."""
+
+    control: ControlName = "none"
+    wording: int = 0
+
+    @property
+    def suffix(self) -> str:
+        """Of its result's file name: lmms.json, lmms_shuffled.json, lmms_wording1.json."""
+        if self.wording:
+            return f"_wording{self.wording}"
+        return "" if self.control == "none" else f"_{self.control}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateRecipe:
     """Measure an MLLM on lmms-eval tasks, ours over local files or lmms-eval's own.
 
     Args:
-        model: folder of a stock LLaVA checkpoint.
+        checkpoint: folder or hub id of a stock LLaVA checkpoint or a PEFT adapter of one; for openai the served name.
         tasks: what to run, each {task: NAME, data: FILE.parquet}; without data the task's own data set is used.
-        output: where the scores go; MODEL/lmms.json (MODEL/lmms_shuffled.json for the control) if not given.
-        control: "shuffled" shows every question another question's picture: what is left is language prior.
+        data: local copies task by task, over those in tasks; --data.gqa /data/gqa/*.parquet.
+        output: where the scores go; CHECKPOINT/lmms.json if not given, runs/baselines/NAME/lmms.json for a hub id.
+        control: shows every question another picture, a blank one or none, and what is left is language prior; "all"
+            measures the model itself and then under each control, into lmms_shuffled.json and so on beside lmms.json.
+        wording: how the answer's form is asked for; 0 as the task does, 1 and 2 in other words, "all" one by one.
+        model: whose code answers; clips_mllm is ours, the others are lmms-eval's, for cross-checks.
+        model_args: further arguments for lmms-eval's models, as its own --model_args takes them.
+        mode: chat, or lmms-eval's older simple mode.
         limit: the first so many documents of each task; all if not given.
-        batch_size: documents at a time.
+        batch_size: documents at a time; lmms-eval's llava_hf takes only 1.
         device: auto, cpu or cuda.
         dtype: auto (the checkpoint's), float32 or bfloat16.
-        seed: of the control and of sampling; greedy answers do not depend on it.
+        seed: of the shuffled control, of sampling and of the intervals; greedy answers do not depend on it.
         gallery: right and wrong answers a task whose pictures are saved for the report.
     """
 
-    model: Path
+    checkpoint: str
     tasks: list[TaskSpec]
+    data: dict[str, str] = field(default_factory=dict)
     output: Path | None = None
-    control: Literal["none", "shuffled"] = "none"
+    control: Literal["none", "shuffled", "blank", "no_image", "all"] = "none"
+    wording: Literal["0", "1", "2", "all"] = "0"
+    model: Engine = "clips_mllm"
+    model_args: str = ""
+    mode: Literal["chat", "simple"] = "chat"
     limit: int | None = None
     batch_size: int = 16
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     gallery: int = 8
+
+    def check(self) -> None:
+        """Raise UserError for what can be said before anything is imported."""
+        for name in ("limit", "batch_size"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise UserError(f"--{name} {number}: at least 1 is needed")
+        if self.model != "clips_mllm" and self.control != "none":
+            raise UserError(
+                f"--control {self.control}: only for --model clips_mllm; {self.model} shows what it is given"
+            )
+        check_specs(self.specs)
+
+    @property
+    def specs(self) -> list[TaskSpec]:
+        """The tasks with their data where it really is.
+
+        Raises:
+            UserError: data for a task that is not in the recipe.
+        """
+        names = [spec.task for spec in self.tasks]
+        for task in self.data:
+            if task not in names:
+                near = difflib.get_close_matches(task, names, n=1)
+                remedy = f"did you mean '{near[0]}'?" if near else f"its tasks are {', '.join(names)}"
+                raise UserError(f"data: '{task}' is not a task of the recipe; {remedy}")
+        return [replace(spec, data=self.data.get(spec.task, spec.data)) for spec in self.tasks]
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The passes over the tasks: the model itself first, then controls, then wordings."""
+        controls = ("none", *CONTROLS) if self.control == "all" else (self.control,)
+        wordings = tuple(range(WORDINGS)) if self.wording == "all" else (int(self.wording),)
+        passes = [Variant(control=control, wording=wordings[0]) for control in controls]
+        return passes + [Variant(control=controls[0], wording=wording) for wording in wordings[1:]]
+
+    @property
+    def results(self) -> Path:
+        """Where the scores of the model itself go; those of a variant lie beside it."""
+        if self.output is not None:
+            return self.output
+        folder = Path(self.checkpoint)
+        if folder.is_dir() and self.model == "clips_mllm":
+            return folder / "lmms.json"
+        return (
+            Path("runs") / "baselines" / f"{self.model}-{self.checkpoint.strip('/').replace('/', '--')}" / "lmms.json"
+        )
+
+    def result_of(self, variant: Variant) -> Path:
+        """Where a variant's scores go: as said by --output, if there is only one."""
+        if self.output is not None and len(self.variants) == 1:
+            return self.output
+        return self.results.with_name(f"{self.results.stem}{variant.suffix}.json")
 
 
 def check_specs(specs: Sequence[TaskSpec]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clips_eval.lmms_documents import by_document
 from clips_eval.tasks import OWN_TASKS
+from clips_eval.uncertainty import interval
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,15 +48,19 @@ def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[st
         if "," not in key or "_stderr" in metric or not _is_score(value):
             continue
         percent = (task, metric) in PERCENT
-        scores[RENAMED.get(task, {}).get(metric, metric)] = float(value) / (100 if percent else 1)
+        scores[_own_name(task, metric)] = float(value) / (100 if percent else 1)
     if not scores:
         raise UserError(f"task {task}: no metric came out; the evaluation failed")
     return {**scores, "n": expected}
 
 
-def sample_rows(task: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a document, in the data's order: {task, doc_id, prompt, answer, target, correct, image: None}."""
-    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+def sample_rows(task: str, results: Mapping[str, Any], clusters: Mapping[int, str]) -> list[dict[str, Any]]:
+    """One row a document, in the data's order: {task, doc_id, prompt, answer, target, correct, cluster, image: None}.
+
+    Args:
+        clusters: by doc_id, the name of the document's picture.
+    """
+    samples = _in_order(task, results)
     metrics = list(dict.fromkeys(key.partition(",")[0] for key in results["results"][task] if "," in key))
     return [
         {
@@ -63,10 +70,42 @@ def sample_rows(task: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "answer": _text(sample["filtered_resps"]).strip(),
             "target": sample["target"],
             "correct": _correct(sample, metrics),
+            "cluster": clusters[sample["doc_id"]],
             "image": None,
         }
         for sample in samples
     ]
+
+
+def add_intervals(
+    task: str, results: Mapping[str, Any], scores: Mapping[str, float], rows: Sequence[dict[str, Any]], seed: int
+) -> dict[str, dict[str, Any]]:
+    """{metric: {low, high, n, clusters}}; each row gets its parts of every metric as "scores".
+
+    A metric whose documents' parts are not known has low and high null.
+    """
+    samples = _in_order(task, results)
+    names = {_own_name(task, key.partition(",")[0]): key.partition(",")[0] for key in results["results"][task]}
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        row["scores"] = {}
+    for metric in (metric for metric in scores if metric != "n"):
+        parts = by_document(task, metric, [sample.get(names[metric]) for sample in samples], scores[metric])
+        if parts is None:
+            found[metric] = {"low": None, "high": None, "n": len(rows), "clusters": len({r["cluster"] for r in rows})}
+            continue
+        found[metric] = asdict(interval(parts.scores([row["cluster"] for row in rows]), seed=seed))
+        for place, (row, part) in enumerate(zip(rows, parts.parts, strict=True)):
+            row["scores"][metric] = [*part] if parts.strata is None else [*part, parts.strata[place]]
+    return found
+
+
+def _in_order(task: str, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+def _own_name(task: str, metric: str) -> str:
+    return RENAMED.get(task, {}).get(metric, metric)
 
 
 def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clips_eval.lmms_data import data_files
 from clips_eval.lmms_recipe import TaskSpec
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
 
-def load_tasks(specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Task]:
-    """The chat-mode tasks by name; groups become their tasks. Imports lmms-eval.
+Mode = Literal["chat", "simple"]
+# They fetch their pictures from a second data set; a local copy brings them in a column of its own.
+PICTURES_APART = ("gqa",)
 
-    Args:
-        cache_dir: where `datasets` may put the local files that it converts.
+
+def index_tasks(specs: Sequence[TaskSpec]) -> TaskManager:
+    """The index in which the specs' tasks are found. Imports lmms-eval.
+
     Raises:
-        UserError: an unknown task (with the nearest names), or data that cannot be loaded.
+        UserError: an unknown task (with the nearest names).
     """
     from lmms_eval.tasks import TaskManager
 
@@ -35,20 +38,28 @@ def load_tasks(specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Task]:
             near = difflib.get_close_matches(spec.task, manager.all_tasks, n=3, cutoff=0.5)
             remedy = f"nearest names: {', '.join(near)}" if near else "see 'python -m lmms_eval --tasks list'"
             raise UserError(f"tasks: unknown task '{spec.task}'; {remedy}")
-    tasks: dict[str, Task] = {}
-    for spec in specs:
-        tasks |= _stock_task(spec.task, manager) if spec.data is None else _local_task(spec, manager, cache_dir)
-    return tasks
+    return manager
 
 
-def _stock_task(name: str, manager: TaskManager) -> dict[str, Task]:
+def load_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mode = "chat") -> dict[str, Task]:
+    """The task by its name; a group becomes its tasks.
+
+    Args:
+        cache_dir: where `datasets` may put the local files that it converts.
+    Raises:
+        UserError: data that cannot be loaded, or twice the same question_id in data of ours.
+    """
+    return _stock_task(spec.task, manager, mode) if spec.data is None else _local_task(spec, manager, cache_dir, mode)
+
+
+def _stock_task(name: str, manager: TaskManager, mode: Mode) -> dict[str, Task]:
     """With the data set that lmms-eval names, from the hub or its cache."""
     from lmms_eval.evaluator_utils import get_task_list
     from lmms_eval.tasks import get_task_dict
     from tenacity import RetryError
 
     try:
-        outputs = get_task_list(get_task_dict([name], manager, "chat"))
+        outputs = get_task_list(get_task_dict([name], manager, mode))
     except RetryError as error:
         cause = error.last_attempt.exception()
         raise UserError(
@@ -57,12 +68,12 @@ def _stock_task(name: str, manager: TaskManager) -> dict[str, Task]:
     return {output.task_name: output.task for output in outputs}
 
 
-def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path) -> dict[str, Task]:
+def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mode) -> dict[str, Task]:
     """The task's own YAML with another data location.
 
     Built here, since lmms-eval loads a task with changed settings in simple mode only.
     """
-    from lmms_eval.api.task import ConfigurableMessagesTask
+    from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
     from lmms_eval.utils import load_yaml_config
 
     assert spec.data is not None
@@ -78,7 +89,10 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path) -> dict[s
             "cache_dir": str(cache_dir),
         },
     }
+    if spec.task in PICTURES_APART:
+        config.pop("process_docs", None)
     try:
-        return {spec.task: ConfigurableMessagesTask(config=config, model_name=manager.model_name)}
+        kind = ConfigurableMessagesTask if mode == "chat" else ConfigurableTask
+        return {spec.task: kind(config=config, model_name=manager.model_name)}
     except KeyError as error:
         raise UserError(f"{spec.data}: no column {error}, which task {spec.task} needs; add it") from error

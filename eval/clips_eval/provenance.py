@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shlex
 from pathlib import Path
@@ -21,7 +22,8 @@ def provenance(folder: Path, encoder: Encoder, command: str, argv: list[str]) ->
         "sha256": checkpoint_digest(folder),
         "preprocessing": {key: value for key, value in encoder.processor.to_dict().items() if value is not None},
         "command": shlex.join(["clips-mllm", command, *argv]),
-        "versions": _versions(),
+        "versions": versions(),
+        "hardware": hardware(),
     }
 
 
@@ -48,13 +50,30 @@ def diverged(folder: Path) -> UserError:
     return UserError(f"{folder}: its embeddings hold NaN or infinity; the training diverged, pretrain it again")
 
 
-def _versions() -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, of this project and of the packages that made a number."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("clips-mllm", "torch", "transformers"):
+    for package in ("clips-mllm", "torch", "transformers", *packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a source tree that was never installed
             found[package] = "not installed"
     return found
+
+
+def hardware() -> dict[str, Any]:
+    """What the number was made on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": gpus,
+    }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clips_eval.report_numbers import wilson
+from clips_eval.uncertainty import wilson
 
 MISSING = "not measured"
 NONE = "–"

@@ -1,0 +1,80 @@
+"""Whose code answers: this project's, or one of lmms-eval's own models for a cross-check."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from clips_eval.lmms_recipe import EvaluateRecipe
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from lmms_eval.api.model import lmms
+
+    from clips_eval.lmms_journal import Journal
+    from clips_eval.lmms_recipe import Variant
+    from clips_mllm.checkpoint import Mllm
+
+
+def load(recipe: EvaluateRecipe) -> Mllm | lmms:
+    """The checkpoint for our engine, a ready model for the others. Called once an evaluation.
+
+    Raises:
+        UserError: a checkpoint that cannot be loaded, or a package that an engine needs.
+    """
+    if recipe.model == "clips_mllm":
+        from clips_mllm.checkpoint import load_mllm
+
+        return load_mllm(recipe.checkpoint, device=own_device(recipe.device), dtype=recipe.dtype)
+    return _stock(recipe)
+
+
+def model_for(recipe: EvaluateRecipe, loaded: Mllm | lmms, variant: Variant, journal: Journal) -> lmms:
+    """The model of one pass over the tasks."""
+    from clips_eval.lmms_model import ClipsMllm, ClipsMllmSimple
+    from clips_mllm.checkpoint import Mllm
+
+    if not isinstance(loaded, Mllm):
+        return loaded
+    kind = ClipsMllm if recipe.mode == "chat" else ClipsMllmSimple
+    return kind(
+        recipe.checkpoint,
+        mllm=loaded,
+        batch_size=recipe.batch_size,
+        control=variant.control,
+        seed=recipe.seed,
+        journal=journal,
+    )
+
+
+def own_device(device: str) -> str:
+    """Under `accelerate launch` each process takes its own GPU (untested on GPUs)."""
+    import torch
+
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def _stock(recipe: EvaluateRecipe) -> lmms:
+    """One of lmms-eval's. `llava_hf` wants its device map spelled out and takes one document at a time."""
+    from lmms_eval.models import get_model
+
+    from vision_tower.encoder import choose_device
+
+    place = str(choose_device(recipe.device))
+    arguments, batch = {
+        "llava_hf": (f"pretrained={recipe.checkpoint},device_map={place},dtype={recipe.dtype}", 1),
+        "vllm": (f"model={recipe.checkpoint}", recipe.batch_size),
+        "openai": (f"model_version={recipe.checkpoint}", recipe.batch_size),
+    }[recipe.model]
+    words = ",".join(part for part in (arguments, recipe.model_args) if part)
+    try:
+        kind = get_model(recipe.model, force_simple=recipe.mode == "simple")
+        model: lmms = kind.create_from_arg_string(words, {"batch_size": batch, "device": place})
+    except (ImportError, NameError, TypeError) as error:  # vLLM absent: lmms-eval's module imports, its names are None
+        raise UserError(f"--model {recipe.model}: cannot be used here ({error}); install its package") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {recipe.model}: {recipe.checkpoint} cannot be loaded: {error}") from error
+    model.clean = lambda: None  # type: ignore[method-assign]  # it would delete the weights after the first task
+    return model

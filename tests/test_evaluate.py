@@ -1,0 +1,275 @@
+"""`clips-mllm evaluate` as a whole: stock peers, controls, wordings, going on, failures, what is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_llava import ROWS, build_tiny_mllm, make_requests, picture, pope_rows, write_parquet
+
+from clips_eval.evaluate import main
+from clips_eval.lmms_journal import Journal
+from clips_eval.lmms_recipe import EvaluateRecipe, TaskSpec
+from vision_tower.errors import UserError, run_command
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def mllm() -> SimpleNamespace:
+    return build_tiny_mllm()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(mllm: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    mllm.model.save_pretrained(folder)
+    mllm.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint: Path) -> Path:
+    """Three tasks; easy-VQA with two questions about each of two pictures."""
+    lines = ["tasks:"]
+    for task, rows in ROWS.items():
+        data = write_parquet(checkpoint.parent / "data" / f"{task}.parquet", rows())
+        lines.append(f"  - {{task: {task}, data: {data}}}")
+    file = checkpoint.parent / "recipe.yaml"
+    file.write_text("\n".join([*lines, "batch_size: 4", "device: cpu", ""]))
+    return file
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    result = json.loads(file.read_text())
+    rows = [json.loads(line) for line in (file.parent / result["samples_file"]).read_text().splitlines()]
+    return result, rows
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["chat", "simple"])
+def test_answers_equal_stock_llava_hf(checkpoint: Path, mllm: SimpleNamespace, mode: str) -> None:
+    """30 documents, batch 1 and 16; `benchmarks/evaluate_speed.py` does the same with 500 and a real LLM."""
+    from lmms_eval.models.chat.llava_hf import LlavaHf as StockChat
+    from lmms_eval.models.simple.llava_hf import LlavaHf as StockSimple
+
+    from clips_eval.lmms_model import ClipsMllm, ClipsMllmSimple
+
+    documents = [([picture(n % 7)], f"Is there {'a very ' * (n % 4)}small thing {n}?") for n in range(30)]
+    stock = (StockChat if mode == "chat" else StockSimple)(str(checkpoint), device="cpu", device_map="cpu")
+    answers = stock.generate_until(make_requests(documents, stock, simple=mode == "simple"))
+    expected = [answer if isinstance(answer, str) else answer.text for answer in answers]
+    assert len(set(expected)) > 10
+    kind = ClipsMllm if mode == "chat" else ClipsMllmSimple
+    for batch_size in (1, 16):
+        ours = kind(mllm=mllm, batch_size=batch_size)
+        assert ours.generate_until(make_requests(documents, ours, simple=mode == "simple")) == expected
+
+
+def test_the_command_runs_stock_models_too(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    words = [str(checkpoint), "--config", str(recipe), "--limit", "3", "--mode", "simple"]
+    main([*words, "--output", str(tmp_path / "ours.json")])
+    main([*words, "--output", str(tmp_path / "stock.json"), "--model", "llava_hf"])
+    ours, theirs = read(tmp_path / "ours.json"), read(tmp_path / "stock.json")
+    assert [row["answer"] for row in ours[1]] == [row["answer"] for row in theirs[1]]
+    assert ours[0]["tasks"] == theirs[0]["tasks"] and ours[0]["intervals"] == theirs[0]["intervals"]
+    assert (theirs[0]["engine"], theirs[0]["mode"]) == ("llava_hf", "simple")
+
+
+def test_two_processes_give_the_same_scores(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    options = [str(checkpoint), "--config", str(recipe), "--control", "shuffled"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")]), "OMP_NUM_THREADS": "1"}
+    words = [*launch, "-m", "clips_eval.evaluate", *options, "--output", str(tmp_path / "two.json")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    main([*options, "--output", str(tmp_path / "one.json")])
+    two, one = read(tmp_path / "two.json"), read(tmp_path / "one.json")
+    assert two[0]["tasks"] == one[0]["tasks"] and two[0]["intervals"] == one[0]["intervals"]
+    assert [row["answer"] for row in two[1]] == [row["answer"] for row in one[1]]
+
+
+# --- intervals, controls, wordings ------------------------------------------------------------------------------------
+
+
+def test_every_control_and_its_intervals(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    main([str(checkpoint), "--config", str(recipe), "--control", "all", "--output", str(tmp_path / "lmms.json")])
+    answers = {}
+    for suffix in ("", "_shuffled", "_blank", "_no_image"):
+        result, rows = read(tmp_path / f"lmms{suffix}.json")
+        assert result["control"] == (suffix.removeprefix("_") or "none") and not result["failed"]
+        answers[suffix] = [row["answer"] for row in rows]
+        easy = [row for row in rows if row["task"] == "clips_easy_vqa"]
+        assert [row["cluster"] for row in easy[:2]] == [row["cluster"] for row in easy[2:]], "by the document's picture"
+        found = result["intervals"]["clips_easy_vqa"]
+        assert (found["accuracy"]["n"], found["open_accuracy"]["n"], found["accuracy"]["clusters"]) == (4, 2, 2)
+        for task, scores in result["tasks"].items():
+            for metric in set(scores) - {"n"}:
+                span = result["intervals"][task][metric]
+                assert span["low"] <= scores[metric] <= span["high"], (task, metric)
+    assert len({tuple(given) for given in answers.values()}) == 4
+    assert not list(tmp_path.glob(".lmms*"))
+
+
+def test_blank_and_no_image_show_what_they_say(mllm: SimpleNamespace) -> None:
+    from PIL import Image
+
+    from clips_eval.lmms_model import ClipsMllm
+    from clips_eval.lmms_requests import ask_chat
+
+    model = ClipsMllm(mllm=mllm)
+    (request,) = make_requests([([picture(1)], "What?")], model)
+    document = ([picture(1)], "What?")
+    blank = ask_chat(request, document, mllm.processor, "blank")
+    none = ask_chat(request, document, mllm.processor, "no_image")
+    assert blank.pictures == [Image.new("RGB", (40, 40), (128, 128, 128))] and blank.prompt.count("<image>") == 1
+    assert none.pictures == [] and none.prompt == blank.prompt.replace("<image>", "")
+
+
+def test_wordings_change_the_line_and_nothing_else(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    main([str(checkpoint), "--config", str(recipe), "--wording", "all", "--output", str(tmp_path / "lmms.json")])
+    prompts = [
+        [row["prompt"] for row in read(tmp_path / f"lmms{end}.json")[1]] for end in ("", "_wording1", "_wording2")
+    ]
+    for given, first, second in zip(*prompts, strict=True):
+        assert len({given, first, second}) == 3
+        assert len({text.rpartition("\n")[0] for text in (given, first, second)}) == 1
+    assert read(tmp_path / "lmms_wording2.json")[0]["wording"] == 2
+
+
+# --- going on, failing, leaving out -----------------------------------------------------------------------------------
+
+
+def test_a_second_run_goes_on_from_the_first_missing_document(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clips_eval.lmms_model import ClipsMllm
+
+    words = [str(checkpoint), "--config", str(recipe)]
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    main([*words, "--output", str(whole)])
+    answer = ClipsMllm._answer
+    asked: list[int] = []
+
+    def dies(self: ClipsMllm, batch: Any) -> list[str]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(batch))
+        return answer(self, batch)
+
+    monkeypatch.setattr(ClipsMllm, "_answer", dies)
+    assert run_command(main, [*words, "--output", str(part)]) == 130
+    assert not part.exists() and len(list(tmp_path.glob(".part_answers.*.jsonl"))) == 1
+    asked.clear()
+    monkeypatch.setattr(ClipsMllm, "_answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch))  # type: ignore[func-returns-value]
+    main([*words, "--output", str(part)])
+    result, rows = read(part)
+    assert result["answers_from_before"] == 6 and sum(asked) == 14 - 6
+    assert rows == [row | {"image": row["image"] and row["image"].replace("whole", "part")} for row in read(whole)[1]]
+    assert not list(tmp_path.glob(".part_answers*"))
+
+
+def test_journal_of_another_source_or_cut_off(tmp_path: Path) -> None:
+    stem = tmp_path / "answers"
+    Journal(stem, {"weights": 1}).add({"a": "1", "b": "2"})
+    file = tmp_path / "answers.0.jsonl"
+    file.write_text(file.read_text() + '{"key": "c", "ans')  # a kill in the middle of a line
+    again = Journal(stem, {"weights": 1}, rank=1)
+    assert [again.get(key) for key in "abc"] == ["1", "2", None] and again.reused == 2
+    again.add({"c": "3"})
+    Journal(stem, {"weights": 1}).add({"d": "4"})
+    assert [Journal(stem, {"weights": 1}).get(key) for key in "abcd"] == ["1", "2", "3", "4"]
+    other = Journal(stem, {"weights": 2})
+    assert other.get("a") is None
+    other.add({"a": "9"})
+    assert Journal(stem, {"weights": 1}).get("a") is None and Journal(stem, {"weights": 1}).get("c") == "3"
+    file.write_text(file.read_text() + "{}\n")
+    with pytest.raises(UserError, match=r"answers\.0\.jsonl: line 3: not an answer"):
+        Journal(stem, {"weights": 2})
+    other.forget()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_task_fails_the_command_and_keeps_the_others(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval import lmms_run
+
+    evaluate = lmms_run.evaluate_task
+
+    def breaks(model: Any, task: Any, *rest: Any) -> Any:
+        if task.config.task == "clips_mmbench":
+            raise RuntimeError("the scorer\nbroke")
+        return evaluate(model, task, *rest)
+
+    monkeypatch.setattr(lmms_run, "evaluate_task", breaks)
+    words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    assert run_command(main, words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: 1 of 3 tasks failed (clips_mmbench: RuntimeError: the scorer broke)")
+    result, _ = read(tmp_path / "lmms.json")
+    assert set(result["tasks"]) == {"clips_pope_random", "clips_easy_vqa"} and set(result["failed"]) == {
+        "clips_mmbench"
+    }
+    monkeypatch.setattr(lmms_run, "evaluate_task", evaluate)
+    main(words)
+    result, _ = read(tmp_path / "lmms.json")
+    assert result["answers_from_before"] == 10 and set(result["tasks"]) == set(ROWS) and not result["failed"]
+
+
+def test_what_a_machine_lacks_is_left_out_with_its_reason(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval import lmms_needs
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(lmms_needs.shutil, "which", lambda name: None)
+    data = write_parquet(tmp_path / "pope.parquet", pope_rows())
+    lines = ["tasks: [{task: pope}, {task: mmvet}, {task: nocaps_val}, {task: gqa}]", "device: cpu", ""]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    words = [str(checkpoint), "--config", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "lmms.json")]
+    main([*words, f"--data.pope={data}"])
+    result, rows = read(tmp_path / "lmms.json")
+    assert len(rows) == 6 and result["tasks"]["pope"]["n"] == 6
+    assert "needs a judge" in result["skipped"]["mmvet"] and "java" in result["skipped"]["nocaps_val"]
+    assert "--data.gqa" in result["skipped"]["gqa"]
+    assert capsys.readouterr().err.count("skipped: ") == 3
+    assert run_command(main, words) == 2
+    assert "none of them can run here" in capsys.readouterr().err
+
+
+def test_bad_options_are_said_in_one_line(checkpoint: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (["--model", "vllm", "--control", "blank"], "only for --model clips_mllm"),
+        (["--data.clips_mmbnch=x.parquet"], "did you mean 'clips_mmbench'"),
+        (["--model", "vllm"], "cannot be used here"),
+        (["--limit", "0"], "at least 1"),
+    ]
+    for options, message in cases:
+        assert run_command(main, [str(checkpoint), "--config", str(recipe), *options]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+    twice = [*pope_rows(), pope_rows()[2]]
+    data = write_parquet(checkpoint.parent / "twice.parquet", twice)
+    spec = EvaluateRecipe(checkpoint="m", tasks=[TaskSpec(task="clips_pope_random", data=str(data))])
+    with pytest.raises(UserError, match="row 6: id 2 is that of row 2 too"):
+        spec.check()
+
+
+def test_where_results_go() -> None:
+    hub = EvaluateRecipe(checkpoint="llava-hf/llava-1.5-7b-hf", tasks=[TaskSpec(task="gqa")], control="all")
+    assert str(hub.results) == "runs/baselines/clips_mllm-llava-hf--llava-1.5-7b-hf/lmms.json"
+    assert [hub.result_of(variant).name for variant in hub.variants] == [
+        "lmms.json",
+        "lmms_shuffled.json",
+        "lmms_blank.json",
+        "lmms_no_image.json",
+    ]
