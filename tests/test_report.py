@@ -101,7 +101,8 @@ def test_report_json_holds_the_promised_keys(run: Path) -> None:
     assert tree["seconds"] == {"2-pretrain": 620.5, "10-late": 5.0}
     assert tree["commands"] == {"2-pretrain": "clips-mllm 2-pretrain", "10-late": "clips-mllm 10-late"}
     assert [step["name"] for step in tree["steps"]] == ["2-pretrain", "10-late"]
-    assert set(tree) == {"schema_version", "encoder", "mllm", "steps", "seconds", "commands"}
+    promised = {"schema_version", "encoder", "mllm", "steps", "seconds", "commands"}
+    assert set(tree) == promised | {"intervals", "controls", "wordings", "skipped", "against", "provenance"}
 
 
 def test_numbers_land_in_markdown_and_html(run: Path) -> None:

@@ -1,7 +1,7 @@
 """`clips-mllm report RUN`: everything a run measured, on one page.
 
 RUN --report_read--> Run --report_numbers--> report.json
-                         --report_tables---> report.md, report.html (with report_plots, report_gallery)
+                         --report_tables, report_mllm, report_against--> report.md, report.html (+ plots, gallery)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_tower.errors import run_command
+from vision_tower.errors import UserError, run_command
 from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
 
@@ -22,37 +22,57 @@ class ReportRecipe:
 
     Args:
         run: the run folder, such as runs/quickstart.
+        against: another run folder; each metric on the same documents is marked better, worse or no difference.
+        baselines: lmms.json files of other models, each a column beside this run's.
+        fail_if_worse: end with an error if any metric is worse than in the run of --against.
     """
 
     run: Path
+    against: Path | None = None
+    baselines: tuple[Path, ...] = ()
+    fail_if_worse: bool = False
 
 
 def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: no run in the folder, or a malformed file in it.
+        UserError: no run in the folder, a malformed file in it, runs without a common metric, or a metric that is
+            worse where that was to fail.
     """
     recipe = parse_recipe(ReportRecipe, argv, command="report", positional=("run",))
+    if recipe.fail_if_worse and recipe.against is None:
+        raise UserError("--fail_if_worse: worse than what? give the other run by --against FOLDER")
 
     from clips_eval import report_html, report_markdown
+    from clips_eval.report_against import as_tree, compare_runs
     from clips_eval.report_files import write_json
     from clips_eval.report_numbers import numbers
     from clips_eval.report_read import read_run
     from clips_eval.report_tables import missing_parts
 
-    run = read_run(recipe.run)
+    run = read_run(recipe.run, recipe.baselines)
+    against = None
+    if recipe.against is not None:
+        other = read_run(recipe.against)
+        against = as_tree(compare_runs(run, other), other)
     # All three are rendered before the first is written, so that a malformed file leaves no half a report.
-    tree, markdown, page = numbers(run), report_markdown.render(run), report_html.render(run)
+    tree = numbers(run, against)
+    markdown, page = report_markdown.render(run, against), report_html.render(run, against)
     write_json(recipe.run / "report.json", tree)
     write_text(recipe.run / "report.md", markdown)
     write_text(recipe.run / "report.html", page)
     for part in missing_parts(run):
         print(f"not measured: {part}")
-    print("\n".join(summary(tree)))
+    print("\n".join([*summary(tree), *_verdicts(against)]))
     for row in run.chat:
         print(f"{row.image}\n  asked:    {' '.join(row.question.split())}\n  answered: {row.answer or '(empty)'}")
     print(f"written: {recipe.run}/report.html, report.md, report.json")
+    worse = [
+        f"{row['task']} {row['metric']}" for row in (against or {"metrics": []})["metrics"] if row["verdict"] == "worse"
+    ]
+    if recipe.fail_if_worse and worse:
+        raise UserError(f"{recipe.run}: worse than {recipe.against} in {', '.join(worse)}; see its report.md")
 
 
 def summary(tree: dict[str, Any]) -> list[str]:
@@ -65,6 +85,14 @@ def summary(tree: dict[str, Any]) -> list[str]:
             shown = "  ".join(f"{key} {value:.1%}" for key, value in scores.items())
             lines.append(f"{name:<17} {shown}")
     return lines
+
+
+def _verdicts(against: dict[str, Any] | None) -> list[str]:
+    return [
+        f"{row['verdict']:<14} {row['task']} {row['metric']}: {row['difference']['value']:+.4f} "
+        f"({row['difference']['low']:+.4f} to {row['difference']['high']:+.4f})"
+        for row in (against or {"metrics": []})["metrics"]
+    ]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clips_eval.uncertainty import wilson
-
 MISSING = "not measured"
 NONE = "–"
 
@@ -53,12 +51,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def interval(share: float, n: int | None) -> str:
-    """The Wilson interval in per cent, or a dash where n is not known."""
-    if not n:
-        return NONE
-    low, high = wilson(share, n)
-    return f"{100 * low:.1f}–{100 * high:.1f}"
+def interval(ends: tuple[float, float] | None) -> str:
+    """The ends in per cent, or a dash where they are not known."""
+    return NONE if ends is None else f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}"
 
 
 def count(n: int | None) -> str:

@@ -7,7 +7,8 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clips_eval.report_read import Run, Sample
+from clips_eval.report_benchmarks import Sample
+from clips_eval.report_read import Run
 
 PER_TASK = 2  # right ones, and as many wrong ones
 SIDE = 160  # pixels of a thumbnail's longer side

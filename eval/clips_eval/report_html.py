@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import base64
 from html import escape
+from typing import Any
 
+from clips_eval.report_against import against_table
 from clips_eval.report_cells import MISSING, NONE, Table, duration, percent
 from clips_eval.report_gallery import Card, Mark, answer_cards, chat_cards, retrieval_cards
+from clips_eval.report_mllm import mllm_table
 from clips_eval.report_numbers import numbers
-from clips_eval.report_plots import Plot, benchmark_plot, curve_plots, retrieval_plot
+from clips_eval.report_plots import Plot, benchmark_plot, curve_plots, inverse_plot, retrieval_plot
 from clips_eval.report_read import Run
 from clips_eval.report_tables import (
     PAPER_NOTE,
     load_paper,
     missing_parts,
-    mllm_table,
+    provenance_table,
     retrieval_table,
     steps_table,
     zeroshot_table,
 )
 
 
-def render(run: Run) -> str:
+def render(run: Run, against: dict[str, Any] | None = None) -> str:
     """The whole page."""
     from importlib.resources import files
 
     css = (files("clips_eval") / "data" / "report.css").read_text(encoding="utf-8")
     title = f"clips-mllm: {run.root.resolve().name}"
-    body = "\n".join([_head(title), _tiles(run), _encoder(run), _mllm(run), _training(run), _steps(run), _missing(run)])
+    body = "\n".join([_head(title), _tiles(run), _encoder(run), _mllm(run)])
+    body += "\n".join([_against(against), _training(run), _steps(run), _provenance(run), _missing(run)])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -67,7 +71,11 @@ def _minutes(seconds: float) -> str:
 
 def _encoder(run: Run) -> str:
     by_text, by_image = retrieval_cards(run)
-    parts = ["<h2>Encoder: retrieval</h2>", _table(retrieval_table(run, load_paper())), _plots([retrieval_plot(run)])]
+    parts = [
+        "<h2>Encoder: retrieval</h2>",
+        _table(retrieval_table(run, load_paper())),
+        _plots([retrieval_plot(run), inverse_plot(run)]),
+    ]
     if by_text:
         parts += [
             "<h3>Text to image: the five best pictures, the right one outlined</h3>",
@@ -106,6 +114,15 @@ def _training(run: Run) -> str:
 def _steps(run: Run) -> str:
     table = _table(steps_table(run), "steps") if run.steps else f'<p class="note">{MISSING}</p>'
     return f"<h2>Steps</h2>\n{table}"
+
+
+def _against(against: dict[str, Any] | None) -> str:
+    return "" if against is None else f"<h2>Against another run</h2>\n{_table(against_table(against))}"
+
+
+def _provenance(run: Run) -> str:
+    table = provenance_table(run)
+    return f"<h2>Provenance</h2>\n{_table(table, 'steps')}" if table.rows else ""
 
 
 def _missing(run: Run) -> str:

@@ -1,26 +1,42 @@
-"""report.md: the same tables as plain Markdown, for terminals, pull requests and diffs."""
+"""report.md: the same tables as plain Markdown, for terminals, pull requests, diffs, and as a model card."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from clips_eval.report_against import against_table
+from clips_eval.report_card import metadata
 from clips_eval.report_cells import MISSING, Table
+from clips_eval.report_mllm import mllm_table
 from clips_eval.report_read import Run
-from clips_eval.report_tables import load_paper, missing_parts, mllm_table, retrieval_table, steps_table, zeroshot_table
+from clips_eval.report_tables import (
+    load_paper,
+    missing_parts,
+    provenance_table,
+    retrieval_table,
+    steps_table,
+    zeroshot_table,
+)
 
 
-def render(run: Run) -> str:
-    """The whole document; the paper's rows and columns say "(paper)"."""
+def render(run: Run, against: dict[str, Any] | None = None) -> str:
+    """A model card in the hub's format: metadata, then the tables; the paper's rows and columns say "(paper)"."""
     paper = load_paper()
-    parts = [f"# clips-mllm: {run.root.resolve().name}", "Plots and pictures are in report.html."]
+    parts = [metadata(run), f"# clips-mllm: {run.root.resolve().name}", "Plots and pictures are in report.html."]
     parts += ["## Encoder: retrieval", _table(retrieval_table(run, paper))]
     if run.zeroshot:
         parts += ["## Encoder: zero-shot classification", _table(zeroshot_table(run.zeroshot))]
     parts += ["## Multimodal LLM: benchmarks", _table(mllm_table(run, paper))]
+    if against is not None:
+        parts += ["## Against another run", _table(against_table(against))]
     if run.chat:
         lines = [f"- **{_inline(row.question)}** {_inline(row.answer) or '(empty)'}" for row in run.chat]
         parts += ["## Asked at the end of the run", "\n".join(lines)]
     if run.curves:
         parts += ["## Training", "\n".join(_curve_lines(run))]
     parts += ["## Steps", _table(steps_table(run)) if run.steps else MISSING]
+    if run.environments or run.lmms or run.retrieval:
+        parts += ["## Provenance", _table(provenance_table(run))]
     if missing := missing_parts(run):
         parts += ["## Not measured", "\n".join(f"- {part}" for part in missing)]
     return "\n\n".join(parts) + "\n"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from clips_eval.report_benchmarks import Benchmarks
 from clips_eval.report_files import count_in, number_in
-from clips_eval.report_read import RECALLS, Benchmarks, Retrieval, Run, ZeroShot
+from clips_eval.report_read import RECALLS, Retrieval, Run, ZeroShot
+from clips_eval.uncertainty import wilson
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # data/report.schema.json; 1 had no intervals, controls, wordings, against and provenance
 # Our own tasks: the name in lmms.json and the metrics that report.json promises.
 OWN_TASKS = {
     "easy_vqa": ("clips_easy_vqa", ("accuracy", "open_accuracy", "yes_no_accuracy")),
@@ -21,9 +23,11 @@ OWN_TASKS = {
 CHANCE = {"pope_random": 0.5, "pope_popular": 0.5, "pope_adversarial": 0.5, "mmbench": 0.25}
 
 
-def numbers(run: Run) -> dict[str, Any]:
+def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
     """The content of report.json; what was not measured is null. All scores are fractions.
 
+    Args:
+        against: the comparison with another run, as `report_against.compared` gives it.
     Raises:
         UserError: a promised metric is missing in lmms.json or not a fraction.
     """
@@ -42,7 +46,37 @@ def numbers(run: Run) -> dict[str, Any]:
         ],
         "seconds": {step.name: step.seconds for step in run.steps},
         "commands": {step.name: step.command for step in run.steps},
+        "intervals": _intervals(run),
+        "controls": {control: dict(found.tasks) for control, found in run.controls.items()},
+        "wordings": {str(wording): dict(found.tasks) for wording, found in run.wordings.items()},
+        "skipped": dict(run.lmms.skipped | run.lmms.failed) if run.lmms else {},
+        "against": against,
+        "provenance": provenance(run),
     }
+
+
+def _intervals(run: Run) -> dict[str, Any]:
+    """{"retrieval": {metric: [low, high]}, task: ...}, by the names of the scores above."""
+    found: dict[str, Any] = {}
+    if run.retrieval is not None:
+        found["retrieval"] = {key: list(recall_span(run.retrieval, key)) for key in RECALLS}
+    names = {task_of(name): name for name in OWN_TASKS}
+    for task, metrics in (run.lmms.tasks if run.lmms else {}).items():
+        name = names.get(task, task)
+        spans = {metric: span(run.lmms, name, metric) for metric in metrics if metric != "n"}
+        found[name] = {metric: None if ends is None else list(ends) for metric, ends in spans.items()}
+    return found
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """With what each part was made and measured: commands, digests, versions, seeds, hardware."""
+    parts: dict[str, Any] = dict(run.environments)
+    keys = ("command", "sha256", "engine", "mode", "versions", "hardware", "seconds")
+    measured = {"retrieval": run.retrieval, "benchmarks": run.lmms, **run.controls}
+    for name, found in measured.items():
+        if found is not None:
+            parts[name] = {key: found.about[key] for key in keys if key in found.about}
+    return parts
 
 
 def _retrieval(found: Retrieval | None) -> dict[str, Any] | None:
@@ -72,17 +106,50 @@ def _own_task(run: Run, name: str) -> dict[str, Any] | None:
     table: dict[str, Any] = {key: number_in(file, found, key, place, fraction=True) for key in metrics}
     table["n"] = count_in(file, found, "n", place)
     if name == "easy_vqa":
-        table["shuffled_accuracy"] = shuffled(run, name, "accuracy")
+        table["shuffled_accuracy"] = under(run, "shuffled", name, "accuracy")
     return table
 
 
-def shuffled(run: Run, name: str, metric: str) -> float | None:
-    """The same metric of the same model given other documents' pictures; None where it was not measured."""
-    task = OWN_TASKS[name][0] if name in OWN_TASKS else name
-    if run.shuffled is None or metric not in run.shuffled.tasks.get(task, {}):
+def under(run: Run, control: str, name: str, metric: str) -> float | None:
+    """The same metric of the same model under a control; None where it was not measured."""
+    task, found = task_of(name), run.controls.get(control)
+    if found is None or metric not in found.tasks.get(task, {}):
         return None
-    file = run.root / "finetune" / "lmms_shuffled.json"
-    return number_in(file, run.shuffled.tasks[task], metric, f"tasks.{task}", fraction=name in OWN_TASKS)
+    file = run.root / "finetune" / f"lmms_{control}.json"
+    return number_in(file, found.tasks[task], metric, f"tasks.{task}", fraction=name in OWN_TASKS)
+
+
+def worded(run: Run, name: str, metric: str) -> list[float]:
+    """The metric in the task's own wording and in each of the others; empty unless all were measured."""
+    task = task_of(name)
+    passes = [run.lmms, *(run.wordings.get(wording) for wording in (1, 2))]
+    values = [found.tasks[task][metric] for found in passes if found and metric in found.tasks.get(task, {})]
+    return values if len(values) == len(passes) else []
+
+
+def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float] | None:
+    """The 95 % interval: the one that was measured by picture, Wilson's where the file has none; None if unknown."""
+    task = task_of(name)
+    if found is None or metric not in found.tasks.get(task, {}):
+        return None
+    known = found.intervals.get(task, {}).get(metric)
+    if known is not None:
+        return None if known.low is None or known.high is None else (known.low, known.high)
+    n, share = size(found, name, metric), found.tasks[task][metric]
+    return wilson(share, n) if n and 0 <= share <= 1 else None
+
+
+def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
+    """The 95 % interval of a recall: by picture where it was measured, else Wilson's over the queries or pictures."""
+    known = found.about.get("intervals", {}).get(key)
+    if known is not None:
+        return known["low"], known["high"]
+    return wilson(found.recalls[key], found.n_images)
+
+
+def task_of(name: str) -> str:
+    """lmms-eval's name of a task of ours; any other name is its own."""
+    return OWN_TASKS[name][0] if name in OWN_TASKS else name
 
 
 def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
@@ -96,16 +163,6 @@ def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
         closed = [sample.target.strip().lower() in ("yes", "no") for sample in found.samples if sample.task == task]
         return (sum(closed) if metric == "yes_no_accuracy" else len(closed) - sum(closed)) or None
     return None
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % by default (E. B. Wilson 1927).
-
-    It stays inside [0, 1] and is honest at 0 %, at 100 % and for small n, where share ± z·s.e. is not.
-    """
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def recall_chance(found: Retrieval, key: str) -> float | None:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clips_eval.report_numbers import CHANCE, numbers, recall_chance, shuffled, size, wilson
+from clips_eval.report_mllm import LABELS
+from clips_eval.report_numbers import CHANCE, numbers, recall_chance, recall_span, span, under
 from clips_eval.report_read import RECALLS, Curve, Run
-from clips_eval.report_tables import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,11 +66,11 @@ class Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One proportion to draw; `n`, `chance` and `control` where they are known."""
+    """One proportion to draw; `ends` of its interval, `chance` and `control` where they are known."""
 
     label: str
     share: float
-    n: int | None
+    ends: tuple[float, float] | None
     chance: float | None
     control: float | None
 
@@ -93,9 +93,9 @@ def benchmark_plot(run: Run) -> Plot | None:
         Bar(
             label=label,
             share=tree[name][metric],
-            n=size(run.lmms, name, metric),
+            ends=span(run.lmms, name, metric),
             chance=CHANCE.get(name),
-            control=shuffled(run, name, metric),
+            control=under(run, "shuffled", name, metric),
         )
         for (name, metric), label in LABELS.items()
         if tree[name] is not None
@@ -109,18 +109,74 @@ def retrieval_plot(run: Run) -> Plot | None:
     if found is None:
         return None
     names = {"i2t": "image to text", "t2i": "text to image"}
-    queries = {"i2t": found.n_images, "t2i": found.n_texts}
     bars = [
         Bar(
             label=f"{names[key[:3]]}, R@{key.partition('_r')[2]}",
             share=found.recalls[key],
-            n=queries[key[:3]],
+            ends=recall_span(found, key),
             chance=recall_chance(found, key),
             control=None,
         )
         for key in RECALLS
     ]
     return _bar_plot("Retrieval of the encoder", "recall, %", bars)
+
+
+def inverse_plot(run: Run) -> Plot | None:
+    """Recall over the length of the captions trained on, from 'clips-mllm ablate'; None if it was not run."""
+    if run.ablation is None:
+        return None
+    rows = [row for row in run.ablation["settings"] if row["objective"] in ("clip-web", "clip-synthetic")]
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
+    if not budgets:
+        return None
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["budget"] is not None:
+            name = "web" if row["objective"] == "clip-web" else row["reduction"]
+            curves.setdefault(name, []).append(row)
+    for name, points in curves.items():
+        whole = "clip-web" if name == "web" else "clip-synthetic"
+        points.sort(key=lambda row: row["budget"])
+        points += [row for row in rows if row["objective"] == whole and row["budget"] is None]
+    told = "; ".join(
+        f"{name} " + ", ".join(f"{100 * row['value']:.1f} at {row['budget'] or 'whole'}" for row in points)
+        for name, points in curves.items()
+    )
+    metric = f"R@{run.ablation.get('metric', 'r1')[1:]}"
+    return _plot(
+        "Inverse effect: recall by caption length",
+        f"{metric} in %: {told}",
+        3.0,
+        _draw_inverse(curves, budgets, metric),
+    )
+
+
+def _draw_inverse(
+    curves: dict[str, list[dict[str, Any]]], budgets: list[int], metric: str
+) -> Callable[[Axes, Theme], None]:
+    def draw(axes: Axes, theme: Theme) -> None:
+        for number, (name, points) in enumerate(curves.items()):
+            places = [len(budgets) if row["budget"] is None else budgets.index(row["budget"]) for row in points]
+            axes.errorbar(
+                places,
+                [100 * row["value"] for row in points],
+                yerr=[100 * row["error"] for row in points],
+                color=theme.series[number % len(theme.series)],
+                linestyle="--" if name == "web" else "-",
+                marker="o",
+                ms=3.5,
+                capsize=2.5,
+                linewidth=1.4,
+                label=name,
+            )
+        axes.set_xticks(range(len(budgets) + 1), [*map(str, budgets), "whole"])
+        axes.set_xlabel("word pieces of a caption that the text tower reads")
+        axes.set_ylabel(f"{metric}, %")
+        axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+        axes.legend(frameon=False, labelcolor=theme.faint, ncols=2)
+
+    return draw
 
 
 def _bar_plot(title: str, unit: str, bars: list[Bar]) -> Plot | None:
@@ -153,9 +209,10 @@ def _draw_bars(bars: list[Bar], unit: str) -> Callable[[Axes, Theme], None]:
         for place, bar in enumerate(bars):
             axes.barh(place, 100 * bar.share, height=0.5, color=theme.ours, label="this run" if place == 0 else None)
             right = bar.share
-            if bar.n:
-                low, high = (100 * bound for bound in wilson(bar.share, bar.n))
+            if bar.ends is not None:
+                low, high = (100 * bound for bound in bar.ends)
                 axes.plot([low, high], [place, place], color=theme.text, linewidth=1.4)
+                axes.plot([low, high], [place, place], "|", color=theme.text, ms=7, mew=1.4)
                 right = high / 100
             axes.text(100 * right + 1.5, place, f"{100 * bar.share:.1f}", va="center", color=theme.text)
         controls = [(100 * bar.control, place) for place, bar in enumerate(bars) if bar.control is not None]

@@ -6,14 +6,19 @@ RUN/*/metrics.jsonl --> Run
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from clips_eval.report_benchmarks import Benchmarks, read_benchmarks
 from clips_eval.report_files import count_in, number_in, read_lines
 from vision_tower.errors import UserError
-from vision_tower.files import read_object
+from vision_tower.files import read_object, read_text
 
+CONTROLS = ("shuffled", "blank", "no_image")
 STAGES = ("encoder", "align", "finetune")
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
 
@@ -38,6 +43,7 @@ class Retrieval:
     data: str
     folder: Path
     examples: dict[str, list[dict[str, Any]]]
+    about: dict[str, Any] = field(default_factory=dict)  # the whole file: intervals, further measures, provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,29 +57,6 @@ class ZeroShot:
     n_classes: int
     n_texts: int
     data: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One evaluated question.
-
-    `correct` is None where the task has no right or wrong; `image` is None where there is none or it was not kept.
-    """
-
-    task: str
-    prompt: str
-    answer: str
-    target: str
-    correct: bool | None
-    image: Path | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmarks:
-    """Metrics by task, under the names lmms.json gives them, and the samples behind them."""
-
-    tasks: dict[str, dict[str, float]]
-    samples: list[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +84,26 @@ class Run:
     retrieval: Retrieval | None = None
     zeroshot: ZeroShot | None = None
     lmms: Benchmarks | None = None
-    shuffled: Benchmarks | None = None
+    controls: dict[str, Benchmarks] = field(default_factory=dict)
+    wordings: dict[int, Benchmarks] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     chat: list[Answer] = field(default_factory=list)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage, with its recipe's digest
+    ablation: dict[str, Any] | None = None
+    baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by the model that was measured
+
+    @property
+    def shuffled(self) -> Benchmarks | None:
+        """The control that every report shows."""
+        return self.controls.get("shuffled")
 
 
-def read_run(root: Path) -> Run:
+def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
     """Read what exists in `root`.
 
+    Args:
+        baselines: results of 'clips-mllm evaluate' of other models.
     Raises:
         UserError: no such folder, nothing of a run in it, or a malformed file.
     """
@@ -119,15 +113,32 @@ def read_run(root: Path) -> Run:
         root=root,
         retrieval=_read_retrieval(root / "encoder" / "retrieval.json"),
         zeroshot=_read_zeroshot(root / "encoder" / "zeroshot.json"),
-        lmms=_read_benchmarks(root / "finetune" / "lmms.json", control="none"),
-        shuffled=_read_benchmarks(root / "finetune" / "lmms_shuffled.json", control="shuffled"),
+        lmms=read_benchmarks(_lmms(root), control="none"),
+        controls={name: found for name in CONTROLS if (found := read_benchmarks(_lmms(root, name), control=name))},
+        wordings={n: found for n in (1, 2) if (found := read_benchmarks(_lmms(root, f"wording{n}"), "none", n))},
         curves=[curve for stage in STAGES if (curve := _read_curve(root / stage / "metrics.jsonl", stage))],
         steps=[_read_step(file) for file in sorted((root / "steps").glob("*.json"), key=_step_order)],
         chat=_read_chat(root / "chat.json"),
+        environments={stage: told for stage in STAGES if (told := _read_environment(root / stage))},
+        ablation=_read_ablation(root / "ablate" / "ablation.json"),
     )
     if run == Run(root=root):
         raise UserError(f"{root}: nothing of a run in this folder; give one that holds encoder/, finetune/ or steps/")
-    return run
+    return replace(run, baselines=dict(_read_baseline(file) for file in baselines))
+
+
+def _read_baseline(file: Path) -> tuple[str, Benchmarks]:
+    """Its column's title and its scores."""
+    found = read_benchmarks(file, control="none")
+    if found is None:
+        raise UserError(f"{file}: no such file; give an lmms.json that 'clips-mllm evaluate' wrote")
+    engine = found.about.get("engine", "clips_mllm")
+    name = str(found.about.get("model", file.parent.name))
+    return name if engine == "clips_mllm" else f"{name} ({engine})", found
+
+
+def _lmms(root: Path, variant: str = "") -> Path:
+    return root / "finetune" / (f"lmms_{variant}.json" if variant else "lmms.json")
 
 
 def _step_order(file: Path) -> tuple[int, str]:
@@ -163,6 +174,7 @@ def _read_retrieval(file: Path) -> Retrieval | None:
         data=str(tree.get("data", "")),
         folder=file.parent,
         examples={way: examples.get(way, []) for way in known},
+        about={key: value for key, value in tree.items() if key != "examples"},
     )
 
 
@@ -181,41 +193,28 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
     )
 
 
-def _read_benchmarks(file: Path, control: str) -> Benchmarks | None:
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """What a stage was trained with, and the digest and seed of its recipe; empty where neither file is there."""
+    found = read_object(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    recipe = folder / "recipe.yaml"
+    if recipe.exists():
+        text = read_text(recipe)
+        found["recipe_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        seeds = re.findall(r"^ *seed: (\d+)$", text, flags=re.MULTILINE)
+        found["seed"] = int(seeds[0]) if seeds else None
+    return found
+
+
+def _read_ablation(file: Path) -> dict[str, Any] | None:
+    """What 'clips-mllm ablate' left."""
     if not file.exists():
         return None
     tree = read_object(file)
-    # Swapped files would turn the control into the result, so the file's own word is checked.
-    if tree.get("control", control) != control:
-        raise UserError(f"{file}: 'control' is {tree['control']!r}, here '{control}' is expected; evaluate again")
-    tasks = tree.get("tasks")
-    if not isinstance(tasks, dict) or not all(isinstance(metrics, dict) for metrics in tasks.values()):
-        raise UserError(f"{file}: no 'tasks' of named metrics; run 'clips-mllm evaluate' again")
-    checked = {
-        task: {key: number_in(file, metrics, key, f"tasks.{task}") for key in metrics}
-        for task, metrics in tasks.items()
-    }  # fmt: skip
-    name = tree.get("samples_file")
-    samples = _read_samples(file.parent / name) if isinstance(name, str) and (file.parent / name).exists() else []
-    return Benchmarks(tasks=checked, samples=samples)
-
-
-def _read_samples(file: Path) -> list[Sample]:
-    samples = []
-    for line, row in read_lines(file):
-        if not isinstance(row.get("correct"), bool | None) or not isinstance(row.get("task"), str):
-            raise UserError(f"{file}: line {line}: needs 'task' and a 'correct' of true, false or null; evaluate again")
-        samples.append(
-            Sample(
-                task=row["task"],
-                prompt=str(row.get("prompt", "")),
-                answer=str(row.get("answer", "")),
-                target=str(row.get("target", "")),
-                correct=row["correct"],
-                image=file.parent / row["image"] if isinstance(row.get("image"), str) else None,
-            )
-        )
-    return samples
+    known = ("name", "objective", "reduction", "budget", "value", "error")
+    rows = tree.get("settings")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(known) <= set(row) for row in rows):
+        raise UserError(f"{file}: 'settings' are not as 'clips-mllm ablate' writes them; run it again")
+    return tree
 
 
 def _read_curve(file: Path, stage: str) -> Curve | None:

@@ -1,0 +1,238 @@
+"""`clips-mllm report`, the parts that let others believe it: comparisons, controls, schema, model card, a browser."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from clips_eval import report
+from vision_tower.errors import UserError, run_command
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def write_run(root: Path, share: float, *, seed: int = 0, n: int = 400) -> Path:
+    """A run whose easy-VQA answers are right with probability `share`, four questions a picture, with all controls."""
+    folder = root / "finetune"
+    folder.mkdir(parents=True)
+    for control, less in (("none", 0.0), ("shuffled", 0.2), ("blank", 0.25), ("no_image", 0.3)):
+        write_result(folder, "" if control == "none" else f"_{control}", share - less, seed, n, control=control)
+    for wording in (1, 2):
+        write_result(folder, f"_wording{wording}", share - 0.02 * wording, seed, n, wording=wording)
+    for stage in ("encoder", "align", "finetune"):
+        (root / stage).mkdir(exist_ok=True)
+        (root / stage / "recipe.yaml").write_text("training:\n  seed: 7\n")
+        lines = [json.dumps({"step": step, "loss": 4 / step}) for step in (1, 2, 4)]
+        (root / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    setting = {"name": "x", "value": 0.2, "error": 0.01}
+    rows = [
+        setting | {"objective": kind, "reduction": way, "budget": budget}
+        for kind, way in (("clip-synthetic", "sub-caption"), ("clip-web", None))
+        for budget in (8, 16, None)
+    ]
+    (root / "ablate").mkdir()
+    (root / "ablate" / "ablation.json").write_text(json.dumps({"metric": "r5", "settings": rows}))
+    Image.new("RGB", (24, 24), (255, 0, 0)).save(folder / "red.png")
+    return root
+
+
+def write_result(folder: Path, suffix: str, share: float, seed: int, n: int, **about: Any) -> None:
+    rng = random.Random(seed)
+    rows = []
+    for place in range(n):
+        right = rng.random() < share  # the same draws for every share: runs differ where they must
+        row = {
+            "task": "clips_easy_vqa",
+            "doc_id": place,
+            "prompt": f"what shape is in picture {place // 4}?",
+            "answer": "circle" if right else "square",
+            "target": "circle",
+            "correct": right,
+            "cluster": str(place // 4),
+            "scores": {"accuracy": [float(right), 1.0], "open_accuracy": [float(right), 1.0]},
+            "image": "red.png" if place < 8 else None,
+        }
+        rows.append(row)
+    got = sum(row["correct"] for row in rows) / n
+    span = {"low": max(got - 0.05, 0), "high": min(got + 0.05, 1), "n": n, "clusters": n // 4}
+    metrics = ("accuracy", "open_accuracy", "yes_no_accuracy")
+    result = {
+        "format": 2,
+        "model": "m",
+        "sha256": "ab" * 32,
+        "command": "clips-mllm evaluate m",
+        "versions": {"python": "3"},
+        "hardware": {"cpus": 2, "gpus": []},
+        "control": "none",
+        "wording": 0,
+        "tasks": {"clips_easy_vqa": {**dict.fromkeys(metrics, got), "n": n}},
+        "intervals": {"clips_easy_vqa": dict.fromkeys(metrics, span)},
+        "skipped": {"mmvet": "needs a judge"} if not suffix else {},
+        "failed": {},
+        "samples_file": f"lmms{suffix}_samples.jsonl",
+    } | about
+    (folder / f"lmms{suffix}.json").write_text(json.dumps(result))
+    (folder / f"lmms{suffix}_samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A good run and a worse one, with the reports of both."""
+    folder = tmp_path_factory.mktemp("runs")
+    good, poor = write_run(folder / "good", 0.85), write_run(folder / "poor", 0.7)
+    report.main([*words_of(good, poor)])
+    report.main([str(poor)])
+    return good, poor
+
+
+def words_of(good: Path, poor: Path) -> list[str]:
+    return [str(good), "--against", str(poor), "--baselines", f"[{poor / 'finetune' / 'lmms.json'}]"]
+
+
+def outputs(root: Path) -> tuple[dict[str, Any], str, str]:
+    tree = json.loads((root / "report.json").read_text())
+    return tree, (root / "report.md").read_text(), (root / "report.html").read_text()
+
+
+def test_against_marks_better_and_worse(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    good, poor = runs
+    tree, markdown, page = outputs(good)
+    rows = {row["metric"]: row for row in tree["against"]["metrics"]}
+    assert set(rows) == {"accuracy", "open_accuracy"}  # yes/no answers are not in the samples: nothing is made up
+    found = rows["accuracy"]["difference"]
+    assert rows["accuracy"]["verdict"] == "better" and 0.1 < found["low"] < found["value"] < found["high"] < 0.2
+    assert (found["n"], found["clusters"]) == (400, 100)
+    assert (
+        "▲ better" in markdown and "▲ better" in page and "clips_easy_vqa" not in markdown.split("## Against")[1][:900]
+    )
+    words = [str(poor), "--against", str(good)]
+    assert run_command(report.main, [*words, "--fail_if_worse", "true"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "worse than" in error and "clips_easy_vqa accuracy" in error
+    assert "▼ worse" in (poor / "report.md").read_text(), "the report is written before the command fails"
+    assert run_command(report.main, [*words_of(good, poor), "--fail_if_worse", "true"]) == 0
+    report.main([str(poor)])
+
+
+def test_the_same_run_does_not_differ_and_others_are_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    good, _ = runs
+    report.main([str(write_run(tmp_path / "twin", 0.85)), "--against", str(good)])
+    tree, _, _ = outputs(tmp_path / "twin")
+    assert {row["verdict"] for row in tree["against"]["metrics"]} == {"no difference"}
+    with pytest.raises(UserError, match="shares no metric"):
+        report.main([str(write_run(tmp_path / "other", 0.85, n=396)), "--against", str(good)])
+    with pytest.raises(UserError, match="worse than what"):
+        report.main([str(good), "--fail_if_worse", "true"])
+
+
+def test_report_json_obeys_its_schema(runs: tuple[Path, Path]) -> None:
+    import jsonschema
+
+    schema = json.loads((files("clips_eval") / "data" / "report.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for run in runs:
+        tree, _, _ = outputs(run)
+        jsonschema.validate(tree, schema)
+    tree["mllm"]["easy_vqa"]["accuracy"] = 85.0
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tree, schema)
+
+
+def test_controls_wordings_baselines_and_provenance_are_shown(runs: tuple[Path, Path]) -> None:
+    tree, markdown, page = outputs(runs[0])
+    assert set(tree["controls"]) == {"shuffled", "blank", "no_image"} and set(tree["wordings"]) == {"1", "2"}
+    assert tree["provenance"]["finetune"]["seed"] == 7 and tree["skipped"] == {"mmvet": "needs a judge"}
+    accuracy = tree["mllm"]["easy_vqa"]["accuracy"]
+    head = next(line for line in markdown.splitlines() if line.startswith("| Benchmark"))
+    row = next(line for line in markdown.splitlines() if line.startswith("| easy-VQA |"))
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    for title, less in (("Shuffled", 0.2), ("Blank", 0.25), ("No image", 0.3)):
+        assert float(cells[title]) == pytest.approx(100 * (accuracy - less), abs=4)
+    least, most = cells["Wordings"].split("–")
+    assert float(most) == round(100 * accuracy, 1) and float(least) == pytest.approx(float(most) - 4, abs=2)
+    assert cells["m"].startswith(f"{100 * (accuracy - 0.15):.0f}"[:1]) and "(" in cells["m"]
+    low, high = tree["intervals"]["easy_vqa"]["accuracy"]
+    assert cells["95 %"] == f"{100 * low:.1f}–{100 * high:.1f}"
+    for text in (markdown, page):
+        assert "abababababababab" in text and "needs a judge" in text and "draws pictures" in text
+    assert "Inverse effect" in page
+
+
+def test_report_md_is_a_model_card(runs: tuple[Path, Path]) -> None:
+    from huggingface_hub import ModelCard
+
+    tree, markdown, _ = outputs(runs[0])
+    card = ModelCard(markdown)
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
+    found = {result.metric_name: result for result in card.data.eval_results}
+    assert found["easy-VQA"].metric_value == round(100 * tree["mllm"]["easy_vqa"]["accuracy"], 2)
+    assert found["easy-VQA"].task_type == "visual-question-answering"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 9}, "format 9, of another version"),
+        ({"wording": 1}, "'wording' is 1"),
+        ({"intervals": {"a": {"b": {"least": 0}}}}, "'intervals' are not as"),
+    ],
+)
+def test_results_of_another_version_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    run = write_run(tmp_path / "run", 0.8, n=8)
+    file = run / "finetune" / "lmms.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=words):
+        report.main([str(run)])
+    assert not list(run.glob("report.*"))
+
+
+def test_a_document_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 0.8, n=8)
+    samples = run / "finetune" / "lmms_samples.jsonl"
+    samples.write_text(samples.read_text() + samples.read_text().splitlines()[3] + "\n")
+    with pytest.raises(UserError, match=r"lmms_samples\.jsonl: line 9: document 3 of clips_easy_vqa is there twice"):
+        report.main([str(run)])
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: install it to have the page opened")
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox", "--headless=new", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)], ids=["phone", "desktop"])
+def test_the_page_opens_from_disk_and_fits(runs: tuple[Path, Path], browser: Any, width: int, height: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": height})
+    requests: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto((runs[0] / "report.html").as_uri())
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == [] and errors == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself must not scroll sideways"
+    broken = "[...document.images].filter(image => !image.complete || image.naturalWidth === 0).length"
+    assert page.evaluate("document.images.length") >= 6 and page.evaluate(broken) == 0
+    titles = page.locator("h2").all_inner_texts()
+    assert titles[:2] == ["Encoder: retrieval", "Multimodal LLM: benchmarks"] and "Provenance" in titles
+    small = "e => parseFloat(getComputedStyle(e).fontSize) < 11"
+    tiny = f"[...document.querySelectorAll('p, td, li, th')].filter({small}).length"
+    assert page.evaluate(tiny) == 0, "text that nobody can read on a phone"
+    page.close()
