@@ -49,6 +49,18 @@ def recall_at_k(
         ValueError: shapes that do not fit, or an image without a text.
         NotFinite: an embedding is not finite.
     """
+    found = hits_at_k(images, texts, image_of_text, ks, block)
+    return {key: _share(hits) for key, hits in found.items()}
+
+
+def hits_at_k(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    block: tuple[int, int] = (TEXTS, IMAGES),
+) -> dict[str, Tensor]:
+    """What `recall_at_k` is the share of: for each query whether it counts, (N,) and (M,) bool. Arguments as there."""
     import torch
 
     _check(images, texts, image_of_text)
@@ -60,8 +72,8 @@ def recall_at_k(
             scores = texts[some_texts] @ images[some_images].T
             of_text.add(some_texts, scores, first=some_images.start)
             of_image.add(some_images, scores.T, first=some_texts.start)
-    i2t = {f"i2t_r{k}": _share(of_image.places_of(k, images, texts), image_of_text, rows) for k in ks}
-    t2i = {f"t2i_r{k}": _share(of_text.places_of(k, texts, images), rows, image_of_text) for k in ks}
+    i2t = {f"i2t_r{k}": _hits(of_image.places_of(k, images, texts), image_of_text, rows) for k in ks}
+    t2i = {f"t2i_r{k}": _hits(of_text.places_of(k, texts, images), rows, image_of_text) for k in ks}
     return i2t | t2i
 
 
@@ -102,11 +114,14 @@ def _parts(total: int, most: int) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
-def _share(places: Tensor, image_of_candidate: Tensor, image_of_query: Tensor) -> float:
-    """Share of the queries with a candidate of their own image among `places` (Q, k)."""
+def _hits(places: Tensor, image_of_candidate: Tensor, image_of_query: Tensor) -> Tensor:
+    """Which queries have a candidate of their own image among `places` (Q, k)."""
+    return (image_of_candidate[places] == image_of_query[:, None]).any(dim=1)
+
+
+def _share(hits: Tensor) -> float:
     import torch
 
-    hits = (image_of_candidate[places] == image_of_query[:, None]).any(dim=1)
     return torch.tensor(hits.sum().item() / len(hits), dtype=torch.float32).item()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from clips_eval.report_benchmarks import Benchmarks, Sample
 from clips_eval.report_cells import NONE, Column, Row, Table
 from clips_eval.report_read import RECALLS, Run
+from clips_eval.retrieval_scores import hit_scores, query_clusters
 from clips_eval.uncertainty import Difference, Scores, holm, paired
 from vision_tower.errors import UserError
 
@@ -90,24 +91,11 @@ def _retrieval(ours: Run, theirs: Run) -> Iterable[Compared]:
         return
     for key in RECALLS:
         if key in a.about["hits"] and key in b.about.get("hits", {}):
-            clusters = retrieval_clusters(a.about, key)
+            clusters = query_clusters(a.about, key)
             left, right = (hit_scores(run.about["hits"][key], clusters) for run in (a, b))
             yield Compared(
                 task="retrieval", metric=key, ours=a.recalls[key], theirs=b.recalls[key], difference=paired(left, right)
             )
-
-
-def hit_scores(hits: str, clusters: list[str]) -> Scores:
-    """A string of 0 and 1, a character for each query."""
-    right = [float(hit) for hit in hits]
-    return Scores(numerators=right, denominators=[1.0] * len(right), clusters=clusters)
-
-
-def retrieval_clusters(about: dict[str, Any], key: str) -> list[str]:
-    """The picture of each query: a picture's captions share its luck."""
-    if key.startswith("i2t"):
-        return [str(place) for place in range(len(about["hits"][key]))]
-    return [str(place) for place, count in enumerate(about["captions_per_image"]) for _ in range(count)]
 
 
 def as_tree(compared: list[Compared], other: Run) -> dict[str, Any]:
@@ -118,7 +106,7 @@ def as_tree(compared: list[Compared], other: Run) -> dict[str, Any]:
 
 def against_table(tree: dict[str, Any]) -> Table:
     """Better, worse or no difference, metric by metric."""
-    names = ("Metric", "This run", "Other", "Difference", "95 %", "p", "Verdict")
+    names = ("Metric", "Verdict", "This run", "Other", "Difference", "95 %", "p")
     rows = []
     for row in tree["metrics"]:
         found = row["difference"]
@@ -127,12 +115,12 @@ def against_table(tree: dict[str, Any]) -> Table:
         sign = {"better": "▲ better", "worse": "▼ worse"}.get(row["verdict"], row["verdict"])
         cells = [
             f"{row['task'].removeprefix('clips_')}: {row['metric']}",
+            sign,
             f"{scale * row['ours']:.1f}",
             f"{scale * row['theirs']:.1f}",
             f"{scale * found['value']:+.1f}",
             f"{scale * found['low']:+.1f} to {scale * found['high']:+.1f}",
             f"{found['adjusted']:.3f}" if found["adjusted"] is not None else NONE,
-            sign,
         ]
         rows.append(Row(cells=cells))
     notes = [

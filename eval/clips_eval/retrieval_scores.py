@@ -6,11 +6,13 @@ torch among them would make `--help` take seconds.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips_eval.provenance import diverged
+from clips_eval.uncertainty import Scores, interval
 from vision_tower.errors import NotFinite
 
 if TYPE_CHECKING:
@@ -28,6 +30,40 @@ def score(encoder: Path, found: EmbeddedPairs) -> dict[str, float]:
         return recall_at_k(found.images, found.texts, found.owner, ks=KS)
     except NotFinite as error:
         raise diverged(encoder) from error
+
+
+def trust(found: EmbeddedPairs) -> dict[str, Any]:
+    """Intervals of the recalls by picture, and what they rest on: a 0 or 1 for each query, for comparisons.
+
+    `data_sha256` tells whether two runs were measured on the same captions, in the same order.
+    """
+    from vision_tower.recall import hits_at_k
+
+    hits = {
+        key: "".join("1" if hit else "0" for hit in queries.tolist())
+        for key, queries in hits_at_k(found.images, found.texts, found.owner, ks=KS).items()
+    }
+    told = {"hits": hits, "captions_per_image": found.owner.bincount(minlength=len(found.images)).tolist()}
+    spans = {key: interval(hit_scores(text, query_clusters(told, key))) for key, text in hits.items()}
+    digest = hashlib.sha256("\n".join(found.captions).encode())
+    return {
+        "intervals": {key: {"low": span.low, "high": span.high} for key, span in spans.items()},
+        "data_sha256": digest.hexdigest(),
+        **told,
+    }
+
+
+def hit_scores(hits: str, clusters: list[str]) -> Scores:
+    """A string of 0 and 1, a character for each query, as a metric by document."""
+    right = [float(hit) for hit in hits]
+    return Scores(numerators=right, denominators=[1.0] * len(right), clusters=clusters)
+
+
+def query_clusters(told: dict[str, Any], key: str) -> list[str]:
+    """The picture of each query: a picture's captions share its luck."""
+    if key.startswith("i2t"):
+        return [str(place) for place in range(len(told["hits"][key]))]
+    return [str(place) for place, count in enumerate(told["captions_per_image"]) for _ in range(count)]
 
 
 def examples(found: EmbeddedPairs, folder: Path) -> dict[str, list[dict[str, Any]]]:

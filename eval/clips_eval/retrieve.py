@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import read_text
 from vision_tower.pictures import Pair, Skips
 from vision_tower.recipe import parse_recipe
 
@@ -33,6 +34,8 @@ class RetrieveRecipe:
         caption_column: csv; the column with the caption. shards; the column, or in a tar a key of the json or an ending
             such as txt; one caption or a list.
         separator: csv; what stands between columns.
+        positives: karpathy; a JSON with further right answers (ECCV Caption, CxC), for recall and mAP@R over all.
+        objects: a text file with a name a line; recalls are broken down by the captions that contain it.
         output: where the scores go; ENCODER/retrieval.json if not given.
         batch_size: pictures, or captions, at a time.
         most_bad: share of unreadable pictures above which the run stops; below it they are left out and counted.
@@ -47,6 +50,8 @@ class RetrieveRecipe:
     image_column: str = "image"
     caption_column: str = "caption"
     separator: str = ","
+    positives: Path | None = None
+    objects: Path | None = None
     output: Path | None = None
     batch_size: int = 64
     most_bad: float = 0.01
@@ -58,6 +63,8 @@ class RetrieveRecipe:
             raise UserError(f"--batch_size {self.batch_size}: at least 1 is needed")
         if not 0 <= self.most_bad < 1:
             raise UserError(f"--most_bad {self.most_bad}: a share from 0 to below 1 is needed")
+        if self.positives is not None and self.format != "karpathy":
+            raise UserError(f"--positives {self.positives}: names pictures by ids of a Karpathy JSON; use that format")
         if len(self.separator) != 1:
             raise UserError(f"--separator {self.separator!r}: one character is needed; a tab is $'\\t' in the shell")
 
@@ -73,23 +80,29 @@ def main(argv: list[str]) -> None:
     recipe.check()
     from clips_eval.provenance import provenance
     from clips_eval.report_files import write_json
-    from clips_eval.retrieval_scores import examples, score
+    from clips_eval.retrieval_measures import measures
+    from clips_eval.retrieval_scores import examples, score, trust
     from vision_tower.embedding import embed_pairs
     from vision_tower.encoder import load_encoder
 
+    objects = _names(recipe.objects)
     skips = Skips(recipe.data, recipe.most_bad)
     pairs, total = _pairs(recipe, skips)
     encoder = load_encoder(recipe.encoder, recipe.device)
     found = embed_pairs(encoder, pairs, recipe.batch_size, skips, total=total)
     output = recipe.output or recipe.encoder / "retrieval.json"
+    recalls, told = score(recipe.encoder, found), trust(found)
     result = {
-        **score(recipe.encoder, found),
+        **recalls,
         "n_images": len(found.images),
         "n_texts": len(found.texts),
         "n_skipped": skips.bad,
         "data": recipe.data,
         "split": recipe.split if recipe.format == "karpathy" else None,
+        **measures(found, told["hits"], objects),
+        "multi_positive": _multi_positive(recipe, found),
         **provenance(recipe.encoder, encoder, "retrieve", argv),
+        **told,
         "examples": examples(found, output.parent),
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -119,12 +132,35 @@ def _pairs(recipe: RetrieveRecipe, skips: Skips) -> tuple[Iterable[Pair], int | 
             return stream, count_pairs(recipe.data)
 
 
+def _multi_positive(recipe: RetrieveRecipe, found: Any) -> dict[str, Any] | None:
+    if recipe.positives is None:
+        return None
+    from clips_eval.positives import multi_positive
+
+    return multi_positive(recipe.positives, Path(recipe.data), recipe.split, found)
+
+
+def _names(file: Path | None) -> list[str]:
+    """The lines of a text file that are not blank."""
+    if file is None:
+        return []
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{file}: no names in it; write one a line")
+    return list(dict.fromkeys(names))
+
+
 def _table(result: dict[str, Any], output: Path) -> str:
     from clips_eval.retrieval_scores import KS
 
     head = f"{'':16}" + "".join(f"{f'R@{k}':>8}" for k in KS)
     names = {"i2t": "image to text", "t2i": "text to image"}
-    body = [f"{name:16}" + "".join(f"{result[f'{way}_r{k}']:8.1%}" for k in KS) for way, name in names.items()]
+    body = []
+    for way, name in names.items():
+        body.append(f"{name:16}" + "".join(f"{result[f'{way}_r{k}']:8.1%}" for k in KS))
+        spans = [result["intervals"][f"{way}_r{k}"] for k in KS]
+        ends = "".join(f"{100 * span['low']:.0f}–{100 * span['high']:.0f}".rjust(8) for span in spans)
+        body.append(f"{'  95 %':16}{ends}   median rank {result['median_rank'][way]:.0f}")
     left_out = f" ({result['n_skipped']} unreadable pictures left out)" if result["n_skipped"] else ""
     counts = f"{result['n_images']} images{left_out}, {result['n_texts']} texts; {result['seconds']:.0f} s"
     return "\n".join([head, *body, f"{counts}; written to {output}"])

@@ -1,0 +1,167 @@
+"""Documents per second of `clips_mllm` against lmms-eval's own `llava_hf`: same checkpoint and questions.
+
+    python benchmarks/evaluate_speed.py --checkpoint runs/quickstart/finetune --world runs/quickstart/data
+    python benchmarks/evaluate_speed.py --build TOWER LLM --world runs/quickstart/data    # none trained at hand
+    python benchmarks/evaluate_speed.py … --documents 500 --modes chat simple --batches 1 16
+    python benchmarks/evaluate_speed.py … --startup                                        # start to first answer
+
+500 yes/no questions about 100 pictures (five each) in POPE's form, greedy, through lmms-eval's `simple_evaluate` for
+both. The answers must be identical. `--startup` compares, each in a fresh process, importing `lmms_eval.evaluator`
+with the whole of `clips-mllm evaluate --limit 1`. Seconds depend on the machine, the ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PER_PICTURE = 5
+
+
+def main() -> None:
+    args = arguments()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = args.checkpoint or build(*args.build, folder / "checkpoint")
+        data = questions(args.world, folder / "questions.parquet", args.documents)
+        if args.startup:
+            startup(checkpoint, data, args.repeats)
+        else:
+            compare(checkpoint, data, args)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, help="a LLaVA checkpoint")
+    parser.add_argument("--build", nargs=2, metavar=("TOWER", "LLM"), help="join these with a random projector instead")
+    parser.add_argument("--world", type=Path, required=True, help="folder of 'clips-mllm data sample'")
+    parser.add_argument("--documents", type=int, default=500)
+    parser.add_argument("--modes", nargs="+", default=["chat"], choices=["chat", "simple"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--startup", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3, help="of --startup; the best of each counts")
+    args = parser.parse_args()
+    if (args.checkpoint is None) == (args.build is None):
+        parser.error("give either --checkpoint or --build")
+    return args
+
+
+def build(tower: str, llm: str, folder: Path) -> Path:
+    """A checkpoint with a random projector: the same work as a trained one, other answers."""
+    import torch
+
+    from clips_mllm.checkpoint import build_mllm, save_mllm
+    from clips_mllm.prompts import load_template
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    model, processor = build_mllm(tower, llm, feature_layer=-2, feature_select="full", dtype=torch.float32)
+    processor.chat_template = processor.tokenizer.chat_template = load_template("chatml")
+    save_mllm(model, processor, folder)
+    return folder
+
+
+def questions(world: Path, file: Path, count: int) -> Path:
+    """POPE's form over test scenes: `count` questions, five a picture, about the objects of the sample world."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, Image, Value
+
+    asked = pq.read_table(world / "eval" / "pope_random.parquet", columns=["question"])["question"].to_pylist()
+    pictures = sorted((world / "retrieval" / "images").glob("*.png"))[: -(-count // PER_PICTURE)]
+    rng = random.Random(0)
+    rows = []
+    for place in range(count):
+        content = io.BytesIO(pictures[place // PER_PICTURE].read_bytes()).getvalue()
+        row = {"question": rng.choice(asked), "answer": "yes", "image": {"bytes": content, "path": None}}
+        rows.append({"id": str(place), "question_id": str(place), **row, "image_source": "s", "category": "random"})
+    names = ("id", "question_id", "question", "answer", "image_source", "category")
+    schema = Features({**{name: Value("string") for name in names}, "image": Image()}).arrow_schema
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+    return file
+
+
+def compare(checkpoint: Path, data: Path, args: argparse.Namespace) -> None:
+    """Stock, then ours at each batch size, in each mode."""
+    for mode in args.modes:
+        seconds, expected = measure(checkpoint, data, args, mode, engine="llava_hf", batch_size=1)
+        rate = args.documents / seconds
+        print(f"{mode:7} llava_hf    batch  1: {rate:6.2f} documents/s", flush=True)
+        for batch_size in args.batches:
+            seconds, answers = measure(checkpoint, data, args, mode, engine="clips_mllm", batch_size=batch_size)
+            same = sum(a == b for a, b in zip(answers, expected, strict=True))
+            ours = args.documents / seconds
+            print(
+                f"{mode:7} clips_mllm  batch {batch_size:2}: {ours:6.2f} documents/s, ratio {ours / rate:5.2f}, "
+                f"{same} of {args.documents} answers identical",
+                flush=True,
+            )
+
+
+def measure(
+    checkpoint: Path, data: Path, args: argparse.Namespace, mode: str, *, engine: str, batch_size: int
+) -> tuple[float, list[str]]:
+    """Seconds from requests to scored answers, models loaded before; and the answers."""
+    from clips_eval.lmms_engines import load, model_for
+    from clips_eval.lmms_journal import Journal
+    from clips_eval.lmms_recipe import EvaluateRecipe, TaskSpec
+    from clips_eval.lmms_run import evaluate_task, quiet_libraries
+    from clips_eval.lmms_tasks import index_tasks, load_task
+
+    spec = TaskSpec(task="clips_pope_random", data=str(data))
+    recipe: Any = EvaluateRecipe(
+        checkpoint=str(checkpoint),
+        tasks=[spec],
+        model=engine,  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        dtype=args.dtype,
+        device="cpu",
+    )
+    with quiet_libraries(), tempfile.TemporaryDirectory() as cache:
+        manager = index_tasks([spec])
+        (task,) = load_task(spec, manager, Path(cache), recipe.mode).values()
+        model = model_for(recipe, load(recipe), recipe.variants[0], Journal(Path(cache) / "answers", {}))
+        start = time.perf_counter()
+        found = evaluate_task(model, task, manager, recipe, Path(cache) / "out.json")
+        seconds = time.perf_counter() - start
+    samples = sorted(found["samples"]["clips_pope_random"], key=lambda sample: sample["doc_id"])
+    return seconds, [str(sample["filtered_resps"][0]) for sample in samples]
+
+
+def startup(checkpoint: Path, data: Path, repeats: int) -> None:
+    """Both in fresh processes, in turns."""
+    folder = data.parent
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps({"tasks": [{"task": "clips_pope_random", "data": str(data)}], "device": "cpu"}))
+    output = ["--output", str(folder / "lmms.json")]
+    commands = {
+        "import lmms_eval.evaluator": [sys.executable, "-c", "import lmms_eval.evaluator"],
+        "clips-mllm evaluate --limit 1": [
+            *(sys.executable, "-m", "clips_mllm.cli", "evaluate", str(checkpoint)),
+            *("--config", str(recipe), "--limit", "1", *output),
+        ],
+    }
+    best = dict.fromkeys(commands, float("inf"))
+    for _ in range(repeats):
+        for name, words in commands.items():
+            start = time.perf_counter()
+            subprocess.run(words, check=True, capture_output=True)
+            best[name] = min(best[name], time.perf_counter() - start)
+    imported, whole = best.values()
+    for name, seconds in best.items():
+        print(f"{name:32} {seconds:6.2f} s")
+    print(f"ratio {whole / imported:.2f}")
+
+
+if __name__ == "__main__":
+    main()
