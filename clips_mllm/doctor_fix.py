@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -64,20 +65,24 @@ def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
 
 
 def copy_shard(shard: str, folder: Path, names: frozenset[str], bad: Collection[int]) -> None:
-    """The good rows of a pretraining shard, into a shard of the same name."""
+    """The good rows of a pretraining shard, into a shard of the same name; none where there is no good row."""
     from vision_tower.shards import BadShard, read_shard
 
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(shard.partition("?")[0]).name
-    rows = (row for row in read_shard(shard, names, lambda number: number not in bad))
-    with _whole(folder / name) as work:
+
+    def good() -> Iterator[Any]:
         try:
-            if name.endswith(".parquet"):
-                _write_parquet(work, rows)
-            else:
-                _write_tar(work, rows)
+            yield from read_shard(shard, names, lambda number: number not in bad)
         except BadShard:
-            pass  # counted by the doctor; what came before the fault is kept
+            return  # counted by the doctor; what came before the fault is kept
+
+    rows = good()
+    first = next(rows, None)
+    if first is None:
+        return
+    with _whole(folder / name) as work:
+        (_write_parquet if name.endswith(".parquet") else _write_tar)(work, itertools.chain([first], rows))
 
 
 def _write_tar(work: Path, rows: Iterator[Any]) -> None:

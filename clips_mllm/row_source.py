@@ -23,6 +23,7 @@ HUB = "hf://datasets/"
 JSON_ENDINGS = (".json", ".jsonl")
 CHUNK = 2000  # rows that a worker checks at a time
 CHUNK_WITH_PICTURES = 100
+HERE = b"\0"  # in the place of a picture's bytes
 
 
 def is_json(source: InstructionSource) -> bool:
@@ -96,7 +97,7 @@ def table_chunks(table: Dataset, size: int = CHUNK_WITH_PICTURES) -> Iterator[li
 
 
 def without_bytes(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose pictures are there, but empty: light to hand to another process."""
+    """A row whose pictures are there, but no more than a byte: light to hand to another process."""
     light = dict(row)
     for key in ("image", "images"):
         found = light.get(key)
@@ -108,7 +109,7 @@ def without_bytes(row: dict[str, Any]) -> dict[str, Any]:
 def _light(found: Any) -> Any:
     match found:
         case bytes():
-            return b""
+            return HERE
         case {"bytes": bytes()}:
-            return found | {"bytes": b""}
+            return found | {"bytes": HERE}
     return found

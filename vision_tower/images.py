@@ -43,7 +43,9 @@ def decode_image(content: bytes, least: int | None = None) -> Image.Image:
         if least is not None:
             picture.draft("RGB", (least, least))
         return picture.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, *_BROKEN) as error:
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image, by its first bytes") from error
+    except (Image.DecompressionBombError, *_BROKEN) as error:
         raise BadImage(str(error) or type(error).__name__) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
