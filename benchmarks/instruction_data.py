@@ -23,7 +23,8 @@ from pathlib import Path
 from PIL import Image
 
 WORDS = ("the", "a", "cat", "dog", "on", "red", "table", "of", "and", "is", "what", "where", "many", "shows", "left")
-PICTURES = 2000  # distinct; rows share them
+PICTURES = 2000  # of `memory`; rows share them. The doctor has a file a row.
+DISTINCT = 500  # the other files are links to them
 
 
 def write_world(folder: Path, rows: int, pictures: int) -> None:
@@ -31,8 +32,11 @@ def write_world(folder: Path, rows: int, pictures: int) -> None:
     rng = random.Random(0)
     (folder / "images").mkdir()
     for number in range(pictures):
-        noise = Image.effect_noise((224, 224), 60).convert("RGB")
-        noise.save(folder / "images" / f"{number:06d}.jpg", quality=80)
+        file = folder / "images" / f"{number:06d}.jpg"
+        if number < DISTINCT:
+            Image.effect_noise((224, 224), 60).convert("RGB").save(file, quality=80)
+        else:
+            os.link(folder / "images" / f"{number % DISTINCT:06d}.jpg", file)
     with (folder / "rows.json").open("w") as out:
         for number in range(rows):
             turns = []

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import LlavaImageProcessor, LlavaProcessor
+from transformers import LlavaImageProcessor, LlavaNextProcessor, LlavaProcessor
 
 from clips_mllm.chat_template import template_for
 from clips_mllm.llava_json import Example
@@ -24,11 +24,13 @@ from clips_mllm.mixture import mix
 from clips_mllm.packing import Row, fill, pack
 from clips_mllm.prompts import IGNORED, Rendered, Unsupervised, render
 from clips_mllm.row_store import RowStore, say
+from clips_mllm.tiles import AnyProcessor, tiled_tokens
 from clips_mllm.train_recipe import InstructionRecipe
 from vision_tower.errors import UserError
 from vision_tower.images import BadImage, decode_image
 from vision_tower.training import is_main_process
 
+IMAGE_INPUTS = ("pixel_values", "image_sizes")  # sizes where pictures have tiles
 SETTLED = 200  # samples seen before the share of unusable ones may stop a run
 
 
@@ -104,7 +106,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         store, at = self.examples.where(index)
         example = store.example(at)
         pictures = [self._picture(store, at, name) for name in example.images]
-        rendered = self.render(example)
+        rendered = self.render(example, pictures)
         return {"ids": rendered.ids, "labels": rendered.labels, "images": pictures}, rendered
 
     def describe(self, index: int) -> str:
@@ -112,13 +114,13 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         store, at = self.examples.where(index)
         return f"{store.source.file}: row {store.number(at)}"
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example, pictures: list[Image.Image]) -> Rendered:
         """Ids and labels of an example."""
         return render(
             example.messages,
             template=self.template,
             tokenizer=self.processor.tokenizer,
-            image_tokens=image_tokens(self.processor),
+            image_tokens=picture_tokens(self.processor, pictures),
             max_length=self.recipe.max_length,
         )
 
@@ -146,8 +148,15 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         return self.examples.lengths()
 
 
+def picture_tokens(processor: AnyProcessor, pictures: list[Image.Image]) -> list[int]:
+    """Positions that each picture takes in the sequence."""
+    if isinstance(processor, LlavaNextProcessor):
+        return tiled_tokens(processor, pictures)
+    return [image_tokens(processor)] * len(pictures)
+
+
 def image_tokens(processor: LlavaProcessor) -> int:
-    """Positions that one picture takes in the sequence."""
+    """Positions that any picture takes in the sequence of stock LLaVA."""
     size = processor.image_processor.size
     crop = getattr(processor.image_processor, "crop_size", None)
     side = (crop or size).get("height") or size["shortest_edge"]
@@ -161,9 +170,11 @@ def make_square(processor: LlavaProcessor, square: Literal["squash", "pad", "cro
     `crop` leaves a tower's processor as it came: OpenAI CLIP's scales the shorter side and crops the middle.
 
     Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares pictures in the
-    way that it was trained with.
+    way that it was trained with. Tiles are padded by their own processor.
     """
     own = processor.image_processor
+    if isinstance(processor, LlavaNextProcessor):
+        return
     if square == "pad":
         processor.image_processor = LlavaImageProcessor(
             do_pad=True,
@@ -185,6 +196,8 @@ def make_square(processor: LlavaProcessor, square: Literal["squash", "pad", "cro
 class InstructionCollator:
     """Samples -> right-padded `input_ids`, `attention_mask`, `labels` (b, s) and `pixel_values` (images, 3, h, w).
 
+    With tiles `pixel_values` is (images, tiles, 3, h, w), and `image_sizes` (images, 2) stands beside it.
+
     A batch without any picture gets a blank one whose tokens are masked padding: then every rank always runs tower and
     projector, and no collective of ZeRO waits for a rank that has only text. With `packing`, samples share rows, and
     `position_ids` that start again stand in the place of `attention_mask` (packing.py).
@@ -198,17 +211,18 @@ class InstructionCollator:
         if any(sample["images"] for sample in samples):
             blank = []
         else:
-            count = image_tokens(self.processor)
+            picture = blank_picture()
+            count = picture_tokens(self.processor, [picture])[0]
             ids, labels = [self.processor.image_token_id] * count, [IGNORED] * count
-            blank = [{"ids": ids, "labels": labels, "images": [blank_picture()]}]
+            blank = [{"ids": ids, "labels": labels, "images": [picture]}]
         pad = self.processor.tokenizer.pad_token_id
         if self.packing == "none":
             samples, tokens = [*samples, *blank], self._padded(samples, blank, pad)
         else:
             samples, tokens = self._packed([*samples, *blank], pad)
         pictures = [picture for sample in samples for picture in sample["images"]]
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return {**tokens, "pixel_values": pixels}
+        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")
+        return tokens | {name: pixels[name] for name in IMAGE_INPUTS if name in pixels}
 
     @staticmethod
     def _padded(samples: list[dict[str, Any]], blank: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from clips_mllm.checkpoint import add_image_token
 from clips_mllm.doctor_recipe import RenderRecipe
 from clips_mllm.llava_json import Example
 from clips_mllm.prompts import Rendered, render
+from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained
 
 if TYPE_CHECKING:
@@ -61,8 +62,13 @@ def _is_llava(model: str) -> bool:
 
 def _image_tokens(model: str) -> int:
     """Of a checkpoint's processor; LLaVA-1.5's where there is none."""
-    from transformers import LlavaProcessor
+    from transformers import AutoProcessor, LlavaProcessor
 
     from clips_mllm.data import image_tokens
 
-    return image_tokens(read_pretrained(LlavaProcessor, model)) if _is_llava(model) else LLAVA_TOKENS
+    if not _is_llava(model):
+        return LLAVA_TOKENS
+    processor = read_pretrained(AutoProcessor, model)
+    if not isinstance(processor, LlavaProcessor):
+        raise UserError(f"{model}: its pictures have tiles, as many as their shape asks for; give --image_tokens")
+    return image_tokens(processor)

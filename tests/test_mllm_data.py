@@ -339,6 +339,37 @@ def test_grouped_order(pictures: int, texts: int, batch: int) -> None:
         assert first.max() - first.min() > 20, "batches themselves come in random order"
 
 
+def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
+    """The order as it was first written, with lists: recipes of before must go on with the same samples."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches: list[list[int]] = []
+    rest: list[int] = []
+    for with_picture in (True, False):
+        members = [index for index in order if (lengths[index] > 0) == with_picture]
+        for start in range(0, len(members), 50 * batch):
+            chunk = sorted(members[start : start + 50 * batch], key=lambda index: -abs(lengths[index]))
+            cut = len(chunk) - len(chunk) % batch
+            batches += [chunk[at : at + batch] for at in range(0, cut, batch)]
+            rest += chunk[cut:]
+    batches += [rest[at : at + batch] for at in range(0, len(rest) - batch + 1, batch)]
+    tail = rest[len(rest) - len(rest) % batch :]
+    shuffled = [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
+    return [index for members in shuffled for index in members] + tail
+
+
+@pytest.mark.parametrize(("pictures", "texts", "batch"), [(203, 51, 8), (5, 2, 8), (0, 20, 4), (900, 3, 2), (1, 0, 1)])
+def test_the_grouped_order_is_what_it_always_was(pictures: int, texts: int, batch: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 30, (pictures + texts,), generator=random)  # many of the same length
+    lengths[torch.randperm(len(lengths), generator=random)[:texts]] *= -1
+    sampler = LengthGroupedSampler(lengths.numpy().astype("int32"), batch, seed=5)
+    sampler.set_epoch(2)
+    found = list(sampler)
+    assert found == naive_order(lengths.tolist(), batch, seed=7)
+    assert {type(index) for index in found} <= {int}
+
+
 def test_lengths_tell_pictures_from_text(tmp_path: Path, mllm: Mllm) -> None:
     picture(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2 plus 2?", "Four.")]

@@ -1,0 +1,95 @@
+"""High resolution by tiles, with the stock LLaVA-NeXT classes: an opt-in that leaves LLaVA's own.
+
+A picture is shown whole, and again in up to `most` tiles of the tower's size, laid out to fit its shape; a learned
+vector ends each row of patches. The checkpoint is a `LlavaNextForConditionalGeneration` with a `LlavaNextProcessor`.
+Sequences grow with the tiles: four of 576 patches are up to 2,928 positions a picture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+AnyProcessor: TypeAlias = LlavaProcessor | LlavaNextProcessor
+
+
+def grid(tile: int, most: int) -> list[list[int]]:
+    """(height, width) in pixels of every layout of 2 to `most` tiles."""
+    sides = range(1, most + 1)
+    return [[rows * tile, columns * tile] for rows in sides for columns in sides if 2 <= rows * columns <= most]
+
+
+def with_tiles(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, most: int
+) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    """The same tower, projector and LLM in LLaVA-NeXT's classes.
+
+    Args:
+        most: tiles of a picture, beside the whole of it.
+    """
+    own = model.config
+    tile = own.vision_config.image_size
+    layouts = grid(tile, most)
+    config = LlavaNextConfig(
+        vision_config=own.vision_config,
+        text_config=own.text_config,
+        image_token_index=own.image_token_id,
+        projector_hidden_act=own.projector_hidden_act,
+        vision_feature_layer=own.vision_feature_layer,
+        vision_feature_select_strategy=own.vision_feature_select_strategy,
+        image_seq_length=own.image_seq_length,
+        tie_word_embeddings=own.tie_word_embeddings,
+        image_grid_pinpoints=layouts,
+    )
+    tiled = LlavaNextForConditionalGeneration._from_config(config, dtype=model.dtype)
+    tiled.model.vision_tower = model.model.vision_tower
+    tiled.model.multi_modal_projector = model.model.multi_modal_projector
+    tiled.model.language_model = model.model.language_model
+    tiled.lm_head = model.lm_head
+    tiled.tie_weights()
+    tiled.generation_config = model.generation_config
+    square = {"height": tile, "width": tile}
+    images = processor.image_processor
+    return tiled, LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size=square,
+            crop_size=square,
+            do_center_crop=False,
+            resample=images.resample,
+            image_mean=images.image_mean,
+            image_std=images.image_std,
+            image_grid_pinpoints=layouts,
+        ),
+        tokenizer=processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    )
+
+
+def tiled_tokens(processor: LlavaNextProcessor, pictures: list[Image.Image]) -> list[int]:
+    """Positions of each picture, by the stock processor's own count."""
+    tile = processor.image_processor.size["height"]
+    dropped = processor.vision_feature_select_strategy == "default"
+    return [
+        processor._get_number_of_features(picture.height, picture.width, tile, tile) - dropped for picture in pictures
+    ]
+
+
+def row_end(model: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The vector that ends a row of patches, which trains with the projector; stock LLaVA has none."""
+    return model.model.image_newline if isinstance(model, LlavaNextForConditionalGeneration) else None
