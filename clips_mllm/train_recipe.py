@@ -22,8 +22,6 @@ class MllmRecipe:
             [-2, -5], are concatenated.
         feature_select: "full" keeps every position, "default" drops the class token; "auto" keeps the patches alone.
         image_size: side in pixels for which the tower's positions are computed anew; none keeps its own.
-        tiles: high resolution: a picture is shown whole and in up to so many tiles of the tower's size, by the stock
-            LLaVA-NeXT classes instead of LLaVA's; 0 is stock LLaVA.
         attention: how attention is computed; auto leaves the choice to transformers.
     """
 
@@ -33,7 +31,6 @@ class MllmRecipe:
     feature_layer: int | list[int] = -2
     feature_select: Literal["auto", "full", "default"] = "auto"
     image_size: int | None = None
-    tiles: int = 0
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
     def check(self) -> None:
@@ -41,8 +38,6 @@ class MllmRecipe:
         pair = self.tower is not None and self.llm is not None
         if pair == (self.checkpoint is not None) or (self.tower is None) != (self.llm is None):
             raise UserError("model: give either 'checkpoint', or both 'tower' and 'llm'")
-        if self.tiles < 0 or self.tiles == 1 or (self.tiles and self.checkpoint is not None):
-            raise UserError(f"model.tiles={self.tiles}: 0, or from 2 on where tower and llm are joined")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

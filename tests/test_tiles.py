@@ -77,39 +77,3 @@ def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_pat
     picture = Image.open(tmp_path / "1.png")
     ids = used(text=used.apply_chat_template(dataset.examples[2].messages), images=[picture])["input_ids"][0]
     assert ids == dataset[2]["ids"]
-
-
-def test_both_stages_by_the_command(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    from clips_mllm.train import main
-
-    common = {
-        "data.images": sample_world / "llava" / "images",
-        "data.template": "chatml",
-        "data.max_length": 512,
-        "training.precision": "fp32",
-        "training.global_batch_size": 4,
-        "training.device_batch_size": 4,
-        "training.max_steps": 2,
-        "training.log_every": 1,
-        "training.workers": 0,
-    }
-    align = {
-        "output_dir": tmp_path / "align",
-        "model.tower": encoder_dir / "tower",
-        "model.llm": sample_world / "llm",
-        "model.tiles": 2,
-        "data.file": sample_world / "llava" / "stage1.json",
-    }
-    finetune = {
-        "output_dir": tmp_path / "finetune",
-        "model.checkpoint": tmp_path / "align",
-        "stage.llm": "true",
-        "data.file": sample_world / "llava" / "stage2.json",
-    }
-    for values in (align, finetune):
-        main([word for name, value in (common | values).items() for word in (f"--{name}", str(value))])
-    start, after = (
-        LlavaNextForConditionalGeneration.from_pretrained(tmp_path / name).model for name in ("align", "finetune")
-    )
-    assert not torch.equal(start.image_newline, after.image_newline), "it trains with the projector"
-    assert AutoProcessor.from_pretrained(tmp_path / "finetune").image_processor.image_grid_pinpoints == grid(96, 2)
