@@ -102,3 +102,21 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("mllm")
     save_mllm(model, processor, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny MLLM with weights so large that every prompt and picture has another answer."""
+    import torch
+
+    from clips_mllm.checkpoint import load_mllm, save_mllm
+
+    mllm = load_mllm(mllm_dir, device="cpu", dtype="float32")
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in mllm.model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+    folder = tmp_path_factory.mktemp("talker")
+    save_mllm(mllm.model, mllm.processor, folder)
+    return folder

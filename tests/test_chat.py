@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import select
 import shutil
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
 from PIL import Image
 
-from clips_mllm.chat import ChatRecipe, Conversation, main
-from clips_mllm.checkpoint import load_mllm, save_mllm
+from clips_mllm.chat import main
+from clips_mllm.checkpoint import load_mllm
+from clips_mllm.talk.conversation import Conversation
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.pictures import read_picture
+from clips_mllm.talk.sampling import Sampling
+from clips_mllm.talk.terminal import Terminal
 from vision_tower.errors import UserError
 
 TOKENS = 10
+GREEDY = Sampling(max_new_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
-def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny MLLM with weights so large that every prompt and picture has another answer."""
-    mllm = load_mllm(mllm_dir, device="cpu", dtype="float32")
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in mllm.model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.25)
-    folder = tmp_path_factory.mktemp("talker")
-    save_mllm(mllm.model, mllm.processor, folder)
-    return folder
+def engine(talker: Path) -> Iterator[Engine]:
+    with Engine(load_mllm(talker, device="cpu")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +85,10 @@ def test_one_question(talker: Path, pictures: list[Path], capsys: pytest.Capture
     assert blind != seen
 
 
-def test_pieces_join_to_the_whole_answer(talker: Path, pictures: list[Path]) -> None:
-    conversation = Conversation(ChatRecipe(model=str(talker), max_new_tokens=TOKENS, device="cpu"))
-    conversation.add_image(str(pictures[1]))
-    pieces = list(conversation.ask("Tell me all."))
+def test_pieces_join_to_the_whole_answer(engine: Engine, talker: Path, pictures: list[Path]) -> None:
+    conversation = Conversation(engine)
+    conversation.waiting.append(read_picture(pictures[1]))
+    pieces = list(conversation.ask("Tell me all.", GREEDY))
     assert len(pieces) > 1
     assert "".join(pieces) == plain_answer(talker, [asked("Tell me all.", 1)], pictures[1:])
     assert conversation.messages == [asked("Tell me all.", 1), answered("".join(pieces))]
@@ -132,16 +137,18 @@ def test_sampling(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first != second
 
 
-def test_what_the_generating_thread_raises_reaches_the_caller(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = Conversation(ChatRecipe(model=str(talker), max_new_tokens=TOKENS, device="cpu"))
+def test_what_the_generating_thread_raises_reaches_the_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation(engine)
 
-    def fail(**_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(conversation.mllm.model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(conversation.ask("Why?"))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "read", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(conversation.ask("Why?", GREEDY))
     assert conversation.messages == [], "a turn without an answer is not remembered"
+    assert list(conversation.ask("Why?", GREEDY)), "the engine goes on"
 
 
 def test_a_stage_1_checkpoint_needs_a_picture(talker: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -154,3 +161,146 @@ def test_a_stage_1_checkpoint_needs_a_picture(talker: Path, pictures: list[Path]
     with pytest.raises(UserError, match="room for pictures only"):
         main(arguments(folder, "--question", "Why?"))
     main(arguments(folder, "--image", str(pictures[0]), "--question", "Why?"))
+
+
+def test_every_command(
+    talker: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Several pictures with quotes and escapes, dropped files, undo, retry, system, params, save and load."""
+    one, two = pictures
+    escaped = str(two).replace(" ", "\\ ")
+    lines = [f"/image '{one}' {escaped}", "Which?", "/retry", "/undo", "Why?", f"/save {tmp_path / 'kept.json'}"]
+    lines += ["/reset", f"{escaped} file://{quote(str(one))}", "And these?", "/system Be brief.", "Well?"]
+    lines += [
+        "/params max_new_tokens=3",
+        "More?",
+        f"/load {tmp_path / 'kept.json'}",
+        "/params max_new_tokens=10",
+        "So?",
+    ]
+    pipe(monkeypatch, *lines)
+    main(arguments(talker))
+    first = plain_answer(talker, [asked("Which?", 2)], pictures)
+    why = plain_answer(talker, [asked("Why?", 2)], pictures)
+    these = plain_answer(talker, [asked("And these?", 2)], [two, one])
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    well = plain_answer(talker, [system, asked("Well?")], [])
+    row = json.loads((tmp_path / "kept.json").read_text())[0]
+    assert row["image"] == [str(one), str(two)]
+    assert row["conversations"][0] == {"from": "human", "value": "<image>\n<image>\nWhy?"}
+    so = plain_answer(talker, [asked("Why?", 2), answered(why.strip()), asked("So?")], pictures)
+    said = capsys.readouterr()
+    assert said.out.startswith("".join(f"{text}\n" for text in (first, first, why, these, well)))
+    assert said.out.endswith(f"\n{so}\n")
+    more = said.out.removeprefix("".join(f"{text}\n" for text in (first, first, why, these, well))).removesuffix(
+        f"{so}\n"
+    )
+    assert 0 < len(more) < len(well)
+    assert "error:" not in said.err and "taken back: Which?" in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/image", "name a file"),
+        ("/image 'open", "quote a path"),
+        ("/undo", "nothing was said"),
+        ("/save x.json", "nothing to save"),
+        ("/load gone.json", "no such file"),
+        ("/params colour=red", "no 'colour'"),
+        ("/params temperature=hot", "takes a number"),
+        ("/params top_p=2", "top_p=2.0"),
+        ("/dance", "no such command"),
+    ],
+)
+def test_slips_in_commands(engine: Engine, line: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Terminal(engine, GREEDY).obey(line)
+
+
+SLOW = """
+import sys, time
+from clips_mllm.talk import batch, engine
+from clips_mllm import chat
+step, start = batch.Batch.step, engine.Engine.__init__
+def slow(self, cursors):
+    time.sleep(0.05)
+    return step(self, cursors)
+def endless(self, *words, **options):
+    start(self, *words, **options)
+    self.ends = set()
+batch.Batch.step, engine.Engine.__init__ = slow, endless
+chat.main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Path) -> None:
+    """A real terminal: an endless answer is interrupted, the next question is answered, /quit ends with 0."""
+    import pty
+
+    mine, its = pty.openpty()
+    words = [sys.executable, "-c", SLOW, str(talker), "--device", "cpu", "--max_new_tokens", "600"]
+    process = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, preexec_fn=lambda: take_terminal(its))
+    os.close(its)
+    seen = Screen(mine)
+    try:
+        seen.wait_for("you> ")
+        seen.type("Why?\n")
+        seen.wait_for("Why?\r\n")
+        seen.more_than(20)
+        seen.type("\x03")
+        seen.wait_for("stopped")
+        seen.wait_for("you> ")
+        seen.type("\x03")
+        seen.wait_for("/quit ends the program")
+        seen.type("/params max_new_tokens=4\n")
+        seen.wait_for("max_new_tokens=4")
+        seen.wait_for("you> ")
+        seen.type("And now?\n")
+        seen.wait_for("And now?\r\n")
+        seen.wait_for("you> ")
+        seen.type("/quit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(mine)
+
+
+def take_terminal(terminal: int) -> None:
+    """Make it the controlling terminal, so that Ctrl-C becomes a signal."""
+    import fcntl
+    import termios
+
+    os.setsid()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
+class Screen:
+    """What a terminal shows."""
+
+    def __init__(self, terminal: int) -> None:
+        self.terminal = terminal
+        self.text = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.terminal, keys.encode())
+
+    def wait_for(self, words: str) -> None:
+        """Read on until they appear; what stood before is forgotten."""
+        self._read_until(lambda: words in self.text)
+        self.text = self.text.partition(words)[2]
+
+    def more_than(self, characters: int) -> None:
+        self._read_until(lambda: len(self.text) > characters)
+
+    def _read_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            ready, _, _ = select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"waited in vain; the screen shows: {self.text!r}"
+            self.text += os.read(self.terminal, 4096).decode(errors="replace")

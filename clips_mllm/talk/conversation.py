@@ -1,0 +1,168 @@
+"""A conversation: turns, the pictures shown in them, and its form as a row of LLaVA JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clips_mllm.llava_json import BadRow, to_example
+from clips_mllm.prompts import IMAGE, Message
+from clips_mllm.talk.prompt import Picture
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from clips_mllm.talk.engine import Engine
+    from clips_mllm.talk.sampling import Sampling
+
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def count_pictures(messages: list[Message]) -> int:
+    """Placeholders in messages whose contents are lists of parts."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def question(text: str, pictures: int) -> Message:
+    """A question with its pictures before it."""
+    return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+
+
+def statement(role: str, text: str) -> Message:
+    """What the model or the system says."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The end of a conversation that fits the context, and how many turns before it were left out."""
+
+    messages: list[Message]
+    pictures: list[Picture]
+    dropped: int
+
+
+def fit(engine: Engine, messages: list[Message], pictures: list[Picture], sampling: Sampling) -> Fitted:
+    """Leave out the oldest whole turns, with their pictures, until prompt and answer fit; the system's words stay.
+
+    Raises:
+        TooLong: by the engine later, where the last question alone does not fit.
+    """
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    turns, dropped = messages[len(system) :], 0
+    while True:
+        length = len(engine.prompt([*system, *turns], pictures).ids) + sampling.max_new_tokens
+        later = [place for place, message in enumerate(turns) if message["role"] == "user" and place > 0]
+        if length <= engine.context or not later:
+            return Fitted([*system, *turns], pictures, dropped)
+        gone, turns = turns[: later[0]], turns[later[0] :]
+        pictures = pictures[count_pictures(gone) :]
+        dropped += 1
+
+
+class Conversation:
+    """Turns with an engine. Pictures added before a question belong to that question."""
+
+    def __init__(self, engine: Engine, notice: Callable[[str], None] = lambda line: None) -> None:
+        self.engine = engine
+        self.notice = notice
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything said and shown."""
+        self.system: str | None = None
+        self.turns: list[Message] = []
+        self.pictures: list[Picture] = []
+        self.waiting: list[Picture] = []
+        self.forgotten = 0
+
+    @property
+    def messages(self) -> list[Message]:
+        """All turns, after the system's words."""
+        return [*([statement("system", self.system)] if self.system else []), *self.turns]
+
+    def ask(self, text: str, sampling: Sampling) -> Generator[str, None, None]:
+        """The answer in pieces, as they are generated; the turn is remembered once it is complete.
+
+        Ctrl-C while waiting for a piece, or `close()` of the iterator, ends the answer; what was said is remembered.
+        """
+        from clips_mllm.talk.engine import Answer
+
+        shown = self.waiting
+        asked = [*self.turns, question(text, len(shown))]
+        fitted = fit(self.engine, self._prefixed(asked), [*self.pictures, *shown], sampling)
+        self._tell_of_cut(fitted.dropped)
+        prompt = self.engine.prompt(fitted.messages, fitted.pictures)
+        answer = Answer(self.engine, prompt, sampling)
+        pieces: list[str] = []
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                yield piece
+        except (KeyboardInterrupt, GeneratorExit):
+            answer.stop()
+            pieces += answer  # the token that was being computed
+            self._remember(asked, shown, pieces)
+            raise
+        self._remember(asked, shown, pieces)
+
+    def _remember(self, asked: list[Message], shown: list[Picture], pieces: list[str]) -> None:
+        self.turns = [*asked, statement("assistant", "".join(pieces))]
+        self.pictures, self.waiting = [*self.pictures, *shown], []
+
+    def _prefixed(self, turns: list[Message]) -> list[Message]:
+        return [*([statement("system", self.system)] if self.system else []), *turns]
+
+    def _tell_of_cut(self, dropped: int) -> None:
+        if dropped > self.forgotten:
+            self.notice(f"the conversation is longer than the model's context; its first {dropped} turns are left out")
+        self.forgotten = dropped
+
+    def undo(self) -> str:
+        """Take back the last question and its answer; the question's pictures wait again. Returns the question."""
+        if not self.turns:
+            raise UserError("nothing was said yet")
+        asked = self.turns[-2]
+        shown = count_pictures([asked])
+        self.turns = self.turns[:-2]
+        at = len(self.pictures) - shown
+        self.pictures, self.waiting = self.pictures[:at], [*self.pictures[at:], *self.waiting]
+        return "".join(part["text"] for part in asked["content"] if part["type"] == "text")
+
+    def to_row(self, name: str) -> dict[str, Any]:
+        """A row of LLaVA JSON. Raises UserError where nothing was said, or a picture is in no file."""
+        if not self.turns:
+            raise UserError("nothing was said yet, so there is nothing to save")
+        files = [picture.file for picture in self.pictures]
+        row: dict[str, Any] = {"id": name}
+        if files:
+            row["image"] = files[0] if len(files) == 1 else files
+        return row | {"conversations": [to_turn(message) for message in self.messages]}
+
+    def load_row(self, row: Any, folder: Path) -> None:
+        """Take up a conversation; its pictures' paths are relative to `folder`.
+
+        Raises:
+            UserError: no row of LLaVA JSON, or a picture that cannot be read.
+        """
+        from clips_mllm.talk.pictures import read_picture
+
+        try:
+            example = to_example(row)
+        except BadRow as error:
+            raise UserError(f"no conversation in LLaVA's format ({error}); mend the file") from error
+        messages = example.messages
+        pictures = [read_picture(folder / str(name)) for name in example.images]
+        self.reset()
+        if messages[0]["role"] == "system":
+            self.system, messages = messages[0]["content"][0]["text"], messages[1:]
+        if len(messages) % 2:
+            messages = messages[:-1]  # a question that nobody answered
+        self.turns, self.pictures = messages, pictures[: count_pictures(messages)]
+
+
+def to_turn(message: Message) -> dict[str, str]:
+    """A message as LLaVA writes it."""
+    parts = [IMAGE if part["type"] == "image" else part["text"] for part in message["content"]]
+    return {"from": SPEAKERS[message["role"]], "value": "\n".join(parts)}

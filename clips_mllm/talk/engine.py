@@ -1,0 +1,320 @@
+"""One worker that answers requests, several at once, token by token.
+
+    submit(prompt) --queue--> prefill (what no kept prefix holds) --> batch, one token a step --> emit(event)
+
+All computing happens in the worker's thread; whoever asks gets events by a callback.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from clips_mllm.checkpoint import Mllm
+from clips_mllm.prompts import Message
+from clips_mllm.talk.batch import Batch, Cursor
+from clips_mllm.talk.prefixes import Features, Prefix, Prefixes, layers_of
+from clips_mllm.talk.prompt import Picture, Prompt, Shown, build_prompt
+from clips_mllm.talk.sampling import Chooser, Sampling, TextStream
+from vision_tower.errors import UserError
+
+Result = TypeVar("Result")
+Reason = Literal["stop", "length", "cancelled"]
+
+
+class TooLong(UserError):
+    """A prompt and its answer need more positions than the model has."""
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than may."""
+
+
+class Closed(RuntimeError):
+    """The engine was closed before the answer was complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some text of the answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """The end of an answer."""
+
+    reason: Reason
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """No more will come."""
+
+    error: BaseException
+
+
+Event = Piece | Done | Failed
+
+
+class Request:
+    """An answer in the making. `cancel` may be called from any thread."""
+
+    def __init__(self, prompt: Prompt, sampling: Sampling, emit: Callable[[Event], None], stream: TextStream) -> None:
+        self.prompt = prompt
+        self.emit = emit
+        self.sampling = sampling
+        self.stream = stream
+        self.chooser = Chooser(sampling)
+        self.cancelled = threading.Event()
+        self.cursor = Cursor(token=-1, length=0)
+
+    def cancel(self) -> None:
+        """End the answer after the token that is being computed."""
+        self.cancelled.set()
+
+    @property
+    def keys(self) -> list[int | str]:
+        """Positions read so far; the last token of an answer is not."""
+        return [*self.prompt.keys, *self.stream.ids][: self.cursor.length]
+
+
+class Engine:
+    """A loaded model at work. Use as a context manager, or call `close`.
+
+    Args:
+        context: most positions of a prompt with its answer; the model's own if not given.
+        most_rows: answers decoded together; others wait.
+        most_waiting: requests that may wait.
+        remembered: positions of earlier conversations that are kept.
+    """
+
+    def __init__(
+        self,
+        mllm: Mllm,
+        *,
+        context: int | None = None,
+        most_rows: int = 8,
+        most_waiting: int = 64,
+        remembered: int = 16_384,
+    ) -> None:
+        own = mllm.model.config.text_config.max_position_embeddings
+        self.mllm = mllm
+        self.context = own if context is None else min(context, own)
+        self.most_rows = most_rows
+        self.most_waiting = most_waiting
+        self.features = Features(self._encode)
+        self.prefixes = Prefixes(remembered)
+        eos = mllm.model.generation_config.eos_token_id
+        self.ends = set(eos) if isinstance(eos, list) else {eos}
+        self._waiting: collections.deque[Request | Callable[[], None]] = collections.deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._rows: list[Request] = []
+        self._batch = Batch(mllm.model)
+        self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def prompt(self, messages: list[Message], pictures: list[Picture]) -> Prompt:
+        """The positions of a conversation whose next turn is the model's."""
+        return build_prompt(self.mllm.processor, messages, pictures)
+
+    def submit(self, prompt: Prompt, sampling: Sampling, emit: Callable[[Event], None]) -> Request:
+        """Queue a request; `emit` is called from the worker's thread with pieces, then once with Done or Failed.
+
+        Raises:
+            TooLong, QueueFull, Closed.
+        """
+        needed = len(prompt.ids) + sampling.max_new_tokens
+        if needed > self.context:
+            raise TooLong(
+                f"{len(prompt.ids)} tokens of prompt and {sampling.max_new_tokens} of answer are more than the context "
+                f"of {self.context}; shorten the conversation or the answer"
+            )
+        request = Request(prompt, sampling, emit, TextStream(self.mllm.tokenizer, sampling.stop))
+        self._queue(request)
+        return request
+
+    def run(self, job: Callable[[], Result]) -> Result:
+        """Call `job` in the worker's thread between two tokens, and wait for what it returns."""
+        future: Future[Result] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._queue(work)
+        return future.result()
+
+    def close(self, patience: float = 0.0) -> None:
+        """Take no more; give running answers `patience` seconds, then end them."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._worker.join(patience)
+        for request in [*self._rows, *(item for item in [*self._waiting] if isinstance(item, Request))]:
+            request.cancel()
+        self._worker.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers in the making, and requests that wait."""
+        return len(self._rows), len(self._waiting)
+
+    def _queue(self, item: Request | Callable[[], None]) -> None:
+        with self._changed:
+            if self._closing:
+                raise Closed("shutting down")
+            if len(self._waiting) >= self.most_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting")
+            self._waiting.append(item)
+            self._changed.notify()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._rows or self._closing)
+                if self._closing and not self._waiting and not self._rows:
+                    return
+                # One newcomer between two tokens: those who are being answered do not stand still for a whole queue.
+                item = self._waiting.popleft() if self._waiting and len(self._rows) < self.most_rows else None
+            if isinstance(item, Request):
+                self._admit(item)
+            elif item is not None:
+                item()
+            if self._rows:
+                self._step()
+
+    def _admit(self, request: Request) -> None:
+        """Read a prompt, choose the first token, and let the row join."""
+        try:
+            if request.cancelled.is_set():
+                request.emit(Done("cancelled", len(request.prompt.ids), 0))
+                return
+            cache, known = self.prefixes.longest(request.prompt)
+            logits = self.read(request.prompt, cache, known)
+            request.cursor.length = len(request.prompt.ids)
+            layers = layers_of(cache)
+            if self._advance(request, logits):
+                self.prefixes.keep(Prefix(request.keys, layers))
+            else:
+                self._batch.add(layers)
+                self._rows.append(request)
+        except Exception as error:
+            request.emit(Failed(error))
+
+    def read(self, prompt: Prompt, cache: Any, known: int) -> torch.Tensor:
+        """Read a prompt from position `known` on into `cache`; logits (vocabulary) of the next token."""
+        new = [picture for picture, start in zip(prompt.pictures, prompt.starts, strict=True) if start >= known]
+        shown = {"image": BaseModelOutputWithPooling(pooler_output=self.features.of(new))} if new else None
+        out = self.mllm.model(
+            input_ids=torch.tensor([prompt.ids[known:]], device=self.mllm.device),
+            past_key_values=cache,
+            mm_encoder_outputs=shown,
+            logits_to_keep=1,
+        )
+        return out.logits[0, -1]
+
+    def _step(self) -> None:
+        try:
+            logits = self._batch.step([request.cursor for request in self._rows])
+            for request in self._rows:
+                request.cursor.length += 1
+            ended = [self._advance(request, row) for request, row in zip(self._rows, logits, strict=True)]
+            if any(ended):
+                for place in itertools.compress(range(len(ended)), ended):
+                    self.prefixes.keep(Prefix(self._rows[place].keys, self._batch.row(place)))
+                staying = [place for place, end in enumerate(ended) if not end]
+                self._rows = [self._rows[place] for place in staying]
+                self._batch.keep(staying)
+        except Exception as error:  # such as memory: those who were being answered are told, and the next ones served
+            failed, self._rows, self._batch = self._rows, [], Batch(self.mllm.model)
+            for request in failed:
+                request.emit(Failed(error))
+
+    def _advance(self, request: Request, logits: torch.Tensor) -> bool:
+        """Choose a token and tell of it; whether the answer has ended."""
+        stream = request.stream
+        if request.cancelled.is_set():
+            return self._end(request, "cancelled")
+        token = request.chooser.choose(request.prompt.ids + stream.ids, logits)
+        if token in self.ends:
+            return self._end(request, "stop")
+        request.cursor.token = token
+        text = stream.push(token)
+        if text:
+            request.emit(Piece(text))
+        if stream.stopped:
+            return self._end(request, "stop")
+        if len(stream.ids) >= request.sampling.max_new_tokens:
+            return self._end(request, "length")
+        return False
+
+    def _end(self, request: Request, reason: Reason) -> bool:
+        text = request.stream.end()
+        if text:
+            request.emit(Piece(text))
+        request.emit(Done(reason, len(request.prompt.ids), len(request.stream.ids)))
+        return True
+
+    def _encode(self, pictures: list[Shown]) -> list[torch.Tensor]:
+        """Projected patches of each picture, (patches, width)."""
+        pixels = torch.stack([picture.pixels for picture in pictures]).to(self.mllm.device, self.mllm.model.dtype)
+        return list(self.mllm.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+
+
+class Answer:
+    """Iterates over a request's text in the caller's thread; `done` holds its end afterwards.
+
+    Raises, while iterating, what the worker raised.
+    """
+
+    def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+        self._events: list[Event] = []
+        self._taken = 0
+        self._ready = threading.Condition()
+        self.done: Done | None = None
+        self._request = engine.submit(prompt, sampling, self._put)
+
+    def _put(self, event: Event) -> None:
+        with self._ready:
+            self._events.append(event)
+            self._ready.notify()
+
+    def __iter__(self) -> Iterator[str]:
+        """Ctrl-C may strike anywhere in here: an event counts as taken only once it has been dealt with."""
+        while self.done is None:
+            with self._ready:
+                self._ready.wait_for(lambda: self._taken < len(self._events))
+            match self._events[self._taken]:
+                case Piece(text):
+                    self._taken += 1
+                    yield text
+                case Failed(error):
+                    raise error
+                case Done() as done:
+                    self.done = done
+
+    def stop(self) -> None:
+        """End it early; what was computed still comes."""
+        self._request.cancel()

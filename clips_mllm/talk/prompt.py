@@ -1,0 +1,118 @@
+"""Messages and pictures as the positions that the model reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from typing import TYPE_CHECKING
+
+from clips_mllm.prompts import IMAGE, Message
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import LlavaProcessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A picture as the tower gets it, (3, h, w). It needs far less memory than a photograph that waits in a queue."""
+
+    key: str
+    pixels: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture; `file` is where it came from, if from a file."""
+
+    image: Image
+    file: str | None = None
+    _shown: dict[int, Shown] = dataclasses.field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Tells two pictures apart by their pixels."""
+        return hashlib.sha256(repr(self.image.size).encode() + self.image.tobytes()).hexdigest()
+
+    def shown(self, processor: LlavaProcessor) -> Shown:
+        """The picture prepared for a model's tower; once for each model."""
+        if id(processor) not in self._shown:
+            pixels = processor.image_processor(images=[self.image], return_tensors="pt")["pixel_values"][0]
+            self._shown[id(processor)] = Shown(self.key, pixels)
+        return self._shown[id(processor)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One request's positions.
+
+    Attributes:
+        ids: token ids, `<image>` repeated for each patch.
+        keys: what each position is: its token id, or the key of the picture there.
+        pictures: in order of appearance.
+        starts: position of each picture's first patch.
+        patches: positions that one picture takes.
+    """
+
+    ids: list[int]
+    keys: list[int | str]
+    pictures: list[Shown]
+    starts: list[int]
+    patches: int
+
+    def shared(self, keys: list[int | str]) -> int:
+        """How many leading positions need not be read again after `keys`: all but one at most, and whole pictures."""
+        most = min(len(keys), len(self.keys) - 1)
+        count = next((place for place in range(most) if keys[place] != self.keys[place]), most)
+        inside = [start for start in self.starts if start < count < start + self.patches]
+        return inside[0] if inside else count
+
+
+def build_prompt(processor: LlavaProcessor, messages: list[Message], pictures: list[Picture]) -> Prompt:
+    """Render by the checkpoint's own template, as training did.
+
+    Raises:
+        UserError: a template without room for words, or a placeholder written out in a text.
+    """
+    from jinja2 import TemplateError
+
+    from clips_mllm.data import image_tokens
+
+    refuse_placeholders(messages)
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(
+            f"the model's template refuses this conversation ({error}); change the roles or turns"
+        ) from error
+    if not text:
+        raise UserError(
+            "the model's template has room for pictures only, as after stage 1; show one, or use a checkpoint of "
+            "stage 2"
+        )
+    patches = image_tokens(processor)
+    ids: list[int] = []
+    keys: list[int | str] = []
+    starts: list[int] = []
+    for token in processor.tokenizer(text)["input_ids"]:
+        if token != processor.image_token_id:
+            ids.append(token)
+            keys.append(token)
+            continue
+        key = pictures[len(starts)].key
+        starts.append(len(ids))
+        ids += [token] * patches
+        keys += [key] * patches
+    return Prompt(ids, keys, [picture.shown(processor) for picture in pictures], starts, patches)
+
+
+def refuse_placeholders(messages: list[Message]) -> None:
+    """Raise UserError where a text holds `<image>`: it would stand for a picture that is not there."""
+    for message in messages:
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        if any(IMAGE in text for text in texts):
+            raise UserError(f"{IMAGE} in a question stands for a picture; show one instead, and write it otherwise")

@@ -1,0 +1,195 @@
+"""A conversation in the terminal, or through a pipe: lines in, answers out. What is no answer goes to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from clips_mllm.talk.conversation import Conversation
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.pictures import read_picture
+from clips_mllm.talk.sampling import Sampling
+from vision_tower.errors import UserError
+from vision_tower.files import read_text, write_text
+
+HELP = """\
+Type a question. Drop a picture on the window, or name it with /image.
+  /image PATH...   show pictures with the next question (quotes or \\ before blanks)
+  /system [TEXT]   set the system's words, or take them away; starts over
+  /undo            take back the last question and its answer
+  /retry           ask the last question again
+  /reset           start over
+  /save FILE       keep the conversation as LLaVA JSON, ready to train on
+  /load FILE       go on with a saved conversation
+  /params [K=V...] show or set max_new_tokens, temperature, top_p, repetition_penalty, seed
+  /quit            end. Ctrl-C ends an answer, not the program."""
+
+
+class Terminal:
+    """Commands and questions, one a line."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, system: str | None = None) -> None:
+        self.conversation = Conversation(engine, notice)
+        self.sampling = sampling
+        self.system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over; the system's words stay."""
+        self.conversation.reset()
+        self.conversation.system = self.system
+
+    def show(self, files: list[str]) -> None:
+        """Show pictures with the next question: all of them, or none where one cannot be read."""
+        self.conversation.waiting += [read_picture(Path(file)) for file in files]
+
+    def answer(self, question: str) -> str:
+        """Print the answer as it comes, and return it. Ctrl-C ends it; what was said stays in the conversation."""
+        said: list[str] = []
+        pieces = self.conversation.ask(question, self.sampling)
+        try:
+            for piece in pieces:
+                said.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            pieces.close()  # where Ctrl-C came while printing
+            print("\nstopped", end="", file=sys.stderr)
+        print(flush=True)
+        return "".join(said)
+
+    def talk(self) -> None:
+        """Until /quit or the end of the input."""
+        terminal = sys.stdin.isatty()
+        if terminal:
+            import readline  # noqa: F401  # editing and history of input()
+
+            print("Ask a question. /image FILE shows a picture, /help lists all commands, /quit ends.", flush=True)
+        while True:
+            try:
+                line = input("you> " if terminal else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+                print("\n/quit ends the program", file=sys.stderr, flush=True)
+                continue
+            if line == "/quit":
+                return
+            try:
+                self.obey(line)
+            except UserError as error:  # a slip of the finger does not end the talk
+                print(f"error: {error}", file=sys.stderr, flush=True)
+
+    def obey(self, line: str) -> None:
+        """One line: dropped pictures, a command, or a question."""
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if dropped := dropped_files(line):
+            self.show(dropped)
+            notice(f"{len(dropped)} picture(s) to be shown with the next question")
+            return
+        match command:
+            case "":
+                pass
+            case "/help":
+                notice(HELP)
+            case "/image":
+                whole = Path(rest).expanduser().is_file()  # blanks that were neither quoted nor escaped
+                self.show([rest] if whole else words(rest, command, "photo.png"))
+            case "/system":
+                self.system = rest or None
+                self.reset()
+            case "/undo":
+                notice(f"taken back: {self.conversation.undo()}")
+            case "/retry":
+                self.answer(self.conversation.undo())
+            case "/reset":
+                self.reset()
+            case "/save":
+                self.save(Path(words(rest, command, "chat.json")[0]).expanduser())
+            case "/load":
+                self.load(Path(words(rest, command, "chat.json")[0]).expanduser())
+            case "/params":
+                self.sampling = changed(self.sampling, rest)
+                notice(", ".join(f"{key}={value}" for key, value in dataclasses.asdict(self.sampling).items()))
+            case _ if command.startswith("/"):
+                raise UserError(f"{command}: no such command; /help lists them")
+            case _:
+                self.answer(line)
+
+    def save(self, file: Path) -> None:
+        """Write the conversation as a LLaVA JSON of one row."""
+        row = self.conversation.to_row(f"{file.stem}-{int(time.time())}")
+        try:
+            write_text(file, json.dumps([row], indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}); take another place") from error
+        notice(f"saved to {file}")
+
+    def load(self, file: Path) -> None:
+        """Go on with the first row of a LLaVA JSON."""
+        try:
+            rows = json.loads(read_text(file))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}: line {error.lineno}: not valid JSON ({error.msg}); mend the file") from error
+        if not isinstance(rows, list) or not rows:
+            raise UserError(f"{file}: expected a JSON list of conversations; mend the file")
+        try:
+            self.conversation.load_row(rows[0], file.parent)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        self.system = self.conversation.system
+        notice(f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.pictures)} picture(s) loaded")
+
+
+def words(text: str, command: str, example: str) -> list[str]:
+    """Paths as a shell would read them. Raises UserError where there is none, or a quote stays open."""
+    try:
+        found = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{command}: {error}; quote a path with blanks, as in {command} 'my {example}'") from error
+    if not found:
+        raise UserError(f"{command}: name a file, as in '{command} {example}'")
+    return found
+
+
+def dropped_files(line: str) -> list[str]:
+    """The files of a line that is nothing but paths or file:// addresses, as terminals type dropped files."""
+    if not line.startswith(("/", "'", '"', "~", "file://")):
+        return []
+    try:
+        found = shlex.split(line)
+    except ValueError:
+        return []
+    paths = [unquote(urlparse(word).path) if word.startswith("file://") else word for word in found]
+    if Path(line).is_file():  # blanks that were not escaped
+        return [line]
+    return paths if all(Path(path).expanduser().is_file() for path in paths) else []
+
+
+def changed(sampling: Sampling, text: str) -> Sampling:
+    """Sampling with `name=value` pairs applied. Raises UserError for other names and values."""
+    kinds = {"max_new_tokens": int, "temperature": float, "top_p": float, "repetition_penalty": float, "seed": int}
+    new = {}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name not in kinds:
+            raise UserError(f"/params: no '{name}'; there are {', '.join(kinds)}")
+        try:
+            new[name] = kinds[name](value)
+        except ValueError as error:
+            raise UserError(f"/params: {name} takes a number, as in {name}=1, not '{value}'") from error
+    return dataclasses.replace(sampling, **new)
+
+
+def notice(line: str) -> None:
+    """Tell the person something that is no answer."""
+    print(line, file=sys.stderr, flush=True)
