@@ -30,6 +30,7 @@ COMMANDS = {
     "ablate": Command("clips_eval.ablate", "rerun the paper's comparisons: caption length, objectives"),
     "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
     "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),
+    "serve": Command("clips_mllm.talk.serve", "serve a multimodal LLM to OpenAI clients"),
 }
 
 

@@ -1,0 +1,117 @@
+"""`clips-mllm serve`: an OpenAI-compatible endpoint for a multimodal LLM.
+
+clips-mllm serve runs/quickstart/finetune --port 8000
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clips_mllm.talk.limits import Limits
+from clips_mllm.talk.model_recipe import ModelRecipe, start_engine
+from vision_tower.errors import UserError, run_command
+from vision_tower.recipe import parse_recipe
+
+if TYPE_CHECKING:
+    from clips_mllm.talk.engine import Engine
+
+TOKEN = "CLIPS_MLLM_TOKEN"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeRecipe(ModelRecipe):
+    """Serve a multimodal LLM to OpenAI's clients.
+
+    Args:
+        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        name: what clients call the model; the last part of its folder or id if not given.
+        host: address to listen on; only this machine by default.
+        port: port to listen on; 0 takes a free one.
+        token_file: file with a token that clients must send; the variable CLIPS_MLLM_TOKEN does the same.
+        patience: seconds that running answers get when the server is stopped.
+        limits: what a client may ask for.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        context: most tokens of a conversation; the model's own limit if not given.
+    """
+
+    model: str
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_file: str | None = None
+    patience: float = 30.0
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+
+def main(argv: list[str]) -> None:
+    """Serve until SIGTERM or Ctrl-C; running answers are then completed."""
+    recipe = parse_recipe(ServeRecipe, argv, command="serve", positional=("model",))
+    token = read_token(recipe.token_file)
+    require_packages()
+    limits = recipe.limits
+    engine = start_engine(recipe.model, recipe, most_rows=limits.rows, most_waiting=limits.waiting)
+    try:
+        run_server(engine, recipe, token)
+    finally:
+        engine.close()
+
+
+def require_packages() -> None:
+    """Raise UserError where the extra is not installed."""
+    import importlib.util
+
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install 'clips-mllm[serve]'")
+
+
+def read_token(file: str | None) -> str | None:
+    """The token of a file or the environment; not of the command line, which all users of a machine can read."""
+    token = os.environ.get(TOKEN)
+    if file is not None:
+        try:
+            token = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as text; check token_file") from error
+    if token is None:
+        return None
+    if not token.strip():
+        raise UserError(f"{file or TOKEN}: the token is empty; write one, or leave it out")
+    return token.strip()
+
+
+def run_server(engine: Engine, recipe: ServeRecipe, token: str | None) -> None:
+    """Listen; says where, once requests are taken."""
+    import signal
+    import socket
+
+    import uvicorn
+
+    from clips_mllm.talk.app import make_app
+
+    name = recipe.name or Path(recipe.model).name
+    try:
+        listener = socket.create_server((recipe.host, recipe.port))
+    except OSError as error:
+        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there ({error.strerror}); take another") from error
+    config = uvicorn.Config(
+        make_app(engine, name, recipe.limits, token),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(recipe.patience) or None,
+        server_header=False,
+    )
+    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them once more when it has ended in good order
+        signal.signal(stop, lambda *_: None)
+    port = listener.getsockname()[1]
+    print(f"serving '{name}' at http://{recipe.host}:{port}/v1 (Ctrl-C stops)", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
