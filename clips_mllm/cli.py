@@ -28,6 +28,7 @@ COMMANDS = {
     "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
     "evaluate": Command("clips_eval.evaluate", "run lmms-eval tasks on a multimodal LLM"),
     "ablate": Command("clips_eval.ablate", "rerun the paper's comparisons: caption length, objectives"),
+    "compare": Command("clips_eval.compare", "swap the vision tower and nothing else: several seeds, paired tests"),
     "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
     "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),
     "serve": Command("clips_mllm.talk.serve", "serve a multimodal LLM to OpenAI clients"),

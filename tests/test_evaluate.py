@@ -273,3 +273,46 @@ def test_where_results_go() -> None:
         "lmms_blank.json",
         "lmms_no_image.json",
     ]
+
+
+# --- inside a training run --------------------------------------------------------------------------------------------
+
+
+def train_a_little(mllm: SimpleNamespace, scorer: Any) -> tuple[list[float], list[dict[str, float]]]:
+    """Six steps with dropout and random batches; losses, and the scores at steps 2 and 4."""
+    import copy
+
+    import torch
+
+    torch.manual_seed(0)
+    mllm = SimpleNamespace(model=copy.deepcopy(mllm.model), processor=mllm.processor, device=mllm.device)
+    model = mllm.model.train()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, scores = [], []
+    for step in range(6):
+        ids = torch.randint(1, 200, (2, 12))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if scorer is not None and step in (2, 4):
+            scores.append(scorer.evaluate(mllm, step))
+            assert model.training
+    return losses, scores
+
+
+def test_measuring_inside_a_run_leaves_its_losses_alone(mllm: SimpleNamespace, recipe: Path, tmp_path: Path) -> None:
+    from clips_eval.in_training import load_scorer
+
+    without, _ = train_a_little(mllm, None)
+    measured, scores = train_a_little(mllm, load_scorer(str(recipe)))
+    assert measured == without
+    assert len(scores) == 2 and {"pope_random_accuracy", "mmbench_accuracy", "easy_vqa_open_accuracy"} <= set(scores[0])
+    assert all(0 <= value <= 1 for value in scores[1].values())
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(recipe.read_text() + "control: all\n")
+    with pytest.raises(UserError, match="inside a run one control"):
+        load_scorer(str(bad))

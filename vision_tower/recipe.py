@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vision_tower.errors import UserError
 
@@ -24,7 +24,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
 
     Args:
         kind: a dataclass; its docstring and defaults become `--help`.
-        positional: fields given by place instead of by `--name`.
+        positional: fields given by place instead of by `--name`; a list takes one or more words.
     Raises:
         UserError: unknown key, wrong type, missing value or unreadable file.
     """
@@ -37,7 +37,10 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later values override earlier ones")
     for name in positional:
-        parser.add_argument(name, type=get_type_hints(kind)[name], help=_field_help(kind)[name])
+        hint = get_type_hints(kind)[name]
+        many = get_origin(hint) is list
+        words: dict[str, Any] = {"nargs": "+", "type": get_args(hint)[0]} if many else {"type": hint}
+        parser.add_argument(name, help=_field_help(kind)[name], **words)
     parser.add_class_arguments(kind, skip=set(positional), as_group=False)
     for file in _config_files(argv):
         _check_keys(file, kind)

@@ -59,17 +59,30 @@ def generation_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def batches(documents: Sequence[Document], size: int) -> Iterator[list[int]]:
     """Places of the documents in batches of equal options, longest first; ties keep their order.
 
-    Longest first, so that a batch that does not fit into memory fails at once, and equal lengths meet: their batch
-    needs no padding.
+    Longest first, so that a batch that does not fit into memory fails at once. Questions about one picture stay
+    together, at the place of their longest: what they share is read once.
     """
     groups: dict[str, list[int]] = {}
     for place, document in enumerate(documents):
         groups.setdefault(document.options, []).append(place)
-    for places in groups.values():
-        # An image has the same number of tokens everywhere, more than any text differs by.
-        places.sort(key=lambda place: (len(documents[place].images), len(documents[place].ids)), reverse=True)
+    for group in groups.values():
+        places = _by_picture(documents, group)
         for start in range(0, len(places), size):
             yield places[start : start + size]
+
+
+def _by_picture(documents: Sequence[Document], places: Sequence[int]) -> list[int]:
+    longest: dict[tuple[str, ...], int] = {}
+    for place in places:
+        images = tuple(documents[place].images)
+        longest[images] = max(longest.get(images, 0), len(documents[place].ids))
+
+    def order(place: int) -> tuple[int, int, tuple[str, ...], int]:
+        length, images = len(documents[place].ids), tuple(documents[place].images)
+        # An image has the same number of tokens everywhere, more than any text differs by.
+        return len(images), longest[images] if images else 0, images, length
+
+    return sorted(places, key=order, reverse=True)
 
 
 def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:

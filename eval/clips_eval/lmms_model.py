@@ -21,6 +21,7 @@ from tqdm import tqdm
 from clips_eval.lmms_batches import Document, batches, cut, expand, generation_options, left_pad, shuffle_images
 from clips_eval.lmms_images import FeatureCache, pixel_digest
 from clips_eval.lmms_journal import Journal
+from clips_eval.lmms_prefix import continued, shared_beginnings
 from clips_eval.lmms_requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of
 from vision_tower.errors import UserError
 
@@ -179,19 +180,24 @@ class ClipsMllm(lmms):
         prompts = [expand(document, features, self.mllm.processor.image_token_id) for document in batch]
         tokenizer = self.mllm.processor.tokenizer
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids, mask = left_pad(prompts, pad)
         options: dict[str, Any] = json.loads(batch[0].options)
         until = options.pop("until")
         if until:
             options.update(stop_strings=until, tokenizer=tokenizer)
-        if features:
-            shown = [features[digest] for document in batch for digest in document.images]
-            options["mm_encoder_outputs"] = {"image": _encoder_output(shown)}
-        device = self.mllm.device
-        output = self.mllm.model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad, **options
-        )
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        model = self.mllm.model
+        shared = shared_beginnings(batch, prompts, self.mllm.processor.image_token_id, options)
+        if shared is not None:
+            shown = [features[digest] for place in shared.first for digest in batch[place].images]
+            inputs = continued(model, prompts, shared, _encoder_output(shown), pad)
+        else:
+            ids, mask = left_pad(prompts, pad)
+            inputs = {"input_ids": ids.to(self.mllm.device), "attention_mask": mask.to(self.mllm.device)}
+            if features:
+                shown = [features[digest] for document in batch for digest in document.images]
+                inputs["mm_encoder_outputs"] = {"image": _encoder_output(shown)}
+        output = model.generate(**inputs, pad_token_id=pad, **options)
+        width = inputs["input_ids"].shape[1]
+        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [cut(text, until) for text in texts]
 
     def _image_features(self, digests: list[str]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from clips_eval.report_plots import Plot, benchmark_plot, curve_plots, inverse_p
 from clips_eval.report_read import Run
 from clips_eval.report_tables import (
     PAPER_NOTE,
+    embedding_table,
     load_paper,
     missing_parts,
     provenance_table,
@@ -76,6 +77,8 @@ def _encoder(run: Run) -> str:
         _table(retrieval_table(run, load_paper())),
         _plots([retrieval_plot(run), inverse_plot(run)]),
     ]
+    if run.retrieval and (further := embedding_table(run.retrieval)):
+        parts += ["<h3>Beyond recall</h3>", _table(further)]
     if by_text:
         parts += [
             "<h3>Text to image: the five best pictures, the right one outlined</h3>",

@@ -10,6 +10,7 @@ from clips_eval.report_cells import MISSING, Table
 from clips_eval.report_mllm import mllm_table
 from clips_eval.report_read import Run
 from clips_eval.report_tables import (
+    embedding_table,
     load_paper,
     missing_parts,
     provenance_table,
@@ -24,6 +25,8 @@ def render(run: Run, against: dict[str, Any] | None = None) -> str:
     paper = load_paper()
     parts = [metadata(run), f"# clips-mllm: {run.root.resolve().name}", "Plots and pictures are in report.html."]
     parts += ["## Encoder: retrieval", _table(retrieval_table(run, paper))]
+    if run.retrieval and (further := embedding_table(run.retrieval)):
+        parts += ["### Beyond recall", _table(further)]
     if run.zeroshot:
         parts += ["## Encoder: zero-shot classification", _table(zeroshot_table(run.zeroshot))]
     parts += ["## Multimodal LLM: benchmarks", _table(mllm_table(run, paper))]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from clips_eval.report_cells import MISSING, NONE, Column, Row, Table, duration, interval, number, percent
 from clips_eval.report_numbers import OWN_TASKS, provenance, recall_chance, recall_span
-from clips_eval.report_read import RECALLS, STAGES, Run, ZeroShot
+from clips_eval.report_read import RECALLS, STAGES, Retrieval, Run, ZeroShot
 from clips_eval.uncertainty import wilson
 
 PAPER_NOTE = (
@@ -64,6 +65,42 @@ def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
         only_first = [number(values.get(f"{data}_{key}")) for key in RECALLS]
         rows.append(Row(cells=[f"CLIPS H, {title}", *only_first], kind="paper"))
     return rows
+
+
+def embedding_table(found: Retrieval) -> Table | None:
+    """What recall does not tell, of results that have it: ranks, several right answers, lengths, geometry."""
+    about = found.about
+    if "geometry" not in about:
+        return None
+    rows = [
+        _both("Median rank", about["median_rank"], lambda value: f"{value:,.0f}"),
+        _both("mAP@R, own captions", about["map_at_r"], percent),
+    ]
+    if about.get("multi_positive"):
+        several = {way: about["multi_positive"][way] for way in ("i2t", "t2i")}
+        for key, title in (
+            ("r1", "R@1, any right answer"),
+            ("r5", "R@5, any right answer"),
+            ("map_at_r", "mAP@R, all"),
+        ):
+            rows.append(_both(title, {way: scores[key] for way, scores in several.items()}, percent))
+    for group in about.get("by_length", []):
+        title = f"R@5, captions of {group['words'][0]} to {group['words'][1]} words (n = {group['n']:,})"
+        rows.append(Row(cells=[title, NONE, percent(group["t2i_r5"])]))
+    for group in about.get("by_object", []):
+        title = f"R@5, “{group['object']}” (n = {group['n_images']:,} pictures, {group['n_texts']:,} captions)"
+        rows.append(Row(cells=[title, percent(group["i2t_r5"]), percent(group["t2i_r5"])]))
+    lies = about["geometry"]
+    notes = [
+        f"Embeddings: modality gap {lies['modality_gap']:.3f} (distance of the means of pictures and texts), alignment "
+        f"{lies['alignment']:.3f}, uniformity {lies['uniformity_images']:.2f} of pictures and "
+        f"{lies['uniformity_texts']:.2f} of texts (Wang & Isola 2020; lower is better).",
+    ]
+    return Table(columns=[Column(name=name) for name in ("Measure", "I→T", "T→I")], rows=rows, notes=notes)
+
+
+def _both(title: str, values: dict[str, float], show: Callable[[float], str]) -> Row:
+    return Row(cells=[title, show(values["i2t"]), show(values["t2i"])])
 
 
 def zeroshot_table(found: ZeroShot) -> Table:

@@ -1,0 +1,62 @@
+"""`clips-mllm compare RUN RUN ... --config configs/compare/quickstart.yaml`: the paper's swap of the vision tower.
+
+runs x seeds --align, finetune, evaluate, retrieve--> run folders --paired tests--> compare.json, compare.md
+
+What is done is not done again: after an interruption the same command goes on, inside a stage from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+from clips_eval.compare_recipe import CompareRecipe, Job, jobs
+from vision_tower.errors import UserError, run_command
+from vision_tower.files import write_text
+from vision_tower.recipe import parse_recipe
+
+
+def main(argv: list[str]) -> None:
+    """Run what is missing, then compare.
+
+    Raises:
+        UserError: a recipe that does not fit, another recipe's results in the folder, or a step that failed.
+    """
+    recipe = parse_recipe(CompareRecipe, argv, command="compare", positional=("runs",))
+    recipe.check()
+    everything = jobs(recipe)
+    for job in everything:
+        if job.done.is_file() and job.done.read_text() != job.order:
+            raise UserError(f"{job.done}: made with another recipe; remove {job.folder}, or choose another output_dir")
+    _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
+
+    from clips_eval.compare_report import write_report
+
+    print(write_report(recipe, shlex.join(["clips-mllm", "compare", *argv])))
+    print(f"written: {recipe.output_dir}/compare.md, compare.json")
+
+
+def _run_all(waiting: list[Job], launcher: list[str]) -> None:
+    started = time.monotonic()
+    for number, job in enumerate(waiting, start=1):
+        left = (time.monotonic() - started) / max(number - 1, 1) * (len(waiting) - number + 1)
+        about = f"; about {left / 60:.0f} min left" if number > 1 else ""
+        print(f"[{number}/{len(waiting)}] {job.title}{about}", file=sys.stderr, flush=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        log = job.folder / "log.txt"
+        start = launcher if job.launched and launcher else [sys.executable, "-m"]
+        with log.open("a") as stream:
+            words = [*start, job.module, *job.arguments]
+            code = subprocess.run(words, stdout=stream, stderr=stream, env=dict(os.environ), check=False).returncode
+        if code:
+            raise UserError(
+                f"{log}: {job.title} ended with code {code}; mend the cause, the same command goes on from here"
+            )
+        write_text(job.done, job.order)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,165 @@
+"""compare.json and compare.md: towers against the first one, over documents and over seeds.
+
+Two questions, two tests. Would other questions give the same sign? The documents' scores are averaged over the seeds
+and compared in pairs (`uncertainty.paired`, Holm over all rows). Would another training? The difference of each seed,
+and Student's interval of their mean; the towers themselves are not trained again, and that spread is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from clips_eval.ablate_results import judge, mean
+from clips_eval.compare_recipe import CompareRecipe, cell
+from clips_eval.report_against import scores_of
+from clips_eval.report_files import write_json
+from clips_eval.report_read import RECALLS, Run, read_run
+from clips_eval.retrieval_scores import hit_scores, query_clusters
+from clips_eval.uncertainty import Difference, Scores, holm, paired, value
+from vision_tower.errors import UserError
+from vision_tower.files import write_text
+
+OVER_SEEDS = {"held": "better", "did not hold": "worse", "undecided": "no difference"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One metric of a tower against the first: values by seed, and both tests."""
+
+    tower: str
+    task: str
+    metric: str
+    first: list[float]
+    values: list[float]
+    documents: Difference
+    seeds: str  # better, worse, no difference; "one seed" where there is no spread
+
+    @property
+    def gain(self) -> list[float]:
+        """By seed."""
+        return [ours - theirs for ours, theirs in zip(self.values, self.first, strict=True)]
+
+
+def write_report(recipe: CompareRecipe, command: str) -> str:
+    """Write both files; returns the Markdown.
+
+    Raises:
+        UserError: runs that do not answer the same documents.
+    """
+    rows = compare_towers(recipe)
+    text = markdown(recipe, rows, command)
+    tree = {
+        "first": recipe.runs[0].name,
+        "seeds": recipe.seeds,
+        "command": command,
+        "rows": [{**asdict(row), "verdict": row.documents.verdict, "gain": row.gain} for row in rows],
+    }
+    write_json(recipe.output_dir / "compare.json", tree)
+    write_text(recipe.output_dir / "compare.md", text)
+    return text
+
+
+def compare_towers(recipe: CompareRecipe) -> list[Row]:
+    """Every metric of every other tower; p-values adjusted over all of them."""
+    runs = {run: [read_run(cell(recipe, run, seed)) for seed in recipe.seeds] for run in recipe.runs}
+    first, *others = recipe.runs
+    rows = [row for other in others for row in _against(runs[first], runs[other], other)]
+    if not rows:
+        raise UserError(f"{recipe.output_dir}: no metric whose single answers are known; see the runs' lmms.json")
+    adjusted = holm([row.documents for row in rows])
+    return [replace(row, documents=documents) for row, documents in zip(rows, adjusted, strict=True)]
+
+
+def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: Path) -> list[Row]:
+    keys = _metrics(ours[0])
+    rows = []
+    for task, metric in keys:
+        a, b = ([_scores(run, task, metric) for run in runs] for runs in (ours, theirs))
+        if any(one is None for one in (*a, *b)):
+            continue
+        left, right = ([one for one in some if one is not None] for some in (a, b))
+        try:
+            documents = paired(_mean(left), _mean(right))
+        except ValueError as error:
+            raise UserError(f"{tower.name}: {task}: {error}; measure all runs on the same data") from error
+        values, first = [value(one) for one in left], [value(one) for one in right]
+        seeds = (
+            "one seed" if len(values) < 2 else OVER_SEEDS[judge([x - y for x, y in zip(values, first, strict=True)])]
+        )
+        if task == "retrieval":
+            seeds = "–"  # the tower is the same for every seed
+        rows.append(
+            Row(
+                tower=tower.name, task=task, metric=metric, first=first, values=values, documents=documents, seeds=seeds
+            )
+        )
+    return rows
+
+
+def _metrics(run: Run) -> list[tuple[str, str]]:
+    found = [("retrieval", key) for key in RECALLS] if run.retrieval is not None else []
+    tasks = run.lmms.tasks if run.lmms else {}
+    return found + [(task, metric) for task, metrics in tasks.items() for metric in metrics if metric != "n"]
+
+
+def _scores(run: Run, task: str, metric: str) -> Scores | None:
+    if task == "retrieval":
+        about = run.retrieval.about if run.retrieval else {}
+        return hit_scores(about["hits"][metric], query_clusters(about, metric)) if "hits" in about else None
+    return scores_of(run.lmms, task, metric) if run.lmms else None
+
+
+def _mean(seeds: Sequence[Scores]) -> Scores:
+    """Document by document over the seeds.
+
+    Raises:
+        ValueError: the seeds answer different documents.
+    """
+    if any(one.clusters != seeds[0].clusters or one.strata != seeds[0].strata for one in seeds):
+        raise ValueError("the seeds answer different documents")
+
+    def over(name: str) -> list[float]:
+        return [sum(parts) / len(seeds) for parts in zip(*(getattr(one, name) for one in seeds), strict=True)]
+
+    return replace(seeds[0], numerators=over("numerators"), denominators=over("denominators"))
+
+
+def markdown(recipe: CompareRecipe, rows: Sequence[Row], command: str) -> str:
+    """One table a tower."""
+    first, *others = (run.name for run in recipe.runs)
+    seeds = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
+    parts = [
+        "# Towers compared",
+        f"Same LLM, data and steps; {seeds} of both stages. In %, the mean over seeds; against **{first}**.",
+        f"`{command}`",
+    ]
+    names = ["metric", first, "tower", "difference", "95 %, documents", "p", "over documents", "by seed", "over seeds"]
+    for tower in others:
+        lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * 4 + "---:|---|---:|---|"]
+        lines += [_line(row) for row in rows if row.tower == tower]
+        parts += [f"## {tower}", "\n".join(lines)]
+    parts.append(
+        "Over documents: permutation test by picture on scores averaged over the seeds, Holm-corrected over all rows; "
+        "would other questions give the same sign? Over seeds: Student's 95 % interval of the mean of the seeds' "
+        "differences; would another training of the two stages? The towers were trained once each."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: Row) -> str:
+    found = row.documents
+    spread = mean(row.gain).error if len(row.gain) > 1 else 0.0
+    cells = [
+        f"{row.task.removeprefix('clips_')}: {row.metric}",
+        f"{100 * sum(row.first) / len(row.first):.1f}",
+        f"{100 * sum(row.values) / len(row.values):.1f}",
+        f"{100 * found.value:+.1f}",
+        f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+        f"{found.adjusted:.3f}",
+        found.verdict,
+        ", ".join(f"{100 * gain:+.1f}" for gain in row.gain) + (f" (± {100 * spread:.1f})" if spread else ""),
+        row.seeds,
+    ]
+    return "| " + " | ".join(cells) + " |"
