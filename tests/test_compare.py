@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_report_trust import write_run
@@ -111,8 +112,19 @@ def test_shipped_recipes_make_their_towers(file: Path, monkeypatch: pytest.Monke
         assert path.is_file()
 
 
-def test_the_whole_swap_in_small(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """Two real towers (one with other weights), two steps of each stage, real benchmarks, one seed."""
+def test_the_whole_swap_in_small(
+    sample_world: Path, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real towers (one with other weights), two steps of each stage, real benchmarks, one seed.
+
+    The commands run in this process: eight that import torch anew would take a minute.
+    """
+
+    def here(words: list[str], **_: object) -> SimpleNamespace:
+        importlib.import_module(words[2]).main(words[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=here))
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -153,4 +165,4 @@ def test_the_whole_swap_in_small(sample_world: Path, encoder_dir: Path, tmp_path
     assert ("clips_easy_vqa", "accuracy") in found and ("retrieval", "i2t_r1") in found
     assert found["retrieval", "i2t_r1"]["gain"] == [0.0], "the encoders differ in their stock towers alone"
     assert all(row["verdict"] in ("better", "worse", "no difference") for row in tree["rows"])
-    assert (tmp_path / "out" / "two-seed0" / "finetune" / "lmms.json").is_file() and sys.executable
+    assert (tmp_path / "out" / "two-seed0" / "finetune" / "lmms.json").is_file()

@@ -95,6 +95,27 @@ def test_features_are_computed_once_an_image_and_equal_the_towers(mllm: SimpleNa
     torch.testing.assert_close(kept, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_shared_beginning_is_read_once(mllm: SimpleNamespace) -> None:
+    """Four questions about two pictures: the language model reads two beginnings, then the rests alone."""
+    from clips_eval.lmms_model import ClipsMllm
+
+    documents = [([picture(n % 2)], question) for n, question in enumerate(("A cat?", "Anything?", "Dogs?", "A?"))]
+    expected = [plain_answer(mllm, images, question) for images, question in documents]
+    seen: list[tuple[int, ...]] = []
+    language = mllm.model.model.language_model
+    handle = language.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    try:
+        model = ClipsMllm(mllm=mllm, batch_size=4)
+        assert model.generate_until(make_requests(documents, model)) == expected
+    finally:
+        handle.remove()
+    beginning = len("<|user|>") + 4  # tokens are characters here; a picture has four
+    assert seen[0] == (2, beginning)
+    assert seen[1] == (4, len("Anything?") + len("<|assistant|>"))
+
+
 def test_small_cache_gives_the_same_answers(mllm: SimpleNamespace) -> None:
     from clips_eval.lmms_model import ClipsMllm
 

@@ -64,6 +64,7 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
         assert all((root / "encoder" / name).is_file() for name in row["images"])
     assert "66.7%" in capsys.readouterr().out
     report.main([str(root)])  # what it writes, `report` reads
+    assert "### Beyond recall" in (root / "report.md").read_text()
     assert json.loads((root / "report.json").read_text())["encoder"]["retrieval"]["t2i_r1"] == found["t2i_r1"]
 
 

@@ -70,6 +70,10 @@ def run_variant(
                 if not reword(task, variant.wording):
                     result["skipped"][name] = "its prompt has no line that other words are known for"
                     continue
+                if not len(task.eval_docs):
+                    raise UserError(
+                        f"task {name}: its split has no documents; give data that has some by --data.{name}"
+                    )
                 found = evaluate_task(model, task, manager, recipe, output)
                 if rank:
                     continue
