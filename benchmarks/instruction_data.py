@@ -3,8 +3,8 @@
 python benchmarks/instruction_data.py memory --rows 1000000
 python benchmarks/instruction_data.py doctor --rows 100000
 
-`memory` opens the set in a fresh process, reads samples all over it and draws an epoch's order. Private memory is what
-the process does not share with others (USS): pages of the mapped file belong to all ranks together, and to nobody when
+`memory` opens the set in a fresh process, reads samples all over it and draws an epoch's order. Memory is what the
+process has for itself (anonymous pages): those of the mapped file belong to all ranks together, and to nobody when
 memory is short. The first process converts; the second is a rank that finds the cache.
 """
 
@@ -53,9 +53,9 @@ def write_world(folder: Path, rows: int, pictures: int) -> None:
 
 
 def private_megabytes() -> float:
-    """Memory of this process alone (Linux)."""
+    """Anonymous memory of this process (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def open_set(file: Path) -> None:
