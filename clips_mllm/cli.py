@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": Command("clips_eval.compare", "swap the vision tower and nothing else: several seeds, paired tests"),
     "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
     "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),
+    "web": Command("clips_mllm.talk.web", "talk to a multimodal LLM in the browser"),
     "serve": Command("clips_mllm.talk.serve", "serve a multimodal LLM to OpenAI clients"),
 }
 

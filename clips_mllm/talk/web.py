@@ -1,0 +1,120 @@
+"""`clips-mllm web`: talk to a multimodal LLM in the browser.
+
+clips-mllm web runs/quickstart/finetune --examples runs/quickstart/data/examples.json
+clips-mllm web runs/quickstart/finetune --beside runs/quickstart/align          # the same question to two models
+clips-mllm web runs/quickstart/finetune --encoder runs/quickstart/encoder --pictures photos/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hmac
+import os
+import sys
+from pathlib import Path
+
+from clips_mllm.talk.model_recipe import ModelRecipe, start_engine
+from vision_tower.errors import UserError, run_command
+from vision_tower.recipe import parse_recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WebRecipe(ModelRecipe):
+    """Talk to a multimodal LLM in the browser.
+
+    Args:
+        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        beside: a second checkpoint that answers the same questions next to it.
+        encoder: folder of a CLIPS encoder for the retrieval tab.
+        pictures: folder of pictures that the retrieval tab finds.
+        captions: text file of captions, one a line, that the retrieval tab finds.
+        examples: JSON list of {"image", "question"} to begin with, as `data sample` writes it.
+        feedback: JSONL file that thumbs append conversations to, in LLaVA's format; without it there are no thumbs.
+        host: address to listen on; only this machine by default.
+        port: port to listen on; 0 takes a free one.
+        token_file: file with a password; the variable CLIPS_MLLM_TOKEN does the same.
+        most_megabytes: largest file that may be uploaded.
+        most_pixels: largest picture that is decoded.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        context: most tokens of a conversation; the model's own limit if not given.
+    """
+
+    model: str
+    beside: str | None = None
+    encoder: str | None = None
+    pictures: str | None = None
+    captions: str | None = None
+    examples: str | None = None
+    feedback: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 7860
+    token_file: str | None = None
+    most_megabytes: int = 20
+    most_pixels: int = 50_000_000
+
+
+def main(argv: list[str]) -> None:
+    """Serve the page until Ctrl-C."""
+    recipe = parse_recipe(WebRecipe, argv, command="web", positional=("model",))
+    with contextlib.ExitStack() as stack:
+        launch(recipe, stack).block_thread()
+
+
+def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-untyped-def]  # gradio is an extra
+    """Load everything, start the page, and return it; leaving `stack` closes it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("gradio is not installed; pip install 'clips-mllm[web]'") from error
+    from clips_mllm.chat import read_examples
+    from clips_mllm.talk.serve import read_token
+    from clips_mllm.talk.web_page import THEME, Page
+
+    token = read_token(recipe.token_file)
+    if (recipe.encoder is None) != (recipe.pictures is None):
+        raise UserError("encoder and pictures belong together: the retrieval tab needs both")
+    examples = read_examples(Path(recipe.examples)) if recipe.examples else []
+    gallery = None
+    if recipe.encoder is not None and recipe.pictures is not None:
+        from clips_mllm.talk.gallery import Gallery
+        from vision_tower.encoder import load_encoder
+
+        captions = Path(recipe.captions) if recipe.captions else None
+        gallery = Gallery(load_encoder(recipe.encoder, recipe.device), Path(recipe.pictures), captions)
+    names = [recipe.model] if recipe.beside is None else [recipe.model, recipe.beside]
+    engines = [stack.enter_context(start_engine(name, recipe, most_rows=4)) for name in names]
+    page = Page(
+        engines=engines,
+        names=[Path(name).name if len({Path(n).name for n in names}) == len(names) else name for name in names],
+        examples=examples,
+        gallery=gallery,
+        feedback=Path(recipe.feedback) if recipe.feedback else None,
+        most_pixels=recipe.most_pixels,
+    )
+    blocks: gradio.Blocks = page.build()
+    stack.callback(blocks.close)
+    try:
+        _, address, _ = blocks.queue(default_concurrency_limit=8, max_size=64).launch(
+            server_name=recipe.host,
+            server_port=recipe.port or None,
+            auth=None if token is None else (lambda _, given: hmac.compare_digest(given.encode(), token.encode())),
+            max_file_size=f"{recipe.most_megabytes}mb",
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            show_error=False,
+            theme=THEME,
+        )
+    except OSError as error:
+        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there ({error}); take another port") from error
+    print(f"talk at {address} (Ctrl-C stops)", flush=True)
+    return blocks
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,222 @@
+"""The page: what stands where, and what happens on a click."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from clips_mllm.talk.attention import attention_maps, overlay
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.gallery import Gallery
+from clips_mllm.talk.pictures import decode_picture
+from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.sampling import Sampling
+from clips_mllm.talk.turns import Turn, answered, append_feedback, asked_of
+from vision_tower.errors import UserError
+
+# Fonts of the reader's own system: nothing is fetched from anywhere.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+HOUR = 3600
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """What the page works with; `build` lays it out."""
+
+    engines: list[Engine]
+    names: list[str]
+    examples: list[dict[str, str]]
+    gallery: Gallery | None
+    feedback: Path | None
+    most_pixels: int
+
+    def build(self) -> gr.Blocks:
+        """The page. Uploaded files are deleted after an hour, and all of them when the server stops."""
+        with gr.Blocks(
+            title="clips-mllm", analytics_enabled=False, delete_cache=(300, HOUR), fill_height=True
+        ) as blocks:
+            with gr.Tab("Chat"):
+                self._chat()
+            if self.gallery is not None:
+                with gr.Tab("Retrieval"):
+                    self._retrieval(self.gallery)
+        return blocks
+
+    def _chat(self) -> None:
+        turns = gr.State([])
+        with gr.Row():
+            chats = [
+                gr.Chatbot(
+                    label=name,
+                    elem_id=f"chat{place}",
+                    height="55vh",
+                    min_width=280,
+                    buttons=["copy"],
+                    editable="user" if place == 0 else None,
+                    allow_tags=False,
+                )
+                for place, name in enumerate(self.names)
+            ]
+        box = gr.MultimodalTextbox(
+            placeholder="Ask, and drop, paste or upload pictures",
+            show_label=False,
+            file_types=["image"],
+            file_count="multiple",
+            elem_id="box",
+            autofocus=True,
+        )
+        with gr.Row():
+            stop = gr.Button("Stop", elem_id="stop", variant="stop", min_width=80)
+            retry = gr.Button("Retry", elem_id="retry", min_width=80)
+            clear = gr.Button("Clear", elem_id="clear", min_width=80)
+            look = gr.Button("Where did it look?", elem_id="look", min_width=160)
+        maps = gr.Gallery(
+            label="Attention of the last answer to the patches", visible=False, elem_id="maps", height=320
+        )
+        with gr.Accordion("Camera", open=False):
+            camera = gr.Image(sources=["webcam"], type="filepath", label="A picture for the next question", height=260)
+        with gr.Accordion("Settings", open=False):
+            settings = [
+                gr.Textbox(label="System", elem_id="system"),
+                gr.Slider(1, 1024, value=256, step=1, label="Longest answer (tokens)", elem_id="tokens"),
+                gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)"),
+                gr.Slider(0.05, 1, value=1, step=0.05, label="Top p"),
+                gr.Slider(1, 2, value=1, step=0.05, label="Repetition penalty"),
+            ]
+        if self.examples:
+            given = [[{"text": row["question"], "files": [row["image"]]}] for row in self.examples]
+            gr.Examples(given, inputs=[box], label="Examples")
+        shown = [*chats, turns, box, camera]
+        asking = box.submit(self.ask, [box, camera, turns, *settings], shown, api_visibility="private")
+        again = gr.on([retry.click, chats[0].retry], self.again, [turns, *settings], shown, api_visibility="private")
+        edited = chats[0].edit(self.edit, [turns, *settings], shown, api_visibility="private")
+        stop.click(None, cancels=[asking, again, edited])
+        gr.on(
+            [clear.click, *(chat.clear for chat in chats)],
+            lambda: [*([[]] * len(chats)), [], None, None],
+            None,
+            shown,
+            cancels=[asking, again, edited],
+            api_visibility="private",
+        )
+        look.click(self.look, [turns, settings[0]], maps, api_visibility="private")
+        if self.feedback is not None:
+            for place, chat in enumerate(chats):
+                chat.like(self._thumb(place), [turns, settings[0]], None, api_visibility="private")
+
+    def _retrieval(self, gallery: Gallery) -> None:
+        with gr.Row():
+            with gr.Column(min_width=280):
+                caption = gr.Textbox(label="A caption finds pictures", elem_id="caption", submit_btn=True)
+                found = gr.Gallery(label="Nearest pictures", elem_id="found", columns=4, height=360)
+            with gr.Column(min_width=280):
+                picture = gr.Image(label="A picture finds captions", type="filepath", elem_id="query", height=260)
+                captions = gr.Dataframe(headers=["caption", "cosine"], label="Nearest captions", elem_id="captions")
+
+        def pictures_for(text: str) -> list[tuple[str, str]]:
+            found = gallery.pictures_for(text.strip()) if text.strip() else []
+            return [(str(file), f"{score:.3f} {file.stem}") for file, score in found]
+
+        def captions_for(file: str | None) -> list[list[Any]]:
+            if file is None:
+                return []
+            return [[text, round(score, 3)] for text, score in gallery.captions_for(self.read(file).image)]
+
+        caption.submit(pictures_for, caption, found, api_visibility="private")
+        picture.change(captions_for, picture, captions, api_visibility="private")
+
+    def ask(self, box: dict[str, Any], camera: str | None, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
+        """A new question."""
+        files = [*box["files"], *([camera] if camera else [])]
+        text = (box["text"] or "").strip()
+        if not text and not files:
+            yield [gr.skip()] * (len(self.engines) + 3)
+            return
+        turn = Turn(text, tuple(self.read(file) for file in files), tuple(files), ())
+        yield from self._answer([*turns, turn], settings)
+
+    def again(self, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
+        """The last question again."""
+        if not turns:
+            raise gr.Error("Nothing was asked yet.", print_exception=False)
+        yield from self._answer(turns, settings)
+
+    def edit(self, event: gr.EditData, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
+        """A question in other words; what came after it is gone."""
+        place = turn_of(turns, event.index)
+        changed = dataclasses.replace(turns[place], text=str(event.value).strip())
+        yield from self._answer([*turns[:place], changed], settings)
+
+    def _answer(self, turns: list[Turn], settings: tuple[Any, ...]) -> Iterator[list[Any]]:
+        system, tokens, temperature, top_p, penalty = settings
+        sampling = Sampling(
+            max_new_tokens=int(tokens), temperature=temperature, top_p=top_p, repetition_penalty=penalty
+        )
+        try:
+            for turn in answered(self.engines, turns, system.strip(), sampling):
+                now = [*turns[:-1], turn]
+                yield [*(rendered(now, model) for model in range(len(self.engines))), now, None, None]
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:  # the log has it; the page says nothing of the machine
+            traceback.print_exception(error, file=sys.stderr)
+            raise gr.Error("Something went wrong; see the server's log.", print_exception=False) from None
+
+    def read(self, file: str) -> Picture:
+        """An uploaded picture; what is wrong with it is said in a toast."""
+        try:
+            content = Path(file).read_bytes()
+            return decode_picture(content, most_bytes=len(content), most_pixels=self.most_pixels)
+        except UserError as error:
+            raise gr.Error(str(error).capitalize(), title="Picture refused", print_exception=False) from error
+        except OSError:
+            raise gr.Error("The picture is gone; upload it again.", print_exception=False) from None
+
+    def look(self, turns: list[Turn], system: str) -> Any:
+        """Heat maps of the last answer, for each model and picture."""
+        if not turns or not any(turn.pictures for turn in turns):
+            raise gr.Error("There is no answer about a picture yet.", print_exception=False)
+        found = []
+        for model, engine in enumerate(self.engines):
+            fitted = asked_of(engine, turns, model, system.strip(), Sampling(max_new_tokens=1))
+            maps = attention_maps(engine, engine.prompt(fitted.messages, fitted.pictures), turns[-1].answers[model])
+            for picture, weights in zip(fitted.pictures if maps else [], maps, strict=True):
+                found.append((overlay(picture, weights), self.names[model]))
+        return gr.Gallery(found, visible=True)
+
+    def _thumb(self, model: int) -> Any:
+        def thumb(event: gr.LikeData, turns: list[Turn], system: str) -> None:
+            assert self.feedback is not None
+            place = turn_of(turns, event.index)
+            append_feedback(
+                self.feedback, turns[: place + 1], model, self.names[model], system.strip(), bool(event.liked)
+            )
+            gr.Info("Kept, with its pictures.")
+
+        return thumb
+
+
+def rendered(turns: list[Turn], model: int) -> list[dict[str, Any]]:
+    """What a chat shows: pictures, question, answer, each a message of its own."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
+        messages += [{"role": "user", "content": turn.text}] if turn.text else []
+        messages.append({"role": "assistant", "content": turn.answers[model]})
+    return messages
+
+
+def turn_of(turns: list[Turn], index: int | tuple[int, ...] | list[int]) -> int:
+    """Which turn a message of a chat belongs to."""
+    message = index if isinstance(index, int) else index[0]
+    for place, turn in enumerate(turns):
+        message -= len(turn.files) + bool(turn.text) + 1
+        if message < 0:
+            return place
+    raise gr.Error("This message is gone.", print_exception=False)
