@@ -7,47 +7,19 @@ echo "What is this?" | clips-mllm chat runs/quickstart/finetune --image photo.pn
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.talk.model_recipe import ModelRecipe, start_engine
+from clips_mllm.talk.recipes import ChatRecipe
+from clips_mllm.talk.start import start_engine
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import read_text, write_text
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
     from clips_mllm.talk.terminal import Terminal
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatRecipe(ModelRecipe):
-    """Talk to a multimodal LLM: one question, or a conversation.
-
-    Args:
-        model: folder or hub id of a LLaVA checkpoint: full or merged.
-        image: picture to talk about.
-        question: ask this and exit; without it a conversation starts.
-        system: the system's words at the beginning of the conversation.
-        examples: JSON list of {"image", "question"}; ask each by itself, print and exit.
-        output: JSON file to keep the examples' answers in.
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 answers greedily, more samples.
-        device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        context: most tokens of a conversation; the model's own limit if not given.
-    """
-
-    model: str
-    image: str | None = None
-    question: str | None = None
-    system: str | None = None
-    examples: str | None = None
-    output: str | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
 
 
 def main(argv: list[str]) -> None:

@@ -35,8 +35,9 @@ from clips_mllm.talk.conversation import question
 from clips_mllm.talk.engine import Answer, Engine
 from clips_mllm.talk.limits import BadRequest, Limits
 from clips_mllm.talk.pictures import decode_picture
+from clips_mllm.talk.recipes import ServeRecipe
 from clips_mllm.talk.sampling import Sampling
-from clips_mllm.talk.serve import ServeRecipe, read_token
+from clips_mllm.talk.serve import read_token
 from vision_tower.errors import UserError
 
 TOKENS = 10

@@ -27,7 +27,8 @@ from clips_mllm.talk.attention import attention_maps, overlay
 from clips_mllm.talk.batch import Batch
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.prompt import Picture
-from clips_mllm.talk.web import WebRecipe, launch
+from clips_mllm.talk.recipes import WebRecipe
+from clips_mllm.talk.web import launch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]

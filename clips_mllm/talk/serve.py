@@ -5,14 +5,13 @@ clips-mllm serve runs/quickstart/finetune --port 8000
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.talk.limits import Limits
-from clips_mllm.talk.model_recipe import ModelRecipe, start_engine
+from clips_mllm.talk.recipes import ServeRecipe
+from clips_mllm.talk.start import start_engine
 from vision_tower.errors import UserError, run_command
 from vision_tower.recipe import parse_recipe
 
@@ -20,32 +19,6 @@ if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
 
 TOKEN = "CLIPS_MLLM_TOKEN"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeRecipe(ModelRecipe):
-    """Serve a multimodal LLM to OpenAI's clients.
-
-    Args:
-        model: folder or hub id of a LLaVA checkpoint: full or merged.
-        name: what clients call the model; the last part of its folder or id if not given.
-        host: address to listen on; only this machine by default.
-        port: port to listen on; 0 takes a free one.
-        token_file: file with a token that clients must send; the variable CLIPS_MLLM_TOKEN does the same.
-        patience: seconds that running answers get when the server is stopped.
-        limits: what a client may ask for.
-        device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        context: most tokens of a conversation; the model's own limit if not given.
-    """
-
-    model: str
-    name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token_file: str | None = None
-    patience: float = 30.0
-    limits: Limits = dataclasses.field(default_factory=Limits)
 
 
 def main(argv: list[str]) -> None:

@@ -8,51 +8,15 @@ clips-mllm web runs/quickstart/finetune --encoder runs/quickstart/encoder --pict
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hmac
 import os
 import sys
 from pathlib import Path
 
-from clips_mllm.talk.model_recipe import ModelRecipe, start_engine
+from clips_mllm.talk.recipes import WebRecipe
+from clips_mllm.talk.start import start_engine
 from vision_tower.errors import UserError, run_command
 from vision_tower.recipe import parse_recipe
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WebRecipe(ModelRecipe):
-    """Talk to a multimodal LLM in the browser.
-
-    Args:
-        model: folder or hub id of a LLaVA checkpoint: full or merged.
-        beside: a second checkpoint that answers the same questions next to it.
-        encoder: folder of a CLIPS encoder for the retrieval tab.
-        pictures: folder of pictures that the retrieval tab finds.
-        captions: text file of captions, one a line, that the retrieval tab finds.
-        examples: JSON list of {"image", "question"} to begin with, as `data sample` writes it.
-        feedback: JSONL file that thumbs append conversations to, in LLaVA's format; without it there are no thumbs.
-        host: address to listen on; only this machine by default.
-        port: port to listen on; 0 takes a free one.
-        token_file: file with a password; the variable CLIPS_MLLM_TOKEN does the same.
-        most_megabytes: largest file that may be uploaded.
-        most_pixels: largest picture that is decoded.
-        device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        context: most tokens of a conversation; the model's own limit if not given.
-    """
-
-    model: str
-    beside: str | None = None
-    encoder: str | None = None
-    pictures: str | None = None
-    captions: str | None = None
-    examples: str | None = None
-    feedback: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 7860
-    token_file: str | None = None
-    most_megabytes: int = 20
-    most_pixels: int = 50_000_000
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,118 @@
+"""Recipes of `chat`, `web` and `serve`, apart: the parser runs what stands under TYPE_CHECKING in their module.
+
+No heavy imports: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from clips_mllm.talk.limits import Limits
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """How a model is loaded.
+
+    Args:
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        context: most tokens of a conversation; the model's own limit if not given.
+    """
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    context: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatRecipe(ModelRecipe):
+    """Talk to a multimodal LLM: one question, or a conversation.
+
+    Args:
+        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        image: picture to talk about.
+        question: ask this and exit; without it a conversation starts.
+        system: the system's words at the beginning of the conversation.
+        examples: JSON list of {"image", "question"}; ask each by itself, print and exit.
+        output: JSON file to keep the examples' answers in.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 answers greedily, more samples.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        context: most tokens of a conversation; the model's own limit if not given.
+    """
+
+    model: str
+    image: str | None = None
+    question: str | None = None
+    system: str | None = None
+    examples: str | None = None
+    output: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WebRecipe(ModelRecipe):
+    """Talk to a multimodal LLM in the browser.
+
+    Args:
+        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        beside: a second checkpoint that answers the same questions next to it.
+        encoder: folder of a CLIPS encoder for the retrieval tab.
+        pictures: folder of pictures that the retrieval tab finds.
+        captions: text file of captions, one a line, that the retrieval tab finds.
+        examples: JSON list of {"image", "question"} to begin with, as `data sample` writes it.
+        feedback: JSONL file that thumbs append conversations to, in LLaVA's format; without it there are no thumbs.
+        host: address to listen on; only this machine by default.
+        port: port to listen on; 0 takes a free one.
+        token_file: file with a password; the variable CLIPS_MLLM_TOKEN does the same.
+        most_megabytes: largest file that may be uploaded.
+        most_pixels: largest picture that is decoded.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        context: most tokens of a conversation; the model's own limit if not given.
+    """
+
+    model: str
+    beside: str | None = None
+    encoder: str | None = None
+    pictures: str | None = None
+    captions: str | None = None
+    examples: str | None = None
+    feedback: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 7860
+    token_file: str | None = None
+    most_megabytes: int = 20
+    most_pixels: int = 50_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeRecipe(ModelRecipe):
+    """Serve a multimodal LLM to OpenAI's clients.
+
+    Args:
+        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        name: what clients call the model; the last part of its folder or id if not given.
+        host: address to listen on; only this machine by default.
+        port: port to listen on; 0 takes a free one.
+        token_file: file with a token that clients must send; the variable CLIPS_MLLM_TOKEN does the same.
+        patience: seconds that running answers get when the server is stopped.
+        limits: what a client may ask for.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        context: most tokens of a conversation; the model's own limit if not given.
+    """
+
+    model: str
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_file: str | None = None
+    patience: float = 30.0
+    limits: Limits = dataclasses.field(default_factory=Limits)
