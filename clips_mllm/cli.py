@@ -24,6 +24,7 @@ COMMANDS = {
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
+    "plan": Command("clips_mllm.plan", "tell a recipe's memory, batch and time before it runs"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
     "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
     "evaluate": Command("clips_eval.evaluate", "run lmms-eval tasks on a multimodal LLM"),

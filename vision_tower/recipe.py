@@ -42,6 +42,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         words: dict[str, Any] = {"nargs": "+", "type": get_args(hint)[0]} if many else {"type": hint}
         parser.add_argument(name, help=_field_help(kind)[name], **words)
     parser.add_class_arguments(kind, skip=set(positional), as_group=False)
+    argv = _with_values(argv, kind)
     for file in _config_files(argv):
         _check_keys(file, kind)
     try:
@@ -50,6 +51,16 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         return kind(**vars(parser.instantiate(namespace)))
     except (ArgumentError, TypeError) as error:
         raise UserError(_one_line(command, argv, str(error)) + _nearest_option(str(error), kind)) from error
+
+
+def _with_values(argv: list[str], kind: type) -> list[str]:
+    """`--flag` alone means true."""
+    flags = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
+    following = [*argv[1:], "--"][: len(argv)]
+    return [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
 
 
 def dump_recipe(recipe: Any) -> str:
