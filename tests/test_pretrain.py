@@ -143,11 +143,12 @@ def test_augmentation_keeps_left_and_right() -> None:
     """Captions speak of left and right: no augmentation may mirror a picture."""
     from PIL import Image
 
-    from vision_tower.images import normalize, training_transform
+    from vision_tower.augmentation import TrainingTransform
+    from vision_tower.images import normalize
 
     picture = Image.new("RGB", (64, 64))
     picture.paste((255, 255, 255), (0, 0, 32, 64))  # the left half is white
-    transform: Any = training_transform(Augmentation(smallest_crop=0.9), 32)
+    transform = TrainingTransform(Augmentation(smallest_crop=0.9), 32)
     torch.manual_seed(0)
     for _ in range(50):
         pixels = transform(picture).float().mean(dim=0)
@@ -161,11 +162,12 @@ def test_training_and_evaluation_see_the_same_pixels(encoder_dir: Path) -> None:
     """Without augmentation the stream's pixels are those of the processor saved beside the tower."""
     from PIL import Image
 
+    from vision_tower.augmentation import TrainingTransform
     from vision_tower.encoder import load_encoder
-    from vision_tower.images import normalize, training_transform
+    from vision_tower.images import normalize
 
     picture = Image.effect_noise((96, 96), 60).convert("RGB")
-    transform: Any = training_transform(PLAIN, 96)
+    transform = TrainingTransform(PLAIN, 96)
     ours = normalize(transform(picture)[None])[0]
     theirs = load_encoder(encoder_dir, "cpu").processor(images=picture, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

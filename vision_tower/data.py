@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vision_tower.images import BadImage, decode_image, enough_pixels, normalize, training_transform
+from vision_tower.augmentation import TrainingTransform, enough_pixels
+from vision_tower.images import BadImage, decode_image
 from vision_tower.pairs_recipe import IMAGE_ENDINGS, PairsRecipe, SourceRecipe
 from vision_tower.readers import Cursor, Reader
 from vision_tower.shards import BadShard, Row, find_shards, read_shard
@@ -158,7 +159,7 @@ class PairStream(IterableDataset[CaptionSample]):
         reader = Reader(self.recipe, self.shards, reader=number, readers=self.world * workers, seed=self.seed)
         if number in self.cursors:
             reader.go_on_from(self.cursors[number])
-        transform: Any = training_transform(self.recipe.augmentation, self.size)
+        transform = TrainingTransform(self.recipe.augmentation, self.size)
         least = enough_pixels(self.recipe.augmentation, self.size)
         for source, row in reader.rows():
             rng = random.Random(f"{self.seed}/{source.place.epoch}/{os.path.basename(row.shard)}/{row.key}")
@@ -172,7 +173,7 @@ class PairStream(IterableDataset[CaptionSample]):
 
     @staticmethod
     def _decode(
-        row: Row, source: SourceRecipe, transform: Any, least: int, rng: random.Random
+        row: Row, source: SourceRecipe, transform: TrainingTransform, least: int, rng: random.Random
     ) -> tuple[torch.Tensor, str, str]:
         web, full = read_captions(row, source, rng)
         full = full or web  # an empty synthetic caption: the web caption stands in
@@ -211,15 +212,16 @@ class PairCollator:
     trim: bool = False
 
     def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
-        """`pixel_values` (b, 3, h, w) fp32, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings), `cursor`.
+        """`pixel_values` (b, 3, h, w) uint8, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings), `cursor`.
 
+        Pictures stay bytes, a quarter of fp32, until they are on the device: see `PretrainTrainer._prepare_inputs`.
         Streams are what the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels are there with a captioner. The
         cursor is where the reader of this batch goes on after it.
         """
         batch: dict[str, Any] = {
             "keys": [sample.key for sample in samples],
             "cursor": samples[-1].cursor,
-            "pixel_values": normalize(torch.stack([sample.pixels for sample in samples])),
+            "pixel_values": torch.stack([sample.pixels for sample in samples]),
         }
         length = self._length(samples) if self.trim else self.text_length
         for name in samples[0].texts:

@@ -1,16 +1,13 @@
-"""Pictures in: decoding, training augmentation, and the processor that evaluation and the MLLM use."""
+"""Pictures in: decoding, normalising, and the processor that evaluation and the MLLM use."""
 
 from __future__ import annotations
 
 import io
-import math
 import struct
 import zlib
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageFile, UnidentifiedImageError
-
-from vision_tower.pairs_recipe import Augmentation
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +39,8 @@ def decode_image(content: bytes, least: int | None = None) -> Image.Image:
         picture = Image.open(io.BytesIO(content))
         if least is not None:
             picture.draft("RGB", (least, least))
-        return picture.convert("RGB")
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
     except UnidentifiedImageError as error:
         raise BadImage("not an image, by its first bytes") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
@@ -51,35 +49,12 @@ def decode_image(content: bytes, least: int | None = None) -> Image.Image:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
-def enough_pixels(augmentation: Augmentation, size: int) -> int:
-    """Sides from which even the smallest crop, where it is square, still has `size` pixels a side."""
-    return math.ceil(size / augmentation.smallest_crop**0.5)
-
-
-def training_transform(augmentation: Augmentation, size: int) -> object:
-    """PIL picture -> (3, size, size) uint8; no flip, since captions speak of left and right."""
-    from torchvision.transforms import v2
-
-    steps: list[object] = []
-    if augmentation.smallest_crop < 1:
-        steps.append(v2.RandomResizedCrop(size, scale=(augmentation.smallest_crop, 1.0), antialias=True))
-    else:
-        steps.append(v2.Resize((size, size), antialias=True))
-    if augmentation.jitter > 0:
-        strength = augmentation.jitter
-        jitter = v2.ColorJitter(strength, strength, strength, strength / 4)
-        steps.append(v2.RandomApply([jitter], augmentation.jitter_probability))
-    if augmentation.gray_probability > 0:
-        steps.append(v2.RandomGrayscale(augmentation.gray_probability))
-    return v2.Compose([*steps, v2.PILToTensor()])
-
-
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels (b, 3, h, w) -> fp32, ImageNet-normalised."""
     import torch
 
-    mean = torch.tensor(MEAN).view(3, 1, 1)
-    std = torch.tensor(STD).view(3, 1, 1)
+    mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=pixels.device).view(3, 1, 1)
     return pixels.float().div_(255).sub_(mean).div_(std)  # in place: a batch of pictures is large
 
 

@@ -12,6 +12,7 @@ from vision_tower.average import WeightAverage
 from vision_tower.bad_step import refuse
 from vision_tower.data import outlive_one_sigterm
 from vision_tower.flops import known_peak, training_flops
+from vision_tower.images import normalize
 from vision_tower.pretrain_recipe import EncoderTraining
 from vision_tower.resume import ResumableTrainer
 from vision_tower.step_loss import StepLoss
@@ -48,6 +49,11 @@ class PretrainTrainer(ResumableTrainer):
         self._keys = [key for batch in batches for key in batch["keys"]]
         self.step_loss.start(batches)
         return batches, items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, where pictures are normalised."""
+        pixels = normalize(inputs["pixel_values"].to(self.args.device, non_blocking=True))
+        return super()._prepare_inputs(inputs | {"pixel_values": pixels})  # type: ignore[no-any-return]
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The last place before the optimiser's step: nothing that is not finite goes further."""

@@ -46,6 +46,8 @@ class ClipsTokenizer:
                     f"{fast.name_or_path or 'tokenizer'}: no piece '{piece}'; CLIPS needs all five specials"
                 )
         self.fast = fast
+        self._encode = fast.backend_tokenizer  # transformers' call around it costs as much as a short caption
+        self._encode.encode_special_tokens = True
         self.pad, self.bos, self.eos, self.cls = (vocabulary[piece] for piece in (PAD, BOS, EOS, CLS))
 
     def __len__(self) -> int:
@@ -57,9 +59,8 @@ class ClipsTokenizer:
         A caption that spells out `[CLS]` gets ordinary pieces, so that no web page can write special ids into its
         caption: the one difference from open_clip.
         """
-        cleaned = [clean(text) for text in texts]
-        encoded = self.fast(cleaned, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
+        encoded = self._encode.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
         """Ids for the text tower, (texts, length), int64."""
