@@ -66,12 +66,19 @@ class CaptionerLayer(SiglipEncoderLayer):
 
 
 class CaptionHead(nn.Linear):
-    """The vocabulary layer, in fp32 as published, with its loss: the logits of a whole batch are never held."""
+    """The vocabulary layer with its loss: the logits of a whole batch are never held.
+
+    Logits and loss are fp32, as published. The products behind them in the backward pass are in the precision of the
+    run, as those of every other layer.
+    """
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Sum of cross entropies of (n, w) states and their n labels."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return summed_cross_entropy(hidden.float(), self.weight.float(), labels)
+        device = hidden.device.type
+        mixed = torch.is_autocast_enabled(device)
+        backward = torch.get_autocast_dtype(device) if mixed else self.weight.dtype
+        with torch.autocast(device, enabled=False):
+            return summed_cross_entropy(hidden.float(), self.weight.float(), labels, backward)
 
 
 class Captioner(nn.Module):

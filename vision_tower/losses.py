@@ -89,9 +89,15 @@ def caption_term(summed: torch.Tensor, labels: Sequence[torch.Tensor]) -> torch.
     return summed * (len(labels) * world()) / count.clamp(min=1)
 
 
-def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of cross entropies of `hidden @ weight.T`, (n, w) x (v, w), without ever holding the (n, v) logits."""
-    total: torch.Tensor = _SummedCrossEntropy.apply(hidden, weight, labels)
+def summed_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backward: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Sum of cross entropies of `hidden @ weight.T`, (n, w) x (v, w), without ever holding the (n, v) logits.
+
+    Args:
+        backward: precision of the two products that make the gradients; the loss is computed in that of the inputs.
+    """
+    total: torch.Tensor = _SummedCrossEntropy.apply(hidden, weight, labels, backward)
     return total
 
 
@@ -99,10 +105,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Gradients are computed block by block in the forward pass, while a block's logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backward: torch.dtype
+    ) -> torch.Tensor:
         total = hidden.new_zeros(())
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        low_hidden, low_weight = hidden.to(backward), weight.to(backward)
         rows = max(SCORES_AT_ONCE // len(weight), 1)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -114,18 +123,23 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 continue
             slope = scores.sub_(norm).exp_()  # softmax, then minus one at the label
             slope.scatter_add_(1, place, slope.new_full(place.shape, -1.0))
+            slope = slope.to(backward)
             if to_hidden is not None:
-                torch.matmul(slope, weight, out=to_hidden[part])
-            if to_weight is not None:
-                to_weight.addmm_(slope.T, hidden[part])
+                to_hidden[part] = slope @ low_weight
+            if to_weight is None:
+                continue
+            if slope.dtype == to_weight.dtype:
+                to_weight.addmm_(slope.T, low_hidden[part])
+            else:
+                to_weight += slope.T @ low_hidden[part]
         ctx.save_for_backward(*(value for value in (to_hidden, to_weight) if value is not None))
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:  # type: ignore[override]
         saved = iter(ctx.saved_tensors)
         to_hidden, to_weight = (next(saved) * upstream if needed else None for needed in ctx.needs_input_grad[:2])
-        return to_hidden, to_weight, None
+        return to_hidden, to_weight, None, None
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
