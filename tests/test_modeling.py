@@ -305,6 +305,20 @@ def test_the_encoder_embeds_the_same_one_by_one_and_together(encoder_dir: Path, 
         torch.testing.assert_close(encoder.embed_texts(texts[index : index + 1])[0], words[index])
 
 
+def test_an_encoder_that_masks_padding_trims_its_texts(encoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_encoder(encoder_dir, "cpu")
+    texts, lengths = ["a dog", "", "a dog on a pink background"], []
+    words = encoder.model.words
+    monkeypatch.setattr(encoder.model, "words", lambda ids: (lengths.append(ids.shape[1]), words(ids))[1])
+    encoder.embed_texts(texts)
+    encoder.model.config.padding = "masked"
+    trimmed = encoder.embed_texts(texts)
+    room = encoder.model.config.text_config.max_position_embeddings
+    whole = encoder.model.embed_texts(encoder.tokenizer.contrastive(texts, room))
+    assert lengths[0] == lengths[2] == room > lengths[1] and encoder.embed_texts(["word " * 500]).isfinite().all()
+    torch.testing.assert_close(trimmed, whole, atol=1e-6, rtol=0)
+
+
 def test_a_damaged_encoder_is_refused(encoder_dir: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -88,8 +88,12 @@ class Encoder:
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit-norm fp32 embeddings, (texts, d), on the CPU."""
-        length = self.model.config.text_config.max_position_embeddings
-        return self.model.embed_texts(self.tokenizer.contrastive(texts, length).to(self.model.device)).cpu()
+        config, pieces = self.model.config, self.tokenizer.pieces(texts)
+        length = config.text_config.max_position_embeddings
+        if config.padding == "masked":  # then its amount means nothing
+            length = min(max(map(len, pieces)) + 3, length)  # [bos], [eos] and [CLS]
+        ids = self.tokenizer.contrastive_layout(pieces, length)
+        return self.model.embed_texts(ids.to(self.model.device)).cpu()
 
 
 def load_encoder(folder: str | Path, device: str = "auto", image_size: int | None = None) -> Encoder:

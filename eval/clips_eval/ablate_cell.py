@@ -1,30 +1,51 @@
 """One run of the grid: `pretrain`, then `retrieve`, in a process of its own.
 
-python -m clips_eval.ablate_cell RUN_FOLDER
+Importing torch, transformers and what they bring along takes as long as many steps of a small run. So the processes are
+forked from one that has done it once for the whole grid (`multiprocessing`'s fork server).
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from vision_tower.errors import run_command
 
 ORDER = "cell.json"  # what the run was asked for
+LOG = "log.txt"
+PREPARED = ["vision_tower.pretrain_trainer", "vision_tower.data", "vision_tower.encoder", "torchvision.transforms.v2"]
 
 
-def main(argv: list[str]) -> None:
-    """Do what the folder's `cell.json` says; the last file that appears is `retrieval.json`."""
-    folder = Path(argv[0])
-    order = json.loads((folder / ORDER).read_text())
+def cell_context() -> BaseContext:
+    """How the processes start. Where CUDA is, they begin from nothing: it does not survive a fork."""
+    import torch
 
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PREPARED)
+    return context
+
+
+def run_cell(folder: Path, threads: int) -> None:
+    """Do what the folder's `cell.json` says, with the exit code of a command; `retrieval.json` appears last."""
+    import torch
+
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(threads)
+    sys.exit(run_command(_pretrain_and_retrieve, [str(folder)]))
+
+
+def _pretrain_and_retrieve(argv: list[str]) -> None:
     from clips_eval.retrieve import main as retrieve
     from vision_tower.pretrain import main as pretrain
 
+    order = json.loads((Path(argv[0]) / ORDER).read_text())
     pretrain(order["pretrain"])
     retrieve(order["retrieve"])
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

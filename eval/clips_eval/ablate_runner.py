@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from clips_eval.ablate_cell import ORDER
+from clips_eval.ablate_cell import LOG, ORDER, cell_context, run_cell
 from clips_eval.ablate_grid import AblateRecipe, Setting, settings
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, write_text
@@ -76,9 +76,9 @@ def run_cells(recipe: AblateRecipe, say: Callable[[str], None]) -> list[Cell]:
     processes = recipe.processes or max((os.cpu_count() or 1) // recipe.threads, 1)
     say(f"{len(everything)} runs, {len(everything) - len(waiting)} done before; {processes} at a time")
     failed: list[Cell] = []
-    started = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        jobs = {pool.submit(_run, cell, recipe.threads): cell for cell in waiting}
+    context, started = cell_context(), time.monotonic()
+    with _environment_of_cells(recipe.threads), concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        jobs = {pool.submit(_run, cell, context, recipe.threads): cell for cell in waiting}
         try:
             for number, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
                 cell = jobs[job]
@@ -90,7 +90,7 @@ def run_cells(recipe: AblateRecipe, say: Callable[[str], None]) -> list[Cell]:
             pool.shutdown(cancel_futures=True)
             raise
     if failed:
-        log = failed[0].folder / "log.txt"
+        log = failed[0].folder / LOG
         raise UserError(
             f"{log}: {len(failed)} of {len(everything)} runs failed, this is the first one's log; mend the cause and "
             "run the same command, which goes on from here"
@@ -98,16 +98,27 @@ def run_cells(recipe: AblateRecipe, say: Callable[[str], None]) -> list[Cell]:
     return everything
 
 
-def _run(cell: Cell, threads: int) -> int:
+def _run(cell: Cell, context: BaseContext, threads: int) -> int | None:
     """The process's exit code."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_text(cell.folder / ORDER, cell.order)
-    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # Several runs on few cores: threads that spin while they wait would take them from the others.
-    environment = os.environ | limits | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    words = [sys.executable, "-m", "clips_eval.ablate_cell", str(cell.folder)]
-    with (cell.folder / "log.txt").open("w") as log:
-        return subprocess.run(words, stdout=log, stderr=log, env=environment, check=False).returncode
+    process = context.Process(target=run_cell, args=(cell.folder, threads))  # type: ignore[attr-defined]
+    process.start()
+    process.join()
+    return process.exitcode  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _environment_of_cells(threads: int) -> Iterator[None]:
+    """Several runs on few cores: threads that spin while they wait would take them from the others."""
+    before = dict(os.environ)
+    os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def _outcome(cell: Cell, metric: str) -> str:
