@@ -2,6 +2,7 @@
 
     python benchmarks/pretrain_speed.py                      # 3 repeats, Ti towers, batch 64; wants an idle machine
     python benchmarks/pretrain_speed.py --size S             # larger towers
+    python benchmarks/pretrain_speed.py --padding masked     # our texts trimmed to the longest of a batch
     python benchmarks/pretrain_speed.py --tiny               # does it run? a minute; its ratios mean nothing
     python benchmarks/pretrain_speed.py --profile train      # where our step's time goes (torch.profiler)
     python benchmarks/pretrain_speed.py --profile data       # where our loader's time goes (cProfile)
@@ -44,6 +45,7 @@ SIZES = {  # width, layers, heads, joint width, of all three transformers
 }
 VOCABULARY = 49_408
 WARM_STEPS = 2
+DATA_STEPS = 4  # times the steps of training: the loader alone is fast, and its buffers are to empty and fill again
 WORDS = (
     "a the of in on with and large small red blue green old young white black dog cat woman man child street car tree"
 )
@@ -93,6 +95,7 @@ def our_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> list[
         "model.image_size": args.image_size,
         "model.patch_size": 16,
         "model.vocabulary_size": VOCABULARY,
+        "model.padding": args.padding,
         "training.global_batch_size": args.batch,
         "training.device_batch_size": args.batch,
         "training.max_steps": args.steps,
@@ -217,7 +220,9 @@ def measure(args: argparse.Namespace, what: str, shards: Path) -> dict[str, floa
     """Run one child. Its output is shown only where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--child", what, "--shards", str(shards), "--folder", folder]
-        words += [f"--{name}={getattr(args, name)}" for name in ("size", "batch", "steps", "image_size")]
+        steps = args.steps * (DATA_STEPS if what.startswith("data") else 1)
+        words += [f"--{name}={getattr(args, name)}" for name in ("size", "batch", "image_size", "padding")]
+        words.append(f"--steps={steps}")
         threads = str(args.threads)
         environment = os.environ | {
             "OMP_NUM_THREADS": threads,
@@ -243,9 +248,12 @@ def compare(args: argparse.Namespace, shards: Path) -> None:
             found[what].append(measure(args, what, shards))
             done += 1
             left = (time.monotonic() - begun) / done * (total - done)
-            print(f"{done} of {total}: {what}, about {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
+            rate, memory = found[what][-1]["rate"], found[what][-1]["memory"] / 1e9
+            said = f"{what} {rate:.1f} samples/s, {memory:.2f} GB; about {left / 60:.1f} minutes left"
+            print(f"{done} of {total}: {said}", file=sys.stderr, flush=True)
     print(
-        f"{args.size} towers, {args.image_size} pixels, batch {args.batch}, {args.steps} steps, {args.threads} threads"
+        f"{args.size} towers, {args.image_size} pixels, batch {args.batch}, {args.steps} steps, {args.threads} threads,"
+        f" padding {args.padding}"
     )
     for name, kind, key, goal in (
         ("samples per second, training", "train", "rate", "at least 1.5"),
@@ -289,6 +297,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--image_size", type=int, default=112)
+    parser.add_argument("--padding", choices=("attended", "masked"), default="attended", help="of our texts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
@@ -305,7 +314,7 @@ def main() -> None:
         args.size, args.batch, args.steps, args.image_size, args.repeats = "tiny", 8, 5, 64, 1
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder)
-        write_shards(shards, count=max(256, args.batch * args.steps), shards=4, side=256)
+        write_shards(shards, count=max(256, args.batch * args.steps * DATA_STEPS), shards=4, side=256)
         if args.profile:
             profile(args, shards)
         else:
