@@ -25,10 +25,18 @@ def main(record: Path, command: list[str]) -> int:
         return 0
     print(f"== {record.stem}: {line}", flush=True)
     started = time.monotonic()
+    stopped = record.with_suffix(".stopped")  # written by a command that SIGTERM stopped: it ends with code 0
+    stopped.unlink(missing_ok=True)
+    record.parent.mkdir(parents=True, exist_ok=True)
     try:
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(
+            command, check=False, env=os.environ | {"STOPPED_FILE": str(stopped.resolve())}
+        ).returncode
     except KeyboardInterrupt:
         code = 130  # the command has had the signal too, and has said its line
+    if stopped.exists():
+        stopped.unlink()
+        code = 143
     if code:
         print(f"== {record.stem}: stopped with exit code {code}; the same `make` goes on from here", file=sys.stderr)
         return code if code > 0 else 128 - code
@@ -46,7 +54,6 @@ def save(record: Path, line: str, seconds: float) -> None:
         "peak_memory_bytes": largest,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    record.parent.mkdir(parents=True, exist_ok=True)
     partial = record.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1))
     os.replace(partial, record)

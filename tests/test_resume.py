@@ -118,7 +118,7 @@ def test_kill_at_a_random_step(whole: Path, sample_world: Path, tmp_path: Path) 
     assert all(has_ended(helper) for helper in helpers)
 
 
-def test_sigterm_saves_and_ends_with_143(sample_world: Path, tmp_path: Path, whole: Path) -> None:
+def test_sigterm_saves_and_ends_with_0(sample_world: Path, tmp_path: Path, whole: Path) -> None:
     """A scheduler signals every process of a job at once, loader processes too."""
     workers = int(whole.name)
     folder = tmp_path / "stopped"
@@ -126,7 +126,7 @@ def test_sigterm_saves_and_ends_with_143(sample_world: Path, tmp_path: Path, who
     wait_for_line(process, folder, 6)
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=100)
-    assert process.returncode == 143, said
+    assert process.returncode == 0, said
     reached = latest_checkpoint(folder)
     assert reached is not None and not (folder / "model.safetensors").exists()
     step = reached.rpartition("-")[2]
@@ -148,7 +148,7 @@ def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step(sample_world: Path, 
     wait_for_line(process, runs["stopped"], 6)
     os.kill(children(process.pid)[-1], signal.SIGTERM)
     _, said = process.communicate(timeout=100)
-    assert process.returncode != 0 and said.count("SIGTERM: stopped after step") == 2
+    assert process.returncode == 0 and said.count("SIGTERM: stopped after step") == 2, said
     process = start(sample_world, runs["stopped"], 2, **values)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said

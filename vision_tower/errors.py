@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -21,10 +23,11 @@ class Stopped(Exception):
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `main(argv)` and return its exit code: 0, 2 for bad input, 28 for a full disk, 130 for Ctrl-C, 143 for
-    SIGTERM after a saved checkpoint.
+    """Run `main(argv)` and return its exit code: 0, also for SIGTERM after a saved checkpoint; 1 where another rank
+    died, 2 for bad input, 28 for a full disk, 130 for Ctrl-C.
 
-    Anything else is our bug and keeps its traceback.
+    Anything else is our bug and keeps its traceback. A stop is told to the caller's file STOPPED_FILE, where there is
+    one, since the code does not tell it from an end.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -34,10 +37,14 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except Stopped as stop:
         _end_progress_bars()
         print(stop, file=sys.stderr, flush=True)
-        return 128 + signal.SIGTERM
+        if "STOPPED_FILE" in os.environ:
+            Path(os.environ["STOPPED_FILE"]).touch()
+        return 0
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on from the last checkpoint", 128 + signal.SIGINT)
     except Exception as error:
+        if another_rank_died(error):
+            return _fail("another rank of this run died, see above; run the same command again to go on", 1)
         if not disk_is_full(error):
             raise
         where = getattr(error, "filename", None) or "the output folder"
@@ -51,6 +58,12 @@ def disk_is_full(error: BaseException) -> bool:
         return True
     text = str(error)  # torch's writer tells of the failed write only by the position it did not reach
     return "No space left on device" in text or ("inline_container.cc" in text and "unexpected pos" in text)
+
+
+def another_rank_died(error: BaseException) -> bool:
+    """Whether a collective failed because the process at its other end is gone, in the words of gloo or NCCL."""
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in words)
 
 
 def _fail(line: str, code: int) -> int:

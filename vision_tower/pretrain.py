@@ -45,12 +45,14 @@ def main(argv: list[str]) -> None:
     from vision_tower.data import PairCollator, PairStream
     from vision_tower.lock import lock_tower
     from vision_tower.pretrain_trainer import PretrainTrainer
-    from vision_tower.resume import end_if_stopped, refuse_other_recipe, report_skipped
+    from vision_tower.resume import refuse_other_recipe
+    from vision_tower.sigterm import end_if_stopped
     from vision_tower.step_loss import StepLoss
+    from vision_tower.stream_trainer import report_skipped
     from vision_tower.texts import TextDrawer
 
     if checkpoint is not None:
-        refuse_other_recipe(folder / "recipe.yaml", recipe)
+        refuse_other_recipe(folder / "recipe.yaml", recipe, "pretrain")
     objective = choose_objective(recipe.objective, recipe.loss)
     tokenizer = load_tokenizer(recipe, checkpoint)
     set_seed(recipe.training.seed)

@@ -14,13 +14,13 @@ from vision_tower.data import outlive_one_sigterm
 from vision_tower.flops import known_peak, training_flops
 from vision_tower.images import normalize
 from vision_tower.pretrain_recipe import EncoderTraining
-from vision_tower.resume import ResumableTrainer
 from vision_tower.step_loss import StepLoss
+from vision_tower.stream_trainer import StreamTrainer
 from vision_tower.throughput import Throughput
 from vision_tower.training import final_state, parameter_groups
 
 
-class PretrainTrainer(ResumableTrainer):
+class PretrainTrainer(StreamTrainer):
     """Adds the loss, decay on weight matrices only, the average of the weights, a stop on NaN, and what the log says.
 
     Args:

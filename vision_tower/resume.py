@@ -1,33 +1,34 @@
 """Going on after an interruption as if it had not happened.
 
-every step         batches bring their readers' cursors; the trainer notes those of the batches it has used
 every save_every   checkpoint-N appears whole: written to a hidden folder, flushed, renamed
+full disk          the checkpoint is given up with a warning, the run goes on
 kill -9            the same command finds the newest checkpoint and goes on with the same batches and the same log
-SIGTERM            the step is finished, a checkpoint saved, and the command ends with code 143
+SIGTERM            the step is finished, a checkpoint saved (`sigterm.py`)
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from vision_tower.data import PairStream
-from vision_tower.errors import Stopped, UserError
+from vision_tower.errors import UserError, disk_is_full
 from vision_tower.files import write_text
-from vision_tower.readers import Cursor
 from vision_tower.recipe import parse_recipe
+from vision_tower.sigterm import StopOnSigterm
+from vision_tower.space import expected_bytes, folder_bytes, free_bytes, gigabytes
+from vision_tower.training import latest_checkpoint
 
 # A resumed run may write elsewhere or more often; everything else would make it another run.
 MAY_DIFFER = frozenset(
@@ -43,9 +44,9 @@ MAY_DIFFER = frozenset(
 STAGING = ".checkpoint.partial"
 
 
-def refuse_other_recipe(file: Path, recipe: Any) -> None:
-    """Raise UserError where the run that left `file` (its recipe.yaml) had other values than `recipe`."""
-    before = _flat(parse_recipe(type(recipe), ["--config", str(file)], command="pretrain"))
+def refuse_other_recipe(file: Path, recipe: Any, command: str) -> None:
+    """Raise UserError where the run of `command` that left `file` (its recipe.yaml) had other values than `recipe`."""
+    before = _flat(parse_recipe(type(recipe), ["--config", str(file)], command=command))
     now = _flat(recipe)
     changed = sorted(name for name in before | now if before.get(name) != now.get(name) and not _may_differ(name))
     if changed:
@@ -70,55 +71,55 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class ResumableTrainer(Trainer):
-    """Trainer over a `PairStream` whose checkpoints are whole and hold everything a run depends on."""
+    """Trainer whose checkpoints are whole and hold everything a run depends on, whatever it trains."""
 
-    train_dataset: PairStream
+    state_file = "progress"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.args.ignore_data_skip = True  # the readers know their place; nothing is read only to be thrown away
-        self._cursors: dict[int, Cursor] = {}
-        self._batches = 0
-        self._sums: dict[str, torch.Tensor] = {}  # of what is logged, since the last line
-        self._steps = 0
-        self._folder: Path | None = None
+        self.saved_at: int | None = None  # step of the newest checkpoint that this process has written
+        self._folder: Path | None = None  # where a checkpoint is being written
+        self._failure: BaseException | None = None  # what kept it from being written
+        self._bytes = 0  # of the last one
         self.stop = StopOnSigterm()
         self.add_callback(self.stop)
 
-    # --- readers
+    # --- what a checkpoint holds besides weights and optimiser
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of one optimiser step; their cursors are noted."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            cursor = batch.pop("cursor")
-            self._cursors[cursor.reader] = cursor
-        self._batches += len(batches)
-        return batches, count
+    def own_state(self) -> dict[str, Any]:
+        """This rank's state that transformers does not save: the half-summed line of the log."""
+        return {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
 
-    def skipped(self) -> tuple[int, collections.Counter[str], collections.Counter[str]]:
-        """(samples seen, unreadable samples by cause, unreadable shards by cause) over all ranks."""
-        places = [place for cursor in self._cursors.values() for place in cursor.places]
-        found: list[Any] = [places]
-        if self.args.world_size > 1:
-            found = [None] * self.args.world_size
-            dist.all_gather_object(found, places)
-        places = [place for rank in found for place in rank]
-        bad: collections.Counter[str] = collections.Counter()
-        broken: dict[str, str] = {}  # readers may share a shard
-        for place in places:
-            bad.update(place.bad)
-            broken |= place.broken
-        return sum(place.seen for place in places), bad, collections.Counter(broken.values())
+    def restore(self, state: dict[str, Any]) -> None:
+        """The other way round."""
+        self._tr_loss = torch.tensor(state["loss"], device=self.args.device)
+        self._globalstep_last_logged = state["last_logged"]
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how much was skipped since the run began."""
-        if "loss" in logs:  # every rank logs, so every rank is here
-            _, bad, broken = self.skipped()
-            logs = logs | {"skipped_samples": bad.total(), "skipped_shards": broken.total()}
-        super().log(logs, *args, **kwargs)
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint means nothing without."""
+        return {"ranks": self.args.world_size}
 
-    # --- checkpoints
+    def _state_name(self) -> str:
+        return f"{self.state_file}_{self.args.process_index}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        write_text(Path(output_dir) / self._state_name(), json.dumps(self.layout() | self.own_state()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        assert checkpoint is not None
+        file = Path(checkpoint) / self._state_name()
+        state = json.loads(file.read_text()) if file.is_file() else {}
+        for what, now in self.layout().items():
+            if state.get(what) != now:
+                raise UserError(
+                    f"{file}: the checkpoint was written with {what}={state.get(what)}, now it is {now}; "
+                    "give it back, or take another output_dir"
+                )
+        self.restore(state)
+
+    # --- writing it whole
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._folder) if self._folder is not None else super()._get_output_dir(trial)
@@ -126,69 +127,113 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write into a hidden folder, rename it when every rank is done, and only then remove old checkpoints."""
         folder = Path(super()._get_output_dir(trial))
+        if not self._room(folder):
+            return
         name = f"checkpoint-{self.state.global_step}"
         self._folder = folder / STAGING
+        self._failure = None
         if self.args.should_save:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                _flush(self._folder)
-                shutil.rmtree(folder / name, ignore_errors=True)
-                os.replace(self._folder / name, folder / name)
-                self._folder.rmdir()
-                rotate_checkpoints(str(folder), self.args.save_total_limit)
+            with self._held(), self._engine_held():
+                super()._save_checkpoint(model, trial)
+            if not self._on_any_rank(self._failure is not None) and self.args.should_save:
+                with self._held():
+                    self._publish(folder, name)
         finally:
             self._folder = None
-        self.accelerator.wait_for_everyone()
+        if self._on_any_rank(self._failure is not None):
+            self._give_up(folder, name)
+        else:
+            self.saved_at = self.state.global_step
+            if self.state.best_global_step == self.saved_at:
+                self.state.best_model_checkpoint = str(folder / name)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Per rank: what transformers saves, and the readers' places and the half-summed line of the log."""
-        super()._save_rng_state(output_dir)
-        state = self._layout() | {
-            "batches": self._batches,
-            "cursors": [dataclasses.asdict(cursor) for cursor in self._cursors.values()],
-            "loss": self._tr_loss.item(),
-            "last_logged": self._globalstep_last_logged,
-            "sums": {name: value.item() for name, value in self._sums.items()},
-            "steps": self._steps,
-        }
-        write_text(Path(output_dir) / self._state_name(), json.dumps(state))
+    def _publish(self, folder: Path, name: str) -> None:
+        """On the main process, when all ranks have written their parts."""
+        assert self._folder is not None
+        staged = self._folder / name
+        if self.state.best_global_step == self.state.global_step:  # it knows itself by the name it will have
+            self.state.best_model_checkpoint = str(folder / name)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        _flush(staged)
+        self._bytes = folder_bytes(staged)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(staged, folder / name)
+        self._folder.rmdir()
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The other way round; it runs just before the loader starts its processes."""
-        super()._load_rng_state(checkpoint)
-        assert checkpoint is not None
-        file = Path(checkpoint) / self._state_name()
-        state = json.loads(file.read_text()) if file.is_file() else {}
-        for what, now in self._layout().items():
-            if state.get(what) != now:
-                raise UserError(
-                    f"{file}: the checkpoint was written with {what}={state.get(what)}, now it is {now}; "
-                    "give it back, or take another output_dir"
-                )
-        cursors = [Cursor.from_json(value) for value in state["cursors"]]
-        self._cursors = {cursor.reader: cursor for cursor in cursors}
-        self._batches = state["batches"]
-        self.train_dataset.go_on_from(self._cursors, self._batches % max(self.args.dataloader_num_workers, 1))
-        self._tr_loss = torch.tensor(state["loss"], device=self.args.device)
-        self._globalstep_last_logged = state["last_logged"]
-        self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in state["sums"].items()}
-        self._steps = state["steps"]
+    # --- a full disk costs the checkpoint, not the run
 
-    def _state_name(self) -> str:
-        return f"readers_{self.args.process_index}.json"
+    def _room(self, folder: Path) -> bool:
+        """Whether the next checkpoint fits, on all ranks alike: found out before any of them writes or waits."""
+        wanted = self._bytes or expected_bytes(self.model)
+        short = self.args.should_save and free_bytes(folder) < wanted
+        if not self._on_any_rank(short):
+            return True
+        self._warn(folder, f"checkpoint-{self.state.global_step}", f", about {gigabytes(wanted)} needed")
+        return False
 
-    def _layout(self) -> dict[str, Any]:
-        """What the readers' places mean nothing without."""
-        return {
-            "ranks": self.args.world_size,
-            "workers": self.args.dataloader_num_workers,
-            "shards": self.train_dataset.fingerprint(),
-        }
+    def _give_up(self, folder: Path, name: str) -> None:
+        if self.args.should_save:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+        self._warn(folder, name)
+
+    def _warn(self, folder: Path, name: str, needed: str = "") -> None:
+        if self.args.should_save:
+            last = latest_checkpoint(folder)
+            print(
+                f"warning: {folder / name}: not saved, no space left on the device ({gigabytes(free_bytes(folder))} "
+                f"free{needed}); training goes on, the newest checkpoint is {last or 'none'}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Within a checkpoint, a write that fails for want of space is remembered until all ranks can be told."""
+        try:
+            yield
+        except Exception as error:
+            if self._folder is None or not disk_is_full(error):
+                raise
+            self._failure = error
+
+    @contextmanager
+    def _engine_held(self) -> Iterator[None]:
+        """The same for each of DeepSpeed's own writes, between which its ranks wait for each other."""
+        if self.deepspeed is None:
+            yield
+            return
+        writer = self.deepspeed.checkpoint_engine
+        write = writer.save
+
+        def save(*args: Any, **kwargs: Any) -> Any:
+            with self._held():
+                return write(*args, **kwargs)
+
+        writer.save = save
+        try:
+            yield
+        finally:
+            writer.save = write
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self._held():
+            self.write_model(output_dir, state_dict)
+
+    def write_model(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
+        """Weights, configuration and processor, on the main process."""
+        super()._save(output_dir, state_dict)
+
+    def _on_any_rank(self, answer: bool) -> bool:
+        if self.args.world_size == 1:
+            return answer
+        flag = torch.tensor(int(answer), device=self.args.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 def _flush(folder: Path) -> None:
@@ -199,67 +244,3 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-class StopOnSigterm(TrainerCallback):
-    """SIGTERM to any rank makes all of them save after the same step and leave the loop."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.stopped_at: int | None = None
-        self._before: Any = None
-        self._group: Any = None
-        self._vote: tuple[torch.Tensor, Any] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the signal over."""
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        if args.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # of its own, on the CPU: no step waits for a device
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop where it was asked for; and a resumed run counts its epochs as a whole one does."""
-        state.epoch = state.global_step / state.max_steps
-        if self._agreed(args.world_size) and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-            self.stopped_at = state.global_step
-
-    def _agreed(self, world: int) -> bool:
-        """Whether some rank was asked. Over several ranks it is the answer of the last step, which nobody waits for."""
-        if world == 1:
-            return self.asked
-        answer = False
-        if self._vote is not None:
-            flag, work = self._vote
-            work.wait()
-            answer = bool(flag)
-        flag = torch.tensor(int(self.asked))
-        self._vote = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return answer
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give the signal back."""
-        if self._vote is not None:
-            self._vote[1].wait()
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def report_skipped(trainer: ResumableTrainer) -> None:
-    """One line about what could not be read in the whole run, by cause. Every rank must call it."""
-    seen, bad, broken = trainer.skipped()
-    if trainer.is_world_process_zero() and (bad or broken):
-        causes = ", ".join(f"{count:,} x {cause}" for cause, count in (bad + broken).most_common())
-        line = f"skipped {bad.total():,} of {seen:,} samples and {broken.total():,} shards: {causes}"
-        print(line, file=sys.stderr, flush=True)
-
-
-def end_if_stopped(trainer: ResumableTrainer) -> None:
-    """Raise Stopped where a signal ended the training loop before its time."""
-    if trainer.stop.stopped_at is not None:
-        raise Stopped(
-            f"SIGTERM: stopped after step {trainer.stop.stopped_at} of {trainer.args.max_steps}, checkpoint saved in "
-            f"{trainer.args.output_dir}; run the same command again to go on"
-        )

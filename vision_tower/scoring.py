@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
@@ -29,6 +26,7 @@ from vision_tower.image_folder import load_task
 from vision_tower.karpathy import load_pairs
 from vision_tower.pretrain_recipe import EvaluationRecipe
 from vision_tower.pretrain_trainer import PretrainTrainer
+from vision_tower.randomness import untouched_randomness
 from vision_tower.tokenizer import ClipsTokenizer
 from vision_tower.training import keep_lines
 
@@ -126,16 +124,3 @@ class Scoring(TrainerCallback):
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
             os.replace(work, self.folder / BEST)
         self.trainer.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Whatever is drawn within, the draws afterwards are those that would have come without it."""
-    python, numbers = random.getstate(), np.random.get_state()
-    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # untested on GPU
-    try:
-        with torch.random.fork_rng(devices=own):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
