@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from clips_mllm.prompts import IMAGE
+from clips_mllm.quantize import Quantize, quantization
 from clips_mllm.towers import (
     FeatureSelect,
     additional_tokens,
@@ -37,7 +38,7 @@ from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained, refuse_partial_load
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerFast
+    from transformers import BaseImageProcessor, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 # Checkpoints of two towers, of which the vision tower alone is read.
 VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
@@ -174,46 +175,74 @@ def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> 
         )
 
 
-def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> Mllm:
-    """Load a stock LLaVA checkpoint for use.
+def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", quantize: Quantize = "none") -> Mllm:
+    """Load a stock LLaVA checkpoint, or an adapter with its base, for use.
 
     Args:
         folder: folder or hub id.
         device: auto, cpu, cuda or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
+        quantize: none, or the LLM in 4bit (nf4) or 8bit, for less memory.
     Raises:
-        UserError: no checkpoint there, another kind of model, missing or unexpected weights, no `<image>` piece.
+        UserError: no checkpoint there, another kind of model, missing or unexpected weights, no `<image>` piece, an
+            adapter without its base.
     """
-    model, processor = load_parts(folder, dtype=dtype)
+    model, processor = load_parts(folder, dtype=dtype, quantize=quantize)
     processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
     place = choose_device(device)
     return Mllm(model.to(place).eval(), processor, place)
 
 
-def load_parts(folder: str | Path, *, dtype: str | torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Model and processor as saved, for training or for use."""
+def load_parts(
+    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize | BitsAndBytesConfig = "none"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`)."""
+    from clips_mllm.adapters import is_adapter, load_adapter  # it reads bases with this function
+
+    if is_adapter(folder):
+        assert isinstance(quantize, str), "only the base of an adapter brings its own quantisation"
+        return load_adapter(folder, dtype=dtype, quantize=quantize)
     name = _existing(str(folder), "model")
     _refuse_encoder(Path(name))
     config = read_pretrained(AutoConfig, name)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
-    processor = read_pretrained(LlavaProcessor, name)
+    processor = read_processor(name)
     check_image_token(processor.tokenizer, folder)
-    return _read_weights(LlavaForConditionalGeneration, name, dtype), processor
+    options = {}
+    if quantize != "none":
+        own = dtype if isinstance(dtype, torch.dtype) else config.dtype if dtype == "auto" else getattr(torch, dtype)
+        options["quantization_config"] = quantization(quantize, own) if isinstance(quantize, str) else quantize
+    return _read_weights(LlavaForConditionalGeneration, name, dtype, **options), processor
 
 
-def save_mllm(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
-    """Leave a complete stock checkpoint in `folder`; `config.json`, which makes it one, comes last."""
+def read_processor(name: str) -> LlavaProcessor:
+    """The processor of a checkpoint or an adapter."""
+    return read_pretrained(LlavaProcessor, name)
+
+
+def save_mllm(model: Any, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
+    """Leave a complete stock checkpoint in `folder`, or a complete adapter where `model` is one.
+
+    The file that makes it one, `config.json` or `adapter_config.json`, comes last.
+    """
+    from peft import PeftModel
+
+    from clips_mllm.adapters import CONFIG, save_adapter
+
     work = folder / "partial"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        model.save_pretrained(work, state_dict=state)
-        processor.save_pretrained(work)
+        if isinstance(model, PeftModel):
+            save_adapter(model, processor, work, state)
+        else:
+            model.save_pretrained(work, state_dict=state)
+            processor.save_pretrained(work)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
         raise
     make_readable(work)
-    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in sorted(work.iterdir(), key=lambda path: path.name in ("config.json", CONFIG)):
         os.replace(path, folder / path.name)
     work.rmdir()
 
@@ -243,8 +272,10 @@ def _refuse_encoder(folder: Path) -> None:
         raise UserError(f"{folder}: a CLIPS encoder, not a multimodal LLM; give the folder of a `clips-mllm train` run")
 
 
-def _read_weights(kind: Any, name: str, dtype: str | torch.dtype) -> Any:
-    """A model, every weight of which came from the checkpoint."""
-    model, info = read_pretrained(kind, name, dtype=dtype, output_loading_info=True)
+def _read_weights(kind: Any, name: str, dtype: str | torch.dtype, **options: Any) -> Any:
+    """A model, every weight of which came from the checkpoint, in the shape that its config gives."""
+    # Other shapes are reported, and refused like the rest; transformers would raise a table of them.
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = read_pretrained(kind, name, **options)
     refuse_partial_load(name, info)
     return model

@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
     "plan": Command("clips_mllm.plan", "tell a recipe's memory, batch and time before it runs"),
+    "merge": Command("clips_mllm.merge", "merge an adapter into its base: a plain checkpoint"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
     "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
     "evaluate": Command("clips_eval.evaluate", "run lmms-eval tasks on a multimodal LLM"),

@@ -74,7 +74,8 @@ class TrainEvaluationRecipe:
 
     Args:
         every: optimiser steps between measurements; 0 measures nothing.
-        file: held-out conversations of the same kind as data.file, with the same images folder.
+        file: held-out conversations of the same kind as data.file.
+        images: folder that their image paths are relative to, where it is not data.images.
         share: without `file`, the share of data.file that is held out and not trained on.
         batch_size: samples in one forward pass of one device.
         tasks: recipe of `clips-mllm evaluate` (configs/eval/): its lmms-eval tasks are measured too.
@@ -87,6 +88,7 @@ class TrainEvaluationRecipe:
 
     every: int = 0
     file: str | None = None
+    images: str | None = None
     share: float = 0.0
     batch_size: int = 8
     tasks: str | None = None

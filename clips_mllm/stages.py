@@ -6,42 +6,103 @@ from typing import Any
 
 from torch import nn
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clips_mllm.train_recipe import StageRecipe
+from clips_mllm.adapters import add_adapter
+from clips_mllm.stage_recipe import StageRecipe
 from vision_tower.errors import UserError
-from vision_tower.training import parameter_groups
+from vision_tower.training import parameter_groups, size
 
 
-def parts(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
-    """The three parts of an MLLM by the names that recipes use."""
+def parts(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The three parts of an MLLM by the names that recipes use; the vocabulary layer belongs to the LLM."""
     inner = model.model
-    return {"tower": inner.vision_tower, "projector": inner.multi_modal_projector, "llm": inner.language_model}
+    return {
+        "tower": [inner.vision_tower],
+        "projector": [inner.multi_modal_projector],
+        "llm": [inner.language_model, model.lm_head],
+    }
 
 
-def apply_stage(model: LlavaForConditionalGeneration, stage: StageRecipe) -> str:
-    """Freeze and unfreeze; returns the line for the log. Raises UserError where nothing would train."""
-    trains = {"tower": stage.tower, "projector": stage.projector, "llm": stage.llm}
+def parameters_of(modules: list[nn.Module]) -> list[nn.Parameter]:
+    """Their parameters, each once, though embeddings may be tied."""
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
+def apply_stage(model: LlavaForConditionalGeneration, stage: StageRecipe) -> tuple[nn.Module, str]:
+    """Freeze and unfreeze, or put adapters in; returns what is to be trained, and the line for the log.
+
+    Raises UserError where nothing would train.
+    """
+    stage.check()
     model.requires_grad_(False)
-    for name, part in parts(model).items():
-        part.requires_grad_(trains[name])
-    model.lm_head.requires_grad_(stage.llm)
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts(model).items()}
-    if not any(trains.values()):
-        raise UserError("stage: nothing trains; set at least one of projector, llm and tower to true")
-    return ", ".join(f"{name} {'trains' if trains[name] else 'frozen'} ({counts[name]:,})" for name in counts)
+    tower = reached_modules(model, stage.tower_from_layer) if stage.tower else []
+    chosen = {"tower": tower, "projector": parts(model)["projector"], "llm": parts(model)["llm"]}
+    trained: nn.Module = model
+    if stage.adapter.kind != "none":
+        adapted = ("llm", "tower") if stage.llm and stage.tower else ("llm",) if stage.llm else ("tower",)
+        trained = add_adapter(model, stage, linear_names(model, [m for name in adapted for m in chosen[name]]))
+    else:
+        for name, modules in chosen.items():
+            for module in modules if getattr(stage, name) else ():
+                module.requires_grad_(True)
+    return trained, _line(model, stage)
+
+
+def _line(model: LlavaForConditionalGeneration, stage: StageRecipe) -> str:
+    """What trains, by part, in weights."""
+    said = []
+    for name, modules in parts(model).items():
+        weights = parameters_of(modules)
+        trains, total = (sum(map(size, chosen)) for chosen in ([p for p in weights if p.requires_grad], weights))
+        how = "trains" if name == "projector" or stage.adapter.kind == "none" else stage.adapter.kind
+        said.append(f"{name} {how} ({trains:,} of {total:,})" if trains else f"{name} frozen ({total:,})")
+    return ", ".join(said)
+
+
+def reached_modules(model: LlavaForConditionalGeneration, first: int) -> list[nn.Module]:
+    """The tower's modules that the projector's features pass, from block `first` on; 0 takes what comes before, too.
+
+    The others would get no gradient, and decay would shrink them.
+    """
+    tower = model.model.vision_tower
+    blocks = next(
+        module
+        for module in tower.modules()
+        if isinstance(module, nn.ModuleList) and isinstance(module[0], GradientCheckpointingLayer)
+    )
+    layers = model.config.vision_feature_layer
+    states = len(blocks) + 1  # hidden_states[0] are the embeddings
+    reach = max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
+    if not 0 <= first < reach:
+        raise UserError(
+            f"stage.tower_from_layer={first}: the projector reads what block {reach - 1} gives; from 0 to {reach - 1}"
+        )
+    chosen: list[nn.Module] = list(blocks[first:reach])
+    if first == 0:
+        chosen += [module for name, module in tower.named_modules() if name.rpartition(".")[2] == "embeddings"]
+    return chosen
+
+
+def linear_names(model: nn.Module, modules: list[nn.Module]) -> list[str]:
+    """Full names of the linear layers inside `modules`, but for the vocabulary layer."""
+    inside = {id(inner) for module in modules for inner in module.modules() if inner is not module}
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
 
 
 def optimizer_groups(
     model: LlavaForConditionalGeneration, stage: StageRecipe, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups; the projector's have a learning rate of their own where the recipe gives one."""
-    groups = parameter_groups(model, weight_decay)
-    if stage.projector_learning_rate is None:
-        return groups
-    own = {id(p) for p in model.model.multi_modal_projector.parameters()}
+    """Parameter groups; a part has a learning rate of its own where the recipe gives one."""
+    rates = {
+        "tower": stage.tower_learning_rate,
+        "projector": stage.projector_learning_rate,
+        "llm": stage.llm_learning_rate,
+    }
+    rate = {id(p): rates[name] for name, modules in parts(model).items() for p in parameters_of(modules)}
     split: list[dict[str, Any]] = []
-    for group in groups:
-        split.append(group | {"params": [p for p in group["params"] if id(p) not in own]})
-        mine = [p for p in group["params"] if id(p) in own]
-        split.append(group | {"params": mine, "lr": stage.projector_learning_rate})
-    return [group for group in split if group["params"]]
+    for group in parameter_groups(model, weight_decay):
+        for own in dict.fromkeys(rate[id(p)] for p in group["params"]):
+            mine = {"params": [p for p in group["params"] if rate[id(p)] == own]}
+            split.append(group | mine | ({} if own is None else {"lr": own}))
+    return split

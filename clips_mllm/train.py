@@ -5,17 +5,18 @@ deepspeed --num_gpus 8 --module clips_mllm.train --config configs/mllm/vicuna_7b
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clips_mllm.train_recipe import MllmRecipe, TrainRecipe
-from vision_tower.errors import run_command
+from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
+from vision_tower.errors import UserError, run_command
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
+    compile_blocks,
     drop_launcher_arguments,
-    final_state,
     is_main_process,
     latest_checkpoint,
     start_run_folder,
@@ -27,64 +28,152 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     from clips_mllm.data import InstructionCollator, InstructionDataset
+    from clips_mllm.trainer import MllmTrainer
 
 PROJECTOR_SAMPLES = 128
 
 
 def main(argv: list[str]) -> None:
-    """Train one stage and leave a stock LLaVA checkpoint in the run folder."""
+    """Train one stage and leave a stock LLaVA checkpoint, or an adapter, in the run folder."""
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
     recipe.check()
     folder = Path(recipe.output_dir)
+    checkpoint = latest_checkpoint(folder)
 
     from transformers import set_seed
 
+    from clips_mllm.preflight import preflight, show_data
+    from vision_tower.resume import refuse_other_recipe
+    from vision_tower.sigterm import end_if_stopped
+
+    if checkpoint is not None:
+        refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
+    # Before the model: ZeRO-3 shards it as it is built.
+    arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))
+    set_seed(recipe.training.seed)
+    model, processor = load_or_build(recipe, weight_dtype(recipe))
+    trainer, line = build_trainer(recipe, model, processor, arguments)
+    preflight(trainer, folder)
+    show_data(trainer, recipe.data)
+    if is_main_process():
+        start_run_folder(folder, recipe)
+        print(f"{len(trainer.train_dataset):,} samples; {line}", file=sys.stderr, flush=True)  # type: ignore[arg-type]
+    add_metrics_file(trainer, folder / "metrics.jsonl")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    end_if_stopped(trainer)
+    trainer.save_model(str(folder))
+    if is_main_process():
+        print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def build_trainer(
+    recipe: TrainRecipe, model: LlavaForConditionalGeneration, processor: LlavaProcessor, arguments: Any
+) -> tuple[MllmTrainer, str]:
+    """Data, stage, and the engine over both; and the line that says what trains."""
+    from transformers import EarlyStoppingCallback
+
     from clips_mllm.chat_template import adopt_template
-    from clips_mllm.checkpoint import save_mllm
     from clips_mllm.data import InstructionCollator, InstructionDataset, make_square, packing_for
+    from clips_mllm.kernels import choose_attention
+    from clips_mllm.measuring import Measuring
     from clips_mllm.projector import fit_projector
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer
 
-    arguments = training_arguments(recipe.training, folder)  # before the model: ZeRO-3 shards it as it is built
-    set_seed(recipe.training.seed)
-    model, processor = load_or_build(recipe.model, weight_dtype(recipe))
+    choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16")
     adopt_template(processor, recipe.data.template, model)
     make_square(processor, recipe.data.square)
     dataset = InstructionDataset(recipe.data, processor)
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
         fit_projector(model, first_pixels(dataset, collator))
-    line = apply_stage(model, recipe.stage)
+    trained, line = apply_stage(model, recipe.stage)
+    if recipe.stage.adapter.kind != "none" and recipe.training.deepspeed is None:
+        masters_in_fp32(trained)
+    if recipe.training.compile:
+        compile_blocks(model)
+    train, held = split(recipe, dataset, processor)
+    evaluation = recipe.evaluation
+    measuring = Measuring(evaluation, Path(recipe.output_dir), held, collator) if evaluation.every else None
+    callbacks = [measuring] if measuring is not None else []
+    if evaluation.patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=evaluation.patience))
     trainer = MllmTrainer(
-        model=model,
+        model=trained,
         bare=model,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=train,
+        eval_dataset=held if held is not None else train,  # asked for where tasks alone are measured
         data_collator=collator,
         stage=recipe.stage,
         processor=processor,
         group_by_length=recipe.data.group_by_length,
+        measuring=measuring,
+        callbacks=callbacks,
     )
-    if is_main_process():
-        start_run_folder(folder, recipe)
-        print(f"{len(dataset):,} samples; {line}", file=sys.stderr, flush=True)
-    add_metrics_file(trainer, folder / "metrics.jsonl")
-    trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
-    state = final_state(trainer)
-    if is_main_process():
-        model.config.use_cache = True
-        save_mllm(model, processor, folder, state)
-        print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
-    trainer.accelerator.wait_for_everyone()
+    return trainer, line
 
 
-def load_or_build(recipe: MllmRecipe, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """An earlier stage's checkpoint, or a tower and an LLM joined by a fresh projector."""
+def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: LlavaProcessor) -> tuple[Any, Any]:
+    """(what is trained on, what is held out): another file, a share of the same one, or nothing."""
+    from clips_mllm.data import InstructionDataset
+    from clips_mllm.held_out import hold_out
+
+    evaluation = recipe.evaluation
+    if not evaluation.every or (evaluation.file is None and not evaluation.share):
+        return dataset, None
+    if evaluation.file is not None:
+        other: InstructionRecipe = dataclasses.replace(
+            recipe.data, file=evaluation.file, images=evaluation.images or recipe.data.images, mixture=()
+        )
+        return dataset, InstructionDataset(other, processor)
+    return hold_out(dataset, evaluation.share, recipe.training.seed)
+
+
+def further_arguments(recipe: TrainRecipe) -> dict[str, Any]:
+    """What this stage says to transformers beyond the optimisation recipe."""
+    from clips_mllm.kernels import liger_arguments
+
+    evaluation, kept = recipe.evaluation, recipe.training.keep_checkpoints
+    more: dict[str, Any] = liger_arguments(recipe.training.liger)
+    if recipe.training.gradient_checkpointing:
+        # The reentrant kind stops gradients where a block's input has none, as under a frozen embedding.
+        more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if not evaluation.every:
+        return more
+    return more | {
+        "eval_strategy": "steps",
+        "eval_steps": evaluation.every,
+        "metric_for_best_model": f"eval_{evaluation.best_by}" if evaluation.keep_best or evaluation.patience else None,
+        "greater_is_better": evaluation.best_by != "loss",
+        "load_best_model_at_end": evaluation.keep_best,
+        "restore_callback_states_from_checkpoint": bool(evaluation.patience),
+        "save_total_limit": max(kept, 2) if evaluation.keep_best else kept,  # the newest to go on from, and the best
+    }
+
+
+def masters_in_fp32(model: torch.nn.Module) -> None:
+    """What trains is kept in fp32 beside a frozen bf16 model; DeepSpeed keeps such masters itself."""
+    for weights in model.parameters():
+        if weights.requires_grad:
+            weights.data = weights.data.float()
+
+
+def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """An earlier stage's checkpoint, in 4 bits for QLoRA, or a tower and an LLM joined by a fresh projector."""
+    from clips_mllm.adapters import is_adapter
     from clips_mllm.checkpoint import build_mllm, load_parts
 
+    recipe: MllmRecipe = whole.model
     if recipe.checkpoint is not None:
-        return load_parts(recipe.checkpoint, dtype=dtype)
+        kind = whole.stage.adapter.kind
+        if kind != "none" and is_adapter(recipe.checkpoint):
+            raise UserError(
+                f"model.checkpoint={recipe.checkpoint}: an adapter, which cannot be the base of another; make a plain "
+                "checkpoint of it by `clips-mllm merge`"
+            )
+        return load_parts(recipe.checkpoint, dtype=dtype, quantize="4bit" if kind == "qlora" else "none")
     assert recipe.tower is not None and recipe.llm is not None, "MllmRecipe.check has run"
     return build_mllm(
         recipe.tower,
@@ -102,11 +191,14 @@ def first_pixels(dataset: InstructionDataset, collator: InstructionCollator) -> 
 
 
 def weight_dtype(recipe: TrainRecipe) -> torch.dtype:
-    """DeepSpeed keeps fp32 master weights itself and wants one bf16 model; elsewhere the weights are the masters."""
+    """DeepSpeed keeps fp32 master weights itself and wants one bf16 model; elsewhere what trains is its own master.
+
+    Beside an adapter nothing else needs more than bf16.
+    """
     import torch
 
-    both = recipe.training.precision == "bf16" and recipe.training.deepspeed is not None
-    return torch.bfloat16 if both else torch.float32
+    half = recipe.training.deepspeed is not None or recipe.stage.adapter.kind != "none"
+    return torch.bfloat16 if recipe.training.precision == "bf16" and half else torch.float32
 
 
 if __name__ == "__main__":

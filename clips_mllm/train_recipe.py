@@ -9,6 +9,8 @@ from clips_mllm.prompts import TemplateName
 from clips_mllm.stage_recipe import MllmTraining, StageRecipe, TrainEvaluationRecipe
 from vision_tower.errors import UserError
 
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MllmRecipe:
@@ -31,7 +33,7 @@ class MllmRecipe:
     feature_layer: int | list[int] = -2
     feature_select: Literal["auto", "full", "default"] = "auto"
     image_size: int | None = None
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Attention = "auto"
 
     def check(self) -> None:
         """Raise UserError unless exactly one of the two ways is given."""

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from clips_mllm.checkpoint import load_parts
+from clips_mllm.adapters import read_into
+from clips_mllm.checkpoint import load_parts, save_mllm
+from clips_mllm.measuring import Measuring
 from clips_mllm.prompts import IGNORED
 from clips_mllm.sampler import LengthGroupedSampler
+from clips_mllm.stage_recipe import StageRecipe
 from clips_mllm.stages import optimizer_groups
-from clips_mllm.train_recipe import StageRecipe
+from vision_tower.bad_step import refuse
 from vision_tower.errors import UserError
+from vision_tower.resume import ResumableTrainer
 
 
 @contextmanager
@@ -47,7 +54,7 @@ def supervised_loss(
     """(sum of the cross entropy over this batch's supervised tokens in fp32, their number).
 
     Args:
-        model: what to call (it may be wrapped by DDP or DeepSpeed).
+        model: what to call (it may be wrapped by PEFT, DDP or DeepSpeed).
         bare: the same model unwrapped.
         inputs: batch with `labels` (b, s); position t predicts label t + 1.
     """
@@ -60,17 +67,45 @@ def supervised_loss(
     return F.cross_entropy(logits.float(), targets, reduction="sum"), chosen.sum()
 
 
-class MllmTrainer(Trainer):
-    """Adds the loss, the stage's parameter groups, grouping by length, and complete checkpoints."""
+class MllmTrainer(ResumableTrainer):
+    """Adds the loss, the stage's parameter groups, grouping by length, checkpoints that are complete by themselves.
+
+    Args:
+        bare: the stock model inside `model`, which PEFT may have wrapped.
+        measuring: what `evaluate` measures, or none.
+    """
 
     def __init__(
-        self, *, stage: StageRecipe, processor: LlavaProcessor, group_by_length: bool, bare: Any, **kwargs: Any
+        self,
+        *,
+        stage: StageRecipe,
+        processor: LlavaProcessor,
+        group_by_length: bool,
+        bare: LlavaForConditionalGeneration,
+        measuring: Measuring | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=processor, **kwargs)
         self.stage = stage
+        self.processor = processor
         self.group_by_length = group_by_length
         self.bare = bare
+        self.measuring = measuring
+        self._batches: list[dict[str, torch.Tensor]] = []  # of this step
         self.model_accepts_loss_kwargs = True  # makes transformers count the supervised tokens of the global batch
+
+    # --- a step
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step and the global count of their supervised tokens, which is not 0."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if batches and not count:
+            raise UserError(
+                f"step {self.state.global_step + 1}: no supervised token in the whole batch, so there is nothing to "
+                "learn; look at the data with `clips-mllm data doctor`, or raise data.max_length"
+            )
+        self._batches = batches
+        return batches, count
 
     def compute_loss(
         self,
@@ -81,13 +116,20 @@ class MllmTrainer(Trainer):
     ) -> torch.Tensor:
         """Sum over this rank's tokens / global count, times the ranks over which gradients are averaged."""
         summed, count = supervised_loss(model, self.bare, inputs)
-        loss = summed / (count if num_items_in_batch is None else num_items_in_batch) * self.accelerator.num_processes
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"step {self.state.global_step}: the loss is {loss.item()}; lower training.learning_rate, or use "
-                "training.precision=fp32, and go on from the last checkpoint"
-            )
-        return loss
+        return summed / (count if num_items_in_batch is None else num_items_in_batch) * self.accelerator.num_processes
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The last place before anything of this step is kept: nothing that is not finite goes further."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        values = {"loss": self._tr_loss, "gradient norm": torch.as_tensor(0.0 if norm is None else norm)}
+        refuse(values, self.state.global_step + 1, self._said, Path(self.args.output_dir))
+        return norm
+
+    def _said(self) -> list[str]:
+        """This step's samples by the beginnings of their texts."""
+        image = self.processor.image_token_id
+        rows = [row[row != image][:100] for batch in self._batches for row in batch["input_ids"]]
+        return list(self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the stage's groups."""
@@ -96,17 +138,63 @@ class MllmTrainer(Trainer):
             self.optimizer = kind(optimizer_groups(self.bare, self.stage, self.args.weight_decay), **options)
         return self.optimizer  # type: ignore[has-type]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(self.train_dataset.lengths(), together, self.args.seed)  # type: ignore[union-attr]
+
+    # --- measuring
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """What the recipe asks for, on all ranks; the numbers go to the log and to the callbacks that wait for them."""
+        assert self.measuring is not None, "transformers evaluates only where the recipe says how often"
+        scores = self.measuring.measure(self)
+        numbers = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(dict(numbers))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
+        return numbers
+
+    # --- checkpoints
+
+    def layout(self) -> dict[str, Any]:
+        """Also the number of samples, which the order depends on."""
+        return super().layout() | {"samples": len(self.train_dataset)}  # type: ignore[arg-type]
+
+    def saved_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """An adapter's checkpoints hold what trains."""
+        adapter = isinstance(self.model, PeftModel)
+        return (weights for weights in self.model.parameters() if weights.requires_grad or not adapter)
+
+    def write_model(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
+        """A checkpoint as the run's last one will be, so that it loads, chats and merges by itself."""
+        if self.args.should_save:
+            config = self.bare.config
+            config.use_cache = True  # transformers switches it off while training
+            try:
+                save_mllm(self.model, self.processor, Path(output_dir or self.args.output_dir), state_dict)
+            finally:
+                config.use_cache = False
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Weights of a checkpoint, by `from_pretrained`, which knows the names that files use for this class.
 
         Trainer's own version compares the file's names with the model's, finds none, warns, and goes on from the
         weights that the run began with.
         """
-        saved, _ = load_parts(resume_from_checkpoint, dtype=self.bare.dtype)
-        self.bare.load_state_dict(saved.state_dict())
+        if isinstance(self.model, PeftModel):
+            read_into(self.model, resume_from_checkpoint)
+        else:
+            saved, _ = load_parts(resume_from_checkpoint, dtype=self.bare.dtype)
+            self.bare.load_state_dict(saved.state_dict())
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if not self.group_by_length:
-            return super()._get_train_sampler(train_dataset)
-        together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(self.train_dataset.lengths(), together, self.args.seed)  # type: ignore[union-attr]
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights, in the same way as any other's."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(
+                self.model_wrapped, best, load_module_strict=not isinstance(self.model, PeftModel)
+            )
+        else:
+            self._load_from_checkpoint(best)

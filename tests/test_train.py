@@ -1,22 +1,13 @@
-"""Training through the real command: the loss, what a stage changes, ranks and accumulation, resuming."""
+"""Training through the real command: the loss, and what a stage changes."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from train_runs import losses, weights, words
 
 from clips_mllm.checkpoint import load_mllm
 from clips_mllm.data import InstructionCollator, InstructionDataset
@@ -27,54 +18,12 @@ from clips_mllm.train_recipe import InstructionRecipe, StageRecipe
 from clips_mllm.trainer import supervised_loss
 from vision_tower.errors import UserError
 
-ROOT = Path(__file__).parent.parent
-TIED = "lm_head.weight", "model.language_model.embed_tokens.weight"
-
-
-def losses(folder: Path, field: str = "loss") -> list[float]:
-    return [json.loads(line)[field] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state = load_mllm(folder, device="cpu", dtype="float32").model.state_dict()
-    return {name: value.clone() for name, value in state.items()}
-
 
 def part(name: str) -> str:
     for key, told in (("vision_tower", "tower"), ("multi_modal_projector", "projector")):
         if key in name:
             return told
     return "llm"
-
-
-def words(folder: Path, world: Path, **values: Any) -> list[str]:
-    """A command line for `train`: fp32, one sample after the other, small batches, a line of metrics every step."""
-    defaults = {
-        "output_dir": folder,
-        "data.file": world / "llava" / "stage2.json",
-        "data.images": world / "llava" / "images",
-        "data.template": "chatml",
-        "training.precision": "fp32",
-        "training.global_batch_size": 8,
-        "training.device_batch_size": 8,
-        "training.max_steps": 3,
-        "training.log_every": 1,
-        "training.workers": 0,
-        "training.learning_rate": 3e-3,
-    }
-    return [word for name, value in (defaults | values).items() for word in (f"--{name}", str(value))]
-
-
-def subprocess_environment() -> dict[str, str]:
-    """Also: as many threads as here, for sums in another order differ in the last bit."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
-    threads = str(torch.get_num_threads())
-    return os.environ | {
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": threads,
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -238,142 +187,3 @@ def test_gradient_checkpointing_changes_nothing(stages: tuple[Path, Path], sampl
         )
     )
     assert losses(tmp_path / "run") == pytest.approx(losses(stages[1]), abs=1e-5)
-
-
-# --- ranks and accumulation -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ordered_rows(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In file order, the second rank's first batch of four is text only, and later ones are mixed."""
-    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
-    texts = [row for row in rows if "image" not in row]
-    pairs = [row for row in rows if isinstance(row.get("image"), list)]
-    singles = [row for row in rows if isinstance(row.get("image"), str)]
-    assert min(len(texts), len(pairs)) >= 4
-    assert len(singles) >= 12
-    file = tmp_path_factory.mktemp("rows") / "rows.json"
-    file.write_text(json.dumps([*singles[:4], *texts[:4], *pairs[:2], *singles[4:8], *texts[:2], *singles[8:12]]))
-    return file
-
-
-def launch(arguments: list[str]) -> None:
-    """Two ranks by DeepSpeed's launcher; a hang is killed and fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    process = subprocess.Popen(
-        [*launcher, "--module", "clips_mllm.train", *arguments],
-        env=subprocess_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"two ranks hang:\n{process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, said[-3000:]
-
-
-def test_ranks_and_accumulation_give_one_curve(
-    mllm_dir: Path, sample_world: Path, ordered_rows: Path, tmp_path: Path
-) -> None:
-    """8 x 1, accumulation 1 x 8 and two ranks x 4 under ZeRO-2 are the same training; one rank meets only text.
-
-    Two ranks that go on from a checkpoint end where they would have ended.
-    """
-    common = {
-        "data.file": ordered_rows,
-        "model.checkpoint": mllm_dir,
-        "stage.llm": "true",
-        "training.max_steps": 2,
-        "training.extra": '{"train_sampling_strategy": "sequential"}',
-    }
-    main(words(tmp_path / "plain", sample_world, **common))
-    main(words(tmp_path / "accumulated", sample_world, **common, **{"training.device_batch_size": 1}))
-    zero = {
-        "training.device_batch_size": 4,
-        "training.deepspeed": ROOT / "configs" / "deepspeed" / "zero2.json",
-        "training.save_every": 1,
-        "training.keep_checkpoints": 2,
-    }
-    launch(words(tmp_path / "ranks", sample_world, **common, **zero))
-    wanted, norms = losses(tmp_path / "plain"), losses(tmp_path / "plain", "grad_norm")
-    assert len(wanted) == 2
-    assert wanted[1] < wanted[0]
-    for other in ("accumulated", "ranks"):
-        assert losses(tmp_path / other) == pytest.approx(wanted, abs=1e-4), other
-        assert losses(tmp_path / other, "grad_norm") == pytest.approx(norms, rel=1e-3), other
-    plain, ranks = weights(tmp_path / "plain"), weights(tmp_path / "ranks")
-    assert set(plain) == set(ranks), "ZeRO-2 saves every weight"
-    assert torch.equal(ranks[TIED[0]], ranks[TIED[1]])
-    moved = torch.cat([(plain[name] - ranks[name]).abs().flatten() for name in plain])
-    assert moved.mean() < 1e-5
-
-    shutil.rmtree(tmp_path / "ranks" / "checkpoint-2")
-    launch(words(tmp_path / "ranks", sample_world, **common, **zero))
-    assert losses(tmp_path / "ranks", "step") == [1, 2]
-    assert losses(tmp_path / "ranks") == pytest.approx(wanted, abs=1e-4)
-    again = weights(tmp_path / "ranks")
-    assert max((ranks[name] - again[name]).abs().max() for name in ranks) < 1e-6
-
-
-# --- resuming ---------------------------------------------------------------------------------------------------------
-
-
-def stop_after(folder: Path, checkpoint: int, arguments: list[str], stop: Callable[[Any], None]) -> str:
-    """Start the command, stop it once the checkpoint is complete; returns what it said."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clips_mllm.cli", "train", *arguments],
-        env=subprocess_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whoever starts the tests in the background leaves Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    end = time.monotonic() + 120
-    while not (folder / f"checkpoint-{checkpoint}" / "trainer_state.json").exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < end, "no checkpoint in two minutes"
-        time.sleep(0.005)
-    stop(process)
-    _, said = process.communicate(timeout=60)
-    stop_after.code = process.returncode  # type: ignore[attr-defined]
-    return str(said)
-
-
-def test_interrupted_runs_go_on_as_if_nothing_happened(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
-    """Ctrl-C after one checkpoint, kill -9 after a later one, then to the end: bit for bit the uninterrupted run."""
-    values = {
-        "model.checkpoint": mllm_dir,
-        "stage.llm": "true",
-        "data.group_by_length": "true",
-        "training.max_steps": 30,
-        "training.save_every": 6,
-        "training.keep_checkpoints": 9,
-    }
-    folder = tmp_path / "stopped"
-    said = stop_after(folder, 6, words(folder, sample_world, **values), lambda p: p.send_signal(signal.SIGINT))
-    assert stop_after.code == 130  # type: ignore[attr-defined]
-    assert "Traceback" not in said, said
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert lines == [said.splitlines()[-1]]
-    assert "run the same command again" in lines[0]
-    assert not (folder / "config.json").exists()
-
-    stop_after(folder, 18, words(folder, sample_world, **values), lambda p: p.kill())
-    assert not (folder / "config.json").exists(), "killed before the end"
-    main(words(folder, sample_world, **values))
-
-    whole = tmp_path / "whole"
-    main(words(whole, sample_world, **values))
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 31)), "every step once"
-    assert losses(folder) == losses(whole)
-    before, after = weights(folder), weights(whole)
-    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vision_tower.training import latest_checkpoint
 FILE = "bad_step.json"
 
 
-def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str], folder: Path) -> None:
+def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str] | Callable[[], list[str]], folder: Path) -> None:
     """Stop all ranks where a value is NaN or infinite on any of them.
 
     Called before anything of this step is saved, so the last checkpoint is from before it.
@@ -25,7 +26,7 @@ def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str], folder: 
     Args:
         values: this rank's scalars, such as loss and gradient norm.
         step: the optimiser step, from 1.
-        keys: this rank's samples of the step.
+        keys: this rank's samples of the step, or what finds them out.
         folder: the run folder; `bad_step.json` is written there.
     Raises:
         UserError: with the step, the file and the remedy.
@@ -38,7 +39,7 @@ def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str], folder: 
     if not bad.item():  # the one place in a step where the host waits for the device
         return
     said = {name: repr(number) for name, number in zip(values, numbers.tolist(), strict=True)}
-    mine: dict[str, Any] = {"rank": rank(), **said, "keys": keys}
+    mine: dict[str, Any] = {"rank": rank(), **said, "keys": keys() if callable(keys) else keys}
     ranks = [mine]
     if world() > 1:
         ranks = [{}] * world()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -169,7 +170,7 @@ class ResumableTrainer(Trainer):
 
     def _room(self, folder: Path) -> bool:
         """Whether the next checkpoint fits, on all ranks alike: found out before any of them writes or waits."""
-        wanted = self._bytes or expected_bytes(self.model)
+        wanted = self._bytes or expected_bytes(self.saved_parameters())
         short = self.args.should_save and free_bytes(folder) < wanted
         if not self._on_any_rank(short):
             return True
@@ -227,6 +228,10 @@ class ResumableTrainer(Trainer):
     def write_model(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, configuration and processor, on the main process."""
         super()._save(output_dir, state_dict)
+
+    def saved_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights that a checkpoint holds."""
+        return self.model.parameters()
 
     def _on_any_rank(self, answer: bool) -> bool:
         if self.args.world_size == 1:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
+from vision_tower.training import size
 
-def expected_bytes(model: nn.Module) -> int:
+
+def expected_bytes(saved: Iterable[nn.Parameter]) -> int:
     """A checkpoint's size before there is one: the weights that are saved, and two fp32 moments of what trains.
 
     A lower bound (DeepSpeed also keeps fp32 weights), so that nothing is refused that would have fitted.
     """
-    total = 0
-    for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 has put the whole away
-        if parameter.requires_grad:
-            total += count * (parameter.element_size() + 8)
-    return total
+    return sum(size(weights) * (weights.element_size() + 8 * weights.requires_grad) for weights in saved)
 
 
 def free_bytes(folder: Path) -> int:

@@ -25,11 +25,22 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "tokenizers", "lmms-eval")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "lmms-eval",
+)
 
 
-def training_arguments(recipe: TrainingRecipe, output_dir: Path) -> TrainingArguments:
-    """The recipe in transformers' words. Unknown names in `extra` and a missing DeepSpeed file are UserErrors."""
+def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) -> TrainingArguments:
+    """The recipe in transformers' words, and `more` of them. Unknown names in `extra` and a missing DeepSpeed file are
+    UserErrors."""
     import torch
     from transformers import TrainingArguments
 
@@ -66,7 +77,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path) -> TrainingArgu
     }
     if recipe.gradient_checkpointing:  # transformers 5.23 warns of the name even where it is off
         values["gradient_checkpointing"] = True
-    return TrainingArguments(**(values | recipe.extra))
+    return TrainingArguments(**(values | more | recipe.extra))
 
 
 def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
@@ -160,6 +171,11 @@ def final_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """The whole state dict on the main process (ZeRO-3 gathers it there); None elsewhere."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return state if trainer.is_world_process_zero() else None
+
+
+def size(parameter: nn.Parameter) -> int:
+    """Its number of weights; ZeRO-3 leaves an empty tensor in place of what it has divided."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def compile_blocks(model: nn.Module) -> None:

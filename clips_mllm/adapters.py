@@ -1,0 +1,158 @@
+"""PEFT adapters: put beside frozen weights for training, saved whole, joined with their base again.
+
+    base checkpoint --add_adapter--> PeftModel --save_adapter--> adapter folder
+    adapter folder  --load_adapter-> stock LLaVA model (merged; beside its weights where these are in 4 or 8 bits)
+
+An adapter folder holds `adapter_config.json`, which names the base, `adapter_model.safetensors` with the low-rank
+matrices *and the whole projector*, processor, template and generation settings, and, where the base was in 4 bits while
+the adapter trained, `quantization.json`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from clips_mllm.quantize import QUANTIZATION_FILE, read_quantization
+from clips_mllm.stage_recipe import StageRecipe
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+CONFIG = "adapter_config.json"
+PROJECTOR = "multi_modal_projector"
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether `folder` holds an adapter, by the file that makes it one."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def add_adapter(model: LlavaForConditionalGeneration, stage: StageRecipe, modules: list[str]) -> PeftModel:
+    """Freeze the model, and put trainable low-rank matrices beside its linear layers `modules`.
+
+    The projector, where it trains, does so by a copy of its weights, which is saved with the adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    name = model.name_or_path
+    config = LoraConfig(
+        r=stage.adapter.rank,
+        lora_alpha=stage.adapter.alpha,
+        lora_dropout=stage.adapter.dropout,
+        use_dora=stage.adapter.kind == "dora",
+        target_modules=modules,
+        modules_to_save=[PROJECTOR] if stage.projector else None,
+        base_model_name_or_path=os.path.abspath(name) if Path(name).is_dir() else name,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
+
+
+def save_adapter(model: PeftModel, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
+    """Everything an adapter folder holds but for the base; `state` is the gathered state dict where ZeRO divides it."""
+    base = model.get_base_model()
+    # Told not to look for resized embeddings: it would ask the hub about the base at every save.
+    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    processor.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None:
+        quantization.to_json_file(folder / QUANTIZATION_FILE)
+
+
+def load_adapter(
+    folder: str | Path, *, dtype: str | torch.dtype, quantize: str
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The base with the adapter in it, and the adapter's processor.
+
+    Without quantisation the adapter is merged, as `clips-mllm merge` does it: into the base's own weights, or, where it
+    trained beside 4-bit weights, into what those stand for, since that is what it learnt to correct.
+
+    Raises:
+        UserError: no base where the adapter says it is, or one of other shapes.
+    """
+    from clips_mllm.checkpoint import check_image_token, load_parts, read_processor
+
+    config = read_config(folder)
+    base, trained = config.base_model_name_or_path, read_quantization(Path(folder))
+    if quantize == "8bit" and getattr(config, "use_dora", False):  # other kinds of adapter have no such field
+        raise UserError(f"{folder}: PEFT cannot put a DoRA adapter beside 8-bit weights; take 4bit, or merge it first")
+    if quantize != "none":
+        model, _ = load_parts(base, dtype=dtype, quantize=quantize)
+    elif trained is not None:
+        model, _ = load_parts(base, dtype=dtype, quantize=trained)
+        model = model.dequantize(dtype=model.dtype)
+    else:
+        model, _ = load_parts(base, dtype=dtype)
+    joined = _attach(model, folder)
+    merged = joined.get_base_model() if quantize != "none" else joined.merge_and_unload()
+    if (Path(folder) / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    processor = read_processor(str(folder))
+    check_image_token(processor.tokenizer, folder)
+    return merged, processor
+
+
+def read_config(folder: str | Path) -> PeftConfig:
+    """The adapter's configuration, which names its base. Raises UserError where that is not there."""
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{Path(folder) / CONFIG}: cannot be read ({error}); save the adapter again") from error
+    base = config.base_model_name_or_path
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise UserError(
+            f"{Path(folder) / CONFIG}: its base {base} is not there; put it back, or write where it is now into "
+            "base_model_name_or_path"
+        )
+    return config
+
+
+def _attach(model: LlavaForConditionalGeneration, folder: str | Path) -> PeftModel:
+    """The adapter beside the model's weights, every one of its own read from the file."""
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        joined = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+        read_into(joined, folder)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: does not fit its base ({said}); the base has changed since, or the file is damaged: "
+            "train it again on this base, or name the old one in adapter_config.json"
+        ) from error
+    return joined
+
+
+def refuse_other_keys(model: PeftModel, folder: str | Path) -> None:
+    """Raise UserError where the file in `folder` has other weights than the adapter in `model`."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        there = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if there != wanted:
+        odd = sorted(there ^ wanted)
+        raise UserError(
+            f"{folder}: {len(odd)} weights are missing or unexpected (first: {odd[0]}); the adapter is incomplete or "
+            "belongs to another base, save it again from its run"
+        )
+
+
+def read_into(model: PeftModel, folder: str | Path) -> None:
+    """The weights of a checkpoint into the adapter that trains."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    refuse_other_keys(model, folder)
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))

@@ -1,0 +1,42 @@
+"""A part of a data set: what is trained on, and what is held out to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from vision_tower.errors import UserError
+
+if TYPE_CHECKING:
+    from clips_mllm.data import InstructionDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Dataset[dict[str, Any]]):
+    """The samples of `whole` at `places`."""
+
+    whole: InstructionDataset
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """As the whole set gives it."""
+        return self.whole[int(self.places[index])]
+
+    def lengths(self) -> Any:
+        """As the whole set tells them, for grouping."""
+        return np.asarray(self.whole.lengths())[self.places].tolist()
+
+
+def hold_out(whole: InstructionDataset, share: float, seed: int) -> tuple[Part, Part]:
+    """(what is trained on, what is held out), drawn by the seed, in the order of the set."""
+    order = np.random.default_rng(seed).permutation(len(whole))
+    count = max(round(share * len(whole)), 1)
+    if count >= len(whole):
+        raise UserError(f"evaluation.share={share}: of {len(whole)} samples nothing is left to train on; lower it")
+    return Part(whole, np.sort(order[count:])), Part(whole, np.sort(order[:count]))

@@ -1,0 +1,137 @@
+"""Ranks, accumulation and ZeRO give one loss curve, full and LoRA, though one rank meets only text; and go on so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_resume import children
+from train_runs import ROOT, deepspeed_launcher, end_of, launch, losses, start, torchrun_launcher, weights, words
+
+from clips_mllm.train import main
+
+TIED = "lm_head.weight", "model.language_model.embed_tokens.weight"
+ADAPTER = {"stage.adapter.kind": "lora", "stage.adapter.rank": 4, "stage.adapter.dropout": 0}
+ZERO = {"zero2": "zero2.json", "zero3": "zero3.json"}
+
+
+@pytest.fixture(scope="module")
+def common(mllm_dir: Path, sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """In file order, the second rank's first batch of four is text only, and later ones are mixed."""
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    texts = [row for row in rows if "image" not in row]
+    pairs = [row for row in rows if isinstance(row.get("image"), list)]
+    singles = [row for row in rows if isinstance(row.get("image"), str)]
+    assert min(len(texts), len(pairs)) >= 4
+    assert len(singles) >= 12
+    file = tmp_path_factory.mktemp("rows") / "rows.json"
+    file.write_text(json.dumps([*singles[:4], *texts[:4], *pairs[:2], *singles[4:8], *texts[:2], *singles[8:12]]))
+    return {
+        "data.file": file,
+        "model.checkpoint": mllm_dir,
+        "stage.llm": "true",
+        "training.max_steps": 2,
+        "training.extra": '{"train_sampling_strategy": "sequential"}',
+    }
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def plain(
+    request: pytest.FixtureRequest, common: dict[str, Any], sample_world: Path, tmp_path_factory: Any
+) -> tuple[Path, dict[str, Any]]:
+    """One rank, batches of 8; and the values of the run."""
+    folder = tmp_path_factory.mktemp("plain") / request.param
+    values = common | (ADAPTER if request.param == "lora" else {})
+    main(words(folder, sample_world, **values))
+    return folder, values
+
+
+@pytest.fixture(scope="module")
+def ranked(
+    common: dict[str, Any], sample_world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """Two ranks of 4: each kind runs, loses its last checkpoint, and goes on. One launch for all of DeepSpeed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    runs: dict[tuple[str, str], Path] = {}
+    plans: dict[str, list[dict[str, Any]]] = {"deepspeed": [], "torchrun": []}
+    for engine in ("zero2", "zero3", "ddp"):
+        for kind in ("full", "lora"):
+            run = runs[engine, kind] = folder / f"{engine}-{kind}"
+            values = common | (ADAPTER if kind == "lora" else {})
+            values |= {"training.device_batch_size": 4, "training.save_every": 1, "training.keep_checkpoints": 2}
+            if engine in ZERO:
+                values["training.deepspeed"] = ROOT / "configs" / "deepspeed" / ZERO[engine]
+            arguments = {"arguments": words(run, sample_world, **values)}
+            plan = plans["deepspeed" if engine in ZERO else "torchrun"]
+            plan += [arguments, {"remove": str(run / "checkpoint-2")}, arguments]
+    for launcher, plan in plans.items():
+        file = folder / f"{launcher}.json"
+        file.write_text(json.dumps(plan))
+        command = deepspeed_launcher() if launcher == "deepspeed" else torchrun_launcher()
+        launch(command, "several_runs", [str(file)])
+    return runs
+
+
+def test_accumulation_gives_the_same_curve(
+    plain: tuple[Path, dict[str, Any]], sample_world: Path, tmp_path: Path
+) -> None:
+    folder, values = plain
+    main(words(tmp_path / "run", sample_world, **values, **{"training.device_batch_size": 1}))
+    assert losses(tmp_path / "run") == pytest.approx(losses(folder), abs=1e-4)
+    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(losses(folder, "grad_norm"), rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp"])
+def test_two_ranks_give_the_same_curve_and_go_on(
+    plain: tuple[Path, dict[str, Any]], ranked: dict[tuple[str, str], Path], engine: str
+) -> None:
+    folder, _ = plain
+    run = ranked[engine, folder.name]
+    wanted, norms = losses(folder), losses(folder, "grad_norm")
+    assert len(wanted) == 2 and wanted[1] < wanted[0]
+    assert losses(run, "step") == [1, 2], "the second step twice, its line once"
+    assert losses(run) == pytest.approx(wanted, abs=1e-4)
+    assert losses(run, "grad_norm") == pytest.approx(norms, rel=1e-3)
+    before, after = weights(folder), weights(run)
+    assert set(before) == set(after), "every weight is gathered and saved"
+    assert torch.equal(after[TIED[0]], after[TIED[1]])
+    moved = torch.cat([(before[name] - after[name]).abs().flatten() for name in before])
+    assert moved.mean() < 1e-5
+    last = weights(run / "checkpoint-2")
+    assert all(torch.equal(after[name], last[name]) for name in after), "the last checkpoint is the run's result"
+
+
+def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
+    common: dict[str, Any], sample_world: Path, tmp_path: Path
+) -> None:
+    """`kill -9` of one rank: the launcher ends, and not with 0; the same command ends where it would have ended."""
+    values = common | {
+        "training.device_batch_size": 4,
+        "training.max_steps": 8,
+        "training.save_every": 2,
+        "training.keep_checkpoints": 9,
+        "training.deepspeed": ROOT / "configs" / "deepspeed" / "zero2.json",
+    }
+    folder = tmp_path / "run"
+    process = start(deepspeed_launcher(), "clips_mllm.train", words(folder, sample_world, **values))
+    end = time.monotonic() + 120
+    while not (folder / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    (launcher,) = children(process.pid)
+    os.kill(children(launcher)[-1], signal.SIGKILL)
+    said = end_of(process, 100)
+    assert process.returncode != 0
+    assert "return code = -9" in said or "another rank of this run died" in said, said[-3000:]
+    assert not (folder / "config.json").exists() or not list(folder.glob("partial"))
+    launch(deepspeed_launcher(), "clips_mllm.train", words(folder, sample_world, **values))
+    whole = tmp_path / "whole"
+    launch(deepspeed_launcher(), "clips_mllm.train", words(whole, sample_world, **values))
+    assert losses(folder, "step") == list(range(1, 9))
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
