@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from clips_mllm.quantize import QUANTIZATION_FILE, read_quantization
+from clips_mllm.quantize import QUANTIZATION_FILE, Quantize, read_quantization
 from clips_mllm.stage_recipe import StageRecipe
 from vision_tower.errors import UserError
 
@@ -55,7 +55,7 @@ def add_adapter(model: LlavaForConditionalGeneration, stage: StageRecipe, module
 
 def save_adapter(model: PeftModel, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
     """Everything an adapter folder holds but for the base; `state` is the gathered state dict where ZeRO divides it."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     # Told not to look for resized embeddings: it would ask the hub about the base at every save.
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     processor.save_pretrained(folder)
@@ -66,7 +66,7 @@ def save_adapter(model: PeftModel, processor: LlavaProcessor, folder: Path, stat
 
 
 def load_adapter(
-    folder: str | Path, *, dtype: str | torch.dtype, quantize: str
+    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The base with the adapter in it, and the adapter's processor.
 
@@ -79,7 +79,7 @@ def load_adapter(
     from clips_mllm.checkpoint import check_image_token, load_parts, read_processor
 
     config = read_config(folder)
-    base, trained = config.base_model_name_or_path, read_quantization(Path(folder))
+    base, trained = str(config.base_model_name_or_path), read_quantization(Path(folder))
     if quantize == "8bit" and getattr(config, "use_dora", False):  # other kinds of adapter have no such field
         raise UserError(f"{folder}: PEFT cannot put a DoRA adapter beside 8-bit weights; take 4bit, or merge it first")
     if quantize != "none":

@@ -212,7 +212,7 @@ def load_parts(
     options = {}
     if quantize != "none":
         own = dtype if isinstance(dtype, torch.dtype) else config.dtype if dtype == "auto" else getattr(torch, dtype)
-        options["quantization_config"] = quantization(quantize, own) if isinstance(quantize, str) else quantize
+        options["quantization_config"] = quantize if not isinstance(quantize, str) else quantization(quantize, own)
     return _read_weights(LlavaForConditionalGeneration, name, dtype, **options), processor
 
 

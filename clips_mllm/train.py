@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import read_object
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     """Train one stage and leave a stock LLaVA checkpoint, or an adapter, in the run folder."""
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
     recipe.check()
+    check_zero(recipe)
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 
@@ -151,6 +153,18 @@ def further_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "restore_callback_states_from_checkpoint": bool(evaluation.patience),
         "save_total_limit": max(kept, 2) if evaluation.keep_best else kept,  # the newest to go on from, and the best
     }
+
+
+def check_zero(recipe: TrainRecipe) -> None:
+    """Raise UserError where ZeRO-3 would have to divide 4-bit weights."""
+    if recipe.stage.adapter.kind != "qlora" or recipe.training.deepspeed is None:
+        return
+    zero = read_object(Path(recipe.training.deepspeed)).get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        raise UserError(
+            f"training.deepspeed={recipe.training.deepspeed}: ZeRO-3 cannot divide 4-bit weights; take "
+            "configs/deepspeed/zero2.json, or stage.adapter.kind=lora"
+        )
 
 
 def masters_in_fp32(model: torch.nn.Module) -> None:

@@ -152,7 +152,8 @@ class MllmTrainer(ResumableTrainer):
         scores = self.measuring.measure(self)
         numbers = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(numbers))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, numbers)  # type: ignore[has-type]
         return numbers
 
     # --- checkpoints

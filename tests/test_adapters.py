@@ -128,6 +128,18 @@ def test_an_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world:
         assert len(answer(mllm.model, mllm.processor, picture)) == 12
 
 
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_bf16_keeps_what_trains_in_fp32(mllm_dir: Path, sample_world: Path, tmp_path: Path, kind: str) -> None:
+    """The frozen base in bf16, activations recomputed: near the fp32 curve, and no step of the adapter is rounded."""
+    values = ADAPTER | {"model.checkpoint": mllm_dir, "stage.adapter.kind": kind, "stage.adapter.dropout": 0}
+    main(words(tmp_path / "fp32", sample_world, **values))
+    half = {"training.precision": "bf16", "training.gradient_checkpointing": "true"}
+    main(words(tmp_path / "bf16", sample_world, **values, **half))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
+    with safe_open(tmp_path / "bf16" / "adapter_model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
 def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
     """LLaVA's pitfall: the projector is missing."""
     from safetensors.torch import load_file, save_file
@@ -154,6 +166,10 @@ def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
         ({"stage.tower": "true", "stage.tower_from_layer": 7}, "stage.tower_from_layer=7: the projector reads what"),
         ({"stage.tower_from_layer": 1}, "stage.tower_from_layer: the tower is frozen"),
         ({"model.attention": "flash_attention_2"}, "model.attention=flash_attention_2: it runs on NVIDIA and AMD GPUs"),
+        (
+            {"stage.adapter.kind": "qlora", "training.deepspeed": "configs/deepspeed/zero3.json"},
+            "training.deepspeed=configs/deepspeed/zero3.json: ZeRO-3 cannot divide 4-bit weights",
+        ),
         ({"training.liger": "true"}, "training.liger: its Triton kernels need a GPU"),
     ],
 )

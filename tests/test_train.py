@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,28 @@ def test_a_stage_that_trains_nothing(mllm_dir: Path) -> None:
     model = load_mllm(mllm_dir, device="cpu", dtype="float32").model
     with pytest.raises(UserError, match="nothing trains"):
         apply_stage(model, StageRecipe(projector=False))
+
+
+@pytest.mark.parametrize(("layer", "first", "expected"), [(-2, 0, {"embeddings", "0"}), (-1, 1, {"1"}), (2, 1, {"1"})])
+def test_the_tower_trains_as_far_as_the_projector_reads(
+    mllm_dir: Path, batch: dict[str, torch.Tensor], layer: int, first: int, expected: set[str]
+) -> None:
+    """What trains gets a gradient; what lies behind does not train, though the whole tower was asked for."""
+    model = load_mllm(mllm_dir, device="cpu", dtype="float32").model
+    model.config.vision_feature_layer = layer
+    stage = StageRecipe(tower=True, tower_from_layer=first, tower_learning_rate=1e-6)
+    trained, line = apply_stage(model, stage)
+    assert trained is model and "llm frozen" in line and "tower trains" in line
+    tower = model.model.vision_tower
+    names = [name for name, weights in tower.named_parameters() if weights.requires_grad]
+    blocks = [re.search(r"layers\.(\d+)\.", name) for name in names]
+    assert {"embeddings" if block is None else block[1] for block in blocks} == expected
+    summed, _ = supervised_loss(model, model, batch)
+    summed.backward()
+    assert all(weights.grad is not None for weights in model.parameters() if weights.requires_grad)
+    own = [group for group in optimizer_groups(model, stage, 0.1) if group.get("lr") == 1e-6]
+    placed = {id(weights) for group in own for weights in group["params"]}
+    assert placed == {id(weights) for weights in tower.parameters() if weights.requires_grad}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from clips_mllm.train import main
 
 TIED = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADAPTER = {"stage.adapter.kind": "lora", "stage.adapter.rank": 4, "stage.adapter.dropout": 0}
+pytestmark = pytest.mark.timeout(900)  # several launches of two ranks, perhaps on a busy machine
 ZERO = {"zero2": "zero2.json", "zero3": "zero3.json"}
 
 

@@ -85,7 +85,7 @@ def start(launcher: list[str], module: str, arguments: list[str]) -> subprocess.
     )
 
 
-def end_of(process: subprocess.Popen[str], seconds: float = 240) -> str:
+def end_of(process: subprocess.Popen[str], seconds: float = 600) -> str:
     """What it said, once it has ended; a hang is killed and fails."""
     try:
         said, _ = process.communicate(timeout=seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     Anything else is our bug and keeps its traceback. A stop is told to the caller's file STOPPED_FILE, where there is
     one, since the code does not tell it from an end.
     """
+    # It warns at every import that an optional kernel for CPUs is missing, and at every 8-bit product of its rounding.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
