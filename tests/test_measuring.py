@@ -65,7 +65,6 @@ def test_the_held_out_loss_is_right_and_disturbs_nothing(
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     (row,) = measured(tmp_path / "run")
     assert row["step"] == 2 and row["pope"] == 0.1 and scorer["steps"] == [2]
-    main(words(tmp_path / "two", sample_world, **values | {"training.max_steps": 2, "training.schedule": "linear"}))
     mllm = load_mllm(mllm_dir, device="cpu", dtype="float32")
     recipe = InstructionRecipe(file=str(stage1), images=str(sample_world / "llava" / "images"), template="chatml")
     data = InstructionDataset(recipe, mllm.processor)

@@ -68,7 +68,7 @@ def test_ctrl_c_and_sigterm(mllm_dir: Path, sample_world: Path, tmp_path: Path) 
     assert code == 130 and "Traceback" not in said, said
     assert errors(said) == [said.splitlines()[-1]] and "run the same command again" in said.splitlines()[-1]
     rarely = words(folder, sample_world, **values | {"training.save_every": 4})  # saving less often is allowed
-    code, said = stop_after(folder, 4, rarely, lambda p: p.send_signal(signal.SIGTERM))
+    code, said = stop_after(folder, 12, rarely, lambda p: p.send_signal(signal.SIGTERM))
     assert code == 0, said
     reached = max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
     line = said.strip().splitlines()[-1]
@@ -123,7 +123,7 @@ def test_other_data_is_refused(mllm_dir: Path, sample_world: Path, tmp_path: Pat
     rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows))
-    given = {"model.checkpoint": mllm_dir, "training.save_every": 2, "data.file": file}
+    given = {"model.checkpoint": mllm_dir, "training.save_every": 2, "training.keep_checkpoints": 2, "data.file": file}
     main(words(tmp_path / "run", sample_world, **given))
     shutil.rmtree(tmp_path / "run" / "checkpoint-3", ignore_errors=True)
     file.write_text(json.dumps(rows[:-1]))
