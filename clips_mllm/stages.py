@@ -51,11 +51,13 @@ def apply_stage(model: LlavaForConditionalGeneration, stage: StageRecipe) -> tup
 
 def _line(model: LlavaForConditionalGeneration, stage: StageRecipe) -> str:
     """What trains, by part, in weights."""
-    said = []
+    said, adapter = [], stage.adapter.kind
     for name, modules in parts(model).items():
         weights = parameters_of(modules)
-        trains, total = (sum(map(size, chosen)) for chosen in ([p for p in weights if p.requires_grad], weights))
-        how = "trains" if name == "projector" or stage.adapter.kind == "none" else stage.adapter.kind
+        trains = sum(size(p) for p in weights if p.requires_grad)
+        # What an adapter brings is not counted as the part's own, nor the copy of the projector that trains with it.
+        total = sum(size(p) for p in weights if adapter == "none" or not p.requires_grad)
+        how = "trains" if name == "projector" or adapter == "none" else adapter
         said.append(f"{name} {how} ({trains:,} of {total:,})" if trains else f"{name} frozen ({total:,})")
     return ", ".join(said)
 
