@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -38,7 +39,7 @@ from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained, refuse_partial_load
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, BitsAndBytesConfig, PreTrainedTokenizerFast
+    from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
 # Checkpoints of two towers, of which the vision tower alone is read.
 VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
@@ -200,7 +201,7 @@ def load_parts(
     from clips_mllm.adapters import is_adapter, load_adapter  # it reads bases with this function
 
     if is_adapter(folder):
-        assert isinstance(quantize, str), "only the base of an adapter brings its own quantisation"
+        assert not isinstance(quantize, BitsAndBytesConfig), "only the base of an adapter brings its own quantisation"
         return load_adapter(folder, dtype=dtype, quantize=quantize)
     name = _existing(str(folder), "model")
     _refuse_encoder(Path(name))
@@ -212,7 +213,9 @@ def load_parts(
     options = {}
     if quantize != "none":
         own = dtype if isinstance(dtype, torch.dtype) else config.dtype if dtype == "auto" else getattr(torch, dtype)
-        options["quantization_config"] = quantize if not isinstance(quantize, str) else quantization(quantize, own)
+        options["quantization_config"] = (
+            quantize if isinstance(quantize, BitsAndBytesConfig) else quantization(quantize, own)
+        )
     return _read_weights(LlavaForConditionalGeneration, name, dtype, **options), processor
 
 

@@ -18,6 +18,7 @@ from clips_mllm.checkpoint import load_mllm
 from clips_mllm.train import main
 from vision_tower.errors import run_command
 
+pytestmark = pytest.mark.timeout(900)  # real processes, perhaps on a busy machine
 STEPS = 24
 LORA = {"stage.llm": "true", "stage.adapter.kind": "lora", "stage.adapter.rank": 4}  # with dropout, so with draws
 MODES: dict[str, dict[str, Any]] = {
