@@ -118,7 +118,9 @@ def stop_after(
     end = time.monotonic() + 600
     while not (folder / f"checkpoint-{checkpoint}" / "trainer_state.json").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < end, "no checkpoint in ten minutes"
+        if time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"no checkpoint in ten minutes:\n{process.communicate()[1][-3000:]}")
         time.sleep(0.005)
     stop(process)
     _, said = process.communicate(timeout=300)
