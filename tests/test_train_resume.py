@@ -159,7 +159,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
     main(words(folder, sample_world, **given))
     said = capfd.readouterr().err
     warned = [line for line in said.splitlines() if line.startswith("warning: ")]
-    assert len(warned) == 2
+    assert len(warned) == 2, said
     assert warned[0].startswith(f"warning: {folder / 'checkpoint-2'}: not saved, no space left on the device (")
     assert warned[1].endswith(f"the newest checkpoint is {folder / 'checkpoint-1'}")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -185,11 +186,10 @@ class ResumableTrainer(Trainer):
     def _warn(self, folder: Path, name: str, needed: str = "") -> None:
         if self.args.should_save:
             last = latest_checkpoint(folder)
-            print(
+            tqdm.write(  # on a line of its own, above the bar
                 f"warning: {folder / name}: not saved, no space left on the device ({gigabytes(free_bytes(folder))} "
                 f"free{needed}); training goes on, the newest checkpoint is {last or 'none'}",
                 file=sys.stderr,
-                flush=True,
             )
 
     @contextmanager
