@@ -45,6 +45,7 @@ def refuse_unused(recipe: ConvertRecipe) -> None:
 def import_llava(recipe: ConvertRecipe) -> None:
     """An original LLaVA checkpoint as a stock one."""
     from clips_mllm.checkpoint import save_mllm
+    from clips_mllm.manifest import note_origin
     from clips_mllm.original_llava import read_original
     from clips_mllm.prompts import load_template
 
@@ -53,6 +54,7 @@ def import_llava(recipe: ConvertRecipe) -> None:
         print(f"{recipe.source}: {line}", flush=True)
         processor.chat_template = processor.tokenizer.chat_template = load_template(recipe.template)
         save_mllm(model, processor, work)
+        note_origin(work, made_by="convert", source=str(recipe.source), tower=recipe.tower, llm=recipe.llm)
     print(f"{recipe.destination}: written as a stock LLaVA checkpoint; conversations as {recipe.template}")
 
 

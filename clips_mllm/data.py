@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaImageProcessor, LlavaNextProcessor, LlavaProcessor
 
 from clips_mllm.chat_template import template_for
+from clips_mllm.feature_store import BLANK, FeatureStore, Looked, visual_inputs
 from clips_mllm.llava_json import Example
 from clips_mllm.mixture import mix
 from clips_mllm.packing import Row, fill, pack
@@ -80,6 +81,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self.examples = Examples(recipe)
         self.name = ", ".join(source.file for source in recipe.sources)
         self.dropped: Counter[str] = sum((Counter(store.report.dropped) for store in self.examples.stores), Counter())
+        self.features: FeatureStore | None = None
         self.corrupt = multiprocessing.Value("l", 0)
         self.seen = multiprocessing.Value("l", 0)
 
@@ -87,7 +89,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`ids`, `labels` and `images`, a list of RGB pictures."""
+        """`ids`, `labels` and `images`, a list of RGB pictures; with `features`, what looking them up there gave."""
         for step in range(len(self)):
             at = (index + step) % len(self)
             with self.seen.get_lock():
@@ -124,10 +126,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             max_length=self.recipe.max_length,
         )
 
-    @staticmethod
-    def _picture(store: RowStore, at: int, name: str | int) -> Image.Image:
+    def _picture(self, store: RowStore, at: int, name: str | int) -> Image.Image | Looked:
+        content = store.picture(at, name)
         try:
-            return decode_image(store.picture(at, name))
+            return decode_image(content) if self.features is None else self.features.look_up(content, decode_image)
         except BadImage as error:
             place = store.images / name if isinstance(name, str) else f"in row {store.number(at)}"
             raise BadImage(f"corrupt image {place} ({error})") from error
@@ -200,11 +202,13 @@ class InstructionCollator:
 
     A batch without any picture gets a blank one whose tokens are masked padding: then every rank always runs tower and
     projector, and no collective of ZeRO waits for a rank that has only text. With `packing`, samples share rows, and
-    `position_ids` that start again stand in the place of `attention_mask` (packing.py).
+    `position_ids` that start again stand in the place of `attention_mask` (packing.py). With `features`, pictures are
+    what the store said of them, and the batch is one for `CachedTower.complete`.
     """
 
     processor: LlavaProcessor
     packing: Literal["none", "rows", "one_row"] = "none"
+    features: FeatureStore | None = None
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """See the class."""
@@ -214,15 +218,20 @@ class InstructionCollator:
             picture = blank_picture()
             count = picture_tokens(self.processor, [picture])[0]
             ids, labels = [self.processor.image_token_id] * count, [IGNORED] * count
-            blank = [{"ids": ids, "labels": labels, "images": [picture]}]
+            blank = [{"ids": ids, "labels": labels, "images": [self._looked_up(picture)]}]
         pad = self.processor.tokenizer.pad_token_id
         if self.packing == "none":
             samples, tokens = [*samples, *blank], self._padded(samples, blank, pad)
         else:
             samples, tokens = self._packed([*samples, *blank], pad)
         pictures = [picture for sample in samples for picture in sample["images"]]
+        if self.features is not None:
+            return tokens | visual_inputs(pictures, self.processor.image_processor)
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt")
         return tokens | {name: pixels[name] for name in IMAGE_INPUTS if name in pixels}
+
+    def _looked_up(self, blank: Image.Image) -> Image.Image | Looked:
+        return blank if self.features is None else self.features.look_up(BLANK, lambda _: blank)
 
     @staticmethod
     def _padded(samples: list[dict[str, Any]], blank: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:

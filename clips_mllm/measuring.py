@@ -128,8 +128,6 @@ def held_out_loss(trainer: MllmTrainer, held: Any, collate: Callable[..., Any], 
 
     Every rank makes the same number of forward passes, as ZeRO-3 needs; those beyond the end count nothing.
     """
-    from clips_mllm.trainer import supervised_loss  # the trainer measures with this module
-
     ranks, rank = trainer.args.world_size, trainer.args.process_index
     starts = range(0, len(held), batch_size * ranks)
     sums = torch.zeros(2, dtype=torch.float64)
@@ -140,7 +138,7 @@ def held_out_loss(trainer: MllmTrainer, held: Any, collate: Callable[..., Any], 
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         inputs = trainer._prepare_inputs(batch)
         with trainer.compute_loss_context_manager():
-            summed, count = supervised_loss(trainer.model, trainer.bare, inputs)
+            summed, count = trainer.sum_and_count(trainer.model, inputs)
         sums += torch.stack([summed.double(), count.double()]).cpu()
     if ranks > 1:
         sums = trainer.accelerator.reduce(sums.to(trainer.args.device), reduction="sum").cpu()

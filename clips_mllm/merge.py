@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
 
     from clips_mllm.adapters import is_adapter
     from clips_mllm.checkpoint import load_parts, save_mllm
+    from clips_mllm.manifest import note_origin
     from vision_tower.files import new_folder
 
     if not is_adapter(recipe.adapter):
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     with new_folder(Path(recipe.output)) as work:
         model, processor = load_parts(recipe.adapter, dtype=recipe.dtype)
         save_mllm(model, processor, work)
+        note_origin(work, made_by="merge", adapter=recipe.adapter)
     print(f"merged checkpoint in {recipe.output}", file=sys.stderr, flush=True)
 
 

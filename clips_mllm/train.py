@@ -43,7 +43,9 @@ def main(argv: list[str]) -> None:
     checkpoint = latest_checkpoint(folder)
 
     from transformers import set_seed
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
+    from clips_mllm.manifest import finish_manifest, part_hashes, write_manifest
     from clips_mllm.preflight import preflight, show_data
     from vision_tower.resume import refuse_other_recipe
     from vision_tower.sigterm import end_if_stopped
@@ -54,18 +56,23 @@ def main(argv: list[str]) -> None:
     arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))
     set_seed(recipe.training.seed)
     model, processor = load_or_build(recipe, weight_dtype(recipe))
+    parts = part_hashes(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
     trainer, line = build_trainer(recipe, model, processor, arguments)
     preflight(trainer, folder)
     show_data(trainer, recipe.data)
     if is_main_process():
         start_run_folder(folder, recipe)
+        write_manifest(folder, recipe, processor, parts, len(trainer.train_dataset))  # type: ignore[arg-type]
         print(f"{len(trainer.train_dataset):,} samples; {line}", file=sys.stderr, flush=True)  # type: ignore[arg-type]
     add_metrics_file(trainer, folder / "metrics.jsonl")
     trainer.train(resume_from_checkpoint=checkpoint)
     end_if_stopped(trainer)
     trainer.save_model(str(folder))
     if is_main_process():
+        finish_manifest(folder)
         print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
+        if trainer.tower is not None:
+            print(trainer.tower.store.summary(), file=sys.stderr, flush=True)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -75,10 +82,12 @@ def build_trainer(
     """Data, stage, and the engine over both; and the line that says what trains."""
     from transformers import EarlyStoppingCallback
 
+    from clips_mllm.cached_tower import open_cached_tower
     from clips_mllm.chat_template import adopt_template
     from clips_mllm.data import InstructionCollator, InstructionDataset, make_square, packing_for
     from clips_mllm.kernels import choose_attention
     from clips_mllm.measuring import Measuring
+    from clips_mllm.plan_check import memory_line
     from clips_mllm.projector import fit_projector
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer
@@ -95,6 +104,12 @@ def build_trainer(
         masters_in_fp32(trained)
     if recipe.training.compile:
         compile_blocks(model)
+    if is_main_process():
+        print(memory_line(recipe, model.config, dataset, arguments), file=sys.stderr, flush=True)
+    tower = open_cached_tower(recipe.data.feature_cache, model, processor, arguments)
+    if tower is not None:
+        dataset.features = tower.store
+        collator = dataclasses.replace(collator, features=tower.store)
     train, held = split(recipe, dataset, processor)
     evaluation = recipe.evaluation
     measuring = Measuring(evaluation, Path(recipe.output_dir), held, collator) if evaluation.every else None
@@ -112,6 +127,7 @@ def build_trainer(
         processor=processor,
         group_by_length=recipe.data.group_by_length,
         measuring=measuring,
+        tower=tower,
         callbacks=callbacks,
     )
     return trainer, line
@@ -129,7 +145,9 @@ def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: LlavaProc
         other: InstructionRecipe = dataclasses.replace(
             recipe.data, file=evaluation.file, images=evaluation.images or recipe.data.images, mixture=()
         )
-        return dataset, InstructionDataset(other, processor)
+        held = InstructionDataset(other, processor)
+        held.features = dataset.features
+        return dataset, held
     return hold_out(dataset, evaluation.share, recipe.training.seed)
 
 

@@ -79,6 +79,8 @@ class InstructionRecipe:
         group_by_length: batches of like length and modality, for less padding.
         packing: lay several short samples of a batch into one row; they do not see each other.
         seed: of the random part of a source that weight or cap takes.
+        feature_cache: a folder that keeps what a frozen tower says of each picture, shared by stages and runs; none
+            runs the tower in every step. A picture takes patches x width values (docs/planning.md).
     """
 
     file: str | None = None
@@ -91,6 +93,7 @@ class InstructionRecipe:
     group_by_length: bool = False
     packing: bool = False
     seed: int = 0
+    feature_cache: str | None = None
 
     @property
     def sources(self) -> tuple[InstructionSource, ...]:

@@ -7,7 +7,7 @@ away, and with a large vocabulary it is a good part of the step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from clips_mllm.adapters import read_into
+from clips_mllm.cached_tower import CachedTower
 from clips_mllm.checkpoint import load_parts, save_mllm
 from clips_mllm.measuring import Measuring
 from clips_mllm.prompts import IGNORED
@@ -73,6 +74,7 @@ class MllmTrainer(ResumableTrainer):
     Args:
         bare: the stock model inside `model`, which PEFT may have wrapped.
         measuring: what `evaluate` measures, or none.
+        tower: reads and fills the feature cache, or none; then batches hold pixels.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class MllmTrainer(ResumableTrainer):
         group_by_length: bool,
         bare: LlavaForConditionalGeneration,
         measuring: Measuring | None = None,
+        tower: CachedTower | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=processor, **kwargs)
@@ -91,6 +94,7 @@ class MllmTrainer(ResumableTrainer):
         self.group_by_length = group_by_length
         self.bare = bare
         self.measuring = measuring
+        self.tower = tower
         self._batches: list[dict[str, torch.Tensor]] = []  # of this step
         self.model_accepts_loss_kwargs = True  # makes transformers count the supervised tokens of the global batch
 
@@ -115,8 +119,13 @@ class MllmTrainer(ResumableTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Sum over this rank's tokens / global count, times the ranks over which gradients are averaged."""
-        summed, count = supervised_loss(model, self.bare, inputs)
+        summed, count = self.sum_and_count(model, inputs)
         return summed / (count if num_items_in_batch is None else num_items_in_batch) * self.accelerator.num_processes
+
+    def sum_and_count(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`supervised_loss` of a batch, whose pictures may be in the feature cache."""
+        with nullcontext(inputs) if self.tower is None else self.tower.completed(inputs, self.accelerator) as batch:
+            return supervised_loss(model, self.bare, batch)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The last place before anything of this step is kept: nothing that is not finite goes further."""
