@@ -116,7 +116,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         store, at = self.examples.where(index)
         return f"{store.source.file}: row {store.number(at)}"
 
-    def render(self, example: Example, pictures: list[Image.Image]) -> Rendered:
+    def render(self, example: Example, pictures: Sequence[Image.Image | Looked]) -> Rendered:
         """Ids and labels of an example."""
         return render(
             example.messages,
@@ -150,10 +150,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         return self.examples.lengths()
 
 
-def picture_tokens(processor: AnyProcessor, pictures: list[Image.Image]) -> list[int]:
+def picture_tokens(processor: AnyProcessor, pictures: Sequence[Image.Image | Looked]) -> list[int]:
     """Positions that each picture takes in the sequence."""
-    if isinstance(processor, LlavaNextProcessor):
-        return tiled_tokens(processor, pictures)
+    if isinstance(processor, LlavaNextProcessor):  # whose tiles no cache holds, so no picture was looked up
+        return tiled_tokens(processor, [picture for picture in pictures if not isinstance(picture, Looked)])
     return [image_tokens(processor)] * len(pictures)
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from train_runs import ROOT, deepspeed_launcher, launch
 
 from clips_mllm import cached_tower
 from clips_mllm.checkpoint import load_mllm
 from clips_mllm.train import main
 from vision_tower.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 def words(folder: Path, world: Path, mllm: Path, file: Path | None = None, **values: Any) -> list[str]:
@@ -144,6 +139,7 @@ def test_two_ranks_of_which_one_has_only_text(sample_world: Path, mllm_dir: Path
     file = tmp_path / "mixed.json"
     file.write_text(json.dumps([row for pair in zip(seen, text, strict=True) for row in pair]))
     options: dict[str, Any] = {
+        "training.precision": "fp32",
         "training.global_batch_size": 2,
         "training.device_batch_size": 1,
         "training.epochs": 1,
@@ -152,19 +148,9 @@ def test_two_ranks_of_which_one_has_only_text(sample_world: Path, mllm_dir: Path
     }
     cached = options | {"data.feature_cache": tmp_path / "cache"}
     named = {"plain": options, "cached": cached, "again": cached}
-    launch(*(words(tmp_path / name, sample_world, mllm_dir, file, **values) for name, values in named.items()))
+    runs = [words(tmp_path / name, sample_world, mllm_dir, file, **values) for name, values in named.items()]
+    plan = tmp_path / "runs.json"
+    plan.write_text(json.dumps([{"arguments": run} for run in runs]))
+    launch(deepspeed_launcher(), "several_runs", [str(plan)])
     plain = losses(tmp_path / "plain")
     assert len(plain) == 4 and plain == losses(tmp_path / "cached") == losses(tmp_path / "again")
-
-
-def launch(*runs: list[str]) -> None:
-    """The runs one after the other, in one pair of ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-    command += [str(ROOT / "tests" / "train_twice.py"), *[word for run in runs for word in (*run, "---")][:-1]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

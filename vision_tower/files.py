@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial")
+    work = path.with_name(f".{path.name}.{os.getpid()}.partial")  # ranks may write the same file
     try:
         work.write_text(text, encoding="utf-8")
         os.replace(work, path)

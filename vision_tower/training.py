@@ -77,7 +77,20 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     }
     if recipe.gradient_checkpointing:  # transformers 5.23 warns of the name even where it is off
         values["gradient_checkpointing"] = True
-    return TrainingArguments(**(values | more | recipe.extra))
+    arguments = TrainingArguments(**(values | more | recipe.extra))
+    _join_ranks(arguments)
+    return arguments
+
+
+def _join_ranks(arguments: TrainingArguments) -> None:
+    """Before there is a model: ZeRO-3 divides it among the ranks while it is built, and asks DeepSpeed how many."""
+    assert arguments.device is not None  # being asked, transformers joins the process group
+    import torch.distributed as dist
+
+    if arguments.deepspeed is not None and dist.is_initialized():
+        from deepspeed import comm
+
+        comm.init_distributed(verbose=False)  # on CPUs accelerate leaves DeepSpeed out
 
 
 def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
