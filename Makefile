@@ -30,8 +30,8 @@ quickstart: $(STAMP) ## the whole road on real input: data, CLIPS, stage 1, stag
 smoke: $(STAMP) ## the same road with a random two-layer LLaMA and a few dozen steps (runs/smoke)
 	scripts/road.sh smoke
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ data       a sample of it is rendered and decoded; the first rows are shown, wit
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from clips_mllm.adapters import PROJECTOR, read_config
 from clips_mllm.checkpoint import check_image_token, read_processor, save_mllm
 from vision_tower.average import is_divided
-from vision_tower.errors import UserError
+from vision_tower.errors import UserError, disk_is_full
 from vision_tower.loading import read_pretrained
 from vision_tower.space import expected_bytes, free_bytes, gigabytes
 from vision_tower.training import size
@@ -101,6 +102,8 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
         else:
             read_config(probe)
     except OSError as error:
+        if disk_is_full(error):
+            raise
         raise UserError(f"{probe.parent}: cannot be written to ({error}); take another output_dir") from error
     finally:
         shutil.rmtree(probe, ignore_errors=True)
@@ -108,9 +111,13 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
 
 def _same_weights(probe: Path, state: dict[str, torch.Tensor]) -> None:
     (file,) = probe.glob("*.safetensors")
-    there = sorted((tuple(value.shape), float(value.double().sum())) for value in load_file(file).values())
-    here = sorted((tuple(value.shape), float(value.double().sum())) for value in state.values())
+    there, here = (sorted(map(_bits, weights.values())) for weights in (load_file(file), state))
     _expect(there == here, "the weights")
+
+
+def _bits(weights: torch.Tensor) -> tuple[list[int], str]:
+    """Shape and digest; a NaN equals itself here, and is the training loop's to report."""
+    return list(weights.shape), hashlib.sha256(weights.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _expect(same: bool, what: str) -> None:

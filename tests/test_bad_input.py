@@ -176,12 +176,20 @@ def test_too_many_unusable_rows(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "before"), [(0, True), (0, False), (1, False)])
 def test_too_many_corrupt_pictures(
-    workers: int, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int,
+    before: bool,
+    run: Run,
+    sample_world: Path,
+    mllm_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where a loader process finds it: its traceback is not the user's business."""
+    """Before step 1, and past a sound sample; a loader process's traceback is not the user's business."""
     monkeypatch.setattr("clips_mllm.data.SETTLED", 8)
+    if not before:
+        monkeypatch.setattr("clips_mllm.preflight.show_data", lambda *_: None)
     shutil.copytree(sample_world / "llava" / "images", tmp_path / "images")
     for file in sorted((tmp_path / "images").iterdir())[::2]:
         file.write_bytes(b"<html>404</html>")
@@ -189,7 +197,8 @@ def test_too_many_corrupt_pictures(
     values = {"data.images": tmp_path / "images", "training.workers": workers}
     line = run(arguments(out, sample_world, mllm_dir, **values), alone=False)
     assert line.startswith(str(sample_world / "llava" / "stage2.json"))
-    assert "samples could not be used (last: corrupt image" in line
+    found = "samples looked at cannot be used (first: " if before else "samples could not be used (last: corrupt image"
+    assert found in line
     assert "data.most_bad=0.01" in line
     assert "DataLoader" not in line
     assert not (out / "config.json").exists()
@@ -304,5 +313,5 @@ def test_a_loss_that_is_no_number(run: Run, sample_world: Path, mllm_dir: Path, 
     state[name] = torch.full_like(state[name], float("nan"))
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     line = run(arguments(tmp_path / "out", sample_world, broken), alone=False)
-    assert line.startswith("step 0: the loss is nan")
+    assert line.startswith("step 1: loss nan") and "bad_step.json" in line
     assert not (tmp_path / "out" / "config.json").exists()

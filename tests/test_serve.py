@@ -57,7 +57,7 @@ PRIVATE_ADDRESSES = [
     ),
 ]
 LIMITS = Limits(
-    images=2, image_bytes=20_000, image_pixels=1_000_000, body_bytes=100_000, new_tokens=200, rows=4, waiting=8
+    images=2, image_bytes=20_000, image_pixels=1_000_000, body_bytes=100_000, new_tokens=200, rows=4, waiting=12
 )
 
 
