@@ -33,6 +33,25 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
+def find_adapter(name: str) -> Path | None:
+    """The folder of the adapter at `name`, fetched where that is a hub id; None where something else is there.
+
+    Raises:
+        UserError: an adapter that the hub does not hand out.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if Path(name).is_dir():
+        return Path(name) if is_adapter(name) else None
+    if find_adapter_config_file(name) is None:
+        return None
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: the adapter cannot be fetched ({error}); give its folder") from error
+
+
 def add_adapter(model: LlavaForConditionalGeneration, stage: StageRecipe, modules: list[str]) -> PeftModel:
     """Freeze the model, and put trainable low-rank matrices beside its linear layers `modules`.
 

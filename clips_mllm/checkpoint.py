@@ -198,19 +198,19 @@ def load_parts(
     folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize | BitsAndBytesConfig = "none"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`)."""
-    from clips_mllm.adapters import is_adapter, load_adapter  # it reads bases with this function
+    from clips_mllm.adapters import find_adapter, is_adapter, load_adapter  # it reads bases with this function
 
-    if is_adapter(folder):
+    name = str(folder) if is_adapter(folder) else _existing(str(folder), "model")
+    if (adapter := find_adapter(name)) is not None:
         assert not isinstance(quantize, BitsAndBytesConfig), "only the base of an adapter brings its own quantisation"
-        return load_adapter(folder, dtype=dtype, quantize=quantize)
-    name = _existing(str(folder), "model")
+        return load_adapter(adapter, dtype=dtype, quantize=quantize)
     _refuse_encoder(Path(name))
     config = read_pretrained(AutoConfig, name)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
     processor = read_processor(name)
     check_image_token(processor.tokenizer, folder)
-    options = {}
+    options: dict[str, Any] = {"use_safetensors": True}  # of a hub's repository, too: pickles are slow and can be code
     if quantize != "none":
         own = dtype if isinstance(dtype, torch.dtype) else config.dtype if dtype == "auto" else getattr(torch, dtype)
         options["quantization_config"] = (
@@ -261,7 +261,7 @@ def _existing(name: str, key: str) -> str:
     if path.is_dir():
         if not is_complete(path):
             raise UserError(
-                f"{name}: no finished checkpoint here (config.json and weights); run the stage before first"
+                f"{name}: no finished checkpoint here (config.json and safetensors); run the stage before first"
             )
     elif name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
         raise UserError(f"{name}: no such folder ({key}); run the stage before first, or give a hub id like owner/name")

@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from vision_tower.errors import UserError
 from vision_tower.files import read_object
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BitsAndBytesConfig
 
 Quantize = Literal["none", "4bit", "8bit"]

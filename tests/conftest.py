@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,22 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("mllm")
     save_mllm(model, processor, folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
+    """Puts a folder into a hub's local cache, as a download leaves it there, and says its id."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def published(folder: Path) -> str:
+        place, commit = cache / f"models--someone--{folder.name}", "0" * 40
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(commit)
+        return f"someone/{folder.name}"
+
+    return published
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from train_runs import losses, weights, words
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from clips_mllm.chat import main as chat
 from clips_mllm.checkpoint import load_mllm
 from clips_mllm.merge import main as merge
 from clips_mllm.train import main
@@ -101,6 +103,32 @@ def test_merged_checkpoint_answers_as_the_adapter(
     assert [answer(untrained, processor, picture) for picture in pictures] != answers
     state, loaded = stock.state_dict(), ours.model.state_dict()
     assert set(state) == set(loaded) and all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+def test_an_adapter_folder_chats_as_its_merged_checkpoint(
+    run: Path, talker: Path, sample_world: Path, tmp_path: Path
+) -> None:
+    """On a base that has more to say than the tiny one it was trained on."""
+    if run.name == "dora":
+        pytest.skip("its magnitudes are those of its own base, which says nothing but blanks")
+    adapter, merged, kept = tmp_path / "adapter", tmp_path / "merged", tmp_path / "answers.json"
+    shutil.copytree(run, adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(talker)}))
+    merge([str(adapter), str(merged)])
+    answers = {}
+    for place in (adapter, merged, talker):
+        words = [str(place), "--device", "cpu", "--max_new_tokens", "12"]
+        chat([*words, "--examples", str(sample_world / "examples.json"), "--output", str(kept)])
+        answers[place] = [row["answer"] for row in json.loads(kept.read_text())]
+    assert answers[adapter] == answers[merged] and len(set(answers[adapter])) > 1
+    assert answers[adapter] != answers[talker]
+
+
+def test_an_adapter_from_a_hub(run: Path, hub: Callable[[Path], str]) -> None:
+    found, expected = load_mllm(hub(run), device="cpu"), weights(run)
+    state = found.model.state_dict()
+    assert set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
 
 
 def test_only_the_projector_and_what_is_adapted_change(run: Path, mllm_dir: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from clips_mllm.chat import main
 from clips_mllm.checkpoint import load_mllm
+from clips_mllm.quantize import Quantize
 from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.pictures import read_picture
@@ -48,9 +49,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
-def plain_answer(folder: Path, messages: list[dict[str, Any]], files: list[Path]) -> str:
+def plain_answer(folder: Path, messages: list[dict[str, Any]], files: list[Path], quantize: Quantize = "none") -> str:
     """`generate` at once, without streaming, on a fresh model."""
-    mllm = load_mllm(folder, device="cpu")
+    mllm = load_mllm(folder, device="cpu", quantize=quantize)
     text = mllm.processor.apply_chat_template(messages, add_generation_prompt=True)
     shown = [Image.open(file).convert("RGB") for file in files]
     inputs = mllm.processor(text=text, images=shown or None, return_tensors="pt")
@@ -83,6 +84,14 @@ def test_one_question(talker: Path, pictures: list[Path], capsys: pytest.Capture
     blind = capsys.readouterr().out
     assert blind == plain_answer(talker, [asked("What is it?")], []) + "\n"
     assert blind != seen
+
+
+def test_the_llm_in_four_bits(talker: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(talker, "--quantize", "4bit", "--image", str(pictures[0]), "--question", "What is it?"))
+    asked_once = ([asked("What is it?", 1)], pictures[:1])
+    rounded = plain_answer(talker, *asked_once, quantize="4bit")
+    assert capsys.readouterr().out == rounded + "\n"
+    assert rounded != plain_answer(talker, *asked_once), "weights so large tell four bits from the whole"
 
 
 def test_pieces_join_to_the_whole_answer(engine: Engine, talker: Path, pictures: list[Path]) -> None:

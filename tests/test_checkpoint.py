@@ -226,6 +226,22 @@ def test_broken_checkpoints_are_refused(
     assert str(folder) in str(caught.value)
 
 
+def test_pickled_weights_are_refused(mllm_dir: Path, hub: Callable[[Path], str], tmp_path: Path) -> None:
+    """Good weights in a pickle, in a folder and on a hub."""
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(mllm_dir, pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    assert load_mllm(hub(pickled), device="cpu"), "beside safetensors they are left alone"
+    alone = pickled.rename(tmp_path / "alone")
+    (alone / "model.safetensors").unlink()
+    for place in (str(alone), hub(alone)):
+        with pytest.raises(UserError, match="safetensors") as caught:
+            load_mllm(place, device="cpu")
+        assert "\n" not in str(caught.value) and place in str(caught.value)
+
+
 def test_what_is_no_mllm(sample_world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a 'llama' checkpoint, not a LLaVA model"):
         load_mllm(sample_world / "llm")

@@ -177,6 +177,40 @@ def test_a_second_run_goes_on_from_the_first_missing_document(
     assert not list(tmp_path.glob(".part_answers*"))
 
 
+def test_four_bits_are_another_precision(
+    talker: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LLM is really in 4 bits, and what it answered before a kill is no answer of the whole weights."""
+    from clips_eval.lmms_model import ClipsMllm
+
+    words = [str(talker), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    answer = ClipsMllm._answer
+    kinds: list[str] = []
+
+    def dies(self: ClipsMllm, batch: Any) -> list[str]:
+        kinds.append(type(self.mllm.model.model.language_model.layers[0].self_attn.q_proj).__name__)
+        if len(kinds) == 2:
+            raise KeyboardInterrupt
+        return answer(self, batch)
+
+    monkeypatch.setattr(ClipsMllm, "_answer", dies)
+    assert run_command(main, [*words, "--quantize", "4bit"]) == 130
+    assert kinds == ["Linear4bit"] * 2 and list(tmp_path.glob(".lmms_answers.*.jsonl"))
+    main(words)
+    whole, rows = read(tmp_path / "lmms.json")
+    assert kinds[2] == "Linear" and whole["answers_from_before"] == 0
+    main([*words, "--quantize", "4bit"])
+    rounded, others = read(tmp_path / "lmms.json")
+    assert rounded["recipe"]["quantize"] == "4bit"
+    assert [row["answer"] for row in others] != [row["answer"] for row in rows]
+
+
+def test_quantize_is_for_our_model_alone(checkpoint: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(checkpoint), "--config", str(recipe), "--model", "llava_hf", "--quantize", "8bit"]
+    assert run_command(main, words) == 2
+    assert "--quantize 8bit: only for --model clips_mllm" in capsys.readouterr().err
+
+
 def test_journal_of_another_source_or_cut_off(tmp_path: Path) -> None:
     stem = tmp_path / "answers"
     Journal(stem, {"weights": 1}).add({"a": "1", "b": "2"})

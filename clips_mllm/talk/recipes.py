@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from clips_mllm.quantize import Quantize
 from clips_mllm.talk.limits import Limits
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -20,11 +21,13 @@ class ModelRecipe:
     Args:
         device: auto, cpu, cuda or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
+        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
         context: most tokens of a conversation; the model's own limit if not given.
     """
 
     device: str = "auto"
     dtype: Dtype = "auto"
+    quantize: Quantize = "none"
     context: int | None = None
 
 
@@ -33,7 +36,7 @@ class ChatRecipe(ModelRecipe):
     """Talk to a multimodal LLM: one question, or a conversation.
 
     Args:
-        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        model: full, adapter or merged checkpoint, folder or hub id.
         image: picture to talk about.
         question: ask this and exit; without it a conversation starts.
         system: the system's words at the beginning of the conversation.
@@ -43,6 +46,7 @@ class ChatRecipe(ModelRecipe):
         temperature: 0 answers greedily, more samples.
         device: auto, cpu, cuda or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
+        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
         context: most tokens of a conversation; the model's own limit if not given.
     """
 
@@ -61,7 +65,7 @@ class WebRecipe(ModelRecipe):
     """Talk to a multimodal LLM in the browser.
 
     Args:
-        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        model: full, adapter or merged checkpoint, folder or hub id.
         beside: a second checkpoint that answers the same questions next to it.
         encoder: folder of a CLIPS encoder for the retrieval tab.
         pictures: folder of pictures that the retrieval tab finds.
@@ -75,6 +79,7 @@ class WebRecipe(ModelRecipe):
         most_pixels: largest picture that is decoded.
         device: auto, cpu, cuda or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
+        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
         context: most tokens of a conversation; the model's own limit if not given.
     """
 
@@ -97,7 +102,7 @@ class ServeRecipe(ModelRecipe):
     """Serve a multimodal LLM to OpenAI's clients.
 
     Args:
-        model: folder or hub id of a LLaVA checkpoint: full or merged.
+        model: full, adapter or merged checkpoint, folder or hub id.
         name: what clients call the model; the last part of its folder or id if not given.
         host: address to listen on; only this machine by default.
         port: port to listen on; 0 takes a free one.
@@ -106,6 +111,7 @@ class ServeRecipe(ModelRecipe):
         limits: what a client may ask for.
         device: auto, cpu, cuda or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
+        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
         context: most tokens of a conversation; the model's own limit if not given.
     """
 

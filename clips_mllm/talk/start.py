@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def start_engine(model: str, recipe: ModelRecipe, *, most_rows: int = 1, most_waiting: int = 64) -> Engine:
-    """Load a full or merged checkpoint, from a folder or a hub, and start a worker on it."""
+    """Load a full, adapter or merged checkpoint, from a folder or a hub, and start a worker on it."""
     from clips_mllm.checkpoint import load_mllm
     from clips_mllm.talk.engine import Engine
 
-    mllm = load_mllm(model, device=recipe.device, dtype=recipe.dtype)
+    mllm = load_mllm(model, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
     return Engine(mllm, context=recipe.context, most_rows=most_rows, most_waiting=most_waiting)

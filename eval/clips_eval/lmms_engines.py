@@ -25,7 +25,8 @@ def load(recipe: EvaluateRecipe) -> Mllm | lmms:
     if recipe.model == "clips_mllm":
         from clips_mllm.checkpoint import load_mllm
 
-        return load_mllm(recipe.checkpoint, device=own_device(recipe.device), dtype=recipe.dtype)
+        place = own_device(recipe.device)
+        return load_mllm(recipe.checkpoint, device=place, dtype=recipe.dtype, quantize=recipe.quantize)
     return _stock(recipe)
 
 

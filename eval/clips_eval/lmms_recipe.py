@@ -14,6 +14,7 @@ from typing import Literal
 
 from clips_eval.lmms_data import check_data
 from clips_eval.tasks import OWN_TASKS
+from clips_mllm.quantize import Quantize
 from vision_tower.errors import UserError
 
 ControlName = Literal["none", "shuffled", "blank", "no_image"]
@@ -55,7 +56,7 @@ class EvaluateRecipe:
     """Measure an MLLM on lmms-eval tasks, ours over local files or lmms-eval's own.
 
     Args:
-        checkpoint: folder or hub id of a stock LLaVA checkpoint or a PEFT adapter of one; for openai the served name.
+        checkpoint: full, adapter or merged checkpoint, folder or hub id; for openai the served name.
         tasks: what to run, each {task: NAME, data: FILE.parquet}; without data the task's own data set is used.
         data: local copies task by task, over those in tasks; --data.gqa /data/gqa/*.parquet.
         output: where the scores go; CHECKPOINT/lmms.json if not given, runs/baselines/NAME/lmms.json for a hub id.
@@ -69,6 +70,7 @@ class EvaluateRecipe:
         batch_size: documents at a time; lmms-eval's llava_hf takes only 1.
         device: auto, cpu or cuda.
         dtype: auto (the checkpoint's), float32 or bfloat16.
+        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory; only for clips_mllm.
         seed: of the shuffled control, of sampling and of the intervals; greedy answers do not depend on it.
         gallery: right and wrong answers a task whose pictures are saved for the report.
     """
@@ -86,6 +88,7 @@ class EvaluateRecipe:
     batch_size: int = 16
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Quantize = "none"
     seed: int = 0
     gallery: int = 8
 
@@ -98,6 +101,10 @@ class EvaluateRecipe:
         if self.model != "clips_mllm" and self.control != "none":
             raise UserError(
                 f"--control {self.control}: only for --model clips_mllm; {self.model} shows what it is given"
+            )
+        if self.model != "clips_mllm" and self.quantize != "none":
+            raise UserError(
+                f"--quantize {self.quantize}: only for --model clips_mllm; {self.model} has its own --model_args"
             )
         check_specs(self.specs)
 

@@ -157,7 +157,7 @@ def _clusters(name: str, task: Task, count: int, model: lmms) -> dict[int, str]:
 
 def _source(recipe: EvaluateRecipe) -> dict[str, Any]:
     """What gives the answers, for the journal."""
-    names = ("checkpoint", "model", "model_args", "mode", "dtype")
+    names = ("checkpoint", "model", "model_args", "mode", "dtype", "quantize")
     return {name: getattr(recipe, name) for name in names} | {"weights": weights_of(recipe.checkpoint)}
 
 
