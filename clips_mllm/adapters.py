@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import GenerationConfig
 
 from clips_mllm.quantize import QUANTIZATION_FILE, Quantize, read_quantization
 from clips_mllm.stage_recipe import StageRecipe
+from clips_mllm.tiles import AnyModel, AnyProcessor
 from vision_tower.errors import UserError
+from vision_tower.loading import read_pretrained
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -52,7 +54,7 @@ def find_adapter(name: str) -> Path | None:
         raise UserError(f"{name}: the adapter cannot be fetched ({error}); give its folder") from error
 
 
-def add_adapter(model: LlavaForConditionalGeneration, stage: StageRecipe, modules: list[str]) -> PeftModel:
+def add_adapter(model: AnyModel, stage: StageRecipe, modules: list[str]) -> PeftModel:
     """Freeze the model, and put trainable low-rank matrices beside its linear layers `modules`.
 
     The projector, where it trains, does so by a copy of its weights, which is saved with the adapter.
@@ -72,7 +74,7 @@ def add_adapter(model: LlavaForConditionalGeneration, stage: StageRecipe, module
     return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
 
 
-def save_adapter(model: PeftModel, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
+def save_adapter(model: PeftModel, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
     """Everything an adapter folder holds but for the base; `state` is the gathered state dict where ZeRO divides it."""
     base: Any = model.get_base_model()
     # Told not to look for resized embeddings: it would ask the hub about the base at every save.
@@ -84,9 +86,7 @@ def save_adapter(model: PeftModel, processor: LlavaProcessor, folder: Path, stat
         quantization.to_json_file(folder / QUANTIZATION_FILE)
 
 
-def load_adapter(
-    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_adapter(folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize) -> tuple[AnyModel, AnyProcessor]:
     """The base with the adapter in it, and the adapter's processor.
 
     Without quantisation the adapter is merged, as `clips-mllm merge` does it: into the base's own weights, or, where it
@@ -95,24 +95,24 @@ def load_adapter(
     Raises:
         UserError: no base where the adapter says it is, or one of other shapes.
     """
-    from clips_mllm.checkpoint import check_image_token, load_parts, read_processor
+    from clips_mllm.checkpoint import check_image_token, load_parts
 
     config = read_config(folder)
     base, trained = str(config.base_model_name_or_path), read_quantization(Path(folder))
     if quantize == "8bit" and getattr(config, "use_dora", False):  # other kinds of adapter have no such field
         raise UserError(f"{folder}: PEFT cannot put a DoRA adapter beside 8-bit weights; take 4bit, or merge it first")
     if quantize != "none":
-        model, _ = load_parts(base, dtype=dtype, quantize=quantize)
+        model, processor = load_parts(base, dtype=dtype, quantize=quantize)
     elif trained is not None:
-        model, _ = load_parts(base, dtype=dtype, quantize=trained)
+        model, processor = load_parts(base, dtype=dtype, quantize=trained)
         model = model.dequantize(dtype=model.dtype)
     else:
-        model, _ = load_parts(base, dtype=dtype)
+        model, processor = load_parts(base, dtype=dtype)
     joined = _attach(model, folder)
     merged = joined.get_base_model() if quantize != "none" else joined.merge_and_unload()
     if (Path(folder) / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(folder)
-    processor = read_processor(str(folder))
+    processor = read_pretrained(type(processor), folder)  # its own, of the base's class
     check_image_token(processor.tokenizer, folder)
     return merged, processor
 
@@ -134,7 +134,7 @@ def read_config(folder: str | Path) -> PeftConfig:
     return config
 
 
-def _attach(model: LlavaForConditionalGeneration, folder: str | Path) -> PeftModel:
+def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
     """The adapter beside the model's weights, every one of its own read from the file."""
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError

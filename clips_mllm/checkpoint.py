@@ -19,6 +19,9 @@ from transformers import (
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
     SiglipVisionModel,
@@ -26,6 +29,7 @@ from transformers import (
 
 from clips_mllm.prompts import IMAGE
 from clips_mllm.quantize import Quantize, quantization
+from clips_mllm.tiles import AnyModel, AnyProcessor, with_tiles
 from clips_mllm.towers import (
     FeatureSelect,
     additional_tokens,
@@ -43,6 +47,11 @@ if TYPE_CHECKING:
 
 # Checkpoints of two towers, of which the vision tower alone is read.
 VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+# Class of the configuration -> those of model and processor.
+STOCK: dict[type, tuple[type[AnyModel], type[AnyProcessor]]] = {
+    LlavaConfig: (LlavaForConditionalGeneration, LlavaProcessor),
+    LlavaNextConfig: (LlavaNextForConditionalGeneration, LlavaNextProcessor),
+}
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -50,8 +59,8 @@ SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 class Mllm:
     """A model with its processor; `processor` pads on the left, as generation needs."""
 
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
+    model: AnyModel
+    processor: AnyProcessor
     device: torch.device
 
     @property
@@ -68,21 +77,25 @@ def build_mllm(
     feature_select: Literal["auto", "full", "default"],
     dtype: torch.dtype,
     image_size: int | None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Join a pretrained tower and LLM with a fresh projector.
+    tiles: int | None = None,
+) -> tuple[AnyModel, AnyProcessor]:
+    """Join a pretrained tower and LLM with a fresh projector; with `tiles` in LLaVA-NeXT's classes.
 
     Raises:
-        UserError: a folder without a checkpoint, or weights that do not fit their class.
+        UserError: a folder without a checkpoint, weights that do not fit their class, or tiles with a class token.
     """
     vision, image_processor = read_tower(tower, dtype)
     selection = feature_selection(tower, vision.config, feature_select)
+    if tiles is not None and selection == "full" and additional_tokens(vision.config):
+        raise UserError("model.tiles: tiles are joined by their patches alone; take model.feature_select=auto")
     if image_size is not None:
         vision = at_size(vision, image_size)
         resize_processor(image_processor, image_size)
     language, tokenizer = read_llm(llm, dtype)
-    return join_parts(
+    model, processor = join_parts(
         vision, image_processor, language, tokenizer, feature_layer=feature_layer, feature_select=selection
     )
+    return (model, processor) if tiles is None else with_tiles(model, processor, tiles)
 
 
 def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProcessor]:
@@ -177,7 +190,7 @@ def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> 
 
 
 def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", quantize: Quantize = "none") -> Mllm:
-    """Load a stock LLaVA checkpoint, or an adapter with its base, for use.
+    """Load a stock LLaVA or LLaVA-NeXT checkpoint, or an adapter with its base, for use.
 
     Args:
         folder: folder or hub id.
@@ -196,7 +209,7 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
 
 def load_parts(
     folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize | BitsAndBytesConfig = "none"
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[AnyModel, AnyProcessor]:
     """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`)."""
     from clips_mllm.adapters import find_adapter, is_adapter, load_adapter  # it reads bases with this function
 
@@ -206,9 +219,10 @@ def load_parts(
         return load_adapter(adapter, dtype=dtype, quantize=quantize)
     _refuse_encoder(Path(name))
     config = read_pretrained(AutoConfig, name)
-    if not isinstance(config, LlavaConfig):
+    if type(config) not in STOCK:
         raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
-    processor = read_processor(name)
+    model_class, processor_class = STOCK[type(config)]
+    processor = read_pretrained(processor_class, name)
     check_image_token(processor.tokenizer, folder)
     options: dict[str, Any] = {"use_safetensors": True}  # of a hub's repository, too: pickles are slow and can be code
     if quantize != "none":
@@ -216,15 +230,10 @@ def load_parts(
         options["quantization_config"] = (
             quantize if isinstance(quantize, BitsAndBytesConfig) else quantization(quantize, own)
         )
-    return _read_weights(LlavaForConditionalGeneration, name, dtype, **options), processor
+    return _read_weights(model_class, name, dtype, **options), processor
 
 
-def read_processor(name: str) -> LlavaProcessor:
-    """The processor of a checkpoint or an adapter."""
-    return read_pretrained(LlavaProcessor, name)
-
-
-def save_mllm(model: Any, processor: LlavaProcessor, folder: Path, state: Any = None) -> None:
+def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
     """Leave a complete stock checkpoint in `folder`, or a complete adapter where `model` is one.
 
     The file that makes it one, `config.json` or `adapter_config.json`, comes last.

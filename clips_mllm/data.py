@@ -172,10 +172,15 @@ def make_square(processor: LlavaProcessor, square: Literal["squash", "pad", "cro
     `crop` leaves a tower's processor as it came: OpenAI CLIP's scales the shorter side and crops the middle.
 
     Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares pictures in the
-    way that it was trained with. Tiles are padded by their own processor.
+    way that it was trained with.
+
+    Raises:
+        UserError: anything but `squash` with tiles, which LLaVA-NeXT's processor pads and squashes in its own way.
     """
     own = processor.image_processor
     if isinstance(processor, LlavaNextProcessor):
+        if square != "squash":
+            raise UserError(f"data.square={square}: pictures in tiles are fitted by their own processor; take squash")
         return
     if square == "pad":
         processor.image_processor = LlavaImageProcessor(

@@ -26,6 +26,7 @@ PARTS = {  # marks in the names of weights
     "text_model.": "text",
     "captioner.": "captioner",
 }
+STOCK = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT"}  # by model type; the second shows pictures in tiles
 TOWERS = ("siglip_vision_model", "clip_vision_model", "vit", "dinov2", "clip", "siglip")
 
 
@@ -113,7 +114,7 @@ def _adapter(folder: Path) -> Kind | None:
 
 def _stock(folder: Path) -> Kind | None:
     config = _config(folder)
-    if config.get("model_type") != "llava" or is_original(config):
+    if config.get("model_type") not in STOCK or is_original(config):
         return None
     made_by = manifest(folder).get("made_by")
     stage = manifest(folder).get("stage")
@@ -128,7 +129,7 @@ def _stock(folder: Path) -> Kind | None:
     names = {"align": "stage 1 (align)", "finetune": "stage 2 (finetune)"}
     told = names.get(kind or "", kind or "llava")
     sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
-    return Kind(kind or "llava", f"stock LLaVA checkpoint, {told}: {sizes}", facts)
+    return Kind(kind or "llava", f"stock {STOCK[config['model_type']]} checkpoint, {told}: {sizes}", facts)
 
 
 def _encoder(folder: Path) -> Kind | None:

@@ -13,6 +13,7 @@ from clips_mllm.plan_data import Lengths
 from clips_mllm.plan_memory import estimate
 from clips_mllm.plan_shapes import Shape, llm_shape, tower_shape
 from clips_mllm.prompts import IGNORED, Unsupervised
+from clips_mllm.tiles import views
 from vision_tower.errors import UserError
 from vision_tower.images import BadImage
 
@@ -69,13 +70,14 @@ def longest(dataset: InstructionDataset) -> Lengths | None:
             break
     if not loaded:
         return None
+    seen = [sum(views(dataset.processor, picture) for picture in sample["images"]) for sample, _ in loaded]
     supervised = [sum(label != IGNORED for label in rendered.labels) for _, rendered in loaded]
     return Lengths(
         samples=len(dataset),
         longest=max(len(rendered.ids) for _, rendered in loaded),
         mean=float(np.mean([len(rendered.ids) for _, rendered in loaded])),
         supervised=float(np.mean(supervised)),
-        pictures=float(np.mean([len(sample["images"]) for sample, _ in loaded])),
+        pictures=float(np.mean(seen)),
         measured=True,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from clips_mllm.plan_shapes import UNKNOWN_TILES
 from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
 from vision_tower.errors import UserError
 
@@ -51,3 +52,5 @@ class PlanRecipe(TrainRecipe):
             raise UserError(f"tokens={self.tokens}: 0 (from the data) or a number of tokens")
         if self.data is None:
             raise UserError("plan: no recipe; give --config configs/mllm/NAME.yaml, or --table")
+        if self.model.tiles is not None:
+            raise UserError(f"model.tiles: {UNKNOWN_TILES}")

@@ -9,6 +9,11 @@ from typing import Any
 from vision_tower.errors import UserError
 from vision_tower.files import read_object
 
+UNKNOWN_TILES = (
+    "how many tiles a picture has depends on its shape, and no picture is opened here; `clips-mllm train` tells its "
+    "memory before step 1"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlmShape:
@@ -148,12 +153,14 @@ def read_shape(*, tower: str | None, llm: str | None, checkpoint: str | None) ->
     """Sizes of what a recipe's `model` names.
 
     Raises:
-        UserError: a folder without config.json that is in no list either, or a config of another kind.
+        UserError: a folder without config.json that is in no list either, a config of another kind, or tiles.
     """
     if checkpoint is not None:
         values = _config(checkpoint)
         if values is None:
             return _listed(CHECKPOINTS, checkpoint, "model.checkpoint")
+        if values.get("model_type") == "llava_next":
+            raise UserError(f"{checkpoint}: {UNKNOWN_TILES}")
         return Shape(
             tower=tower_shape(_section(values, "vision_config", checkpoint), checkpoint),
             llm=llm_shape(_section(values, "text_config", checkpoint), checkpoint),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from clips_mllm.adapters import PROJECTOR, read_config
-from clips_mllm.checkpoint import check_image_token, read_processor, save_mllm
+from clips_mllm.checkpoint import check_image_token, save_mllm
 from vision_tower.average import is_divided
 from vision_tower.errors import UserError, disk_is_full
 from vision_tower.loading import read_pretrained
@@ -85,7 +85,7 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
     try:
         save_mllm(trainer.model, trainer.processor, probe, state)
         _same_weights(probe, state)
-        processor = read_processor(str(probe))
+        processor = read_pretrained(type(trainer.processor), probe)
         check_image_token(processor.tokenizer, probe)
         _expect(processor.chat_template == trainer.processor.chat_template, "the chat template")
         words = f"A picture: {processor.image_token} and words."

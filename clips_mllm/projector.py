@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from clips_mllm.tiles import AnyModel
 
 
 @torch.no_grad()
-def fit_projector(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> None:
-    """Set the projector's starting values from pictures (n, 3, h, w), a hundred or so.
+def fit_projector(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> None:
+    """Set the projector's starting values from pictures, a hundred or so.
+
+    Args:
+        pixel_values: (n, 3, h, w), or (n, tiles, 3, h, w).
+        sizes: `image_sizes` (n, 2) where there are tiles.
 
     Under ZeRO-3 the weights are in pieces before training starts, and the values of transformers stay.
     """
@@ -25,7 +30,7 @@ def fit_projector(model: LlavaForConditionalGeneration, pixel_values: torch.Tens
         return
     projector = model.model.multi_modal_projector
     first, second = projector.linear_1, projector.linear_2
-    features = read_features(model, pixel_values).to(first.weight.dtype)
+    features = read_features(model, pixel_values, **sizes).to(first.weight.dtype)
     mean, deviation = features.float().mean(dim=0), features.float().std(dim=0) + 1e-6
     start = torch.randn(first.weight.shape) / first.in_features**0.5 / deviation
     first.weight.copy_(start)
@@ -36,12 +41,12 @@ def fit_projector(model: LlavaForConditionalGeneration, pixel_values: torch.Tens
     second.weight.mul_(wanted / projector(features).float().norm(dim=1).mean())
 
 
-def read_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The patch features that the projector reads, (n x patches, w)."""
+def read_features(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> torch.Tensor:
+    """The patch features that the projector reads, (n x patches, w), of every tile where there are some."""
     seen: list[torch.Tensor] = []
     handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
-        model.get_image_features(pixel_values.to(model.dtype))
+        model.get_image_features(pixel_values.to(model.dtype), **sizes)
     finally:
         handle.remove()
     return seen[0].flatten(0, 1)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clips_mllm.adapters import add_adapter
 from clips_mllm.stage_recipe import StageRecipe
+from clips_mllm.tiles import AnyModel, row_end
 from vision_tower.errors import UserError
 from vision_tower.training import parameter_groups, size
 
 
-def parts(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+def parts(model: AnyModel) -> dict[str, list[nn.Module]]:
     """The three parts of an MLLM by the names that recipes use; the vocabulary layer belongs to the LLM."""
     inner = model.model
     return {
         "tower": [inner.vision_tower],
-        "projector": [inner.multi_modal_projector],
+        "projector": [inner.multi_modal_projector, *row_end(model)],
         "llm": [inner.language_model, model.lm_head],
     }
 
@@ -29,7 +29,7 @@ def parameters_of(modules: list[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
 
-def apply_stage(model: LlavaForConditionalGeneration, stage: StageRecipe) -> tuple[nn.Module, str]:
+def apply_stage(model: AnyModel, stage: StageRecipe) -> tuple[nn.Module, str]:
     """Freeze and unfreeze, or put adapters in; returns what is to be trained, and the line for the log.
 
     Raises UserError where nothing would train.
@@ -49,7 +49,7 @@ def apply_stage(model: LlavaForConditionalGeneration, stage: StageRecipe) -> tup
     return trained, _line(model, stage)
 
 
-def _line(model: LlavaForConditionalGeneration, stage: StageRecipe) -> str:
+def _line(model: AnyModel, stage: StageRecipe) -> str:
     """What trains, by part, in weights."""
     said, adapter = [], stage.adapter.kind
     for name, modules in parts(model).items():
@@ -62,7 +62,7 @@ def _line(model: LlavaForConditionalGeneration, stage: StageRecipe) -> str:
     return ", ".join(said)
 
 
-def reached_modules(model: LlavaForConditionalGeneration, first: int) -> list[nn.Module]:
+def reached_modules(model: AnyModel, first: int) -> list[nn.Module]:
     """The tower's modules that the projector's features pass, from block `first` on; 0 takes what comes before, too.
 
     The others would get no gradient, and decay would shrink them.
@@ -92,9 +92,7 @@ def linear_names(model: nn.Module, modules: list[nn.Module]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
 
 
-def optimizer_groups(
-    model: LlavaForConditionalGeneration, stage: StageRecipe, weight_decay: float
-) -> list[dict[str, Any]]:
+def optimizer_groups(model: AnyModel, stage: StageRecipe, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups; a part has a learning rate of its own where the recipe gives one."""
     rates = {
         "tower": stage.tower_learning_rate,

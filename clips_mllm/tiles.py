@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
+from torch import nn
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -18,10 +18,12 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 if TYPE_CHECKING:
     from PIL import Image
 
+AnyModel: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 AnyProcessor: TypeAlias = LlavaProcessor | LlavaNextProcessor
 
 
@@ -83,13 +85,29 @@ def with_tiles(
 
 def tiled_tokens(processor: LlavaNextProcessor, pictures: list[Image.Image]) -> list[int]:
     """Positions of each picture, by the stock processor's own count."""
-    tile = processor.image_processor.size["height"]
+    tile = _side(processor)
     dropped = processor.vision_feature_select_strategy == "default"
     return [
         processor._get_number_of_features(picture.height, picture.width, tile, tile) - dropped for picture in pictures
     ]
 
 
-def row_end(model: torch.nn.Module) -> torch.nn.Parameter | None:
-    """The vector that ends a row of patches, which trains with the projector; stock LLaVA has none."""
-    return model.model.image_newline if isinstance(model, LlavaNextForConditionalGeneration) else None
+def views(processor: AnyProcessor, picture: Image.Image) -> int:
+    """How many squares of a picture the tower sees: its tiles and the whole, or in stock LLaVA the one."""
+    if not isinstance(processor, LlavaNextProcessor):
+        return 1
+    layouts = processor.image_processor.image_grid_pinpoints
+    return int(image_size_to_num_patches([picture.height, picture.width], layouts, _side(processor)))
+
+
+def _side(processor: LlavaNextProcessor) -> int:
+    """Of a tile, in pixels."""
+    size = processor.image_processor.size
+    return int(size.get("height") or size["shortest_edge"])
+
+
+def row_end(model: AnyModel) -> list[nn.Module]:
+    """The vector that ends a row of patches, which trains with the projector, as a module; stock LLaVA has none."""
+    if not isinstance(model, LlavaNextForConditionalGeneration):
+        return []
+    return [nn.ParameterList([model.model.image_newline])]

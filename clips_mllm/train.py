@@ -26,9 +26,9 @@ from vision_tower.training import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     from clips_mllm.data import InstructionCollator, InstructionDataset
+    from clips_mllm.tiles import AnyModel, AnyProcessor
     from clips_mllm.trainer import MllmTrainer
 
 PROJECTOR_SAMPLES = 128
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 
 
 def build_trainer(
-    recipe: TrainRecipe, model: LlavaForConditionalGeneration, processor: LlavaProcessor, arguments: Any
+    recipe: TrainRecipe, model: AnyModel, processor: AnyProcessor, arguments: Any
 ) -> tuple[MllmTrainer, str]:
     """Data, stage, and the engine over both; and the line that says what trains."""
     from transformers import EarlyStoppingCallback
@@ -98,7 +98,7 @@ def build_trainer(
     dataset = InstructionDataset(recipe.data, processor)
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
-        fit_projector(model, first_pixels(dataset, collator))
+        fit_projector(model, **first_pictures(dataset, collator))
     trained, line = apply_stage(model, recipe.stage)
     if recipe.stage.adapter.kind != "none" and recipe.training.deepspeed is None:
         masters_in_fp32(trained)
@@ -133,7 +133,7 @@ def build_trainer(
     return trainer, line
 
 
-def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: LlavaProcessor) -> tuple[Any, Any]:
+def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: AnyProcessor) -> tuple[Any, Any]:
     """(what is trained on, what is held out): another file, a share of the same one, or nothing."""
     from clips_mllm.data import InstructionDataset
     from clips_mllm.held_out import hold_out
@@ -192,7 +192,7 @@ def masters_in_fp32(model: torch.nn.Module) -> None:
             weights.data = weights.data.float()
 
 
-def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, AnyProcessor]:
     """An earlier stage's checkpoint, in 4 bits for QLoRA, or a tower and an LLM joined by a fresh projector."""
     from clips_mllm.adapters import is_adapter
     from clips_mllm.checkpoint import build_mllm, load_parts
@@ -213,13 +213,17 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[LlavaForCondi
         feature_layer=recipe.feature_layer,
         feature_select=recipe.feature_select,
         image_size=recipe.image_size,
+        tiles=recipe.tiles,
         dtype=dtype,
     )
 
 
-def first_pixels(dataset: InstructionDataset, collator: InstructionCollator) -> torch.Tensor:
-    """Pixels of the first samples: a sample of what the tower will see, the same on every rank."""
-    return collator([dataset[index] for index in range(min(len(dataset), PROJECTOR_SAMPLES))])["pixel_values"]
+def first_pictures(dataset: InstructionDataset, collator: InstructionCollator) -> dict[str, torch.Tensor]:
+    """Those of the first samples: a sample of what the tower will see, the same on every rank."""
+    from clips_mllm.data import IMAGE_INPUTS
+
+    batch = collator([dataset[index] for index in range(min(len(dataset), PROJECTOR_SAMPLES))])
+    return {name: batch[name] for name in IMAGE_INPUTS if name in batch}
 
 
 def weight_dtype(recipe: TrainRecipe) -> torch.dtype:

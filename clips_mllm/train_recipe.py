@@ -24,6 +24,8 @@ class MllmRecipe:
             [-2, -5], are concatenated.
         feature_select: "full" keeps every position, "default" drops the class token; "auto" keeps the patches alone.
         image_size: side in pixels for which the tower's positions are computed anew; none keeps its own.
+        tiles: most tiles in which a picture is shown again at a higher resolution, beside the whole of it; the
+            checkpoint is then one of LLaVA-NeXT's classes. None shows the whole alone, in LLaVA's.
         attention: how attention is computed; auto leaves the choice to transformers.
     """
 
@@ -33,13 +35,18 @@ class MllmRecipe:
     feature_layer: int | list[int] = -2
     feature_select: Literal["auto", "full", "default"] = "auto"
     image_size: int | None = None
+    tiles: int | None = None
     attention: Attention = "auto"
 
     def check(self) -> None:
-        """Raise UserError unless exactly one of the two ways is given."""
+        """Raise UserError unless exactly one of the two ways is given, and tiles where they can be chosen."""
         pair = self.tower is not None and self.llm is not None
         if pair == (self.checkpoint is not None) or (self.tower is None) != (self.llm is None):
             raise UserError("model: give either 'checkpoint', or both 'tower' and 'llm'")
+        if self.tiles is not None and self.checkpoint is not None:
+            raise UserError("model.tiles: a checkpoint brings its own; choose them in stage 1, with 'tower' and 'llm'")
+        if self.tiles is not None and self.tiles < 2:
+            raise UserError(f"model.tiles={self.tiles}: at least 2; leave it out to show pictures whole")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +150,8 @@ class TrainRecipe:
         self.stage.check()
         self.training.check()
         self.evaluation.check(self.training.save_every)
+        if self.model.tiles is not None and self.data.feature_cache is not None:
+            raise UserError("data.feature_cache: pictures in tiles are not kept; take the cache out of the recipe")
         if self.stage.adapter.kind != "none" and self.model.checkpoint is None:
             raise UserError(
                 "model.checkpoint: an adapter is saved without its base, which must be a checkpoint; give a run of "

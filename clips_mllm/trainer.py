@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from clips_mllm.adapters import read_into
@@ -26,13 +25,14 @@ from clips_mllm.prompts import IGNORED
 from clips_mllm.sampler import LengthGroupedSampler
 from clips_mllm.stage_recipe import StageRecipe
 from clips_mllm.stages import optimizer_groups
+from clips_mllm.tiles import AnyModel, AnyProcessor
 from vision_tower.bad_step import refuse
 from vision_tower.errors import UserError
 from vision_tower.resume import ResumableTrainer
 
 
 @contextmanager
-def only_at(model: LlavaForConditionalGeneration, chosen: torch.Tensor) -> Iterator[None]:
+def only_at(model: AnyModel, chosen: torch.Tensor) -> Iterator[None]:
     """Within this context the vocabulary layer sees only the chosen positions.
 
     Args:
@@ -50,7 +50,7 @@ def only_at(model: LlavaForConditionalGeneration, chosen: torch.Tensor) -> Itera
 
 
 def supervised_loss(
-    model: torch.nn.Module, bare: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]
+    model: torch.nn.Module, bare: AnyModel, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of the cross entropy over this batch's supervised tokens in fp32, their number).
 
@@ -81,9 +81,9 @@ class MllmTrainer(ResumableTrainer):
         self,
         *,
         stage: StageRecipe,
-        processor: LlavaProcessor,
+        processor: AnyProcessor,
         group_by_length: bool,
-        bare: LlavaForConditionalGeneration,
+        bare: AnyModel,
         measuring: Measuring | None = None,
         tower: CachedTower | None = None,
         **kwargs: Any,

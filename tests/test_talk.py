@@ -177,7 +177,7 @@ def test_long_conversations_are_cut_between_turns(talker: Path, pictures: list[P
         runs = [
             len(list(run)) for image, run in itertools.groupby(prompt.keys, lambda key: isinstance(key, str)) if image
         ]
-        assert runs == [prompt.patches] * len(fitted.pictures), "whole pictures only"
+        assert len(runs) == len(fitted.pictures) and runs == prompt.lengths, "whole pictures only"
         assert fitted.pictures == conversation.pictures[fitted.dropped :]
         with pytest.raises(TooLong, match="context of 150"):
             list(Conversation(engine).ask("long " * 200, GREEDY))

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's tiles: the stock classes, counts that agree, a step of training, a checkpoint that reloads."""
+"""LLaVA-NeXT's tiles: the stock classes, counts that agree, both stages by the command, talking and measuring."""
 
 from __future__ import annotations
 
@@ -9,13 +9,31 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from tiny_llava import make_requests
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
 
-from clips_mllm.checkpoint import load_mllm
+from clips_mllm.checkpoint import build_mllm, load_mllm, save_mllm
 from clips_mllm.data import InstructionCollator, InstructionDataset
-from clips_mllm.tiles import grid, tiled_tokens, with_tiles
+from clips_mllm.folder_kinds import find_kind
+from clips_mllm.plan import main as plan
+from clips_mllm.stage_recipe import StageRecipe
+from clips_mllm.stages import apply_stage, optimizer_groups
+from clips_mllm.talk.attention import attention_maps
+from clips_mllm.talk.engine import Answer, Engine
+from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.sampling import Sampling
+from clips_mllm.tiles import grid, tiled_tokens, views, with_tiles
+from clips_mllm.train import main
 from clips_mllm.train_recipe import InstructionRecipe
 from clips_mllm.trainer import supervised_loss
+from vision_tower.errors import UserError
 
 SIZES = [(96, 96), (300, 90), (80, 250), (20, 10), (97, 333)]
 
@@ -40,9 +58,28 @@ def test_our_count_is_what_the_model_makes(size: tuple[int, int], tiled: Any) ->
     (count,) = tiled_tokens(processor, [picture])
     inputs = processor(text="<image>", images=[picture], return_tensors="pt")
     assert inputs["input_ids"].shape[1] == count > 9, "tiles beside the whole picture"
+    assert inputs["pixel_values"].shape[1] == views(processor, picture)
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     assert [len(one) for one in features] == [count]
+
+
+def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=96, patch_size=32)).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    made: dict[str, Any] = {"feature_layer": [-2, -1], "dtype": torch.float32, "tiles": 4}
+    model, processor = build_mllm(str(tmp_path), str(sample_world / "llm"), feature_select="auto", **made)
+    picture = Image.effect_noise((97, 333), 60).convert("RGB")
+    for side in (processor.image_processor.size, {"shortest_edge": 96}):  # the second as in published checkpoints
+        processor.image_processor.size = side
+        inputs = processor(text="<image>", images=[picture], return_tensors="pt")
+        (count,) = tiled_tokens(processor, [picture])
+        with torch.no_grad():
+            features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        assert inputs["input_ids"].shape[1] == len(features[0]) == count
+    with pytest.raises(UserError, match=r"take model\.feature_select=auto"):
+        build_mllm(str(tmp_path), str(sample_world / "llm"), feature_select="full", **made)
 
 
 @pytest.mark.parametrize("packing", ["none", "rows"])
@@ -77,3 +114,163 @@ def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_pat
     picture = Image.open(tmp_path / "1.png")
     ids = used(text=used.apply_chat_template(dataset.examples[2].messages), images=[picture])["input_ids"][0]
     assert ids == dataset[2]["ids"]
+
+
+def words(values: dict[str, Any]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def recipe(sample_world: Path) -> dict[str, Any]:
+    return {
+        "data.images": sample_world / "llava" / "images",
+        "data.template": "chatml",
+        "data.max_length": 512,
+        "training.precision": "fp32",
+        "training.global_batch_size": 4,
+        "training.device_batch_size": 4,
+        "training.max_steps": 2,
+        "training.log_every": 1,
+        "training.workers": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def parts(sample_world: Path, encoder_dir: Path) -> dict[str, Any]:
+    file = sample_world / "llava" / "stage1.json"
+    return {"model.tower": encoder_dir / "tower", "model.llm": sample_world / "llm", "data.file": file}
+
+
+@pytest.fixture(scope="module")
+def stages(
+    sample_world: Path, recipe: dict[str, Any], parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Stage 1, and from it stage 2 in full and with LoRA."""
+    folder = tmp_path_factory.mktemp("stages")
+    main(words(recipe | parts | {"output_dir": folder / "align", "model.tiles": 2}))
+    second = {"model.checkpoint": folder / "align", "stage.llm": "true"}
+    second["data.file"] = sample_world / "llava" / "stage2.json"
+    main(words(recipe | second | {"output_dir": folder / "finetune"}))
+    main(words(recipe | second | {"output_dir": folder / "lora", "stage.adapter.kind": "lora"}))
+    return folder
+
+
+def test_both_stages_leave_stock_checkpoints(stages: Path) -> None:
+    ends = []
+    for name in ("align", "finetune"):
+        stock, info = LlavaNextForConditionalGeneration.from_pretrained(stages / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        processor = LlavaNextProcessor.from_pretrained(stages / name)
+        assert processor.image_processor.image_grid_pinpoints == stock.config.image_grid_pinpoints == grid(96, 2)
+        picture = Image.effect_noise((200, 90), 60).convert("RGB")
+        content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=text, images=[picture], return_tensors="pt")
+        assert stock.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+        assert isinstance(load_mllm(stages / name, device="cpu").model, LlavaNextForConditionalGeneration)
+        assert "LLaVA-NeXT" in find_kind(stages / name).line
+        ends.append(stock.model.image_newline)
+    assert not torch.equal(*ends), "the end of a row trains with the projector"
+
+
+def test_an_adapter_keeps_the_row_end_of_its_base(stages: Path) -> None:
+    base, joined = (load_mllm(stages / name, device="cpu") for name in ("align", "lora"))
+    assert isinstance(joined.processor, LlavaNextProcessor)
+    assert torch.equal(base.model.model.image_newline, joined.model.model.image_newline)
+    before, after = (one.model.model.multi_modal_projector.linear_1.weight for one in (base, joined))
+    assert not torch.equal(before, after)
+
+
+def test_the_row_end_is_in_the_projectors_group(tiled: Any) -> None:
+    model, _ = tiled
+    stage = StageRecipe(projector_learning_rate=0.5)
+    apply_stage(model, stage)
+    (group,) = (
+        group
+        for group in optimizer_groups(model, stage, 0.1)
+        if any(weights is model.model.image_newline for weights in group["params"])
+    )
+    assert group["lr"] == 0.5 and group["weight_decay"] == 0
+    model.requires_grad_(True)
+
+
+BAD = [
+    ({"model.tiles": 1}, "model.tiles=1: at least 2"),
+    ({"model.tiles": 2, "data.square": "pad"}, "data.square=pad: pictures in tiles"),
+    ({"model.tiles": 2, "data.feature_cache": "cache"}, "data.feature_cache: pictures in tiles"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), BAD)
+def test_what_does_not_go_with_tiles(
+    values: dict[str, Any], said: str, recipe: dict[str, Any], parts: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        main(words(recipe | parts | values | {"output_dir": tmp_path / "run"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tiles_are_chosen_in_stage_1(recipe: dict[str, Any], parts: dict[str, Any], mllm_dir: Path) -> None:
+    values = {"model.checkpoint": mllm_dir, "data.file": parts["data.file"], "model.tiles": 2, "output_dir": "run"}
+    with pytest.raises(UserError, match="a checkpoint brings its own"):
+        main(words(recipe | values))
+
+
+def test_no_plan_without_pictures(stages: Path, recipe: dict[str, Any], parts: dict[str, Any]) -> None:
+    for model in (
+        {"model.tiles": 2, "model.tower": parts["model.tower"], "model.llm": parts["model.llm"]},
+        {"model.checkpoint": stages / "align"},
+    ):
+        with pytest.raises(UserError, match="no picture is opened here"):
+            plan(words(recipe | model | {"data.file": parts["data.file"]}))
+
+
+@pytest.fixture(scope="module")
+def talking(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tiles around weights so large that every prompt and picture has another answer."""
+    loaded = load_mllm(talker, device="cpu")
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("talking")
+    save_mllm(*with_tiles(loaded.model, loaded.processor, 4), folder)
+    return load_mllm(folder, device="cpu")
+
+
+def plain_answer(mllm: Any, pictures: list[Image.Image], text: str) -> str:
+    """The stock processor's and model's own way."""
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
+    prompt = mllm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = mllm.processor(text=prompt, images=pictures or None, return_tensors="pt")
+    with torch.inference_mode():
+        out = mllm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return str(mllm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+ASKED: list[tuple[list[tuple[int, int]], str]] = [
+    ([(300, 90)], "Which?"),
+    ([(96, 96), (80, 250)], "And these?"),
+    ([], "None?"),
+    ([(300, 90)], "Which one?"),
+]
+
+
+def test_talking(talking: Any) -> None:
+    with Engine(talking) as engine:
+        for sizes, text in ASKED:
+            shown = [Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes]
+            content: list[Any] = [*({"type": "image"} for _ in shown), {"type": "text", "text": text}]
+            prompt = engine.prompt([{"role": "user", "content": content}], [Picture(image) for image in shown])
+            answer = "".join(Answer(engine, prompt, Sampling(max_new_tokens=6)))
+            assert answer.strip() == plain_answer(talking, shown, text).strip()
+            maps = attention_maps(engine, prompt, "this")
+            assert [tuple(one.shape) for one in maps] == [(3, 3)] * len(shown), "of the whole picture"
+
+
+def test_measuring(talking: Any) -> None:
+    from clips_eval.lmms_model import ClipsMllm
+
+    documents = [
+        ([Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes], text) for sizes, text in ASKED
+    ]
+    model = ClipsMllm(mllm=talking, batch_size=4)
+    answers = model.generate_until(make_requests(documents, model))
+    assert answers == [plain_answer(talking, *document) for document in documents]

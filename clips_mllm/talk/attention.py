@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def attention_maps(engine: Engine, prompt: Prompt, answer: str) -> list[torch.Tensor]:
     """For each picture a map (side, side) that sums to 1: mean over the answer's tokens, all layers and heads.
 
+    Of a picture in tiles it is the view of the whole, which comes first.
+
     The prompt is read, or taken from what was kept; only the answer's tokens are read with plain attention, which alone
     tells its weights.
     """
@@ -23,11 +25,13 @@ def attention_maps(engine: Engine, prompt: Prompt, answer: str) -> list[torch.Te
     if not ids or not prompt.pictures:
         return []
     weights = engine.run(lambda: _weights(engine, prompt, ids))
-    side = round(prompt.patches**0.5)
+    tower, processor = engine.mllm.model.config.vision_config, engine.mllm.processor
+    side = tower.image_size // tower.patch_size
+    # A class token that stays in the sequence comes first.
+    ahead = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
     maps = []
     for start in prompt.starts:
-        patches = weights[start : start + prompt.patches]
-        patches = patches[-side * side :]  # a class token that stays in the sequence comes first
+        patches = weights[start + ahead :][: side * side]
         maps.append((patches / patches.sum().clamp_min(1e-12)).view(side, side))
     return maps
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 import torch
+from transformers import LlavaNextProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clips_mllm.checkpoint import Mllm
@@ -279,8 +280,13 @@ class Engine:
 
     def _encode(self, pictures: list[Shown]) -> list[torch.Tensor]:
         """Projected patches of each picture, (patches, width)."""
-        pixels = torch.stack([picture.pixels for picture in pictures]).to(self.mllm.device, self.mllm.model.dtype)
-        return list(self.mllm.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+        every = [picture.pixels for picture in pictures]
+        if isinstance(self.mllm.processor, LlavaNextProcessor):  # pictures differ in how many tiles they have
+            pixels, sizes = torch.cat(every), {"image_sizes": torch.tensor([picture.size for picture in pictures])}
+        else:
+            pixels, sizes = torch.stack(every), {}
+        pixels = pixels.to(self.mllm.device, self.mllm.model.dtype)
+        return list(self.mllm.model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output)
 
 
 class Answer:

@@ -13,15 +13,22 @@ from vision_tower.errors import UserError
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-    from transformers import LlavaProcessor
+
+    from clips_mllm.tiles import AnyProcessor
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture as the tower gets it, (3, h, w). It needs far less memory than a photograph that waits in a queue."""
+    """A picture as the tower gets it. It needs far less memory than a photograph that waits in a queue.
+
+    Attributes:
+        pixels: (3, h, w), or (tiles, 3, h, w).
+        size: height and width of the picture, by which tiles are laid out.
+    """
 
     key: str
     pixels: torch.Tensor
+    size: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,11 +44,11 @@ class Picture:
         """Tells two pictures apart by their pixels."""
         return hashlib.sha256(repr(self.image.size).encode() + self.image.tobytes()).hexdigest()
 
-    def shown(self, processor: LlavaProcessor) -> Shown:
+    def shown(self, processor: AnyProcessor) -> Shown:
         """The picture prepared for a model's tower; once for each model."""
         if id(processor) not in self._shown:
             pixels = processor.image_processor(images=[self.image], return_tensors="pt")["pixel_values"][0]
-            self._shown[id(processor)] = Shown(self.key, pixels)
+            self._shown[id(processor)] = Shown(self.key, pixels, (self.image.height, self.image.width))
         return self._shown[id(processor)]
 
 
@@ -54,24 +61,25 @@ class Prompt:
         keys: what each position is: its token id, or the key of the picture there.
         pictures: in order of appearance.
         starts: position of each picture's first patch.
-        patches: positions that one picture takes.
+        lengths: positions that each picture takes.
     """
 
     ids: list[int]
     keys: list[int | str]
     pictures: list[Shown]
     starts: list[int]
-    patches: int
+    lengths: list[int]
 
     def shared(self, keys: list[int | str]) -> int:
         """How many leading positions need not be read again after `keys`: all but one at most, and whole pictures."""
         most = min(len(keys), len(self.keys) - 1)
         count = next((place for place in range(most) if keys[place] != self.keys[place]), most)
-        inside = [start for start in self.starts if start < count < start + self.patches]
+        pictures = zip(self.starts, self.lengths, strict=True)
+        inside = [start for start, length in pictures if start < count < start + length]
         return inside[0] if inside else count
 
 
-def build_prompt(processor: LlavaProcessor, messages: list[Message], pictures: list[Picture]) -> Prompt:
+def build_prompt(processor: AnyProcessor, messages: list[Message], pictures: list[Picture]) -> Prompt:
     """Render by the checkpoint's own template, as training did.
 
     Raises:
@@ -79,7 +87,7 @@ def build_prompt(processor: LlavaProcessor, messages: list[Message], pictures: l
     """
     from jinja2 import TemplateError
 
-    from clips_mllm.data import image_tokens
+    from clips_mllm.data import picture_tokens
 
     refuse_placeholders(messages)
     try:
@@ -93,7 +101,7 @@ def build_prompt(processor: LlavaProcessor, messages: list[Message], pictures: l
             "the model's template has room for pictures only, as after stage 1; show one, or use a checkpoint of "
             "stage 2"
         )
-    patches = image_tokens(processor)
+    lengths = picture_tokens(processor, [picture.image for picture in pictures])
     ids: list[int] = []
     keys: list[int | str] = []
     starts: list[int] = []
@@ -102,11 +110,11 @@ def build_prompt(processor: LlavaProcessor, messages: list[Message], pictures: l
             ids.append(token)
             keys.append(token)
             continue
-        key = pictures[len(starts)].key
+        key, length = pictures[len(starts)].key, lengths[len(starts)]
         starts.append(len(ids))
-        ids += [token] * patches
-        keys += [key] * patches
-    return Prompt(ids, keys, [picture.shown(processor) for picture in pictures], starts, patches)
+        ids += [token] * length
+        keys += [key] * length
+    return Prompt(ids, keys, [picture.shown(processor) for picture in pictures], starts, lengths)
 
 
 def refuse_placeholders(messages: list[Message]) -> None:

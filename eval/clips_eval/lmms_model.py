@@ -23,6 +23,7 @@ from clips_eval.lmms_images import FeatureCache, pixel_digest
 from clips_eval.lmms_journal import Journal
 from clips_eval.lmms_prefix import continued, shared_beginnings
 from clips_eval.lmms_requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of
+from clips_mllm.data import IMAGE_INPUTS
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
@@ -208,8 +209,10 @@ class ClipsMllm(lmms):
         found = {digest: features.to(device) for digest, features in kept.items() if features is not None}
         if new:
             pictures = [self._picture_of(digest) for digest in new]
-            pixels = self.mllm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            output = model.get_image_features(pixel_values=pixels.to(device, model.dtype), return_dict=True)
+            shown = self.mllm.processor.image_processor(pictures, return_tensors="pt")
+            inputs = {name: shown[name].to(device) for name in IMAGE_INPUTS if name in shown}
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            output = model.get_image_features(**inputs, return_dict=True)
             for digest, features in zip(new, output.pooler_output, strict=True):
                 self.features.put(digest, features)
                 found[digest] = features
