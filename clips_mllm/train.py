@@ -91,6 +91,7 @@ def build_trainer(
     from clips_mllm.projector import fit_projector
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer
+    from clips_mllm.word_start import start_by_words
 
     choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16")
     adopt_template(processor, recipe.data.template, model)
@@ -99,6 +100,8 @@ def build_trainer(
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
         fit_projector(model, **first_pictures(dataset, collator))
+        if recipe.model.word_steps:
+            start_by_words(model, dataset, collator, steps=recipe.model.word_steps, device=arguments.device)
     trained, line = apply_stage(model, recipe.stage)
     if recipe.stage.adapter.kind != "none" and recipe.training.deepspeed is None:
         masters_in_fp32(trained)

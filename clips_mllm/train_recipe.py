@@ -26,6 +26,8 @@ class MllmRecipe:
         image_size: side in pixels for which the tower's positions are computed anew; none keeps its own.
         tiles: most tiles in which a picture is shown again at a higher resolution, beside the whole of it; the
             checkpoint is then one of LLaVA-NeXT's classes. None shows the whole alone, in LLaVA's.
+        word_steps: steps in which the projector alone first learns to put patches at the words of their captions
+            (clips_mllm/word_start.py), for LLMs too small to tell it where; 0 does without.
         attention: how attention is computed; auto leaves the choice to transformers.
     """
 
@@ -36,6 +38,7 @@ class MllmRecipe:
     feature_select: Literal["auto", "full", "default"] = "auto"
     image_size: int | None = None
     tiles: int | None = None
+    word_steps: int = 0
     attention: Attention = "auto"
 
     def check(self) -> None:
@@ -47,6 +50,10 @@ class MllmRecipe:
             raise UserError("model.tiles: a checkpoint brings its own; choose them in stage 1, with 'tower' and 'llm'")
         if self.tiles is not None and self.tiles < 2:
             raise UserError(f"model.tiles={self.tiles}: at least 2; leave it out to show pictures whole")
+        if self.word_steps < 0:
+            raise UserError(f"model.word_steps={self.word_steps}: 0 (none) or a number of steps")
+        if self.word_steps and (self.tiles is not None or self.checkpoint is not None):
+            raise UserError("model.word_steps: a start of stage 1 without tiles; leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
