@@ -129,6 +129,7 @@ def build_trainer(
         stage=recipe.stage,
         processor=processor,
         group_by_length=recipe.data.group_by_length,
+        text_first=recipe.data.text_first,
         measuring=measuring,
         tower=tower,
         callbacks=callbacks,

@@ -91,6 +91,8 @@ class InstructionRecipe:
             own processor does.
         most_bad: share of unusable samples above which the run stops.
         group_by_length: batches of like length and modality, for less padding.
+        text_first: with group_by_length, what has no picture comes first in an epoch: a small LLM learns a kind of
+            question from words before it is asked about pictures.
         packing: lay several short samples of a batch into one row; they do not see each other.
         seed: of the random part of a source that weight or cap takes.
         feature_cache: a folder that keeps what a frozen tower says of each picture, shared by stages and runs; none
@@ -105,6 +107,7 @@ class InstructionRecipe:
     square: Literal["squash", "pad", "crop"] = "squash"
     most_bad: float = 0.01
     group_by_length: bool = False
+    text_first: bool = False
     packing: bool = False
     seed: int = 0
     feature_cache: str | None = None
@@ -126,6 +129,8 @@ class InstructionRecipe:
                 raise UserError(f"{place}.cap={source.cap}: 0 (no limit) or a number of samples")
         if not 0 <= self.most_bad <= 1:
             raise UserError(f"data.most_bad={self.most_bad}: a share from 0 to 1")
+        if self.text_first and not self.group_by_length:
+            raise UserError("data.text_first: batches are of one kind by data.group_by_length; set it too")
         if self.max_length < 2:
             raise UserError(f"data.max_length={self.max_length}: at least 2 tokens")
 

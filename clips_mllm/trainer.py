@@ -83,6 +83,7 @@ class MllmTrainer(ResumableTrainer):
         stage: StageRecipe,
         processor: AnyProcessor,
         group_by_length: bool,
+        text_first: bool,
         bare: AnyModel,
         measuring: Measuring | None = None,
         tower: CachedTower | None = None,
@@ -92,6 +93,7 @@ class MllmTrainer(ResumableTrainer):
         self.stage = stage
         self.processor = processor
         self.group_by_length = group_by_length
+        self.text_first = text_first
         self.bare = bare
         self.measuring = measuring
         self.tower = tower
@@ -151,7 +153,8 @@ class MllmTrainer(ResumableTrainer):
         if not self.group_by_length:
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(self.train_dataset.lengths(), together, self.args.seed)  # type: ignore[union-attr]
+        lengths = self.train_dataset.lengths()  # type: ignore[union-attr]
+        return LengthGroupedSampler(lengths, together, self.args.seed, text_first=self.text_first)
 
     # --- measuring
 

@@ -28,6 +28,7 @@ SMALL_WORLD = {
     "finetune_scenes": 24,
     "finetune_shapes": 8,
     "finetune_pairs": 4,
+    "finetune_told": 4,
     "finetune_texts": 4,
     "retrieval_scenes": 20,
     "pope_scenes": 8,

@@ -339,6 +339,17 @@ def test_grouped_order(pictures: int, texts: int, batch: int) -> None:
         assert first.max() - first.min() > 20, "batches themselves come in random order"
 
 
+def test_text_may_come_first() -> None:
+    lengths = [5, -3, 7, -9, 2, 4, -6, -8, 1, 3, 6, 9]
+    plain = [order[at : at + 2] for order in [list(LengthGroupedSampler(lengths, 2, seed=1))] for at in range(0, 12, 2)]
+    order = list(LengthGroupedSampler(lengths, 2, seed=1, text_first=True))
+    text = [batch for batch in plain if lengths[batch[0]] < 0]
+    assert len(text) == 2 and plain[:2] != text, "the test would show nothing"
+    assert order == [at for batch in [*text, *(batch for batch in plain if batch not in text)] for at in batch]
+    with pytest.raises(UserError, match="set it too"):
+        InstructionRecipe(file="x.json", template="chatml", text_first=True).check()
+
+
 def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
     """The order as it was first written, with lists: recipes of before must go on with the same samples."""
     generator = torch.Generator().manual_seed(seed)

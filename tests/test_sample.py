@@ -37,6 +37,7 @@ TINY = {
     "finetune_scenes": 4,
     "finetune_shapes": 2,
     "finetune_pairs": 2,
+    "finetune_told": 2,
     "finetune_texts": 2,
     "retrieval_scenes": 3,
     "pope_scenes": 2,
@@ -359,7 +360,7 @@ def test_llava_rows_are_sound(sample_world: Path) -> None:
             for name in pictures_of(row):
                 assert (sample_world / "llava" / "images" / name).is_file()
     counts = collections.Counter(len(pictures_of(row)) for row in rows_of(sample_world, "stage2"))
-    assert counts[0] == 4 and counts[2] >= 1 and counts[1] > 20
+    assert counts[0] == 8 and counts[2] >= 1 and counts[1] > 20
     assert any(len(row["conversations"]) > 2 for row in rows_of(sample_world, "stage2"))
     assert {len(pictures_of(row)) for row in rows_of(sample_world, "stage1")} == {1}
 
@@ -371,6 +372,27 @@ def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
             pairs = zip(row["conversations"][::2], row["conversations"][1::2], strict=True)
             answers.update(b["value"] for a, b in pairs if "Is there" in a["value"])
     assert answers["yes"] == answers["no"] > 0
+    assert answers["No."] == sum(count for answer, count in answers.items() if answer.startswith("Yes, in the ")) > 0
+
+
+def test_what_was_told_is_there(sample_world: Path) -> None:
+    """A row without a picture names its objects in the first question, and asks about them and others."""
+    told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-")]
+    assert len(told) == 4
+    for row in told:
+        scene = draw_scene(0, "told", int(row["id"].rpartition("-")[2]), fewest=2)
+        turns = row["conversations"]
+        summary, _, turns[0]["value"] = turns[0]["value"].partition("\n")
+        names = {wording.name_of(thing) for thing in scene.things}
+        assert all(name in summary for name in names)
+        asked = {
+            name: answer["value"]
+            for question, answer in zip(turns[::2], turns[1::2], strict=True)
+            for name in spoken_names().values()
+            if f"Is there {wording.article(name)} in the image?" in question["value"]
+        }
+        assert {name for name, answer in asked.items() if answer == "yes"} == names
+        assert list(asked.values()).count("no") == len(names)
 
 
 def test_shards_hold_every_kind_and_noisy_web_captions(sample_world: Path) -> None:

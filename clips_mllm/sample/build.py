@@ -44,7 +44,8 @@ class SampleRecipe:
         finetune_scenes: scenes with conversations for stage 2.
         finetune_shapes: easy-VQA training pictures with conversations for stage 2.
         finetune_pairs: stage-2 conversations about two pictures.
-        finetune_texts: stage-2 conversations without a picture.
+        finetune_told: stage-2 conversations about a scene told in words, without its picture.
+        finetune_texts: stage-2 conversations about no scene at all.
         retrieval_scenes: test scenes for retrieval, five captions each.
         pope_scenes: test scenes that POPE asks about.
         mmbench_scenes: test scenes with one multiple-choice question each.
@@ -63,6 +64,7 @@ class SampleRecipe:
     finetune_scenes: int = 2_000
     finetune_shapes: int = 2_000
     finetune_pairs: int = 100
+    finetune_told: int = 200
     finetune_texts: int = 100
     retrieval_scenes: int = 1_000
     pope_scenes: int = 100
@@ -72,7 +74,7 @@ class SampleRecipe:
     def check(self) -> None:
         """Raise UserError where a file would stay empty."""
         may_be_none = {"align_scenes", "align_shapes", "finetune_scenes", "finetune_shapes"}
-        may_be_none |= {"finetune_pairs", "finetune_texts", "pretrain_figures", "pretrain_shapes"}
+        may_be_none |= {"finetune_pairs", "finetune_told", "finetune_texts", "pretrain_figures", "pretrain_shapes"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in may_be_none else 2 if field.name == "retrieval_scenes" else 1
@@ -195,6 +197,8 @@ def _finetune_rows(
         row = instructions.pair_row(first, second, [_save_scene(first, images), _save_scene(second, images)], rng)
         if row:
             yield row
+    for scene in _scenes(recipe, "told", recipe.finetune_told, fewest=2):
+        yield instructions.told_row(scene, rng)
     for index in range(recipe.finetune_texts):
         yield instructions.text_row(index, rng)
 

@@ -13,6 +13,8 @@ from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summar
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 MOST_ABSENT = 3  # yes/no questions about what is not there, of one picture
+SCENE_ROUNDS = ("presence", "located", "short", "letters", "describe")
+SCENE_SHARES = (5, 3, 4, 1, 2)
 Turn = tuple[str, str]
 
 STAGE1_PROMPTS = ("Describe the image concisely.", "Provide a brief description of the given image.")
@@ -64,10 +66,12 @@ def short_answers(pairs: list[Turn]) -> list[Turn]:
 
 
 def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 2: a description, choices by letter, or a round of short questions, about one scene."""
-    match rng.choices(("presence", "short", "letters", "describe"), (4, 4, 1, 2))[0]:
+    """Stage 2: a description, choices by letter, or a round of questions, about one scene."""
+    match rng.choices(SCENE_ROUNDS, SCENE_SHARES)[0]:
         case "presence":
             turns = short_answers(_presence_round(scene, rng))
+        case "located":
+            turns = _located_round(scene, rng)
         case "short":
             turns = short_answers(_short_round(scene, rng))
         case "letters":
@@ -77,10 +81,29 @@ def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
     return conversation(scene.key, turns, [image])
 
 
+def told_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
+    """Stage 2, no picture: presence in a scene that is told in words.
+
+    A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and then need
+    only learn to read pictures.
+    """
+    (question, answer), *rest = _presence_round(scene, rng)
+    turns = [(f"{summary(scene, rng)}\n{question}", answer), *rest]
+    return conversation(f"told-{scene.key}", short_answers(turns), [])
+
+
 def _presence_round(scene: Scene, rng: random.Random) -> list[Turn]:
     """Every object and as many absent ones, shuffled. No other question: an earlier answer would give it away."""
     turns = [(presence_question(name_of(thing)), "yes") for thing in scene.things]
     turns += [(presence_question(name), "no") for name in absent_names(scene, len(scene.things), rng)]
+    rng.shuffle(turns)
+    return turns
+
+
+def _located_round(scene: Scene, rng: random.Random) -> list[Turn]:
+    """The same questions answered in a sentence; where a thing stands teaches more than yes or no."""
+    turns = [(presence_question(name_of(thing)), f"Yes, in the {place_of(thing)}.") for thing in scene.things]
+    turns += [(presence_question(name), "No.") for name in absent_names(scene, len(scene.things), rng)]
     rng.shuffle(turns)
     return turns
 
