@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from clips_mllm.train_recipe import Attention
+from vision_tower.attention import choose_attention as fastest_attention
 from vision_tower.errors import UserError
 
 
-def choose_attention(model: PreTrainedModel, attention: Attention, bf16: bool) -> None:
+def choose_attention(model: PreTrainedModel, attention: Attention, bf16: bool, device: torch.device) -> None:
     """Let tower and LLM compute attention so. Raises UserError where device, package or precision do not allow it."""
     if attention == "auto":
+        fastest_attention(model, device, torch.bfloat16 if bf16 else torch.float32)
         return
     if attention == "flash_attention_2":
         for missing, remedy in (

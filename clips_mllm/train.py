@@ -93,7 +93,7 @@ def build_trainer(
     from clips_mllm.trainer import MllmTrainer
     from clips_mllm.word_start import start_by_words
 
-    choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16")
+    choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16", arguments.device)
     adopt_template(processor, recipe.data.template, model)
     make_square(processor, recipe.data.square)
     dataset = InstructionDataset(recipe.data, processor)

@@ -28,7 +28,7 @@ class MllmRecipe:
             checkpoint is then one of LLaVA-NeXT's classes. None shows the whole alone, in LLaVA's.
         word_steps: steps in which the projector alone first learns to put patches at the words of their captions
             (clips_mllm/word_start.py), for LLMs too small to tell it where; 0 does without.
-        attention: how attention is computed; auto leaves the choice to transformers.
+        attention: how attention is computed; auto is eager in bf16 on CPUs (the fastest), else transformers' choice.
     """
 
     tower: str | None = None
