@@ -16,6 +16,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clips_mllm.sample import exams, wording
@@ -375,24 +376,19 @@ def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
     assert answers["No."] == sum(count for answer, count in answers.items() if answer.startswith("Yes, in the ")) > 0
 
 
-def test_what_was_told_is_there(sample_world: Path) -> None:
-    """A row without a picture names its objects in the first question, and asks about them and others."""
+def test_told_scenes_stand_where_their_pictures_would(sample_world: Path) -> None:
+    """A word for each of 6 x 6 patches: the background's colour, and in each thing's patches a word of its name."""
     told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-")]
     assert len(told) == 4
     for row in told:
         scene = draw_scene(0, "told", int(row["id"].rpartition("-")[2]), fewest=2)
-        turns = row["conversations"]
-        summary, _, turns[0]["value"] = turns[0]["value"].partition("\n")
-        names = {wording.name_of(thing) for thing in scene.things}
-        assert all(name in summary for name in names)
-        asked = {
-            name: answer["value"]
-            for question, answer in zip(turns[::2], turns[1::2], strict=True)
-            for name in spoken_names().values()
-            if f"Is there {wording.article(name)} in the image?" in question["value"]
-        }
-        assert {name for name, answer in asked.items() if answer == "yes"} == names
-        assert list(asked.values()).count("no") == len(names)
+        words = np.array(row["conversations"][0]["value"].partition("\n")[0].split()).reshape(6, 6)
+        for thing in scene.things:
+            cell = words[2 * thing.row : 2 * thing.row + 2, 2 * thing.column : 2 * thing.column + 2]
+            assert set(cell.ravel()) & set(wording.name_of(thing).split())
+            cell[:] = scene.background
+        assert (words == scene.background).all(), "nothing outside the things"
+        assert row["conversations"][0]["value"].partition("\n")[2]
 
 
 def test_shards_hold_every_kind_and_noisy_web_captions(sample_world: Path) -> None:

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from clips_mllm.sample.objects import THEMES, spoken_names, theme_of
-from clips_mllm.sample.scenes import BACKGROUNDS, Scene
+from clips_mllm.sample.scenes import BACKGROUNDS, GRID, Scene
 from clips_mllm.sample.shapes import ShapeImage, is_open
 from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summary
 
@@ -15,6 +15,8 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 MOST_ABSENT = 3  # yes/no questions about what is not there, of one picture
 SCENE_ROUNDS = ("presence", "located", "short", "letters", "describe")
 SCENE_SHARES = (5, 3, 4, 1, 2)
+PATCHES = 2  # of 16 pixels, along a side of a cell
+PLACES_IN_CELL = tuple((y, x) for y in range(PATCHES) for x in range(PATCHES))
 Turn = tuple[str, str]
 
 STAGE1_PROMPTS = ("Describe the image concisely.", "Provide a brief description of the given image.")
@@ -67,29 +69,48 @@ def short_answers(pairs: list[Turn]) -> list[Turn]:
 
 def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
     """Stage 2: a description, choices by letter, or a round of questions, about one scene."""
-    match rng.choices(SCENE_ROUNDS, SCENE_SHARES)[0]:
-        case "presence":
-            turns = short_answers(_presence_round(scene, rng))
-        case "located":
-            turns = _located_round(scene, rng)
-        case "short":
-            turns = short_answers(_short_round(scene, rng))
-        case "letters":
-            turns = [choice_turn(make_choice(scene, rng), rng) for _ in range(3)]
-        case _:
-            turns = [(rng.choice(DESCRIBE_PROMPTS), summary(scene, rng))]
-    return conversation(scene.key, turns, [image])
+    return conversation(scene.key, _scene_turns(scene, rng), [image])
 
 
 def told_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no picture: presence in a scene that is told in words.
+    """Stage 2, no picture: the same about a scene that is told patch by patch.
 
-    A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and then need
-    only learn to read pictures.
+    A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and where
+    image tokens resemble words (`model.word_steps`), it can do it with pictures too.
     """
-    (question, answer), *rest = _presence_round(scene, rng)
-    turns = [(f"{summary(scene, rng)}\n{question}", answer), *rest]
-    return conversation(f"told-{scene.key}", short_answers(turns), [])
+    (question, answer), *rest = _scene_turns(scene, rng)
+    return conversation(f"told-{scene.key}", [(f"{patch_words(scene, rng)}\n{question}", answer), *rest], [])
+
+
+def patch_words(scene: Scene, rng: random.Random) -> str:
+    """A word for each 16-pixel patch, row by row, as a projector says them: the background's colour, and of a thing one
+    word of its name at least, beside others of it, the background's, and now and then a wrong one."""
+    side = GRID * PATCHES
+    words = [scene.background] * side**2
+    names = list(spoken_names().values())
+    for thing in scene.things:
+        places = [(thing.row * PATCHES + y) * side + thing.column * PATCHES + x for y, x in PLACES_IN_CELL]
+        sure = rng.choice(places)
+        for place in places:
+            if place == sure or rng.random() < 0.5:
+                words[place] = rng.choice(name_of(thing).split())
+            elif rng.random() < 0.3:
+                words[place] = rng.choice(rng.choice(names).split())
+    return " ".join(words)
+
+
+def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+    match rng.choices(SCENE_ROUNDS, SCENE_SHARES)[0]:
+        case "presence":
+            return short_answers(_presence_round(scene, rng))
+        case "located":
+            return _located_round(scene, rng)
+        case "short":
+            return short_answers(_short_round(scene, rng))
+        case "letters":
+            return [choice_turn(make_choice(scene, rng), rng) for _ in range(3)]
+        case _:
+            return [(rng.choice(DESCRIBE_PROMPTS), summary(scene, rng))]
 
 
 def _presence_round(scene: Scene, rng: random.Random) -> list[Turn]:
