@@ -29,6 +29,7 @@ SMALL_WORLD = {
     "finetune_shapes": 8,
     "finetune_pairs": 4,
     "finetune_told": 4,
+    "finetune_told_shapes": 4,
     "finetune_texts": 4,
     "retrieval_scenes": 20,
     "pope_scenes": 8,

@@ -39,6 +39,7 @@ TINY = {
     "finetune_shapes": 2,
     "finetune_pairs": 2,
     "finetune_told": 2,
+    "finetune_told_shapes": 2,
     "finetune_texts": 2,
     "retrieval_scenes": 3,
     "pope_scenes": 2,
@@ -361,7 +362,7 @@ def test_llava_rows_are_sound(sample_world: Path) -> None:
             for name in pictures_of(row):
                 assert (sample_world / "llava" / "images" / name).is_file()
     counts = collections.Counter(len(pictures_of(row)) for row in rows_of(sample_world, "stage2"))
-    assert counts[0] == 8 and counts[2] >= 1 and counts[1] > 20
+    assert counts[0] == 12 and counts[2] >= 1 and counts[1] > 20
     assert any(len(row["conversations"]) > 2 for row in rows_of(sample_world, "stage2"))
     assert {len(pictures_of(row)) for row in rows_of(sample_world, "stage1")} == {1}
 
@@ -378,7 +379,7 @@ def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
 
 def test_told_scenes_stand_where_their_pictures_would(sample_world: Path) -> None:
     """A word for each of 6 x 6 patches: the background's colour, and in each thing's patches a word of its name."""
-    told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-")]
+    told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-told-")]
     assert len(told) == 4
     for row in told:
         scene = draw_scene(0, "told", int(row["id"].rpartition("-")[2]), fewest=2)
@@ -389,6 +390,17 @@ def test_told_scenes_stand_where_their_pictures_would(sample_world: Path) -> Non
             cell[:] = scene.background
         assert (words == scene.background).all(), "nothing outside the things"
         assert row["conversations"][0]["value"].partition("\n")[2]
+
+
+def test_told_shapes_say_colour_and_shape(sample_world: Path) -> None:
+    known = {shape.image_id: shape for shape in load_shapes("train")}
+    told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-easy-vqa-")]
+    assert len(told) == 4
+    for row in told:
+        shape = known[int(row["id"].rpartition("-")[2])]
+        words, _, question = row["conversations"][0]["value"].partition("\n")
+        assert len(words.split()) == 36 and question
+        assert set(words.split()) == {"white", shape.color, shape.shape}
 
 
 def test_shards_hold_every_kind_and_noisy_web_captions(sample_world: Path) -> None:

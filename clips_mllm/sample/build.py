@@ -45,6 +45,7 @@ class SampleRecipe:
         finetune_shapes: easy-VQA training pictures with conversations for stage 2.
         finetune_pairs: stage-2 conversations about two pictures.
         finetune_told: stage-2 conversations about a scene told in words, without its picture.
+        finetune_told_shapes: the same about easy-VQA training pictures.
         finetune_texts: stage-2 conversations about no scene at all.
         retrieval_scenes: test scenes for retrieval, five captions each.
         pope_scenes: test scenes that POPE asks about.
@@ -65,6 +66,7 @@ class SampleRecipe:
     finetune_shapes: int = 2_000
     finetune_pairs: int = 100
     finetune_told: int = 200
+    finetune_told_shapes: int = 100
     finetune_texts: int = 100
     retrieval_scenes: int = 1_000
     pope_scenes: int = 100
@@ -74,7 +76,8 @@ class SampleRecipe:
     def check(self) -> None:
         """Raise UserError where a file would stay empty."""
         may_be_none = {"align_scenes", "align_shapes", "finetune_scenes", "finetune_shapes"}
-        may_be_none |= {"finetune_pairs", "finetune_told", "finetune_texts", "pretrain_figures", "pretrain_shapes"}
+        may_be_none |= {"finetune_pairs", "finetune_told", "finetune_told_shapes", "finetune_texts"}
+        may_be_none |= {"pretrain_figures", "pretrain_shapes"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in may_be_none else 2 if field.name == "retrieval_scenes" else 1
@@ -199,6 +202,9 @@ def _finetune_rows(
             yield row
     for scene in _scenes(recipe, "told", recipe.finetune_told, fewest=2):
         yield instructions.told_row(scene, rng)
+    known = [shape for shape in train_shapes if shape.color and shape.shape]
+    for shape in rng.sample(known, min(recipe.finetune_told_shapes, len(known))):
+        yield instructions.told_shape_row(shape, rng)
     for index in range(recipe.finetune_texts):
         yield instructions.text_row(index, rng)
 

@@ -44,16 +44,40 @@ def caption_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
 
 
 def shape_row(shape: ShapeImage, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 2: some of easy-VQA's questions about one picture, as one conversation.
+    """Stage 2: some of easy-VQA's questions about one picture, as one conversation."""
+    return conversation(f"easy-vqa-{shape.image_id}", _shape_turns(shape, rng), [image])
 
-    Three in four of its yes/no questions ask for what is not there, and a model that knows this need not look. So of
+
+def told_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any]:
+    """Stage 2, no picture: the same about a picture told patch by patch; its colour and shape must be known.
+
+    Where the shape lies is made up: easy-VQA never asks.
+    """
+    side = GRID * PATCHES
+    words = ["white"] * side**2
+    size = rng.randint(2, 3)
+    top, left = rng.randint(0, side - size), rng.randint(0, side - size)
+    places = [(top + y) * side + left + x for y in range(size) for x in range(size)]
+    rng.shuffle(places)
+    for number, place in enumerate(places):
+        words[place] = str((shape.color, shape.shape)[number % 2])
+    return _told(f"told-easy-vqa-{shape.image_id}", words, _shape_turns(shape, rng))
+
+
+def _shape_turns(shape: ShapeImage, rng: random.Random) -> list[Turn]:
+    """Three in four of its yes/no questions ask for what is not there, and a model that knows this need not look. So of
     those only three are kept; all others stay.
     """
     present = [pair for pair in shape.questions if is_open(pair[1]) or asks_for_what_is_there(*pair)]
     absent = [pair for pair in shape.questions if pair not in present]
     kept = present + rng.sample(absent, min(MOST_ABSENT, len(absent)))
     rng.shuffle(kept)
-    return conversation(f"easy-vqa-{shape.image_id}", short_answers(kept), [image])
+    return short_answers(kept)
+
+
+def _told(identity: str, words: list[str], turns: list[Turn]) -> dict[str, Any]:
+    (question, answer), *rest = turns
+    return conversation(identity, [(f"{' '.join(words)}\n{question}", answer), *rest], [])
 
 
 def asks_for_what_is_there(question: str, answer: str) -> bool:
@@ -78,11 +102,10 @@ def told_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
     A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and where
     image tokens resemble words (`model.word_steps`), it can do it with pictures too.
     """
-    (question, answer), *rest = _scene_turns(scene, rng)
-    return conversation(f"told-{scene.key}", [(f"{patch_words(scene, rng)}\n{question}", answer), *rest], [])
+    return _told(f"told-{scene.key}", patch_words(scene, rng), _scene_turns(scene, rng))
 
 
-def patch_words(scene: Scene, rng: random.Random) -> str:
+def patch_words(scene: Scene, rng: random.Random) -> list[str]:
     """A word for each 16-pixel patch, row by row, as a projector says them: the background's colour, and of a thing one
     word of its name at least, beside others of it, the background's, and now and then a wrong one."""
     side = GRID * PATCHES
@@ -96,7 +119,7 @@ def patch_words(scene: Scene, rng: random.Random) -> str:
                 words[place] = rng.choice(name_of(thing).split())
             elif rng.random() < 0.3:
                 words[place] = rng.choice(rng.choice(names).split())
-    return " ".join(words)
+    return words
 
 
 def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
