@@ -80,7 +80,7 @@ def build_trainer(
     recipe: TrainRecipe, model: AnyModel, processor: AnyProcessor, arguments: Any
 ) -> tuple[MllmTrainer, str]:
     """Data, stage, and the engine over both; and the line that says what trains."""
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, TrainerCallback
 
     from clips_mllm.cached_tower import open_cached_tower
     from clips_mllm.chat_template import adopt_template
@@ -92,6 +92,7 @@ def build_trainer(
     from clips_mllm.stages import apply_stage
     from clips_mllm.trainer import MllmTrainer
     from clips_mllm.word_start import start_by_words
+    from vision_tower.heap import TrimHeap
 
     choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16", arguments.device)
     adopt_template(processor, recipe.data.template, model)
@@ -116,7 +117,7 @@ def build_trainer(
     train, held = split(recipe, dataset, processor)
     evaluation = recipe.evaluation
     measuring = Measuring(evaluation, Path(recipe.output_dir), held, collator) if evaluation.every else None
-    callbacks = [measuring] if measuring is not None else []
+    callbacks: list[TrainerCallback] = [TrimHeap(), *([measuring] if measuring is not None else [])]
     if evaluation.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=evaluation.patience))
     trainer = MllmTrainer(

@@ -1,0 +1,47 @@
+"""Freed memory is given back although what was allocated around it stays."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from vision_tower import heap
+from vision_tower.heap import EVERY, TrimHeap, trim_heap
+
+BLOCK, BLOCKS = 64 * 1024, 4_000
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_holes_are_given_back() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(BLOCK) for _ in range(BLOCKS)]
+    for block in blocks:
+        ctypes.memset(block, 1, BLOCK)
+    for block in blocks[::2]:
+        libc.free(block)
+    before = resident()
+    assert trim_heap()
+    after = resident()
+    for block in blocks[1::2]:
+        libc.free(block)
+    assert before - after > 0.5 * BLOCK * BLOCKS / 2
+
+
+def test_it_comes_with_every_tenth_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at: list[int] = []
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    state = TrainerState()
+    monkeypatch.setattr(heap, "trim_heap", lambda: at.append(state.global_step))
+    for state.global_step in range(1, 2 * EVERY + 1):
+        TrimHeap().on_step_end(arguments, state, TrainerControl())
+    assert at == [EVERY, 2 * EVERY]
