@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,9 +81,16 @@ def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
     assert row.documents.value == pytest.approx(sum(row.gain) / 2) and row.documents.verdict == "better"
     assert row.documents.n == 400
     text = compare_report.write_report(recipe, "the command")
-    assert "against **a**" in text and "`the command`" in text and "easy_vqa: accuracy" in text
+    assert "against `a`" in text and "`the command`" in text and "easy_vqa: accuracy" in text
     tree = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert tree["first"] == "a" and tree["rows"][0]["verdict"] == "better"
+    page = (tmp_path / "out" / "compare.html").read_text()
+    for line in text.splitlines():  # the page has the very cells of the Markdown
+        if line.startswith("| easy_vqa"):
+            name, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
+            assert f'<th scope="row">{name}</th>' in page and all(f">{cell}</td>" in page for cell in cells)
+    assert "<h2>b</h2>" in page and "<code>the command</code>" in page and "would another training" in page
+    assert "<script" not in page and not re.search(r"https?://|(src|href)=", page), "one file, without a request"
 
 
 def test_bad_recipes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from clips_eval.ablate_grid import AblateRecipe, Setting, length_curves, objective_bars, settings
 from clips_eval.ablate_results import Scores, directions, mean
+from clips_eval.report_cells import plain_table
 from clips_eval.report_files import write_json
+from clips_eval.report_markdown import table
 from vision_tower.files import write_text
 
 if TYPE_CHECKING:
@@ -69,20 +71,20 @@ def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: s
             rows.append([_curve(kind), *(at.get(length, "") for length in lengths)])
         parts += [
             "## Caption length",
-            _table(["word pieces kept", *lengths], rows),
+            table(plain_table(["word pieces kept", *lengths], rows)),
             "![caption length](length.png)",
         ]
     bars = objective_bars(recipe)
     if bars:
         rows = [[kind, _cell(scores, setting)] for kind, setting in bars.items()]
-        parts += ["## Objectives", _table(["objective", name], rows), "![objectives](objectives.png)"]
+        parts += ["## Objectives", table(plain_table(["objective", name], rows)), "![objectives](objectives.png)"]
     rows = [
         [found.claim, found.measured, _points(found.difference.value, found.difference.error), f"**{found.verdict}**"]
         for found in directions(recipe, scores)
     ]
     parts += [
         "## The paper's directions",
-        _table(["claim", "measured here", "difference", "here"], rows),
+        table(plain_table(["claim", "measured here", "difference", "here"], rows)),
         "Held, or did not hold: the 95 % interval of the difference over seeds (Student's t) lies above, or below, "
         "zero. Undecided: it holds zero.",
     ]
@@ -110,11 +112,6 @@ def _cell(scores: Scores, setting: Setting) -> str:
 
 def _points(value: float, error: float) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw_lengths(recipe: AblateRecipe, scores: Scores, file: Path) -> None:

@@ -1,6 +1,6 @@
 """`clips-mllm compare RUN RUN ... --config configs/compare/quickstart.yaml`: the paper's swap of the vision tower.
 
-runs x seeds --align, finetune, evaluate, retrieve--> run folders --paired tests--> compare.json, compare.md
+runs x seeds --align, finetune, evaluate, retrieve--> run folders --paired tests--> compare.json, .md, .html
 
 What is done is not done again: after an interruption the same command goes on, inside a stage from its last checkpoint.
 """
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from clips_eval.compare_report import write_report
 
     print(write_report(recipe, shlex.join(["clips-mllm", "compare", *argv])))
-    print(f"written: {recipe.output_dir}/compare.md, compare.json")
+    print(f"written: {recipe.output_dir}/compare.html, compare.md, compare.json")
 
 
 def _run_all(waiting: list[Job], launcher: list[str]) -> None:

@@ -30,7 +30,7 @@ class CompareRecipe:
 
     Args:
         runs: encoder runs (folders with tower/); the first is what the others are compared with.
-        output_dir: gets a run folder for each tower and seed, compare.json and compare.md.
+        output_dir: gets a run folder for each tower and seed, compare.json, compare.md and compare.html.
         align: recipe of stage 1.
         finetune: recipe of stage 2.
         evaluate: recipe of the benchmarks.

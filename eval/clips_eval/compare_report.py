@@ -1,4 +1,4 @@
-"""compare.json and compare.md: towers against the first one, over documents and over seeds.
+"""compare.json, compare.md and compare.html: towers against the first one, over documents and over seeds.
 
 Two questions, two tests. Would other questions give the same sign? The documents' scores are averaged over the seeds
 and compared in pairs (`uncertainty.paired`, Holm over all rows). Would another training? The difference of each seed,
@@ -11,16 +11,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from clips_eval import report_html, report_markdown
 from clips_eval.ablate_results import judge, mean
 from clips_eval.compare_recipe import CompareRecipe, cell
 from clips_eval.report_against import scores_of
+from clips_eval.report_cells import Table, plain_table
 from clips_eval.report_files import write_json
 from clips_eval.report_read import RECALLS, Run, read_run
+from clips_eval.report_sections import Section
 from clips_eval.retrieval_scores import hit_scores, query_clusters
 from clips_eval.uncertainty import Difference, Scores, holm, paired, value
 from vision_tower.errors import UserError
 from vision_tower.files import write_text
 
+FOOT = (
+    "Over documents: permutation test by picture on scores averaged over the seeds, Holm-corrected over all rows; "
+    "would other questions give the same sign? Over seeds: Student's 95 % interval of the mean of the seeds' "
+    "differences; would another training of the two stages? The towers were trained once each."
+)
 OVER_SEEDS = {"held": "better", "did not hold": "worse", "undecided": "no difference"}
 
 
@@ -43,13 +51,18 @@ class Row:
 
 
 def write_report(recipe: CompareRecipe, command: str) -> str:
-    """Write both files; returns the Markdown.
+    """Write all three files; returns the Markdown.
 
     Raises:
         UserError: runs that do not answer the same documents.
     """
     rows = compare_towers(recipe)
-    text = markdown(recipe, rows, command)
+    first, *others = (run.name for run in recipe.runs)
+    seeds = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
+    title = "Towers compared"
+    lead = f"Same LLM, data and steps; {seeds} of both stages. In %, the mean over seeds; against `{first}`."
+    parts = [Section(title=name, table=_table(first, [row for row in rows if row.tower == name])) for name in others]
+    text = report_markdown.render([f"# {title}", lead, f"`{command}`"], parts, [FOOT])
     tree = {
         "first": recipe.runs[0].name,
         "seeds": recipe.seeds,
@@ -58,6 +71,8 @@ def write_report(recipe: CompareRecipe, command: str) -> str:
     }
     write_json(recipe.output_dir / "compare.json", tree)
     write_text(recipe.output_dir / "compare.md", text)
+    page = report_html.render(title, f"{lead} `{command}`", parts, foot=FOOT)
+    write_text(recipe.output_dir / "compare.html", page)
     return text
 
 
@@ -126,32 +141,16 @@ def _mean(seeds: Sequence[Scores]) -> Scores:
     return replace(seeds[0], numerators=over("numerators"), denominators=over("denominators"))
 
 
-def markdown(recipe: CompareRecipe, rows: Sequence[Row], command: str) -> str:
-    """One table a tower."""
-    first, *others = (run.name for run in recipe.runs)
-    seeds = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
-    parts = [
-        "# Towers compared",
-        f"Same LLM, data and steps; {seeds} of both stages. In %, the mean over seeds; against **{first}**.",
-        f"`{command}`",
-    ]
+def _table(first: str, rows: Sequence[Row]) -> Table:
+    """One tower against the first."""
     names = ["metric", first, "tower", "difference", "95 %, documents", "p", "over documents", "by seed", "over seeds"]
-    for tower in others:
-        lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * 4 + "---:|---|---:|---|"]
-        lines += [_line(row) for row in rows if row.tower == tower]
-        parts += [f"## {tower}", "\n".join(lines)]
-    parts.append(
-        "Over documents: permutation test by picture on scores averaged over the seeds, Holm-corrected over all rows; "
-        "would other questions give the same sign? Over seeds: Student's 95 % interval of the mean of the seeds' "
-        "differences; would another training of the two stages? The towers were trained once each."
-    )
-    return "\n\n".join(parts) + "\n"
+    return plain_table(names, map(_cells, rows))
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     found = row.documents
     spread = mean(row.gain).error if len(row.gain) > 1 else 0.0
-    cells = [
+    return [
         f"{row.task.removeprefix('clips_')}: {row.metric}",
         f"{100 * sum(row.first) / len(row.first):.1f}",
         f"{100 * sum(row.values) / len(row.values):.1f}",
@@ -162,4 +161,3 @@ def _line(row: Row) -> str:
         ", ".join(f"{100 * gain:+.1f}" for gain in row.gain) + (f" (± {100 * spread:.1f})" if spread else ""),
         row.seeds,
     ]
-    return "| " + " | ".join(cells) + " |"

@@ -1,7 +1,7 @@
 """`clips-mllm report RUN`: everything a run measured, on one page.
 
 RUN --report_read--> Run --report_numbers--> report.json
-                         --report_tables, report_mllm, report_against--> report.md, report.html (+ plots, gallery)
+                         --report_sections (tables, plots, gallery)--> report.md, report.html
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
+
+LEAD = "From image-text pairs to answers about pictures: what this run measured, and how to measure it again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,11 @@ def main(argv: list[str]) -> None:
 
     from clips_eval import report_html, report_markdown
     from clips_eval.report_against import as_tree, compare_runs
+    from clips_eval.report_card import metadata
     from clips_eval.report_files import write_json
     from clips_eval.report_numbers import numbers
     from clips_eval.report_read import read_run
+    from clips_eval.report_sections import sections
     from clips_eval.report_tables import missing_parts
 
     run = read_run(recipe.run, recipe.baselines)
@@ -57,8 +61,10 @@ def main(argv: list[str]) -> None:
         other = read_run(recipe.against)
         against = as_tree(compare_runs(run, other), other)
     # All three are rendered before the first is written, so that a malformed file leaves no half a report.
-    tree = numbers(run, against)
-    markdown, page = report_markdown.render(run, against), report_html.render(run, against)
+    tree, parts = numbers(run, against), sections(run, against)
+    title = f"clips-mllm: {run.root.resolve().name}"
+    markdown = report_markdown.render([metadata(run), f"# {title}", "Plots and pictures are in report.html."], parts)
+    page = report_html.render(title, LEAD, parts, tiles=report_html.run_tiles(run))
     write_json(recipe.run / "report.json", tree)
     write_text(recipe.run / "report.md", markdown)
     write_text(recipe.run / "report.html", page)

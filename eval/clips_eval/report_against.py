@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from clips_eval.report_benchmarks import Benchmarks, Sample
-from clips_eval.report_cells import NONE, Column, Row, Table
+from clips_eval.report_cells import NONE, Table, plain_table
 from clips_eval.report_read import RECALLS, Run
 from clips_eval.retrieval_scores import hit_scores, query_clusters
 from clips_eval.uncertainty import Difference, Scores, holm, paired
@@ -122,10 +122,10 @@ def against_table(tree: dict[str, Any]) -> Table:
             f"{scale * found['low']:+.1f} to {scale * found['high']:+.1f}",
             f"{found['adjusted']:.3f}" if found["adjusted"] is not None else NONE,
         ]
-        rows.append(Row(cells=cells))
+        rows.append(cells)
     notes = [
         f"Other: {tree['run']}. Differences on the same documents; 95 %: bootstrap that draws pictures, the same for "
         "both. p: two-sided permutation test by picture, after Holm's correction over all rows; a verdict is given "
         "below 0.05. One training each: a difference between two trainings, not yet between two ways of training."
     ]
-    return Table(columns=[Column(name=name) for name in names], rows=rows, notes=notes)
+    return plain_table(names, rows, notes)

@@ -5,6 +5,7 @@ Scores are shown in per cent. Rows of kind "paper" and columns with `paper=True`
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 MISSING = "not measured"
@@ -34,6 +35,12 @@ class Table:
     columns: list[Column]
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+
+
+def plain_table(names: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> Table:
+    """Headings and cells of this run's alone."""
+    columns = [Column(name=name) for name in names]
+    return Table(columns=columns, rows=[Row(cells=list(cells)) for cells in rows], notes=list(notes))
 
 
 def percent(share: float | None) -> str:

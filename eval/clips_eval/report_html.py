@@ -1,38 +1,29 @@
-"""report.html: one file that opens from disk, without scripts and without a single request."""
+"""Sections as one HTML file that opens from disk, without scripts and without a single request."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from clips_eval.report_against import against_table
 from clips_eval.report_cells import MISSING, NONE, Table, duration, percent
-from clips_eval.report_gallery import Card, Mark, answer_cards, chat_cards, retrieval_cards
-from clips_eval.report_mllm import mllm_table
+from clips_eval.report_gallery import Card, Mark
 from clips_eval.report_numbers import numbers
-from clips_eval.report_plots import Plot, benchmark_plot, curve_plots, inverse_plot, retrieval_plot
+from clips_eval.report_plots import Plot
 from clips_eval.report_read import Run
-from clips_eval.report_tables import (
-    PAPER_NOTE,
-    embedding_table,
-    load_paper,
-    missing_parts,
-    provenance_table,
-    retrieval_table,
-    steps_table,
-    zeroshot_table,
-)
+from clips_eval.report_sections import Section
+from clips_eval.report_tables import PAPER_NOTE
 
 
-def render(run: Run, against: dict[str, Any] | None = None) -> str:
+def render(title: str, lead: str, sections: Sequence[Section], *, tiles: str = "", foot: str = "") -> str:
     """The whole page."""
     from importlib.resources import files
 
     css = (files("clips_eval") / "data" / "report.css").read_text(encoding="utf-8")
-    title = f"clips-mllm: {run.root.resolve().name}"
-    body = "\n".join([_head(title), _tiles(run), _encoder(run), _mllm(run)])
-    body += "\n".join([_against(against), _training(run), _steps(run), _provenance(run), _missing(run)])
+    parts = [f'<h1>{escape(title)}</h1>\n<p class="lead">{_code(lead)}</p>', tiles, *map(_section, sections)]
+    if foot:
+        parts.append(f'<p class="note">{escape(foot)}</p>')
+    body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -40,12 +31,23 @@ def render(run: Run, against: dict[str, Any] | None = None) -> str:
     )
 
 
-def _head(title: str) -> str:
-    lead = "From image-text pairs to answers about pictures: what this run measured, and how to measure it again."
-    return f'<h1>{escape(title)}</h1>\n<p class="lead">{lead}</p>'
+def _section(section: Section) -> str:
+    """What can be seen; its words only where there is nothing to see."""
+    parts = [f"<h{section.level}>{escape(section.title)}</h{section.level}>"]
+    if section.table:
+        parts.append(_table(section.table))
+    if section.plots:
+        parts.append(_plots(section.plots))
+    if section.cards:
+        parts.append(_cards(section.cards, kind="cards two" if section.wide else "cards"))
+    if section.lines and not (section.plots or section.cards):
+        items = "".join(f"<li>{_code(line)}</li>" for line in section.lines)
+        parts.append(f'<ul class="missing">{items}</ul>')
+    return "\n".join(parts)
 
 
-def _tiles(run: Run) -> str:
+def run_tiles(run: Run) -> str:
+    """A run's main numbers in large."""
     tree = numbers(run)
     recall, easy = tree["encoder"]["retrieval"], tree["mllm"]["easy_vqa"]
     pope = tree["mllm"]["pope_random"]
@@ -70,71 +72,9 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else duration(seconds)
 
 
-def _encoder(run: Run) -> str:
-    by_text, by_image = retrieval_cards(run)
-    parts = [
-        "<h2>Encoder: retrieval</h2>",
-        _table(retrieval_table(run, load_paper())),
-        _plots([retrieval_plot(run), inverse_plot(run)]),
-    ]
-    if run.retrieval and (further := embedding_table(run.retrieval)):
-        parts += ["<h3>Beyond recall</h3>", _table(further)]
-    if by_text:
-        parts += [
-            "<h3>Text to image: the five best pictures, the right one outlined</h3>",
-            _cards(by_text, kind="cards two"),
-        ]
-    if by_image:
-        parts += [
-            "<h3>Image to text: the five best captions, the picture's own in green, with a tick</h3>",
-            _cards(by_image, kind="cards two"),
-        ]
-    if run.zeroshot:
-        parts += ["<h2>Encoder: zero-shot classification</h2>", _table(zeroshot_table(run.zeroshot))]
-    return "\n".join(parts)
-
-
-def _mllm(run: Run) -> str:
-    parts = [
-        "<h2>Multimodal LLM: benchmarks</h2>",
-        _table(mllm_table(run, load_paper())),
-        _plots([benchmark_plot(run)]),
-    ]
-    if chat := chat_cards(run):
-        parts += ["<h3>Asked at the end of the run</h3>", _cards(chat)]
-    if answers := answer_cards(run):
-        parts += [
-            "<h3>Right and wrong answers, some of each task, chosen by place and not by hand</h3>",
-            _cards(answers),
-        ]
-    return "\n".join(parts)
-
-
-def _training(run: Run) -> str:
-    return "\n".join(["<h2>Training</h2>", _plots(list(curve_plots(run))) or f'<p class="note">{MISSING}</p>'])
-
-
-def _steps(run: Run) -> str:
-    table = _table(steps_table(run), "steps") if run.steps else f'<p class="note">{MISSING}</p>'
-    return f"<h2>Steps</h2>\n{table}"
-
-
-def _against(against: dict[str, Any] | None) -> str:
-    return "" if against is None else f"<h2>Against another run</h2>\n{_table(against_table(against))}"
-
-
-def _provenance(run: Run) -> str:
-    table = provenance_table(run)
-    return f"<h2>Provenance</h2>\n{_table(table, 'steps')}" if table.rows else ""
-
-
-def _missing(run: Run) -> str:
-    items = [f"<li>{_code(part)}</li>" for part in missing_parts(run)]
-    return f'<h2>Not measured</h2>\n<ul class="missing">{"".join(items)}</ul>' if items else ""
-
-
-def _table(table: Table, kind: str = "") -> str:
-    """Rows and columns of the paper's carry a tag in words, not only a colour."""
+def _table(table: Table) -> str:
+    """Rows and columns of the paper's carry a tag in words, not only a colour; commands in the last column get room."""
+    kind = "steps" if table.columns[-1].name == "Command" else ""
     tag = '<span class="tag">paper</span>'
     head = "".join(
         f'<th scope="col"{" class=paper" if column.paper else ""}>{escape(column.name)}{tag * column.paper}</th>'
@@ -155,23 +95,22 @@ def _table(table: Table, kind: str = "") -> str:
     return f'<div class="scroll" tabindex="0"><table class="{kind}">{body}</table></div>{notes}'
 
 
-def _plots(plots: list[Plot | None]) -> str:
+def _plots(plots: list[Plot]) -> str:
     figures = [
         f"<figure><figcaption>{escape(plot.title)}</figcaption><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{_uri(plot.dark)}">'
         f'<img src="{_uri(plot.light)}" alt="{escape(plot.summary)}"></picture></figure>'
         for plot in plots
-        if plot is not None
     ]
     kind = "plots one" if len(figures) == 1 else "plots"
-    return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
+    return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
 def _uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _cards(cards: list[Card], *, kind: str = "cards") -> str:
+def _cards(cards: list[Card], *, kind: str) -> str:
     return f'<div class="{kind}">{"".join(_card(card) for card in cards)}</div>'
 
 
