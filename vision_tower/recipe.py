@@ -82,10 +82,11 @@ def _plain(value: Any) -> Any:
 
 
 def _field_help(kind: type) -> dict[str, str]:
-    """What the docstring says of each field."""
+    """What the docstrings of the dataclass and of those it derives from say of each field."""
     from docstring_parser import parse
 
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(kind.__doc__ or "").params}
+    entries = [entry for base in reversed(kind.__mro__) for entry in parse(base.__doc__ or "").params]
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
 
 
 def _config_files(argv: list[str]) -> list[Path]:

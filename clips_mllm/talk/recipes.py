@@ -16,15 +16,17 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """How a model is loaded.
+    """Which model is loaded, and how.
 
     Args:
+        model: full, adapter or merged checkpoint, folder or hub id.
         device: auto, cpu, cuda or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
         quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
         context: most tokens of a conversation; the model's own limit if not given.
     """
 
+    model: str
     device: str = "auto"
     dtype: Dtype = "auto"
     quantize: Quantize = "none"
@@ -36,7 +38,6 @@ class ChatRecipe(ModelRecipe):
     """Talk to a multimodal LLM: one question, or a conversation.
 
     Args:
-        model: full, adapter or merged checkpoint, folder or hub id.
         image: picture to talk about.
         question: ask this and exit; without it a conversation starts.
         system: the system's words at the beginning of the conversation.
@@ -44,13 +45,8 @@ class ChatRecipe(ModelRecipe):
         output: JSON file to keep the examples' answers in.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 answers greedily, more samples.
-        device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
-        context: most tokens of a conversation; the model's own limit if not given.
     """
 
-    model: str
     image: str | None = None
     question: str | None = None
     system: str | None = None
@@ -61,64 +57,57 @@ class ChatRecipe(ModelRecipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WebRecipe(ModelRecipe):
+class ListenRecipe(ModelRecipe):
+    """Where others reach it.
+
+    Args:
+        host: address to listen on; only this machine by default.
+        port: port to listen on; 0 takes a free one.
+        token_file: file with the password or token that is asked for; the variable CLIPS_MLLM_TOKEN does the same.
+    """
+
+    host: str = "127.0.0.1"
+    port: int
+    token_file: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WebRecipe(ListenRecipe):
     """Talk to a multimodal LLM in the browser.
 
     Args:
-        model: full, adapter or merged checkpoint, folder or hub id.
         beside: a second checkpoint that answers the same questions next to it.
         encoder: folder of a CLIPS encoder for the retrieval tab.
         pictures: folder of pictures that the retrieval tab finds.
         captions: text file of captions, one a line, that the retrieval tab finds.
         examples: JSON list of {"image", "question"} to begin with, as `data sample` writes it.
         feedback: JSONL file that thumbs append conversations to, in LLaVA's format; without it there are no thumbs.
-        host: address to listen on; only this machine by default.
-        port: port to listen on; 0 takes a free one.
-        token_file: file with a password; the variable CLIPS_MLLM_TOKEN does the same.
         most_megabytes: largest file that may be uploaded.
         most_pixels: largest picture that is decoded.
-        device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
-        context: most tokens of a conversation; the model's own limit if not given.
     """
 
-    model: str
     beside: str | None = None
     encoder: str | None = None
     pictures: str | None = None
     captions: str | None = None
     examples: str | None = None
     feedback: str | None = None
-    host: str = "127.0.0.1"
     port: int = 7860
-    token_file: str | None = None
     most_megabytes: int = 20
     most_pixels: int = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeRecipe(ModelRecipe):
+class ServeRecipe(ListenRecipe):
     """Serve a multimodal LLM to OpenAI's clients.
 
     Args:
-        model: full, adapter or merged checkpoint, folder or hub id.
         name: what clients call the model; the last part of its folder or id if not given.
-        host: address to listen on; only this machine by default.
-        port: port to listen on; 0 takes a free one.
-        token_file: file with a token that clients must send; the variable CLIPS_MLLM_TOKEN does the same.
         patience: seconds that running answers get when the server is stopped.
         limits: what a client may ask for.
-        device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory.
-        context: most tokens of a conversation; the model's own limit if not given.
     """
 
-    model: str
     name: str | None = None
-    host: str = "127.0.0.1"
     port: int = 8000
-    token_file: str | None = None
     patience: float = 30.0
     limits: Limits = dataclasses.field(default_factory=Limits)
