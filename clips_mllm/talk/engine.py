@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -298,20 +299,23 @@ class Answer:
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
         self._events: list[Event] = []
         self._taken = 0
-        self._ready = threading.Condition()
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.done: Done | None = None
         self._request = engine.submit(prompt, sampling, self._put)
 
     def _put(self, event: Event) -> None:
-        with self._ready:
-            self._events.append(event)
-            self._ready.notify()
+        self._events.append(event)
+        self._news.put(None)
 
     def __iter__(self) -> Iterator[str]:
-        """Ctrl-C may strike anywhere in here: an event counts as taken only once it has been dealt with."""
+        """Ctrl-C may strike anywhere in here: an event counts as taken only once it has been dealt with.
+
+        Nor is there a lock that it could leave behind; news too many, of events that were taken already, do no harm.
+        """
         while self.done is None:
-            with self._ready:
-                self._ready.wait_for(lambda: self._taken < len(self._events))
+            if self._taken == len(self._events):
+                self._news.get()
+                continue
             match self._events[self._taken]:
                 case Piece(text):
                     self._taken += 1
