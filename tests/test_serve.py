@@ -9,6 +9,8 @@ import http.server
 import io
 import json
 import os
+import pickle
+import shutil
 import signal
 import socket
 import struct
@@ -29,7 +31,7 @@ import uvicorn
 from PIL import Image
 
 from clips_mllm.checkpoint import load_mllm
-from clips_mllm.talk import remote
+from clips_mllm.talk import remote, serve
 from clips_mllm.talk.app import make_app
 from clips_mllm.talk.conversation import question
 from clips_mllm.talk.engine import Answer, Engine
@@ -153,6 +155,23 @@ def test_the_official_client(engine: Engine, client: openai.OpenAI) -> None:
         model="tiny", messages=[{"role": "user", "content": "Why?"}], max_tokens=TOKENS
     )
     assert text.choices[0].message.content == alone(engine, "Why?")
+
+
+def test_the_llm_in_four_bits(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command loads it rounded, and it answers."""
+    answers = []
+
+    def run(engine: Engine, recipe: ServeRecipe, token: str | None) -> None:
+        layer: Any = engine.mllm.model.model.language_model.layers[0]
+        assert type(layer.self_attn.q_proj).__name__ == "Linear4bit"
+        server = Served(make_app(engine, "tiny", recipe.limits, token))
+        answers.append(post(server.address, {"model": "tiny", "messages": asked("Why?"), "max_tokens": TOKENS}))
+        server.stop()
+        assert answers[0].json()["choices"][0]["message"]["content"] == alone(engine, "Why?")
+
+    monkeypatch.setattr(serve, "run_server", run)
+    serve.main([str(talker), "--device", "cpu", "--quantize", "4bit"])
+    assert answers[0].status_code == 200
 
 
 def test_streaming(engine: Engine, client: openai.OpenAI) -> None:
@@ -487,22 +506,28 @@ def test_nothing_of_a_request_stays_on_disk(served: str, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.file), "w")
+
+
 def test_only_safetensors_and_no_code_of_others(talker: Path, tmp_path: Path) -> None:
     """Pickles and `auto_map` code in a checkpoint are never run."""
-    import shutil
-
-    import torch
-
+    trap = tmp_path / "trap"
     pickled = tmp_path / "pickled"
     shutil.copytree(talker, pickled)
     (pickled / "model.safetensors").unlink()
-    torch.save({}, pickled / "pytorch_model.bin")
-    with pytest.raises(UserError):
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(UserError, match="safetensors"):
         load_mllm(pickled, device="cpu")
     foreign = tmp_path / "foreign"
     shutil.copytree(talker, foreign)
     config = json.loads((foreign / "config.json").read_text())
-    trap = tmp_path / "trap"
     (foreign / "evil.py").write_text(f"open({str(trap)!r}, 'w')\nclass Evil: ...\n")
     config |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
     (foreign / "config.json").write_text(json.dumps(config))
