@@ -61,6 +61,12 @@ def fit(engine: Engine, messages: list[Message], pictures: list[Picture], sampli
         dropped += 1
 
 
+def cut_notice(dropped: int) -> str:
+    """Tells a person how many of the oldest turns the model no longer reads."""
+    first = "first turn is" if dropped == 1 else f"first {dropped} turns are"
+    return f"the conversation is longer than the model's context; its {first} left out"
+
+
 class Conversation:
     """Turns with an engine. Pictures added before a question belong to that question."""
 
@@ -116,7 +122,7 @@ class Conversation:
 
     def _tell_of_cut(self, dropped: int) -> None:
         if dropped > self.forgotten:
-            self.notice(f"the conversation is longer than the model's context; its first {dropped} turns are left out")
+            self.notice(cut_notice(dropped))
         self.forgotten = dropped
 
     def undo(self) -> str:

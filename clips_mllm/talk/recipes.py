@@ -84,6 +84,7 @@ class WebRecipe(ListenRecipe):
         feedback: JSONL file that thumbs append conversations to, in LLaVA's format; without it there are no thumbs.
         most_megabytes: largest file that may be uploaded.
         most_pixels: largest picture that is decoded.
+        most_pictures: pictures in one question.
     """
 
     beside: str | None = None
@@ -95,6 +96,7 @@ class WebRecipe(ListenRecipe):
     port: int = 7860
     most_megabytes: int = 20
     most_pixels: int = 50_000_000
+    most_pictures: int = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

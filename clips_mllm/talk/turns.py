@@ -19,12 +19,18 @@ from clips_mllm.talk.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question with its pictures, and each model's answer so far. `files` are what the browser shows."""
+    """A question with its pictures, and each model's answer so far.
+
+    Attributes:
+        files: what the browser shows.
+        dropped: how many turns before it each model was not asked with, for want of context.
+    """
 
     text: str
     pictures: tuple[Picture, ...]
     files: tuple[str, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 def messages_of(turns: list[Turn], model: int, system: str) -> tuple[list[Message], list[Picture]]:
@@ -48,11 +54,11 @@ def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sa
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     turn = dataclasses.replace(turns[-1], answers=("",) * len(engines))
-    turns = [*turns[:-1], turn]
+    asked = [asked_of(engine, [*turns[:-1], turn], model, system, sampling) for model, engine in enumerate(engines)]
+    turn = dataclasses.replace(turn, dropped=tuple(fitted.dropped for fitted in asked))
     running = []
     try:
-        for model, engine in enumerate(engines):
-            fitted = asked_of(engine, turns, model, system, sampling)
+        for model, (engine, fitted) in enumerate(zip(engines, asked, strict=True)):
             prompt = engine.prompt(fitted.messages, fitted.pictures)
 
             def emit(event: Event, model: int = model) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vision_tower.recipe import parse_recipe
 def main(argv: list[str]) -> None:
     """Serve the page until Ctrl-C."""
     recipe = parse_recipe(WebRecipe, argv, command="web", positional=("model",))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # not without leaving the stack, which deletes uploads
     with contextlib.ExitStack() as stack:
         launch(recipe, stack).block_thread()
 
@@ -35,6 +37,7 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
         raise UserError("gradio is not installed; pip install 'clips-mllm[web]'") from error
     from clips_mllm.chat import read_examples
     from clips_mllm.talk.serve import read_token
+    from clips_mllm.talk.uploads import MEGABYTE, upload_folder
     from clips_mllm.talk.web_page import THEME, Page
 
     token = read_token(recipe.token_file)
@@ -52,12 +55,15 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
     engines = [stack.enter_context(start_engine(name, recipe, most_rows=4)) for name in names]
     page = Page(
         engines=engines,
-        names=[Path(name).name if len({Path(n).name for n in names}) == len(names) else name for name in names],
+        names=short_names(names),
         examples=examples,
         gallery=gallery,
         feedback=Path(recipe.feedback) if recipe.feedback else None,
+        most_megabytes=recipe.most_megabytes,
         most_pixels=recipe.most_pixels,
+        most_pictures=recipe.most_pictures,
     )
+    stack.enter_context(upload_folder())
     blocks: gradio.Blocks = page.build()
     stack.callback(blocks.close)
     try:
@@ -65,7 +71,7 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
             server_name=recipe.host,
             server_port=recipe.port or None,
             auth=None if token is None else (lambda _, given: hmac.compare_digest(given.encode(), token.encode())),
-            max_file_size=f"{recipe.most_megabytes}mb",
+            max_file_size=recipe.most_megabytes * MEGABYTE,
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -78,6 +84,16 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
         raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there ({error}); take another port") from error
     print(f"talk at {address} (Ctrl-C stops)", flush=True)
     return blocks
+
+
+def short_names(models: list[str]) -> list[str]:
+    """The shortest ends of their paths that tell the models apart: the page shows no more of this machine."""
+    paths = [Path(model).parts for model in models]
+    for count in range(1, max(map(len, paths)) + 1):
+        ends = [str(Path(*parts[-count:])) for parts in paths]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [parts[-1] for parts in paths]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import traceback
@@ -12,17 +13,19 @@ from typing import Any
 import gradio as gr
 
 from clips_mllm.talk.attention import attention_maps, overlay
-from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.conversation import cut_notice
+from clips_mllm.talk.engine import Engine, QueueFull
 from clips_mllm.talk.gallery import Gallery
 from clips_mllm.talk.pictures import decode_picture
 from clips_mllm.talk.prompt import Picture
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.turns import Turn, answered, append_feedback, asked_of
+from clips_mllm.talk.uploads import refuse_large
 from vision_tower.errors import UserError
 
 # Fonts of the reader's own system: nothing is fetched from anywhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-HOUR = 3600
+LOOK, KEEP = 300, 3600  # seconds: how often uploads are looked at, how long one is kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,16 @@ class Page:
     examples: list[dict[str, str]]
     gallery: Gallery | None
     feedback: Path | None
+    most_megabytes: int
     most_pixels: int
+    most_pictures: int
 
     def build(self) -> gr.Blocks:
         """The page. Uploaded files are deleted after an hour, and all of them when the server stops."""
         with gr.Blocks(
-            title="clips-mllm", analytics_enabled=False, delete_cache=(300, HOUR), fill_height=True
+            title="clips-mllm", analytics_enabled=False, delete_cache=(LOOK, KEEP), fill_height=True
         ) as blocks:
+            refuse_large(self.most_megabytes)
             with gr.Tab("Chat"):
                 self._chat()
             if self.gallery is not None:
@@ -91,7 +97,7 @@ class Page:
             ]
         if self.examples:
             given = [[{"text": row["question"], "files": [row["image"]]}] for row in self.examples]
-            gr.Examples(given, inputs=[box], label="Examples")
+            gr.Examples(given, inputs=[box], label="Examples", elem_id="examples")
         shown = [*chats, turns, box, camera]
         asking = box.submit(self.ask, [box, camera, turns, *settings], shown, api_visibility="private")
         again = gr.on([retry.click, chats[0].retry], self.again, [turns, *settings], shown, api_visibility="private")
@@ -120,13 +126,15 @@ class Page:
                 captions = gr.Dataframe(headers=["caption", "cosine"], label="Nearest captions", elem_id="captions")
 
         def pictures_for(text: str) -> list[tuple[str, str]]:
-            found = gallery.pictures_for(text.strip()) if text.strip() else []
+            with in_words():
+                found = gallery.pictures_for(text.strip()) if text.strip() else []
             return [(str(file), f"{score:.3f} {file.stem}") for file, score in found]
 
         def captions_for(file: str | None) -> list[list[Any]]:
             if file is None:
                 return []
-            return [[text, round(score, 3)] for text, score in gallery.captions_for(self.read(file).image)]
+            with in_words():
+                return [[text, round(score, 3)] for text, score in gallery.captions_for(self.read(file).image)]
 
         caption.submit(pictures_for, caption, found, api_visibility="private")
         picture.change(captions_for, picture, captions, api_visibility="private")
@@ -138,7 +146,10 @@ class Page:
         if not text and not files:
             yield [gr.skip()] * (len(self.engines) + 3)
             return
-        turn = Turn(text, tuple(self.read(file) for file in files), tuple(files), ())
+        if len(files) > self.most_pictures:
+            message = f"A question may have {self.most_pictures} pictures, these are {len(files)}; show fewer at a time"
+            raise gr.Error(message, print_exception=False)
+        turn = Turn(text, tuple(self.read(file) for file in files), tuple(files))
         yield from self._answer([*turns, turn], settings)
 
     def again(self, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
@@ -158,15 +169,19 @@ class Page:
         sampling = Sampling(
             max_new_tokens=int(tokens), temperature=temperature, top_p=top_p, repetition_penalty=penalty
         )
-        try:
-            for turn in answered(self.engines, turns, system.strip(), sampling):
+        with in_words():
+            for number, turn in enumerate(answered(self.engines, turns, system.strip(), sampling)):
                 now = [*turns[:-1], turn]
+                if number == 0:
+                    self._tell_of_cut(now)
                 yield [*(rendered(now, model) for model in range(len(self.engines))), now, None, None]
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Exception as error:  # the log has it; the page says nothing of the machine
-            traceback.print_exception(error, file=sys.stderr)
-            raise gr.Error("Something went wrong; see the server's log.", print_exception=False) from None
+
+    def _tell_of_cut(self, turns: list[Turn]) -> None:
+        """Say whose conversation has grown too long, when more of it is left out than before."""
+        before = turns[-2].dropped if len(turns) > 1 else (0,) * len(self.engines)
+        for name, dropped, known in zip(self.names, turns[-1].dropped, before, strict=True):
+            if dropped > known:
+                gr.Info(f"{name}: {cut_notice(dropped)}")
 
     def read(self, file: str) -> Picture:
         """An uploaded picture; what is wrong with it is said in a toast."""
@@ -174,7 +189,7 @@ class Page:
             content = Path(file).read_bytes()
             return decode_picture(content, most_bytes=len(content), most_pixels=self.most_pixels)
         except UserError as error:
-            raise gr.Error(str(error).capitalize(), title="Picture refused", print_exception=False) from error
+            raise gr.Error(str(error).capitalize(), print_exception=False) from error
         except OSError:
             raise gr.Error("The picture is gone; upload it again.", print_exception=False) from None
 
@@ -183,23 +198,44 @@ class Page:
         if not turns or not any(turn.pictures for turn in turns):
             raise gr.Error("There is no answer about a picture yet.", print_exception=False)
         found = []
-        for model, engine in enumerate(self.engines):
-            fitted = asked_of(engine, turns, model, system.strip(), Sampling(max_new_tokens=1))
-            maps = attention_maps(engine, engine.prompt(fitted.messages, fitted.pictures), turns[-1].answers[model])
-            for picture, weights in zip(fitted.pictures if maps else [], maps, strict=True):
-                found.append((overlay(picture, weights), self.names[model]))
+        with in_words():
+            for model, engine in enumerate(self.engines):
+                fitted = asked_of(engine, turns, model, system.strip(), Sampling(max_new_tokens=1))
+                maps = attention_maps(engine, engine.prompt(fitted.messages, fitted.pictures), turns[-1].answers[model])
+                for picture, weights in zip(fitted.pictures if maps else [], maps, strict=True):
+                    found.append((overlay(picture, weights), self.names[model]))
         return gr.Gallery(found, visible=True)
 
     def _thumb(self, model: int) -> Any:
         def thumb(event: gr.LikeData, turns: list[Turn], system: str) -> None:
             assert self.feedback is not None
             place = turn_of(turns, event.index)
-            append_feedback(
-                self.feedback, turns[: place + 1], model, self.names[model], system.strip(), bool(event.liked)
-            )
+            rated = turns[: place + 1]
+            with in_words():
+                append_feedback(self.feedback, rated, model, self.names[model], system.strip(), bool(event.liked))
             gr.Info("Kept, with its pictures.")
 
         return thumb
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """What goes wrong is said in a toast; of our own faults the log has all, and the page tells nothing of the machine.
+
+    Raises:
+        gr.Error: for every other error.
+    """
+    try:
+        yield
+    except gr.Error:
+        raise
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except QueueFull:
+        raise gr.Error("Too many questions are waiting; try again shortly.", print_exception=False) from None
+    except Exception as error:
+        traceback.print_exception(error, file=sys.stderr)
+        raise gr.Error("Something went wrong; see the server's log.", print_exception=False) from None
 
 
 def rendered(turns: list[Turn], model: int) -> list[dict[str, Any]]:
