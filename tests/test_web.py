@@ -313,7 +313,7 @@ def test_what_cannot_be_used_is_refused_with_words(page: Any, world: Path) -> No
     assert not [answer for answer in answers(page) if answer]
     page.reload()
     ask(page, "What is this?", world / "bomb.png")
-    page.get_by_text("60000 x 60000 pixels, more than the 50,000,000 allowed; send a smaller one").first.wait_for()
+    page.get_by_text("more than the 50,000,000 pixels allowed; send a smaller one").first.wait_for()
     assert not [answer for answer in answers(page) if answer]
 
 
@@ -435,8 +435,8 @@ def test_pictures_of_the_guide(browser: Any, shown: Shown) -> None:
     """Two checkpoints answer about an example, where they looked, and retrieval: all that the guide shows."""
     guide = (Path(__file__).parents[1] / "docs" / "talking.md").read_text()
     assert set(re.findall(r"images/(web-[\w-]+)\.png", guide)) == PICTURES
-    with visit(browser, shown.server, viewport={"width": 1200, "height": 860}) as page:
-        limit_answers(page, 30)
+    with visit(browser, shown.server, viewport={"width": 1200, "height": 1100}) as page:
+        limit_answers(page, 16)
         take_example(page)
         page.locator("#box textarea").press("Enter")
         settled(page, 1)
@@ -444,6 +444,7 @@ def test_pictures_of_the_guide(browser: Any, shown: Shown) -> None:
         ask(page, "What is in the picture?")
         settled(page, 2)
         settled(page, 2, chat=1)
+        page.evaluate("window.scrollTo(0, 0)")
         picture_of(page, "web-chat")
         page.locator("#look").click()
         page.locator("#maps img").first.wait_for()
@@ -525,7 +526,8 @@ def test_everything_by_keyboard(page: Any, world: Path) -> None:
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
     said = settled(page, 1)[0]
-    assert 0 < len(said) < len(stopped), "the setting was heard"
+    assert said.startswith(stopped) or stopped.startswith(said), "the same question to a greedy model"
+    assert page.locator("#tokens input[type=number]").input_value() == "8"
     tab_to(page, "#look")
     page.keyboard.press("Enter")
     page.locator("#maps img").first.wait_for()

@@ -65,6 +65,7 @@ class Page:
                     min_width=280,
                     buttons=["copy"],
                     editable="user" if place == 0 else None,
+                    group_consecutive_messages=False,  # in one with a picture Gradio's pencil does nothing
                     allow_tags=False,
                 )
                 for place, name in enumerate(self.names)
@@ -83,13 +84,13 @@ class Page:
             clear = gr.Button("Clear", elem_id="clear", min_width=80)
             look = gr.Button("Where did it look?", elem_id="look", min_width=160)
         maps = gr.Gallery(
-            label="Attention of the last answer to the patches", visible=False, elem_id="maps", height=320
+            label="Attention of the last answer to the patches", visible=False, elem_id="maps", object_fit="contain"
         )
         with gr.Accordion("Camera", open=False):
             camera = gr.Image(sources=["webcam"], type="filepath", label="A picture for the next question", height=260)
         with gr.Accordion("Settings", open=False):
             settings = [
-                gr.Textbox(label="System", elem_id="system"),
+                gr.Textbox("", label="System", elem_id="system"),  # by default nothing at all, until it is opened
                 gr.Slider(1, 1024, value=256, step=1, label="Longest answer (tokens)", elem_id="tokens"),
                 gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)"),
                 gr.Slider(0.05, 1, value=1, step=0.05, label="Top p"),
