@@ -43,6 +43,7 @@ from vision_tower.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+ARGUMENTS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera, and consent to it
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 PICTURES = {"web-chat", "web-attention", "web-retrieval", "web-phone"}  # of docs/talking.md
 SECONDS = 60_000  # of patience with a busy machine, in milliseconds
@@ -412,6 +413,19 @@ def test_paste_and_drop(page: Any, world: Path) -> None:
     ask(page, "Two pictures?")
     settled(page, 1)
     assert page.locator("#chat0 .user img").count() == 2
+
+
+def test_the_camera(page: Any) -> None:
+    """What it sees goes with the next question."""
+    limit_answers(page, 5)
+    page.get_by_role("button", name="Camera").click()
+    page.locator("#camera button:visible").first.click()
+    page.wait_for_function("document.querySelector('#camera video')?.videoWidth > 0")
+    page.locator("#camera button[aria-label='capture photo']").click()
+    page.locator("#camera img:visible").first.wait_for()
+    ask(page, "What do you see?")
+    settled(page, 1)
+    assert page.locator("#chat0 .user img").count() == 1
 
 
 def search(page: Any, caption: str, picture: Path, expected: str) -> None:

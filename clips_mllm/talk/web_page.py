@@ -87,7 +87,13 @@ class Page:
             label="Attention of the last answer to the patches", visible=False, elem_id="maps", object_fit="contain"
         )
         with gr.Accordion("Camera", open=False):
-            camera = gr.Image(sources=["webcam"], type="filepath", label="A picture for the next question", height=260)
+            camera = gr.Image(
+                sources=["webcam"],
+                type="filepath",
+                label="A picture for the next question",
+                height=260,
+                elem_id="camera",
+            )
         with gr.Accordion("Settings", open=False):
             settings = [
                 gr.Textbox("", label="System", elem_id="system"),  # by default nothing at all, until it is opened
