@@ -6,16 +6,18 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import psutil
 import pytest
 from test_report_trust import write_run
 
 from clips_eval import compare, compare_report
+from clips_eval.children import sigterm_stops
 from clips_eval.compare import main
 from clips_eval.compare_recipe import CompareRecipe, jobs
-from vision_tower.errors import UserError, run_command
+from vision_tower.errors import Stopped, UserError, run_command
 from vision_tower.recipe import parse_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -63,6 +65,29 @@ def test_what_is_run_and_going_on(files: list[str], tmp_path: Path, monkeypatch:
     assert len(log.read_text().splitlines()) == len(ran), "nothing is done twice"
     with pytest.raises(UserError, match="made with another recipe"):
         main([*files, "--seeds=[0,1]", "--stage_options=[--training.max_steps=3]"])
+
+
+def test_sigterm_ends_the_step_under_way(files: list[str], tmp_path: Path) -> None:
+    """A stand-in for a stage that saves when it is told to: it is waited for, and its step counts as not done."""
+    stand_in = tmp_path / "stage.py"
+    stand_in.write_text(
+        "import os, pathlib, signal, sys\n"
+        "from vision_tower.errors import Stopped, run_command\n"
+        "def main(argv):\n"
+        "    def stop(*_): raise Stopped('saved')\n"
+        "    signal.signal(signal.SIGTERM, stop)\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "    if len(argv) == 1: os.kill(os.getppid(), signal.SIGTERM)\n"
+        "    else: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+        "sys.exit(run_command(main))\n"
+    )
+    with pytest.raises(Stopped, match="SIGTERM: compare stopped"), sigterm_stops("compare"):
+        compare._run([sys.executable, str(stand_in), "the command is told"], tmp_path / "log.txt")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert (tmp_path / "log.txt").read_text() == "saved\n"
+    # Where the step alone is told, it ends with code 0 and is not done either.
+    assert compare._run([sys.executable, str(stand_in), "it", "alone"], tmp_path / "log.txt") == 143
 
 
 def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
@@ -128,11 +153,11 @@ def test_the_whole_swap_in_small(
     The commands run in this process: eight that import torch anew would take a minute.
     """
 
-    def here(words: list[str], **_: object) -> SimpleNamespace:
+    def here(words: list[str], _: Path) -> int:
         importlib.import_module(words[2]).main(words[3:])
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(compare, "_run", here)
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -73,6 +73,12 @@ def torchrun_launcher(ranks: int = 2) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
 
 
+def accelerate_launcher(ranks: int = 2) -> list[str]:
+    """As for GPUs: told that there are CPUs, accelerate starts one process, and leaves the others to MPI."""
+    runner = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    return [*runner, "--num_processes", str(ranks), "--main_process_port", "0", "--mixed_precision", "no", "--module"]
+
+
 def start(launcher: list[str], module: str, arguments: list[str]) -> subprocess.Popen[str]:
     """In a session of its own, so that all of it can be ended."""
     return subprocess.Popen(
@@ -82,7 +88,13 @@ def start(launcher: list[str], module: str, arguments: list[str]) -> subprocess.
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
+
+
+def heed_ctrl_c() -> None:
+    """Whoever starts the tests in the background leaves Ctrl-C ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_of(process: subprocess.Popen[str], seconds: float = 600) -> str:
@@ -102,6 +114,17 @@ def launch(launcher: list[str], module: str, arguments: list[str]) -> str:
     return said
 
 
+def until(there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
+    """Wait while the process runs; where it ends before, or the time is up, the test fails."""
+    end = time.monotonic() + seconds
+    while not there():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            said = "".join(filter(None, process.communicate()))
+            pytest.fail(f"ended, or not there in {seconds:.0f} s:\n{said[-3000:]}")
+        time.sleep(0.005)
+
+
 def stop_after(
     folder: Path, checkpoint: int, arguments: list[str], stop: Callable[[subprocess.Popen[str]], None]
 ) -> tuple[int, str]:
@@ -112,16 +135,9 @@ def stop_after(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever starts the tests in the background leaves Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_ctrl_c,
     )
-    end = time.monotonic() + 600
-    while not (folder / f"checkpoint-{checkpoint}" / "trainer_state.json").exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        if time.monotonic() > end:
-            process.kill()
-            pytest.fail(f"no checkpoint in ten minutes:\n{process.communicate()[1][-3000:]}")
-        time.sleep(0.005)
+    until((folder / f"checkpoint-{checkpoint}" / "trainer_state.json").exists, process)
     stop(process)
     _, said = process.communicate(timeout=300)
     return process.returncode, str(said)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -35,11 +37,21 @@ def run_cell(folder: Path, threads: int) -> None:
     """Do what the folder's `cell.json` says, with the exit code of a command; `retrieval.json` appears last."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but it is to save first: SIGTERM follows
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(threads)
     sys.exit(run_command(_pretrain_and_retrieve, [str(folder)]))
+
+
+def _end_with_the_command() -> None:
+    """Also where the command is killed: started again, it must not find the folder still in use."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    command.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _pretrain_and_retrieve(argv: list[str]) -> None:

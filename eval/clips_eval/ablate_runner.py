@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import connection
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from clips_eval.ablate_cell import LOG, ORDER, cell_context, run_cell
 from clips_eval.ablate_grid import AblateRecipe, Setting, settings
+from clips_eval.children import end, sigterm_stops
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, write_text
 
@@ -70,25 +73,24 @@ def run_cells(recipe: AblateRecipe, say: Callable[[str], None]) -> list[Cell]:
 
     Raises:
         UserError: runs that failed, with the log of the first.
+        Stopped: SIGTERM. The runs under way have saved a checkpoint, from which they go on.
     """
     everything = cells(recipe)
     waiting = [cell for cell in everything if not cell.done]
     processes = recipe.processes or max((os.cpu_count() or 1) // recipe.threads, 1)
     say(f"{len(everything)} runs, {len(everything) - len(waiting)} done before; {processes} at a time")
     failed: list[Cell] = []
-    context, started = cell_context(), time.monotonic()
-    with _environment_of_cells(recipe.threads), concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        jobs = {pool.submit(_run, cell, context, recipe.threads): cell for cell in waiting}
-        try:
-            for number, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
-                cell = jobs[job]
-                if job.result():
-                    failed.append(cell)
-                left = (time.monotonic() - started) / number * (len(waiting) - number)
-                say(f"[{number}/{len(waiting)}] {_outcome(cell, recipe.metric)}; about {left / 60:.0f} min left")
-        except KeyboardInterrupt:  # the running processes have had the signal too
-            pool.shutdown(cancel_futures=True)
-            raise
+    started = time.monotonic()
+    with (
+        sigterm_stops("ablate"),
+        _environment_of_cells(recipe.threads),
+        contextlib.closing(_run_all(waiting, processes, recipe.threads)) as ended,
+    ):
+        for number, cell in enumerate(ended, start=1):
+            if not cell.done:
+                failed.append(cell)
+            left = (time.monotonic() - started) / number * (len(waiting) - number)
+            say(f"[{number}/{len(waiting)}] {_outcome(cell, recipe.metric)}; about {left / 60:.0f} min left")
     if failed:
         log = failed[0].folder / LOG
         raise UserError(
@@ -98,14 +100,31 @@ def run_cells(recipe: AblateRecipe, say: Callable[[str], None]) -> list[Cell]:
     return everything
 
 
-def _run(cell: Cell, context: BaseContext, threads: int) -> int | None:
-    """The process's exit code."""
+def _run_all(waiting: list[Cell], processes: int, threads: int) -> Generator[Cell]:
+    """The runs in the order in which they end. When this is closed, those under way save and end."""
+    context, rest = cell_context(), iter(waiting)
+    running: dict[int, tuple[Cell, BaseProcess]] = {}
+    try:
+        while True:
+            for cell in itertools.islice(rest, processes - len(running)):
+                process = _start(cell, context, threads)
+                running[process.sentinel] = cell, process
+            if not running:
+                return
+            for sentinel in connection.wait(list(running)):
+                cell, process = running.pop(sentinel)  # type: ignore[arg-type]
+                process.join()
+                yield cell
+    finally:
+        end(process.pid for _, process in running.values() if process.pid is not None)
+
+
+def _start(cell: Cell, context: BaseContext, threads: int) -> BaseProcess:
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_text(cell.folder / ORDER, cell.order)
     process = context.Process(target=run_cell, args=(cell.folder, threads))  # type: ignore[attr-defined]
     process.start()
-    process.join()
-    return process.exitcode  # type: ignore[no-any-return]
+    return process  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

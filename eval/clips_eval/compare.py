@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from clips_eval.children import end, sigterm_stops
 from clips_eval.compare_recipe import CompareRecipe, Job, jobs
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import write_text
@@ -24,6 +27,7 @@ def main(argv: list[str]) -> None:
 
     Raises:
         UserError: a recipe that does not fit, another recipe's results in the folder, or a step that failed.
+        Stopped: SIGTERM; the step under way has saved.
     """
     recipe = parse_recipe(CompareRecipe, argv, command="compare", positional=("runs",))
     recipe.check()
@@ -31,7 +35,8 @@ def main(argv: list[str]) -> None:
     for job in everything:
         if job.done.is_file() and job.done.read_text() != job.order:
             raise UserError(f"{job.done}: made with another recipe; remove {job.folder}, or choose another output_dir")
-    _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
+    with sigterm_stops("compare"):
+        _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
 
     from clips_eval.compare_report import write_report
 
@@ -48,14 +53,28 @@ def _run_all(waiting: list[Job], launcher: list[str]) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         log = job.folder / "log.txt"
         start = launcher if job.launched and launcher else [sys.executable, "-m"]
-        with log.open("a") as stream:
-            words = [*start, job.module, *job.arguments]
-            code = subprocess.run(words, stdout=stream, stderr=stream, env=dict(os.environ), check=False).returncode
+        code = _run([*start, job.module, *job.arguments], log)
         if code:
             raise UserError(
                 f"{log}: {job.title} ended with code {code}; mend the cause, the same command goes on from here"
             )
         write_text(job.done, job.order)
+
+
+def _run(words: list[str], log: Path) -> int:
+    """The command's exit code, that of a signal where one stopped it. Whatever stops this process ends it too."""
+    stopped = log.with_suffix(".stopped")  # written by a command that SIGTERM stopped: it ends with code 0
+    stopped.unlink(missing_ok=True)
+    with log.open("a") as stream:
+        process = subprocess.Popen(
+            words, stdout=stream, stderr=stream, env=os.environ | {"STOPPED_FILE": str(stopped.resolve())}
+        )
+        try:
+            code = process.wait()
+        finally:
+            if process.returncode is None:
+                end([process.pid])
+    return 128 + signal.SIGTERM if stopped.exists() else code
 
 
 if __name__ == "__main__":
