@@ -7,8 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from clips_mllm.checkpoint import Mllm
 
 # Before torch is imported anywhere: tests share two cores, and spinning OpenMP threads would fight over them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -108,6 +112,26 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
+def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
+    """With weights so large that what the model reads shows in what it says."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in mllm.model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=std)
+    return mllm
+
+
+@pytest.fixture(scope="module")
+def mllm(mllm_dir: Path) -> Mllm:
+    """The tiny MLLM with weights large enough that a wrong mask, or a sample that sees another, shows."""
+    from clips_mllm.checkpoint import load_mllm
+
+    return louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=1, std=0.15)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
     """Puts a folder into a hub's local cache, as a download leaves it there, and says its id."""
@@ -127,16 +151,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str
 @pytest.fixture(scope="session")
 def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny MLLM with weights so large that every prompt and picture has another answer."""
-    import torch
-
     from clips_mllm.checkpoint import load_mllm, save_mllm
 
-    mllm = load_mllm(mllm_dir, device="cpu", dtype="float32")
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in mllm.model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.25)
+    mllm = louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)
     folder = tmp_path_factory.mktemp("talker")
     save_mllm(mllm.model, mllm.processor, folder)
     return folder

@@ -11,11 +11,12 @@ from typing import Any
 
 import datasets
 import pytest
+from conversations import open_rows, turns
 from PIL import Image
 from transformers import AutoProcessor
 
 from clips_mllm import doctor, preview
-from clips_mllm.checkpoint import Mllm, load_mllm
+from clips_mllm.checkpoint import Mllm
 from clips_mllm.data import InstructionCollator, InstructionDataset
 from clips_mllm.display import show_batch
 from clips_mllm.prompts import load_template
@@ -29,11 +30,6 @@ def encoded(kind: str, color: str = "red") -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (40, 30), color).save(out, kind)
     return out.getvalue()
-
-
-def turns(*values: str, first: str = "human") -> list[dict[str, str]]:
-    speakers = ["human", "gpt"] if first == "human" else ["gpt", "human"]
-    return [{"from": speakers[at % 2], "value": value} for at, value in enumerate(values)]
 
 
 SEEN = "<image>\nWhat?"
@@ -279,20 +275,11 @@ def test_preview_of_a_bare_llm(world: Path, sample_world: Path, capsys: pytest.C
 # --- before step 1 ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mllm(mllm_dir: Path) -> Mllm:
-    return load_mllm(mllm_dir, device="cpu", dtype="float32")
-
-
-def opened(world: Path, mllm: Mllm, rows: list[Any], tmp_path: Path, **values: Any) -> InstructionDataset:
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    recipe = InstructionRecipe(file=str(tmp_path / "rows.json"), images=str(world), template="chatml", **values)
-    return InstructionDataset(recipe, mllm.processor)
-
-
 def test_a_sample_is_checked(world: Path, mllm: Mllm, tmp_path: Path) -> None:
     good, bad = CASES["image in a later turn"][0], CASES["html"][0]
-    dataset = opened(world, mllm, [*[good] * 30, bad, CASES["far too long"][0]], tmp_path, max_length=100)
+    dataset = open_rows(
+        tmp_path, [*[good] * 30, bad, CASES["far too long"][0]], mllm, images=str(world), max_length=100
+    )
     check = check_sample(dataset, 64)
     assert (check.seen, check.causes, check.cut) == (32, {"unreadable image": 1}, 1)
     assert "row 30: corrupt image" in check.first
@@ -301,12 +288,12 @@ def test_a_sample_is_checked(world: Path, mllm: Mllm, tmp_path: Path) -> None:
     few = check_sample(dataset, 4)
     assert few.seen == 4 and not few.causes
     with pytest.raises(UserError, match=r"3 of 5 samples looked at cannot be used .*row 2: corrupt.*data doctor"):
-        check_sample(opened(world, mllm, [good, good, bad, bad, bad], tmp_path))
+        check_sample(open_rows(tmp_path, [good, good, bad, bad, bad], mllm, images=str(world)))
 
 
 @pytest.mark.parametrize("packing", ["none", "rows"])
 def test_a_batch_is_shown(packing: Any, world: Path, mllm: Mllm, tmp_path: Path) -> None:
-    dataset = opened(world, mllm, [CASES["image in a later turn"][0], CASES["text only"][0]], tmp_path)
+    dataset = open_rows(tmp_path, [CASES["image in a later turn"][0], CASES["text only"][0]], mllm, images=str(world))
     batch = InstructionCollator(mllm.processor, packing)([dataset[0], dataset[1]])
     shown = show_batch(batch, mllm.processor, color=False)
     assert "⟦A.<|im_end|>⟧" in shown and "⟦Four.<|im_end|>⟧" in shown

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversations import open_rows, picture, row
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -27,12 +28,6 @@ IMAGE_PART = {"type": "image"}
 
 def text(value: str) -> dict[str, str]:
     return {"type": "text", "text": value}
-
-
-def row(*turns: str, image: Any = None, first: str = "human") -> dict[str, Any]:
-    speakers = ["human", "gpt"] if first == "human" else ["gpt", "human"]
-    talk = [{"from": speakers[at % 2], "value": value} for at, value in enumerate(turns)]
-    return {"id": "r", "conversations": talk} | ({} if image is None else {"image": image})
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -132,49 +127,25 @@ def test_json_and_jsonl_are_the_same_rows(tmp_path: Path) -> None:
 # --- the data set -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mllm(mllm_dir: Path) -> Mllm:
-    """The tiny MLLM with weights large enough that a wrong mask shows."""
-    loaded = load_mllm(mllm_dir, device="cpu", dtype="float32")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    return loaded
-
-
-def dataset(folder: Path, rows: list[Any], mllm: Mllm, **values: Any) -> InstructionDataset:
-    (folder / "rows.json").write_text(json.dumps(rows))
-    recipe = InstructionRecipe(
-        **({"file": str(folder / "rows.json"), "images": str(folder), "template": "chatml"} | values)
-    )
-    return InstructionDataset(recipe, mllm.processor)
-
-
-def picture(file: Path, color: str = "red", size: tuple[int, int] = (40, 30)) -> None:
-    Image.new("RGB", size, color).save(file)
-
-
 def test_unusable_rows_are_dropped_counted_and_limited(
     tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture(tmp_path / "a.png")
     good = row("<image>\nWhat?", "Cat.", image="a.png")
     rows = [*[good] * 17, row("<image>\nWhat?", "Cat.", image="gone.png"), row("Why?", ""), row("Why?", " ")]
-    opened = dataset(tmp_path, rows, mllm, most_bad=0.15)
+    opened = open_rows(tmp_path, rows, mllm, most_bad=0.15)
     assert len(opened) == 17
     assert dict(opened.dropped) == {"missing image": 1, "empty answer": 2}
     said = capsys.readouterr().err
     assert f"{tmp_path / 'gone.png'}" in said
     assert "3 of 20 rows: 2 x empty answer, 1 x missing image" in said
     with pytest.raises(UserError, match=r"rows\.json: 3 of 20 rows are unusable .*data\.most_bad=0\.14"):
-        dataset(tmp_path, rows, mllm, most_bad=0.14)
+        open_rows(tmp_path, rows, mllm, most_bad=0.14)
 
 
 def test_no_usable_row_at_all(tmp_path: Path, mllm: Mllm) -> None:
     with pytest.raises(UserError, match="1 of 1 rows"):
-        dataset(tmp_path, [row("Why?", "")], mllm, most_bad=1.0)
+        open_rows(tmp_path, [row("Why?", "")], mllm, most_bad=1.0)
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "empty"])
@@ -185,13 +156,13 @@ def test_a_corrupt_picture_is_replaced_and_counted(
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "bad.png").write_bytes({"text": b"<html>404</html>", "cut": whole[:45], "empty": b""}[kind])
     rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
-    opened = dataset(tmp_path, rows, mllm, most_bad=0.5)
+    opened = open_rows(tmp_path, rows, mllm, most_bad=0.5)
     assert opened[0]["ids"] == opened[1]["ids"]
     assert (opened.corrupt.value, opened.seen.value) == (1, 3)
     assert str(tmp_path / "bad.png") in capsys.readouterr().err
     monkeypatch.setattr(data, "SETTLED", 4)
     opened[0]  # 2 of 4 is not above the share
-    strict = dataset(tmp_path, rows, mllm, most_bad=0.4)
+    strict = open_rows(tmp_path, rows, mllm, most_bad=0.4)
     strict[0], strict[1]
     with pytest.raises(UserError, match=r"2 of 4 samples could not be used .*bad\.png.*data\.most_bad=0\.4"):
         strict[0]
@@ -199,7 +170,7 @@ def test_a_corrupt_picture_is_replaced_and_counted(
 
 def test_when_every_picture_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    opened = dataset(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 3, mllm)
+    opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 3, mllm)
     with pytest.raises(UserError, match="not one usable sample"):
         opened[0]
 
@@ -207,7 +178,7 @@ def test_when_every_picture_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
 def test_samples_beyond_the_context_are_counted_not_zeroed(tmp_path: Path, mllm: Mllm) -> None:
     picture(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2?", "2")]
-    opened = dataset(tmp_path, rows, mllm, max_length=18)
+    opened = open_rows(tmp_path, rows, mllm, max_length=18)
     assert opened[0]["ids"] == opened[1]["ids"]
     assert opened.corrupt.value == 1
 
@@ -223,7 +194,7 @@ def test_collator_pads_on_the_right(tmp_path: Path, mllm: Mllm) -> None:
         row("2 plus 2?", "Four."),
         row("<image>\nWhat?", "Cat.", image="b.png"),
     ]
-    opened = dataset(tmp_path, rows, mllm)
+    opened = open_rows(tmp_path, rows, mllm)
     samples = [opened[at] for at in range(3)]
     batch = InstructionCollator(mllm.processor)(samples)
     longest = max(len(sample["ids"]) for sample in samples)
@@ -247,7 +218,7 @@ def test_collator_pads_on_the_right(tmp_path: Path, mllm: Mllm) -> None:
 def test_text_only_batch_is_as_if_there_were_no_picture(tmp_path: Path, mllm: Mllm) -> None:
     """Loss and gradients with the blank picture equal those of the language model alone, and the tower runs."""
     rows = [row("2 plus 2?", "Four."), row("What is 3 plus 4, please?", "Seven.", "And 1 plus 1?", "Two.")]
-    opened = dataset(tmp_path, rows, mllm)
+    opened = open_rows(tmp_path, rows, mllm)
     samples = [opened[at] for at in range(2)]
     batch = InstructionCollator(mllm.processor)(samples)
     blank = batch["input_ids"] == mllm.processor.image_token_id
@@ -384,7 +355,7 @@ def test_the_grouped_order_is_what_it_always_was(pictures: int, texts: int, batc
 def test_lengths_tell_pictures_from_text(tmp_path: Path, mllm: Mllm) -> None:
     picture(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2 plus 2?", "Four.")]
-    first, second = dataset(tmp_path, rows, mllm).lengths()
+    first, second = open_rows(tmp_path, rows, mllm).lengths()
     assert first > 0 > second
 
 
@@ -393,7 +364,7 @@ def test_the_dataset_survives_a_loader_process(tmp_path: Path, mllm: Mllm) -> No
     picture(tmp_path / "a.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
-    opened = dataset(tmp_path, rows, mllm)
+    opened = open_rows(tmp_path, rows, mllm)
     loader = torch.utils.data.DataLoader(
         opened, batch_size=2, num_workers=1, collate_fn=InstructionCollator(mllm.processor)
     )

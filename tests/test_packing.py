@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from conversations import open_rows, picture, row
+from train_runs import losses, words
 
-from clips_mllm.checkpoint import Mllm, load_mllm
-from clips_mllm.data import InstructionCollator, InstructionDataset, packing_for
+from clips_mllm.checkpoint import Mllm
+from clips_mllm.data import InstructionCollator, packing_for
 from clips_mllm.packing import Row, fill, pack
 from clips_mllm.prompts import IGNORED
 from clips_mllm.train_recipe import InstructionRecipe
@@ -39,35 +39,16 @@ def test_rows_by_hand() -> None:
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
 
 
-@pytest.fixture(scope="module")
-def mllm(mllm_dir: Path) -> Mllm:
-    """Weights large enough that a sample that sees another shows."""
-    loaded = load_mllm(mllm_dir, device="cpu", dtype="float32")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    return loaded
-
-
 def samples(folder: Path, mllm: Mllm, kind: str) -> list[dict[str, Any]]:
     rows = []
-    for number, words in enumerate((40, 3, 11, 2, 25, 1)):
-        turns = [
-            {"from": "human", "value": "Say " + "one two " * number},
-            {"from": "gpt", "value": "a cat and a dog " * words},
-        ]
-        row: dict[str, Any] = {"id": number, "conversations": turns}
+    for number, length in enumerate((40, 3, 11, 2, 25, 1)):
+        question, answer = "Say " + "one two " * number, "a cat and a dog " * length
         if kind == "pictures" and number % 3 != 1:
-            name = f"{number}.png"
-            Image.new("RGB", (40, 30), (40 * number, 90, 250 - 40 * number)).save(folder / name)
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-            row["image"] = name
-        rows.append(row)
-    (folder / "rows.json").write_text(json.dumps(rows))
-    recipe = InstructionRecipe(file=str(folder / "rows.json"), images=str(folder), template="chatml")
-    dataset = InstructionDataset(recipe, mllm.processor)
+            picture(folder / f"{number}.png", (40 * number, 90, 250 - 40 * number))
+            rows.append(row("<image>\n" + question, answer, image=f"{number}.png"))
+        else:
+            rows.append(row(question, answer))
+    dataset = open_rows(folder, rows, mllm)
     return [dataset[at] for at in range(len(rows))]
 
 
@@ -120,24 +101,8 @@ def test_training_packed_is_training(mllm_dir: Path, sample_world: Path, tmp_pat
 
     curves = []
     for packing in ("false", "true"):
-        folder = tmp_path / packing
-        values = {
-            "output_dir": folder,
-            "model.checkpoint": mllm_dir,
-            "data.file": sample_world / "llava" / "stage2.json",
-            "data.images": sample_world / "llava" / "images",
-            "data.template": "chatml",
-            "data.packing": packing,
-            "stage.llm": "true",
-            "training.precision": "fp32",
-            "training.global_batch_size": 8,
-            "training.device_batch_size": 8,
-            "training.max_steps": 2,
-            "training.log_every": 1,
-            "training.workers": 0,
-        }
-        main([word for name, value in values.items() for word in (f"--{name}", str(value))])
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        curves.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
+        values = {"model.checkpoint": mllm_dir, "stage.llm": "true", "data.packing": packing}
+        main(words(tmp_path / packing, sample_world, **values, **{"training.max_steps": 2}))
+        curves.append(losses(tmp_path / packing))
     assert len(curves[0]) == 2
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)

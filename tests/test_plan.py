@@ -198,11 +198,17 @@ def test_every_recipe_can_be_planned_without_its_files(
     assert batch["device"] * batch["devices"] * batch["accumulation"] == batch["global"]
 
 
-def test_lengths_come_from_the_data(sample_world: Path, mllm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def words(mllm_dir: Path, sample_world: Path) -> list[str]:
+    """Stage 2 on the sample world."""
+    world = sample_world / "llava"
+    values = {"model.checkpoint": mllm_dir, "data.file": world / "stage2.json", "data.images": world / "images"}
+    return [f"--{name}={value}" for name, value in (values | {"data.template": "chatml"}).items()]
+
+
+def test_lengths_come_from_the_data(words: list[str], mllm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from clips_mllm.data import InstructionDataset
 
-    words = ["--model.checkpoint", str(mllm_dir), "--data.file", str(sample_world / "llava" / "stage2.json")]
-    words += ["--data.images", str(sample_world / "llava" / "images"), "--data.template", "chatml"]
     plan = planned(capsys, *words, "--training.global_batch_size", "8", "--training.device_batch_size", "4")
     recipe = parse_recipe(PlanRecipe, words, command="plan")
     assert recipe.data is not None
@@ -235,13 +241,11 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all("Z3" not in cell for cell in cells["| Vicuna 7B", "qlora"])
 
 
-def test_before_step_1(mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is too small ends the run before it begins; a CPU whose memory is taken now is told of."""
     from clips_mllm.data import InstructionDataset
     from vision_tower.training import training_arguments
 
-    words = ["--model.checkpoint", str(mllm_dir), "--data.file", str(sample_world / "llava" / "stage2.json")]
-    words += ["--data.images", str(sample_world / "llava" / "images"), "--data.template", "chatml"]
     recipe = parse_recipe(PlanRecipe, [*words, "--training.device_batch_size", "4"], command="plan")
     assert recipe.data is not None
     mllm = load_mllm(mllm_dir, device="cpu")
