@@ -193,3 +193,31 @@ def test_cleaning_leaves_plain_text_alone_without_looking(monkeypatch: pytest.Mo
     assert " ".join(ftfy.fix_text(plain).split()) == " ".join(plain.split())
     monkeypatch.setattr(ftfy, "fix_text", None)
     assert clean(plain) == plain
+
+
+def test_words_that_are_remembered_are_the_tokenizers(
+    wide: tuple[ClipsTokenizer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every printable ASCII character beside every other, in words known and unknown, with a memory of a few words."""
+    import random
+
+    monkeypatch.setattr("vision_tower.tokenizer.REMEMBERED", 50)
+    ours, rng = wide[0], random.Random(1)
+    plain = [chr(code) for code in range(32, 127) if chr(code) != "&"]
+    texts = ["".join(pair) for first in plain for pair in (f"{first}{second}" for second in plain)]
+    texts += ["".join(rng.choices(plain, k=rng.randint(0, 120))) for _ in range(300)]
+    texts += [" ".join(rng.choices(["The", "dog's", "[CLS]", "x" * 101, "x" * 100, "RUNNING", "3.5"], k=9))]
+    expected = ours.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    assert ours.pieces(texts) == [encoding.ids for encoding in expected]
+    assert ours.pieces([*texts, "é"])[:-1] == ours.pieces(texts), "one caption that is not plain changes no other"
+
+
+def test_another_way_to_cut_words_is_not_remembered(published: ClipsTokenizer) -> None:
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    other = Tokenizer.from_str(published.fast.backend_tokenizer.to_str())
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "cls_token": CLS}
+    tokenizer = ClipsTokenizer(PreTrainedTokenizerFast(tokenizer_object=other, **names))
+    assert tokenizer.pieces(["the dog,"]) == [[110, 100]] and published.pieces(["the dog,"]) == [[110, 112, 100]]

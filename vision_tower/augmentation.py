@@ -16,7 +16,14 @@ from torchvision.transforms import v2
 
 from vision_tower.pairs_recipe import Augmentation
 
-JITTERS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)  # torchvision's order
+
+def adjust_contrast(picture: Image.Image, factor: float) -> Image.Image:
+    """torchvision's; it has Pillow add up a histogram in Python and widen a gray picture to three bands."""
+    mean = int(np.asarray(picture.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", picture.size, (mean, mean, mean)), picture, factor)
+
+
+JITTERS = (F.adjust_brightness, adjust_contrast, F.adjust_saturation, F.adjust_hue)  # torchvision's order
 FACTORS = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
 
 

@@ -42,7 +42,7 @@ def _is_abbreviation(before: str, after: str) -> bool:
     """Whether a full stop between the words `before` it and the letter `after` it only shortens the last word."""
     if not before.strip():
         return False
-    last = before.split()[-1].lstrip("(\"'").lower()
+    last = before.rsplit(maxsplit=1)[-1].lstrip("(\"'").lower()
     if last in _BEFORE_NUMBER:
         return after.isdigit()
     if last in _BEFORE_LOWER or _ACRONYM.fullmatch(last):

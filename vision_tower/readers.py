@@ -240,7 +240,11 @@ class Reader:
         """Endless rows with the source that each came from."""
         streams = [source.rows() for source in self.sources]
         while True:
-            drawn = random.Random(f"{self.seed}/{self.draws}").choices(range(len(streams)), self.weights)[0]
+            drawn = 0 if len(streams) == 1 else self._drawn()
             row = next(streams[drawn])
             self.draws += 1
             yield self.sources[drawn], row
+
+    def _drawn(self) -> int:
+        """Number of the source of the next row."""
+        return random.Random(f"{self.seed}/{self.draws}").choices(range(len(self.sources)), self.weights)[0]

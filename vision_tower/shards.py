@@ -8,6 +8,7 @@ A row is what lies in the shard, still encoded; `vision_tower.data` tells pictur
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import queue
 import re
@@ -238,17 +239,15 @@ def _read_tar(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted)
                 if not member.isfile():
                     continue
                 name = member.name
-                path = Path(name)
-                stem, _, ending = path.name.partition(".")
-                key = str(path.parent / stem)
+                folder, slash, last = name.rpartition("/")
+                stem, _, ending = last.partition(".")
+                key = _key(folder or slash, stem)
                 if key != row.key or row.index < 0:
                     if row.index >= 0 and wanted(row.index):
                         yield row
                     row = Row(shard, row.index + 1, key, {})
                 if ending.lower() in names and wanted(row.index):
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    row.fields[ending.lower()] = stream.read()
+                    row.fields[ending.lower()] = _content(tar, member)
             _check_end(tar)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise tarfile.ReadError(f"after '{name}': {_words(error)}") from error
@@ -256,6 +255,26 @@ def _read_tar(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted)
         raise tarfile.ReadError("empty")
     if wanted(row.index):
         yield row
+
+
+@functools.lru_cache(maxsize=1)
+def _key(folder: str, stem: str) -> str:
+    """Of the members of one row, which follow each other."""
+    return str(Path(folder) / stem)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Past the three objects that `extractfile` puts between a member and its bytes."""
+    if member.sparse is not None:  # type: ignore[attr-defined]
+        stream = tar.extractfile(member)
+        assert stream is not None
+        return stream.read()
+    assert tar.fileobj is not None
+    tar.fileobj.seek(member.offset_data)
+    content = tar.fileobj.read(member.size)
+    if len(content) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

@@ -8,6 +8,7 @@ Source: the published CLIPS tokenizer (UCSC-VLAA/CLIPS), see also `tokenizer_mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from vision_tower.files import read_text
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK, CLS = "[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]"
@@ -24,15 +26,38 @@ UNUSED = {"[unused0]": BOS, "[unused1]": EOS}  # BERT leaves these pieces to oth
 IGNORED = -100
 
 
+_WORD = re.compile(r"[a-z0-9]+|[^a-z0-9 ]")  # how BERT cuts plain text in lower case
+REMEMBERED = 2**16  # words
+
+
 def clean(text: str) -> str:
     """Mojibake and HTML entities mended, white space squeezed: open_clip's `whitespace` cleaning, before any pieces."""
-    if text.isascii() and text.isprintable() and "&" not in text:
+    if is_plain(text):
         return text  # nothing to mend, and looking for it would cost more than the pieces
     import html
 
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def is_plain(text: str) -> bool:
+    """Printable ASCII without entities: most captions."""
+    return text.isascii() and text.isprintable() and "&" not in text
+
+
+class Words(dict[str, list[int]]):
+    """Pieces of plain words, which do not depend on what stands around them: each is asked of the tokenizer once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, word: str) -> list[int]:
+        if len(self) == REMEMBERED:
+            self.clear()
+        self[word] = pieces = self.tokenizer.encode(word, add_special_tokens=False).ids
+        return pieces
 
 
 class ClipsTokenizer:
@@ -48,6 +73,7 @@ class ClipsTokenizer:
         self.fast = fast
         self._encode = fast.backend_tokenizer  # transformers' call around it costs as much as a short caption
         self._encode.encode_special_tokens = True
+        self._words = Words(self._encode) if _is_berts(self._encode) else None
         self.pad, self.bos, self.eos, self.cls = (vocabulary[piece] for piece in (PAD, BOS, EOS, CLS))
 
     def __len__(self) -> int:
@@ -59,8 +85,11 @@ class ClipsTokenizer:
         A caption that spells out `[CLS]` gets ordinary pieces, so that no web page can write special ids into its
         caption: the one difference from open_clip.
         """
-        encoded = self._encode.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        words = self._words
+        if words is None or not all(map(is_plain, texts)):
+            encoded = self._encode.encode_batch_fast([clean(text) for text in texts], add_special_tokens=False)
+            return [encoding.ids for encoding in encoded]
+        return [[piece for word in _WORD.findall(text.lower()) for piece in words[word]] for text in texts]
 
     def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
         """Ids for the text tower, (texts, length), int64."""
@@ -70,12 +99,8 @@ class ClipsTokenizer:
         """The same of word pieces that are there already."""
         import torch
 
-        ids = torch.full((len(captions), length), self.pad, dtype=torch.long)
-        for row, pieces in zip(ids, captions, strict=True):
-            kept = self._framed(pieces, length - 1)
-            row[: len(kept)] = torch.tensor(kept)
-        ids[:, -1] = self.cls
-        return ids
+        rows = [self._padded(self._framed(pieces, length - 1), length - 1, self.pad) for pieces in captions]
+        return torch.tensor([[*row, self.cls] for row in rows], dtype=torch.long).view(len(rows), length)
 
     def target_layout(self, captions: list[list[int]], length: int) -> torch.Tensor:
         """Labels of the captioner's queries, (captions, longest of them, at most `length`), int64.
@@ -85,14 +110,16 @@ class ClipsTokenizer:
         import torch
 
         kept = [self._framed(pieces, length)[1:] for pieces in captions]  # the one place where targets are shifted
-        labels = torch.full((len(captions), max(map(len, kept))), IGNORED, dtype=torch.long)
-        for row, pieces in zip(labels, kept, strict=True):
-            row[: len(pieces)] = torch.tensor(pieces)
-        return labels
+        longest = max(map(len, kept))
+        return torch.tensor([self._padded(pieces, longest, IGNORED) for pieces in kept])
 
     def _framed(self, pieces: list[int], length: int) -> list[int]:
         """`[bos] pieces [eos]` cut to `length`; the last kept slot is always `[eos]`."""
         return [self.bos, *pieces[: length - 2], self.eos]
+
+    @staticmethod
+    def _padded(ids: list[int], length: int, by: int) -> list[int]:
+        return ids + [by] * (length - len(ids))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Leave `tokenizer.json` in the folder."""
@@ -150,6 +177,19 @@ class ClipsTokenizer:
         ranked = sorted(words, key=lambda word: (-words[word], word))
         pieces += [word for word in ranked if len(word) > 1][: max(size - len(pieces), 0)]
         return cls(_wordpiece({piece: index for index, piece in enumerate(pieces)}))
+
+
+def _is_berts(tokenizer: Tokenizer) -> bool:
+    """Whether it cuts text into words as BERT's uncased one does, before it looks for pieces."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    lower = isinstance(tokenizer.normalizer, normalizers.BertNormalizer) and tokenizer.normalizer.lowercase
+    added = tokenizer.get_added_tokens_decoder().values()  # special ones are words like others here
+    return (
+        lower
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        and all(token.special for token in added)
+    )
 
 
 def _wordpiece(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
