@@ -4,8 +4,8 @@
     adapter folder  --load_adapter-> stock LLaVA model (merged; beside its weights where these are in 4 or 8 bits)
 
 An adapter folder holds `adapter_config.json`, which names the base, `adapter_model.safetensors` with the low-rank
-matrices *and the whole projector*, processor, template and generation settings, and, where the base was in 4 bits while
-the adapter trained, `quantization.json`.
+matrices *and the whole projector* (in it, with tiles, the vector that ends a row), processor, template and generation
+settings, and, where the base was in 4 bits while the adapter trained, `quantization.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from clips_mllm.quantize import QUANTIZATION_FILE, Quantize, read_quantization
 from clips_mllm.stage_recipe import StageRecipe
-from clips_mllm.tiles import AnyModel, AnyProcessor
+from clips_mllm.tiles import AnyModel, AnyProcessor, follow_row_end, lend_row_end, take_row_end_back
 from vision_tower.errors import UserError
 from vision_tower.loading import read_pretrained
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 PROJECTOR = "multi_modal_projector"
+ROW_END = "image_newline"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -57,7 +58,8 @@ def find_adapter(name: str) -> Path | None:
 def add_adapter(model: AnyModel, stage: StageRecipe, modules: list[str]) -> PeftModel:
     """Freeze the model, and put trainable low-rank matrices beside its linear layers `modules`.
 
-    The projector, where it trains, does so by a copy of its weights, which is saved with the adapter.
+    The projector, where it trains, does so by a copy of its weights, which is saved with the adapter; so does the end
+    of a row of patches where pictures are in tiles.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -71,7 +73,12 @@ def add_adapter(model: AnyModel, stage: StageRecipe, modules: list[str]) -> Peft
         modules_to_save=[PROJECTOR] if stage.projector else None,
         base_model_name_or_path=os.path.abspath(name) if Path(name).is_dir() else name,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[return-value]
+    if stage.projector:
+        lend_row_end(model)
+    joined = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if stage.projector:
+        follow_row_end(model)
+    return joined  # type: ignore[return-value]
 
 
 def save_adapter(model: PeftModel, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
@@ -110,6 +117,8 @@ def load_adapter(folder: str | Path, *, dtype: str | torch.dtype, quantize: Quan
         model, processor = load_parts(base, dtype=dtype)
     joined = _attach(model, folder)
     merged = joined.get_base_model() if quantize != "none" else joined.merge_and_unload()
+    if quantize == "none" and _has_row_end(folder):
+        take_row_end_back(merged)
     if (Path(folder) / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(folder)
     processor = read_pretrained(type(processor), folder)  # its own, of the base's class
@@ -140,7 +149,12 @@ def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
     from safetensors import SafetensorError
 
     try:
+        own_row_end = _has_row_end(folder)
+        if own_row_end:
+            lend_row_end(model)
         joined = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+        if own_row_end:
+            follow_row_end(model)
         read_into(joined, folder)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, UserError):
@@ -153,13 +167,24 @@ def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
     return joined
 
 
-def refuse_other_keys(model: PeftModel, folder: str | Path) -> None:
-    """Raise UserError where the file in `folder` has other weights than the adapter in `model`."""
-    from peft import get_peft_model_state_dict
+def _keys(folder: str | Path) -> set[str]:
+    """Names of the weights of an adapter."""
     from safetensors import safe_open
 
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        there = set(file.keys())
+        return set(file.keys())
+
+
+def _has_row_end(folder: str | Path) -> bool:
+    """Whether it trained one; adapters of other training code may not."""
+    return any(key.endswith(f"{PROJECTOR}.{ROW_END}") for key in _keys(folder))
+
+
+def refuse_other_keys(model: PeftModel, folder: str | Path) -> None:
+    """Raise UserError where the file in `folder` has other weights than the adapter in `model`."""
+    from peft import get_peft_model_state_dict
+
+    there = _keys(folder)
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if there != wanted:
         odd = sorted(there ^ wanted)

@@ -248,7 +248,7 @@ def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = No
         if isinstance(model, PeftModel):
             save_adapter(model, processor, work, state)
         else:
-            model.save_pretrained(work, state_dict=state)
+            model.save_pretrained(work, state_dict=None if state is None else _tied(model, state))
             processor.save_pretrained(work)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
@@ -257,6 +257,14 @@ def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = No
     for path in sorted(work.iterdir(), key=lambda path: path.name in ("config.json", CONFIG)):
         os.replace(path, folder / path.name)
     work.rmdir()
+
+
+def _tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gathered state with tied weights as one tensor again: accelerate clones them, and both would be written."""
+    first: dict[int, str] = {}
+    for name, weights in model.named_parameters(remove_duplicate=False):
+        state[name] = state[first.setdefault(id(weights), name)]
+    return state
 
 
 def is_complete(folder: Path) -> bool:

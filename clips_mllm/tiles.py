@@ -111,3 +111,25 @@ def row_end(model: AnyModel) -> list[nn.Module]:
     if not isinstance(model, LlavaNextForConditionalGeneration):
         return []
     return [nn.ParameterList([model.model.image_newline])]
+
+
+def lend_row_end(model: AnyModel) -> None:
+    """Make that vector a part of the projector too, before PEFT copies the projector: it copies and saves modules only.
+
+    Stock LLaVA is left as it is.
+    """
+    if isinstance(model, LlavaNextForConditionalGeneration):
+        model.model.multi_modal_projector.image_newline = model.model.image_newline
+
+
+def follow_row_end(model: AnyModel) -> None:
+    """The model reads the vector that is in the projector now: PEFT's copy, which trains and is saved."""
+    if isinstance(model, LlavaNextForConditionalGeneration):
+        model.model.image_newline = model.model.multi_modal_projector.image_newline
+
+
+def take_row_end_back(model: AnyModel) -> None:
+    """The stock model again, once the adapter is merged."""
+    if isinstance(model, LlavaNextForConditionalGeneration):
+        follow_row_end(model)
+        del model.model.multi_modal_projector.image_newline

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conversations import row
 from PIL import Image
 from tiny_llava import make_requests
+from train_runs import losses, weights
 from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
@@ -22,6 +25,7 @@ from transformers import (
 from clips_mllm.checkpoint import build_mllm, load_mllm, save_mllm
 from clips_mllm.data import InstructionCollator, InstructionDataset
 from clips_mllm.folder_kinds import find_kind
+from clips_mllm.merge import main as merge
 from clips_mllm.plan import main as plan
 from clips_mllm.stage_recipe import StageRecipe
 from clips_mllm.stages import apply_stage, optimizer_groups
@@ -86,11 +90,10 @@ def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
 def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_path: Path) -> None:
     """Pictures of several shapes and a text in one batch; reloaded by the stock class, the loss is the same."""
     model, processor = tiled
-    rows: list[Any] = [{"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "2."}]}]
+    rows = [row("2?", "2.")]
     for number, size in enumerate(SIZES):
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{number}.png")
-        talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"{number}."}]
-        rows.append({"image": f"{number}.png", "conversations": talk})
+        rows.append(row("<image>\nWhat?", f"{number}.", image=f"{number}.png"))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     dataset = InstructionDataset(InstructionRecipe(file=str(tmp_path / "rows.json"), template="chatml"), processor)
     collator = InstructionCollator(processor, packing)
@@ -173,12 +176,51 @@ def test_both_stages_leave_stock_checkpoints(stages: Path) -> None:
     assert not torch.equal(*ends), "the end of a row trains with the projector"
 
 
-def test_an_adapter_keeps_the_row_end_of_its_base(stages: Path) -> None:
-    base, joined = (load_mllm(stages / name, device="cpu") for name in ("align", "lora"))
-    assert isinstance(joined.processor, LlavaNextProcessor)
-    assert torch.equal(base.model.model.image_newline, joined.model.model.image_newline)
-    before, after = (one.model.model.multi_modal_projector.linear_1.weight for one in (base, joined))
-    assert not torch.equal(before, after)
+def test_an_adapter_trains_the_row_end_and_takes_it_along(stages: Path, tmp_path: Path) -> None:
+    """In PEFT's own file; loaded beside its base, merged by the command, and beside 4-bit weights."""
+    from safetensors.torch import load_file
+
+    base = load_mllm(stages / "align", device="cpu").model
+    merge([str(stages / "lora"), str(tmp_path / "merged")])
+    stock, info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    (saved,) = (
+        value
+        for name, value in load_file(stages / "lora" / "adapter_model.safetensors").items()
+        if name.endswith("multi_modal_projector.image_newline")
+    )
+    assert not torch.equal(saved, base.model.image_newline)
+    for options in ({}, {"quantize": "4bit"}):
+        joined = load_mllm(stages / "lora", device="cpu", **options)
+        assert isinstance(joined.processor, LlavaNextProcessor)
+        torch.testing.assert_close(joined.model.model.image_newline.float(), saved)
+    torch.testing.assert_close(stock.model.image_newline, saved)
+    assert not any("multi_modal_projector.image_newline" in name for name in stock.state_dict())
+
+
+def test_an_adapter_without_a_row_end_keeps_its_bases(stages: Path, tmp_path: Path) -> None:
+    """As other training code leaves it."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(stages / "lora", tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "image_newline" not in name}, file)
+    base, joined = (load_mllm(folder, device="cpu").model for folder in (stages / "align", tmp_path / "lora"))
+    assert torch.equal(base.model.image_newline, joined.model.image_newline)
+
+
+def test_a_run_with_tiles_goes_on_exactly(stages: Path, recipe: dict[str, Any], sample_world: Path) -> None:
+    """LoRA, whose checkpoint holds the row end too: the losses and weights of the run that was whole."""
+    values = {"model.checkpoint": stages / "align", "stage.llm": "true", "stage.adapter.kind": "lora"}
+    values |= {"data.file": sample_world / "llava" / "stage2.json", "training.save_every": 1}
+    folder = stages / "goes-on"
+    given = words(recipe | values | {"output_dir": folder, "training.keep_checkpoints": 2})
+    main(given)
+    shutil.rmtree(folder / "checkpoint-2")
+    main(given)
+    assert losses(folder) == losses(stages / "lora")
+    before, after = weights(stages / "lora"), weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_row_end_is_in_the_projectors_group(tiled: Any) -> None:

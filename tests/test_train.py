@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -210,3 +211,21 @@ def test_gradient_checkpointing_changes_nothing(stages: tuple[Path, Path], sampl
         )
     )
     assert losses(tmp_path / "run") == pytest.approx(losses(stages[1]), abs=1e-5)
+
+
+def test_compiled_blocks_train_the_same(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated by the compiler; its last stage, machine code, would take half a minute."""
+    from torch._dynamo.utils import counters
+
+    quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    given = {"model.checkpoint": mllm_dir, "stage.llm": "true"}
+    main(words(tmp_path / "plain", sample_world, **given))
+    counters.clear()
+    main(words(tmp_path / "compiled", sample_world, **given, **{"training.compile": "true"}))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
+    before, after = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert set(before) == set(after), "the checkpoint does not tell"

@@ -6,20 +6,47 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_resume import children
-from train_runs import ROOT, deepspeed_launcher, end_of, launch, losses, start, torchrun_launcher, weights, words
+from train_runs import (
+    ROOT,
+    accelerate_launcher,
+    deepspeed_launcher,
+    end_of,
+    launch,
+    losses,
+    start,
+    torchrun_launcher,
+    weights,
+    words,
+)
 
+from clips_mllm.checkpoint import load_mllm, save_mllm
+from clips_mllm.tiles import with_tiles
 from clips_mllm.train import main
 
 TIED = "lm_head.weight", "model.language_model.embed_tokens.weight"
 ADAPTER = {"stage.adapter.kind": "lora", "stage.adapter.rank": 4, "stage.adapter.dropout": 0}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": ADAPTER,
+    "qlora": ADAPTER | {"stage.adapter.kind": "qlora"},
+    "tiles": ADAPTER,  # on a checkpoint whose pictures are in tiles
+}
+RUNS = [  # engine, kind
+    *(("zero2", kind) for kind in KINDS),
+    *((engine, kind) for engine in ("zero3", "ddp") for kind in ("full", "lora")),
+    ("zero0", "full"),
+    ("zero2_offload", "full"),
+    ("accelerate", "full"),
+]
 pytestmark = pytest.mark.timeout(900)  # several launches of two ranks, perhaps on a busy machine
-ZERO = {"zero2": "zero2.json", "zero3": "zero3.json"}
 
 
 @pytest.fixture(scope="module")
@@ -42,63 +69,88 @@ def common(mllm_dir: Path, sample_world: Path, tmp_path_factory: pytest.TempPath
     }
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
-def plain(
-    request: pytest.FixtureRequest, common: dict[str, Any], sample_world: Path, tmp_path_factory: Any
-) -> tuple[Path, dict[str, Any]]:
-    """One rank, batches of 8; and the values of the run."""
-    folder = tmp_path_factory.mktemp("plain") / request.param
-    values = common | (ADAPTER if request.param == "lora" else {})
-    main(words(folder, sample_world, **values))
-    return folder, values
+@pytest.fixture(scope="module")
+def tiled(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in LLaVA-NeXT's classes."""
+    loaded = load_mllm(mllm_dir, device="cpu")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiled")
+    save_mllm(*with_tiles(loaded.model, loaded.processor, 2), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def ranked(
-    common: dict[str, Any], sample_world: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], Path]:
-    """Two ranks of 4: each kind runs, loses its last checkpoint, and goes on. One launch for all of DeepSpeed."""
+def values(common: dict[str, Any], tiled: Path) -> dict[str, dict[str, Any]]:
+    """Of each kind of run."""
+    return {
+        kind: common | own | ({"model.checkpoint": tiled} if kind == "tiles" else {}) for kind, own in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(
+    values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A kind of run by one rank, in batches of 8 and without DeepSpeed; each is done once."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def run(kind: str) -> Path:
+        if not (folder / kind).exists():
+            main(words(folder / kind, sample_world, **values[kind]))
+        return folder / kind
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ranked(values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks of 4: each run loses its last checkpoint, and goes on. One launch for all of DeepSpeed."""
     folder = tmp_path_factory.mktemp("ranks")
-    runs: dict[tuple[str, str], Path] = {}
-    plans: dict[str, list[dict[str, Any]]] = {"deepspeed": [], "torchrun": []}
-    for engine in ("zero2", "zero3", "ddp"):
-        for kind in ("full", "lora"):
-            run = runs[engine, kind] = folder / f"{engine}-{kind}"
-            values = common | (ADAPTER if kind == "lora" else {})
-            values |= {"training.device_batch_size": 4, "training.save_every": 1, "training.keep_checkpoints": 2}
-            if engine in ZERO:
-                values["training.deepspeed"] = ROOT / "configs" / "deepspeed" / ZERO[engine]
-            arguments = {"arguments": words(run, sample_world, **values)}
-            plan = plans["deepspeed" if engine in ZERO else "torchrun"]
-            plan += [arguments, {"remove": str(run / "checkpoint-2")}, arguments]
-    for launcher, plan in plans.items():
-        file = folder / f"{launcher}.json"
+    launchers = {"ddp": torchrun_launcher(), "accelerate": accelerate_launcher(), "deepspeed": deepspeed_launcher()}
+    plans: dict[str, list[dict[str, Any]]] = {name: [] for name in launchers}
+    for engine, kind in RUNS:
+        run = folder / f"{engine}-{kind}"
+        given = values[kind] | {"training.device_batch_size": 4}
+        given |= {"training.save_every": 1, "training.keep_checkpoints": 2}
+        if engine not in launchers:
+            given["training.deepspeed"] = ROOT / "configs" / "deepspeed" / f"{engine}.json"
+        arguments = {"arguments": words(run, sample_world, **given)}
+        plan = plans[engine if engine in launchers else "deepspeed"]
+        plan += [arguments, {"remove": str(run / "checkpoint-2")}, arguments]
+    for name, plan in plans.items():
+        file = folder / f"{name}.json"
         file.write_text(json.dumps(plan))
-        command = deepspeed_launcher() if launcher == "deepspeed" else torchrun_launcher()
-        launch(command, "several_runs", [str(file)])
-    return runs
+        launch(launchers[name], "several_runs", [str(file)])
+    return folder
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_accumulation_gives_the_same_curve(
-    plain: tuple[Path, dict[str, Any]], sample_world: Path, tmp_path: Path
+    kind: str,
+    alone: Callable[[str], Path],
+    values: dict[str, dict[str, Any]],
+    sample_world: Path,
+    tmp_path: Path,
 ) -> None:
-    folder, values = plain
-    main(words(tmp_path / "run", sample_world, **values, **{"training.device_batch_size": 1}))
-    assert losses(tmp_path / "run") == pytest.approx(losses(folder), abs=1e-4)
-    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(losses(folder, "grad_norm"), rel=1e-3)
+    main(words(tmp_path / "run", sample_world, **values[kind], **{"training.device_batch_size": 1}))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone(kind)), abs=1e-4)
+    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(losses(alone(kind), "grad_norm"), rel=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp"])
+@pytest.mark.parametrize(("engine", "kind"), RUNS)
 def test_two_ranks_give_the_same_curve_and_go_on(
-    plain: tuple[Path, dict[str, Any]], ranked: dict[tuple[str, str], Path], engine: str
+    engine: str, kind: str, alone: Callable[[str], Path], ranked: Path
 ) -> None:
-    folder, _ = plain
-    run = ranked[engine, folder.name]
+    folder, run = alone(kind), ranked / f"{engine}-{kind}"
     wanted, norms = losses(folder), losses(folder, "grad_norm")
     assert len(wanted) == 2 and wanted[1] < wanted[0]
+    assert (run / "checkpoint-2" / "progress_1.json").is_file(), "there was a second rank"
     assert losses(run, "step") == [1, 2], "the second step twice, its line once"
     assert losses(run) == pytest.approx(wanted, abs=1e-4)
     assert losses(run, "grad_norm") == pytest.approx(norms, rel=1e-3)
+    file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    for one in (run, run / "checkpoint-2"):
+        assert set(load_file(one / file)) == set(load_file(folder / file)), "a tied vocabulary layer is written once"
     before, after = weights(folder), weights(run)
     assert set(before) == set(after), "every weight is gathered and saved"
     assert torch.equal(after[TIED[0]], after[TIED[1]])
