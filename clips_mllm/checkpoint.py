@@ -263,7 +263,8 @@ def _tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """The gathered state with tied weights as one tensor again: accelerate clones them, and both would be written."""
     first: dict[int, str] = {}
     for name, weights in model.named_parameters(remove_duplicate=False):
-        state[name] = state[first.setdefault(id(weights), name)]
+        if name in state:
+            state[name] = state[first.setdefault(id(weights), name)]
     return state
 
 
