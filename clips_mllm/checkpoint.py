@@ -299,4 +299,8 @@ def _read_weights(kind: Any, name: str, dtype: str | torch.dtype, **options: Any
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = read_pretrained(kind, name, **options)
     refuse_partial_load(name, info)
+    # Under ZeRO-3 transformers also keeps the renamings that this file did not need, and would undo them in the next:
+    # `language_model.model.model.…`, which it reads itself, and nobody else.
+    if hasattr(model, "_weight_conversions"):
+        model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
     return model

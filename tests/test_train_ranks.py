@@ -150,7 +150,7 @@ def test_two_ranks_give_the_same_curve_and_go_on(
         assert losses(run, "grad_norm") == pytest.approx(norms, rel=1e-3)
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     for one in (run, run / "checkpoint-2"):
-        assert len(load_file(one / file)) == len(load_file(folder / file)), "a tied vocabulary layer is written once"
+        assert set(load_file(one / file)) == set(load_file(folder / file)), "stock names; a tied layer is written once"
     before, after = weights(folder), weights(run)
     assert set(before) == set(after), "every weight is gathered and saved"
     assert torch.equal(after[TIED[0]], after[TIED[1]])
