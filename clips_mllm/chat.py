@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clips_mllm.talk.recipes import ChatRecipe
+from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import start_engine
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import read_text, write_text
+from vision_tower.files import check_model_exists, read_text, write_text
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -25,14 +26,16 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Answer one question, or start a conversation."""
     recipe = parse_recipe(ChatRecipe, argv, command="chat", positional=("model",))
+    check_model_exists(recipe.model, "model")
+    sampling = Sampling(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
+    if recipe.question is not None and not recipe.question.strip():
+        raise UserError("--question: it is empty; ask something, or leave it out for a conversation")
     if recipe.image is not None:
         check_picture(recipe.image)
     examples = read_examples(Path(recipe.examples)) if recipe.examples is not None else []
     with start_engine(recipe.model, recipe) as engine:
-        from clips_mllm.talk.sampling import Sampling
         from clips_mllm.talk.terminal import Terminal
 
-        sampling = Sampling(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
         terminal = Terminal(engine, sampling, system=recipe.system)
         if examples:
             answer_examples(terminal, examples, recipe.output)

@@ -40,6 +40,7 @@ from clips_mllm.towers import (
 )
 from vision_tower.encoder import choose_device, make_readable
 from vision_tower.errors import UserError
+from vision_tower.files import check_model_exists
 from vision_tower.loading import read_pretrained, refuse_partial_load
 
 if TYPE_CHECKING:
@@ -276,13 +277,11 @@ def is_complete(folder: Path) -> bool:
 def _existing(name: str, key: str) -> str:
     """A folder with a checkpoint, or a hub id. Anything that looks like a path must exist."""
     path = Path(name)
-    if path.is_dir():
-        if not is_complete(path):
-            raise UserError(
-                f"{name}: no finished checkpoint here (config.json and safetensors); run the stage before first"
-            )
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
-        raise UserError(f"{name}: no such folder ({key}); run the stage before first, or give a hub id like owner/name")
+    if path.is_dir() and not is_complete(path):
+        raise UserError(
+            f"{name}: no finished checkpoint here (config.json and safetensors); run the stage before first"
+        )
+    check_model_exists(name, key)
     return name
 
 

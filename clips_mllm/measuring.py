@@ -24,7 +24,6 @@ from transformers import TrainerCallback
 from clips_mllm.checkpoint import Mllm
 from clips_mllm.prompts import IGNORED
 from clips_mllm.stage_recipe import TrainEvaluationRecipe
-from vision_tower.average import is_divided
 from vision_tower.errors import UserError
 from vision_tower.randomness import untouched_randomness
 from vision_tower.training import keep_lines
@@ -39,7 +38,7 @@ class Scorer(Protocol):
     """What measures tasks on a model that is being trained."""
 
     def evaluate(self, mllm: Mllm, step: int) -> dict[str, float]:
-        """Scores by name, of the model as it is."""
+        """Scores by name, of the model as it is. Called on every rank."""
         ...
 
 
@@ -102,16 +101,15 @@ class Measuring(TrainerCallback):
         return scores
 
     def _task_scores(self, trainer: MllmTrainer) -> dict[str, float]:
-        """On rank 0; under ZeRO-3, where the weights are divided, on all, in step and with the same result."""
+        """On all ranks in step, as weights that are divided need; rank 0's scores count."""
         assert self.scorer is not None
-        found: list[dict[str, float] | UserError] = [{}]
-        if is_divided(trainer.model) or trainer.is_world_process_zero():
-            processor = copy.deepcopy(trainer.processor)
-            processor.tokenizer.padding_side = "left"  # as generation needs
-            try:
-                found = [self.scorer.evaluate(Mllm(trainer.bare, processor, trainer.args.device), self._step(trainer))]
-            except UserError as error:
-                found = [error]
+        processor = copy.deepcopy(trainer.processor)
+        processor.tokenizer.padding_side = "left"  # as generation needs
+        found: list[dict[str, float] | UserError]
+        try:
+            found = [self.scorer.evaluate(Mllm(trainer.bare, processor, trainer.args.device), self._step(trainer))]
+        except UserError as error:
+            found = [error]
         if trainer.args.world_size > 1:
             dist.broadcast_object_list(found)
         if isinstance(found[0], UserError):  # all ranks end with the same line; none is left waiting

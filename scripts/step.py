@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -28,12 +29,7 @@ def main(record: Path, command: list[str]) -> int:
     stopped = record.with_suffix(".stopped")  # written by a command that SIGTERM stopped: it ends with code 0
     stopped.unlink(missing_ok=True)
     record.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        code = subprocess.run(
-            command, check=False, env=os.environ | {"STOPPED_FILE": str(stopped.resolve())}
-        ).returncode
-    except KeyboardInterrupt:
-        code = 130  # the command has had the signal too, and has said its line
+    code = run(command, stopped)
     if stopped.exists():
         stopped.unlink()
         code = 143
@@ -42,6 +38,14 @@ def main(record: Path, command: list[str]) -> int:
         return code if code > 0 else 128 - code
     save(record, line, time.monotonic() - started)
     return 0
+
+
+def run(command: list[str], stopped: Path) -> int:
+    """The command's exit code. A signal ends the command, which saves what it has, and not this process."""
+    running = subprocess.Popen(command, env=os.environ | {"STOPPED_FILE": str(stopped.resolve())})
+    signal.signal(signal.SIGTERM, lambda *_: running.terminate())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command by itself
+    return running.wait()
 
 
 def save(record: Path, line: str, seconds: float) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,15 +90,33 @@ def test_recipes(recipe: str, names: list[str], run: Run, tmp_path: Path) -> Non
         (["trian"], ["trian", "did you mean 'train'"]),
         (["train", "--config", "/no/recipe.yaml"], ["/no/recipe.yaml"]),
         (["train", "--training.learnin_rate", "1"], ["learnin_rate"]),
-        (["train", "--training.max_steps", "many"], ["training.max_steps", "many"]),
+        (["train", "--training.max_steps", "many"], ["training.max_steps: expected a whole number", "many"]),
         (["chat"], ["model"]),
         (["chat", "m", "--dtype", "float23"], ["dtype", "float23"]),
         (["chat", "/no/model", "--question", "?"], ["/no/model"]),
+        (["chat", "owner/name", "--question", " "], ["--question: it is empty"]),
+        (["chat", "owner/name", "--temperature", "-1"], ["temperature=-1.0: from 0"]),
+        (["web", "/no/model"], ["/no/model"]),
+        (["web", "owner/name", "--beside", "runs/none/here"], ["runs/none/here: no such folder (beside)"]),
+        (["web", "owner/name", "--encoder", "."], ["encoder and pictures belong together"]),
+        (["web", "owner/name", "--encoder", "/no/encoder", "--pictures", "."], ["/no/encoder: no such folder"]),
+        (["web", "owner/name", "--token_file", "/no/token"], ["/no/token"]),
+        (["serve", "/no/model"], ["/no/model"]),
+        (["serve", "owner/name", "--port", "70000"], ["127.0.0.1:70000: cannot listen there"]),
     ],
 )
 def test_command_lines(argv: list[str], names: list[str], run: Run) -> None:
     line = run(argv)
     assert all(name in line for name in names), line
+
+
+@pytest.mark.parametrize("command", ["web", "serve"])
+def test_a_port_that_is_taken(command: str, run: Run) -> None:
+    """Found before the model is loaded: there is none of this name."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = run([command, "owner/name", "--port", str(port)])
+    assert line.startswith(f"127.0.0.1:{port}: cannot listen there (") and line.endswith("give another host or port")
 
 
 def test_values_that_do_not_fit_together(run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:

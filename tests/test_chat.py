@@ -26,7 +26,7 @@ from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.pictures import read_picture
 from clips_mllm.talk.sampling import Sampling
-from clips_mllm.talk.terminal import Terminal
+from clips_mllm.talk.terminal import Terminal, dropped_files
 from vision_tower.errors import UserError
 
 TOKENS = 10
@@ -134,7 +134,7 @@ def test_slips_of_the_finger_do_not_end_the_talk(
 
 def test_a_bad_picture_is_told_before_the_model_loads(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.png: no such picture"):
-        main(["no-model-here", "--image", str(tmp_path / "gone.png"), "--question", "What?"])
+        main(["owner/name", "--image", str(tmp_path / "gone.png"), "--question", "What?"])
 
 
 def test_a_real_pipe(talker: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -251,6 +251,28 @@ def test_every_command(
 def test_slips_in_commands(engine: Engine, line: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Terminal(engine, GREEDY).obey(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        ("photo.png", ["photo.png"]),
+        ("'photo.png' my\\ photo.png", ["photo.png", "my photo.png"]),
+        ("my photo.png", ["my photo.png"]),
+        ("./README", ["./README"]),
+        ("README", []),
+        ("photo.png?", []),
+        ("What's photo.png", []),
+        ("word " * 2000, []),
+        ("", []),
+    ],
+)
+def test_lines_that_are_paths(line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question may be one word, and there may be a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.png", "my photo.png", "README"):
+        (tmp_path / name).touch()
+    assert dropped_files(line) == files
 
 
 SLOW = """

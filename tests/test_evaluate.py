@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_llava import ROWS, build_tiny_mllm, make_requests, picture, pope_rows, write_parquet
+from train_runs import accelerate_launcher, launch
 
 from clips_eval.evaluate import main
 from clips_eval.lmms_journal import Journal
@@ -86,13 +84,10 @@ def test_the_command_runs_stock_models_too(checkpoint: Path, recipe: Path, tmp_p
 
 def test_two_processes_give_the_same_scores(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
     options = [str(checkpoint), "--config", str(recipe), "--control", "shuffled"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")]), "OMP_NUM_THREADS": "1"}
-    words = [*launch, "-m", "clips_eval.evaluate", *options, "--output", str(tmp_path / "two.json")]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(accelerate_launcher(), "clips_eval.evaluate", [*options, "--output", str(tmp_path / "two.json")])
     main([*options, "--output", str(tmp_path / "one.json")])
     two, one = read(tmp_path / "two.json"), read(tmp_path / "one.json")
+    assert (two[0]["processes"], one[0]["processes"]) == (2, 1)
     assert two[0]["tasks"] == one[0]["tasks"] and two[0]["intervals"] == one[0]["intervals"]
     assert [row["answer"] for row in two[1]] == [row["answer"] for row in one[1]]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from tiny_llava import (
     ROWS,
     build_tiny_mllm,
@@ -17,6 +16,7 @@ from tiny_llava import (
     make_requests,
     mmbench_rows,
     picture,
+    plain_answer,
     pope_rows,
     write_parquet,
 )
@@ -48,16 +48,6 @@ DOCUMENTS = [
     ([picture(4), picture(3)], "Which of the two is larger?"),
     ([picture(1)], "Is there a cat?"),
 ]
-
-
-def plain_answer(mllm: SimpleNamespace, images: list[Image.Image], question: str) -> str:
-    """The processor's and model's own way, one document at a time, pixels and all."""
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    prompt = mllm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = mllm.processor(text=prompt, images=images or None, return_tensors="pt")
-    with torch.inference_mode():
-        output = mllm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    return mllm.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 # --- the model class --------------------------------------------------------------------------------------------------
@@ -383,4 +373,4 @@ def test_evaluate_with_bad_input_leaves_nothing(run_folder: Path, capsys: pytest
     assert error.startswith("error: ") and "clips_mmbench.parquet: no such file" in error and "\n" not in error
     assert sorted((run_folder / "model").iterdir()) == before
     assert run_command(main, ["/nowhere", *argv[1:]]) == 2
-    assert "no such checkpoint" in capsys.readouterr().err
+    assert "no such folder (checkpoint)" in capsys.readouterr().err

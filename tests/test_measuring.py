@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from train_runs import losses, weights, words
+from tiny_llava import pope_rows, write_parquet
+from train_runs import deepspeed_launcher, launch, losses, weights, words
 
 from clips_mllm.checkpoint import Mllm, load_mllm
 from clips_mllm.train import main
 from vision_tower.errors import run_command
+
+ROOT = Path(__file__).parent.parent
 
 
 def measured(folder: Path) -> list[dict[str, float]]:
@@ -83,6 +86,33 @@ def test_the_held_out_loss_is_right_and_disturbs_nothing(
         )
     )
     assert measured(tmp_path / "still")[0]["loss"] == pytest.approx(untrained, abs=1e-5)
+
+
+def test_lmms_eval_on_two_ranks(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """None waits for the other, also where weights are divided; the scores are those of one rank."""
+    data = write_parquet(tmp_path / "pope.parquet", pope_rows())
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(f"tasks: [{{task: clips_pope_random, data: {data}}}]\nbatch_size: 2\n")
+    values = {
+        "model.checkpoint": mllm_dir,
+        "stage.llm": "true",
+        "evaluation.every": 1,
+        "evaluation.tasks": tasks,
+        "evaluation.share": 0.2,
+        "training.max_steps": 2,
+    }
+    main(words(tmp_path / "one", sample_world, **values))
+    plan = []
+    for zero in ("zero2", "zero3"):
+        config = ROOT / "configs" / "deepspeed" / f"{zero}.json"
+        own = {"training.deepspeed": config, "training.device_batch_size": 4}
+        plan.append({"arguments": words(tmp_path / zero, sample_world, **values, **own)})
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    launch(deepspeed_launcher(), "several_runs", [str(tmp_path / "plan.json")])
+    for zero in ("zero2", "zero3"):
+        for two, one in zip(measured(tmp_path / zero), measured(tmp_path / "one"), strict=True):
+            assert two["pope_random_accuracy"] == one["pope_random_accuracy"]
+            assert two["loss"] == pytest.approx(one["loss"], abs=1e-3)
 
 
 def test_early_stop_and_the_best_weights(

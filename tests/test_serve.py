@@ -145,6 +145,9 @@ def assert_no_paths(text: str) -> None:
 
 def test_the_official_client(engine: Engine, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny' only"):
+        client.models.retrieve("owner/large")
     found = client.chat.completions.create(
         model="tiny", messages=asked("What?", data_url(png("red"))), max_tokens=TOKENS
     )
@@ -161,7 +164,7 @@ def test_the_llm_in_four_bits(talker: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The command loads it rounded, and it answers."""
     answers = []
 
-    def run(engine: Engine, recipe: ServeRecipe, token: str | None) -> None:
+    def run(engine: Engine, recipe: ServeRecipe, token: str | None, address: socket.socket) -> None:
         layer: Any = engine.mllm.model.model.language_model.layers[0]
         assert type(layer.self_attn.q_proj).__name__ == "Linear4bit"
         server = Served(make_app(engine, "tiny", recipe.limits, token))
@@ -170,7 +173,7 @@ def test_the_llm_in_four_bits(talker: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert answers[0].json()["choices"][0]["message"]["content"] == alone(engine, "Why?")
 
     monkeypatch.setattr(serve, "run_server", run)
-    serve.main([str(talker), "--device", "cpu", "--quantize", "4bit"])
+    serve.main([str(talker), "--device", "cpu", "--quantize", "4bit", "--port", "0"])
     assert answers[0].status_code == 200
 
 
@@ -463,7 +466,10 @@ def test_a_full_queue(engine: Engine, served: str) -> None:
 def test_malformed_requests(served: str) -> None:
     right = {"model": "tiny", "messages": asked("Why?")}
     for wrong, place in (
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools: not supported by this server; leave it out"),
+        ({"logit_bias": {"1": 2}}, "logit_bias: not supported by this server; leave it out"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
         ({"messages": []}, "messages"),
         ({"temperature": 9}, "temperature"),
@@ -473,6 +479,8 @@ def test_malformed_requests(served: str) -> None:
     ):
         found = post(served, right | wrong)
         assert found.status_code == 400 and place in found.json()["error"]["message"], found.text
+    without_effect = {"tools": [], "logprobs": False, "response_format": {"type": "text"}, "tool_choice": "auto"}
+    assert post(served, right | without_effect | {"max_tokens": 2}).status_code == 200
     assert post(served, right | {"model": "other"}).status_code == 404
     kind = {"content-type": "text/plain"}
     found = httpx.post(f"{served}/v1/chat/completions", content=json.dumps(right), headers=kind)
@@ -563,6 +571,7 @@ def test_graceful_stop(talker: Path, tmp_path: Path) -> None:
         reasons = [chunk.choices[0].finish_reason for chunk in chunks]
         assert reasons[-1] in ("stop", "length")
         assert process.wait(60) == 0
+        assert '"POST /v1/chat/completions HTTP/1.1" 200' in process.stdout.read()
     finally:
         process.kill()
         process.communicate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,28 @@ def test_a_stopped_step_is_not_done(tmp_path: Path) -> None:
     assert step(record, "raise SystemExit(2)") == 2 and not record.exists()
     assert step(record, "print('done')") == 0
     assert "done" in json.loads(record.read_text())["command"]
+
+
+def test_sigterm_reaches_the_command(tmp_path: Path) -> None:
+    """A stopped road leaves nothing running behind it."""
+    code = (
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "pathlib.Path('started').write_text(str(os.getpid()))\n"
+        "time.sleep(60)"
+    )
+    words = [sys.executable, str(ROOT / "scripts" / "step.py"), "1.json", sys.executable, "-c", code]
+    running = subprocess.Popen(words, cwd=tmp_path)
+    try:
+        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(30) == 7
+        assert not Path("/proc", (tmp_path / "started").read_text()).exists()
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_a_command_tells_of_a_stop(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conversations import row
 from PIL import Image
-from tiny_llava import make_requests
+from tiny_llava import make_requests, plain_answer
 from train_runs import losses, weights
 from transformers import (
     AutoProcessor,
@@ -275,16 +275,6 @@ def talking(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("talking")
     save_mllm(*with_tiles(loaded.model, loaded.processor, 4), folder)
     return load_mllm(folder, device="cpu")
-
-
-def plain_answer(mllm: Any, pictures: list[Image.Image], text: str) -> str:
-    """The stock processor's and model's own way."""
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    prompt = mllm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = mllm.processor(text=prompt, images=pictures or None, return_tensors="pt")
-    with torch.inference_mode():
-        out = mllm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    return str(mllm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 ASKED: list[tuple[list[tuple[int, int]], str]] = [

@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for color in ("green", "red", "blue"):
         Image.new("RGB", (64, 48), color).save(folder / f"{color}.png")
     (folder / "corrupt.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    (folder / "large.png").write_bytes((folder / "red.png").read_bytes() + os.urandom(1_200_000))
+    (folder / "large.png").write_bytes((folder / "red.png").read_bytes() + os.urandom(1_150_000))
     (folder / "bomb.png").write_bytes(bomb(60_000))
     (folder / "captions.txt").write_text("a red square\na green square\n")
     (folder / "examples.json").write_text(json.dumps([{"image": "green.png", "question": "Which colour is it?"}]))
@@ -289,6 +289,9 @@ def test_upload_ask_stream_second_turn_side_by_side(page: Any, world: Path) -> N
     page.locator("#retry").click()
     page.wait_for_timeout(300)
     assert settled(page, 2) == both, "a greedy answer comes again"
+    assert page.locator("#maps img").locator("visible=true").count() == 0, "the maps were of an answer that is gone"
+    page.locator("#chat0 .user").first.hover()
+    assert page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).locator("visible=true").count() == 0
     page.locator("#clear").click()
     wait_until(lambda: not answers(page), page)
 
@@ -309,9 +312,14 @@ def test_stop(page: Any) -> None:
 
 def test_what_cannot_be_used_is_refused_with_words(page: Any, world: Path) -> None:
     limit_answers(page, 5)
-    ask(page, "What is this?", world / "corrupt.png")
-    page.get_by_text("Not a readable picture").first.wait_for()
+    ask(page, "What is this?", world / "corrupt.png", world / "red.png")
+    page.get_by_text("corrupt.png: not a readable picture").first.wait_for()
     assert not [answer for answer in answers(page) if answer]
+    assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0, "no blank panel over the chat"
+    wait_until(lambda: page.locator("#box img").count() == 1, page)
+    assert page.locator("#box textarea").input_value() == "What is this?", "what was good stays, to be asked with"
+    page.locator("#box textarea").press("Enter")
+    settled(page, 1)
     page.reload()
     ask(page, "What is this?", world / "bomb.png")
     page.get_by_text("more than the 50,000,000 pixels allowed; send a smaller one").first.wait_for()
@@ -331,7 +339,7 @@ def test_an_oversized_file_is_refused_before_it_is_sent(page: Any, world: Path, 
         )
     else:
         page.evaluate(HAND_OVER, [base64.b64encode((world / "large.png").read_bytes()).decode(), "large.png", way])
-    page.get_by_text("large.png has 1.1 MB, more than the 1 MB allowed; send a smaller one").first.wait_for()
+    page.get_by_text("large.png has 1.2 MB, more than the 1 MB allowed; send a smaller one").first.wait_for()
     assert page.get_by_text(re.compile("exceed", re.IGNORECASE)).count() == 0, "Gradio's own words do not come, too"
     assert sent == [] and page.locator(".dragging").count() == 0
     if way == "search":

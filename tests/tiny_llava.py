@@ -33,6 +33,16 @@ def build_tokenizer() -> Any:
     return tokenizer
 
 
+def plain_answer(mllm: Any, images: list[Image.Image], question: str) -> str:
+    """The processor's and model's own way, one document at a time, pixels and all."""
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    prompt = mllm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = mllm.processor(text=prompt, images=images or None, return_tensors="pt")
+    with torch.inference_mode():
+        out = mllm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return str(mllm.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
 def build_tiny_mllm() -> SimpleNamespace:
     """What `clips_mllm.checkpoint.load_mllm` returns, with random weights large enough that pictures matter."""
     from transformers import (

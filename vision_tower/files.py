@@ -41,6 +41,17 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text; make the file again") from error
 
 
+def looks_local(name: str) -> bool:
+    """Whether a model's name is a path: a hub id is owner/name."""
+    return name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
+
+
+def check_model_exists(name: str, key: str) -> None:
+    """Raise UserError where the model's name can only be a folder's, and there is none."""
+    if looks_local(name) and not Path(name).is_dir():
+        raise UserError(f"{name}: no such folder ({key}); run the stage before first, or give a hub id like owner/name")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

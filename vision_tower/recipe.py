@@ -12,7 +12,8 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vision_tower.errors import UserError
 
@@ -50,7 +51,8 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         namespace.pop("config", None)
         return kind(**vars(parser.instantiate(namespace)))
     except (ArgumentError, TypeError) as error:
-        raise UserError(_one_line(command, argv, str(error)) + _nearest_option(str(error), kind)) from error
+        message = _expected(str(error), kind) or str(error)
+        raise UserError(_one_line(command, argv, message) + _nearest_option(str(error), kind)) from error
 
 
 def _with_values(argv: list[str], kind: type) -> list[str]:
@@ -129,6 +131,32 @@ def _check_section(file: Path, value: Any, section: type, prefix: str) -> None:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check_section(file, item, section, prefix=f"{prefix}[{index}]")
+
+
+def _expected(message: str, kind: type) -> str | None:
+    """What jsonargparse says of a wrong value, in the words of a recipe's reader; None for other messages."""
+    wrong = re.match(r'Parser key "([\w.]+)":', message.strip())
+    value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config ['\"](.*?)['\"]", message)
+    if wrong is None or value is None:
+        return None
+    hint: Any = kind
+    for name in wrong[1].split("."):
+        sections = [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)]
+        hint = get_type_hints(sections[0]).get(name) if sections else None
+    return None if hint is None else f"{wrong[1]}: expected {_type_name(hint)}, not '{value[1] or value[2]}'"
+
+
+def _type_name(hint: Any) -> str:
+    """`int | None` is "a whole number or null"."""
+    if dataclasses.is_dataclass(hint):
+        return "a section of keys"
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_type_name, get_args(hint)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    return names.get(hint) or {list: "a list", tuple: "a list", dict: "a mapping"}.get(origin or hint, str(hint))
 
 
 def _nearest_option(message: str, kind: type) -> str:

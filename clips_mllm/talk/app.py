@@ -1,7 +1,7 @@
 """The HTTP side of the endpoint.
 
 POST /v1/chat/completions   OpenAI's chat completions, whole or as server-sent events
-GET  /v1/models, /health
+GET  /v1/models, /v1/models/NAME, /health
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import json
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator
@@ -27,6 +28,12 @@ from clips_mllm.talk.engine import Request as Running
 from clips_mllm.talk.limits import BadRequest, Limits
 from vision_tower.errors import UserError
 
+WRONG = {  # pydantic's words for these tell a client nothing
+    "extra_forbidden": "not supported by this server; leave it out",
+    "too_long": "not supported by this server; leave it out",
+    "missing": "is missing",
+    "json_invalid": "not valid JSON",
+}
 STILL_THERE = 1.0  # seconds between two looks at whether a waiting client has gone
 
 
@@ -38,7 +45,12 @@ def make_app(engine: Engine, name: str, limits: Limits, token: str | None = None
         token: clients must send it as `Authorization: Bearer TOKEN`.
     """
     app = FastAPI(title="clips-mllm", docs_url=None, redoc_url=None, openapi_url=None)
+    about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "clips-mllm"}
     _add_errors(app)
+
+    def check_name(asked: str) -> None:
+        if asked != name:
+            raise BadRequest(f"model: this server has '{name}' only", status=404, code="model_not_found")
 
     @app.middleware("http")
     async def authorize(request: Request, call_next: Any) -> Response:
@@ -55,13 +67,17 @@ def make_app(engine: Engine, name: str, limits: Limits, token: str | None = None
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "clips-mllm"}]}
+        return {"object": "list", "data": [about]}
+
+    @app.get("/v1/models/{asked:path}")
+    def model(asked: str) -> dict[str, Any]:
+        check_name(asked)
+        return about
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked = read_request(await read_body(request, limits))
-        if asked.model != name:
-            raise BadRequest(f"model: this server has '{name}' only", status=404, code="model_not_found")
+        check_name(asked.model)
         answer = AsyncAnswer(engine)
         await answer.start(asked, limits)
         if asked.stream:
@@ -103,7 +119,7 @@ def read_request(body: bytes) -> protocol.ChatRequest:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(step) for step in first["loc"]) or "body"
-        raise BadRequest(f"{place}: {first['msg']}") from None
+        raise BadRequest(f"{place}: {WRONG.get(first['type'], first['msg'])}") from None
 
 
 class AsyncAnswer:

@@ -13,7 +13,7 @@ from clips_mllm.talk.prompt import Picture
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
-    from clips_mllm.talk.engine import Engine
+    from clips_mllm.talk.engine import Answer, Engine
     from clips_mllm.talk.sampling import Sampling
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -82,6 +82,7 @@ class Conversation:
         self.pictures: list[Picture] = []
         self.waiting: list[Picture] = []
         self.forgotten = 0
+        self._answer: Answer | None = None
 
     @property
     def messages(self) -> list[Message]:
@@ -91,7 +92,8 @@ class Conversation:
     def ask(self, text: str, sampling: Sampling) -> Generator[str, None, None]:
         """The answer in pieces, as they are generated; the turn is remembered once it is complete.
 
-        Ctrl-C while waiting for a piece, or `close()` of the iterator, ends the answer; what was said is remembered.
+        `stop()`, Ctrl-C while waiting for a piece, or `close()` of the iterator ends the answer; what was said is
+        remembered.
         """
         from clips_mllm.talk.engine import Answer
 
@@ -100,7 +102,7 @@ class Conversation:
         fitted = fit(self.engine, self._prefixed(asked), [*self.pictures, *shown], sampling)
         self._tell_of_cut(fitted.dropped)
         prompt = self.engine.prompt(fitted.messages, fitted.pictures)
-        answer = Answer(self.engine, prompt, sampling)
+        answer = self._answer = Answer(self.engine, prompt, sampling)
         pieces: list[str] = []
         try:
             for piece in answer:
@@ -112,6 +114,17 @@ class Conversation:
             self._remember(asked, shown, pieces)
             raise
         self._remember(asked, shown, pieces)
+
+    def stop(self) -> None:
+        """End the answer that is being given. May be called by a signal's handler or another thread."""
+        if self._answer is not None:
+            self._answer.stop()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the last answer was ended early."""
+        done = None if self._answer is None else self._answer.done
+        return done is not None and done.reason == "cancelled"
 
     def _remember(self, asked: list[Message], shown: list[Picture], pieces: list[str]) -> None:
         self.turns = [*asked, statement("assistant", "".join(pieces))]

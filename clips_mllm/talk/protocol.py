@@ -53,6 +53,10 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class PlainText(Strict):
+    type: Literal["text"]
+
+
 class ChatRequest(Strict):
     """The fields of OpenAI's that are honoured, or have no effect on the answer."""
 
@@ -69,6 +73,11 @@ class ChatRequest(Strict):
     n: Literal[1] = 1
     frequency_penalty: Literal[0] = 0
     presence_penalty: Literal[0] = 0
+    logprobs: Literal[False] | None = None
+    response_format: PlainText | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
-
 from vision_tower.errors import UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a command checks its sampling before these are imported
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 
@@ -49,6 +48,7 @@ class Chooser:
     """Chooses one answer's tokens from logits, with transformers' own processors and its own random numbers."""
 
     def __init__(self, sampling: Sampling) -> None:
+        import torch
         from transformers import (
             LogitsProcessorList,
             RepetitionPenaltyLogitsProcessor,
@@ -72,6 +72,8 @@ class Chooser:
 
     def choose(self, ids: list[int], logits: torch.Tensor) -> int:
         """The next token after `ids`, from its logits (vocabulary)."""
+        import torch
+
         scores = logits.float()[None]
         if self.processors:
             scores = self.processors(torch.tensor([ids], device=scores.device), scores)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clips_mllm.talk.recipes import ServeRecipe
-from clips_mllm.talk.start import start_engine
+from clips_mllm.talk.start import bound_socket, start_engine
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import check_model_exists
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
+    import socket
+
     from clips_mllm.talk.engine import Engine
 
 TOKEN = "CLIPS_MLLM_TOKEN"
@@ -24,14 +27,16 @@ TOKEN = "CLIPS_MLLM_TOKEN"
 def main(argv: list[str]) -> None:
     """Serve until SIGTERM or Ctrl-C; running answers are then completed."""
     recipe = parse_recipe(ServeRecipe, argv, command="serve", positional=("model",))
+    check_model_exists(recipe.model, "model")
     token = read_token(recipe.token_file)
     require_packages()
     limits = recipe.limits
-    engine = start_engine(recipe.model, recipe, most_rows=limits.rows, most_waiting=limits.waiting)
-    try:
-        run_server(engine, recipe, token)
-    finally:
-        engine.close()
+    with bound_socket(recipe.host, recipe.port) as address:
+        engine = start_engine(recipe.model, recipe, most_rows=limits.rows, most_waiting=limits.waiting)
+        try:
+            run_server(engine, recipe, token, address)
+        finally:
+            engine.close()
 
 
 def require_packages() -> None:
@@ -58,32 +63,28 @@ def read_token(file: str | None) -> str | None:
     return token.strip()
 
 
-def run_server(engine: Engine, recipe: ServeRecipe, token: str | None) -> None:
-    """Listen; says where, once requests are taken."""
+def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: socket.socket) -> None:
+    """Listen; says where, once requests are taken. Every request is a line of the log: client, path, status."""
+    import logging
     import signal
-    import socket
 
     import uvicorn
 
     from clips_mllm.talk.app import make_app
 
     name = recipe.name or Path(recipe.model).name
-    try:
-        listener = socket.create_server((recipe.host, recipe.port))
-    except OSError as error:
-        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there ({error.strerror}); take another") from error
     config = uvicorn.Config(
         make_app(engine, name, recipe.limits, token),
         log_level="warning",
-        access_log=False,
         timeout_graceful_shutdown=int(recipe.patience) or None,
         server_header=False,
     )
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # above it, only what goes wrong
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them once more when it has ended in good order
         signal.signal(stop, lambda *_: None)
-    port = listener.getsockname()[1]
+    port = address.getsockname()[1]
     print(f"serving '{name}' at http://{recipe.host}:{port}/v1 (Ctrl-C stops)", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(config).run(sockets=[address])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,28 @@
-"""From a recipe to a running engine."""
+"""From a recipe to a running engine. What can be seen to be wrong beforehand is said before anything is loaded."""
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 from clips_mllm.talk.recipes import ModelRecipe
+from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that holds the address, and does not listen yet. Raises UserError where it cannot be had."""
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except (OSError, OverflowError) as error:
+        held.close()
+        reason = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
+        raise UserError(f"{host}:{port}: cannot listen there ({reason}); give another host or port") from error
+    return held
 
 
 def start_engine(model: str, recipe: ModelRecipe, *, most_rows: int = 1, most_waiting: int = 64) -> Engine:

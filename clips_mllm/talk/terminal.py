@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -18,7 +22,7 @@ from vision_tower.errors import UserError
 from vision_tower.files import read_text, write_text
 
 HELP = """\
-Type a question. Drop a picture on the window, or name it with /image.
+Type a question. Drop a picture on the window, type its path alone, or name it with /image.
   /image PATH...   show pictures with the next question (quotes or \\ before blanks)
   /system [TEXT]   set the system's words, or take them away; starts over
   /undo            take back the last question and its answer
@@ -48,18 +52,19 @@ class Terminal:
         """Show pictures with the next question: all of them, or none where one cannot be read."""
         self.conversation.waiting += [read_picture(Path(file)) for file in files]
 
+    def show_next(self, files: list[str]) -> None:
+        """Show pictures with the next question, and say so."""
+        self.show(files)
+        notice(f"{len(self.conversation.waiting)} picture(s) to be shown with the next question")
+
     def answer(self, question: str) -> str:
         """Print the answer as it comes, and return it. Ctrl-C ends it; what was said stays in the conversation."""
         said: list[str] = []
-        pieces = self.conversation.ask(question, self.sampling)
-        try:
-            for piece in pieces:
+        with ctrl_c(self.conversation.stop) if sys.stdin.isatty() else contextlib.nullcontext():
+            for piece in self.conversation.ask(question, self.sampling):
                 said.append(piece)
                 print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            pieces.close()  # where Ctrl-C came while printing
+        if self.conversation.stopped:
             print("\nstopped", end="", file=sys.stderr)
         print(flush=True)
         return "".join(said)
@@ -93,8 +98,7 @@ class Terminal:
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if dropped := dropped_files(line):
-            self.show(dropped)
-            notice(f"{len(dropped)} picture(s) to be shown with the next question")
+            self.show_next(dropped)
             return
         match command:
             case "":
@@ -103,16 +107,18 @@ class Terminal:
                 notice(HELP)
             case "/image":
                 whole = Path(rest).expanduser().is_file()  # blanks that were neither quoted nor escaped
-                self.show([rest] if whole else words(rest, command, "photo.png"))
+                self.show_next([rest] if whole else words(rest, command, "photo.png"))
             case "/system":
                 self.system = rest or None
                 self.reset()
+                notice("the system's words are " + ("set" if rest else "gone") + "; the conversation starts over")
             case "/undo":
                 notice(f"taken back: {self.conversation.undo()}")
             case "/retry":
                 self.answer(self.conversation.undo())
             case "/reset":
                 self.reset()
+                notice("the conversation starts over")
             case "/save":
                 self.save(Path(words(rest, command, "chat.json")[0]).expanduser())
             case "/load":
@@ -150,6 +156,16 @@ class Terminal:
         notice(f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.pictures)} picture(s) loaded")
 
 
+@contextlib.contextmanager
+def ctrl_c(act: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `act`, instead of raising an exception at whatever place it strikes, which can lose it."""
+    before = signal.signal(signal.SIGINT, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def words(text: str, command: str, example: str) -> list[str]:
     """Paths as a shell would read them. Raises UserError where there is none, or a quote stays open."""
     try:
@@ -163,16 +179,17 @@ def words(text: str, command: str, example: str) -> list[str]:
 
 def dropped_files(line: str) -> list[str]:
     """The files of a line that is nothing but paths or file:// addresses, as terminals type dropped files."""
-    if not line.startswith(("/", "'", '"', "~", "file://")):
-        return []
     try:
         found = shlex.split(line)
     except ValueError:
         return []
     paths = [unquote(urlparse(word).path) if word.startswith("file://") else word for word in found]
-    if Path(line).is_file():  # blanks that were not escaped
-        return [line]
-    return paths if all(Path(path).expanduser().is_file() for path in paths) else []
+    if os.path.isfile(line):  # blanks that were not escaped
+        paths = [line]
+    # A question may be a single word, and there may be a file of that name; pictures have endings.
+    path_like = line.startswith((".", "/", "'", '"', "~", "file://"))
+    named = all(path_like or Path(path).suffix for path in paths)
+    return paths if named and all(os.path.isfile(os.path.expanduser(path)) for path in paths) else []
 
 
 def changed(sampling: Sampling, text: str) -> Sampling:

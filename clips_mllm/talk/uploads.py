@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from html import escape
 
 import gradio as gr
 
-MEGABYTE = 1024**2
+MEGABYTE = 10**6
 
 # Before Gradio's own listeners see a file, whichever way it comes; they would refuse it in words of their own.
 WATCH = """
@@ -33,9 +34,9 @@ def refuse_large(most_megabytes: int) -> None:
     """Let the page that is being built say of a file that is too large how large it is, and what to do."""
 
     def tell(event: gr.EventData) -> None:
-        name, size = escape(str(event.name)), float(event.size) / MEGABYTE
+        name, size = escape(str(event.name)), math.ceil(10 * float(event.size) / MEGABYTE) / 10
         raise gr.Error(
-            f"{name} has {size:.1f} MB, more than the {most_megabytes} MB allowed; send a smaller one",
+            f"{name} has {size} MB, more than the {most_megabytes} MB allowed; send a smaller one",
             print_exception=False,
         )
 

@@ -15,34 +15,41 @@ import sys
 from pathlib import Path
 
 from clips_mllm.talk.recipes import WebRecipe
-from clips_mllm.talk.start import start_engine
+from clips_mllm.talk.serve import read_token
+from clips_mllm.talk.start import bound_socket, start_engine
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import check_model_exists
 from vision_tower.recipe import parse_recipe
 
 
 def main(argv: list[str]) -> None:
     """Serve the page until Ctrl-C."""
     recipe = parse_recipe(WebRecipe, argv, command="web", positional=("model",))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # not without leaving the stack, which deletes uploads
+    signal.signal(signal.SIGTERM, end)
     with contextlib.ExitStack() as stack:
         launch(recipe, stack).block_thread()
 
 
+def end(*_: object) -> None:
+    """End, but not without leaving the stack, which deletes uploads; a second signal does not disturb that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-untyped-def]  # gradio is an extra
     """Load everything, start the page, and return it; leaving `stack` closes it."""
+    check(recipe)
+    token = read_token(recipe.token_file)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
         raise UserError("gradio is not installed; pip install 'clips-mllm[web]'") from error
     from clips_mllm.chat import read_examples
-    from clips_mllm.talk.serve import read_token
     from clips_mllm.talk.uploads import MEGABYTE, upload_folder
-    from clips_mllm.talk.web_page import THEME, Page
+    from clips_mllm.talk.web_page import CSS, THEME, Page
 
-    token = read_token(recipe.token_file)
-    if (recipe.encoder is None) != (recipe.pictures is None):
-        raise UserError("encoder and pictures belong together: the retrieval tab needs both")
     examples = read_examples(Path(recipe.examples)) if recipe.examples else []
     gallery = None
     if recipe.encoder is not None and recipe.pictures is not None:
@@ -79,11 +86,29 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
             footer_links=[],
             show_error=False,
             theme=THEME,
+            css=CSS,
         )
-    except OSError as error:
-        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there ({error}); take another port") from error
+    except OSError as error:  # somebody else took the port while the models were loaded
+        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there; give another port") from error
     print(f"talk at {address} (Ctrl-C stops)", flush=True)
     return blocks
+
+
+def check(recipe: WebRecipe) -> None:
+    """What can be seen before anything is loaded. Raises UserError."""
+    for key in ("model", "beside"):
+        if (name := getattr(recipe, key)) is not None:
+            check_model_exists(name, key)
+    if (recipe.encoder is None) != (recipe.pictures is None):
+        raise UserError("encoder and pictures belong together: the retrieval tab needs both")
+    if recipe.captions is not None and recipe.encoder is None:
+        raise UserError("captions: the retrieval tab needs encoder and pictures, too")
+    for key in ("encoder", "pictures"):
+        if (folder := getattr(recipe, key)) is not None and not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder ({key}); check the path")
+    if recipe.captions is not None and not Path(recipe.captions).is_file():
+        raise UserError(f"{recipe.captions}: no such file (captions); check the path")
+    bound_socket(recipe.host, recipe.port).close()
 
 
 def short_names(models: list[str]) -> list[str]:

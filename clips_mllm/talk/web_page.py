@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from vision_tower.errors import UserError
 
 # Fonts of the reader's own system: nothing is fetched from anywhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+BUTTONS: list[Any] = ["download", "fullscreen"]  # of pictures; Gradio's "share" uploads them to a hub
+CSS = ".message-buttons .download-link + button {display: none}"  # the same "share", which a chat has no switch for
+# Gradio lays its progress over all that an event may change, and after an error a blank panel; the toast is enough.
+QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 LOOK, KEEP = 300, 3600  # seconds: how often uploads are looked at, how long one is kept
 
 
@@ -84,7 +89,11 @@ class Page:
             clear = gr.Button("Clear", elem_id="clear", min_width=80)
             look = gr.Button("Where did it look?", elem_id="look", min_width=160)
         maps = gr.Gallery(
-            label="Attention of the last answer to the patches", visible=False, elem_id="maps", object_fit="contain"
+            label="Attention of the last answer to the patches",
+            visible=False,
+            elem_id="maps",
+            object_fit="contain",
+            buttons=BUTTONS,
         )
         with gr.Accordion("Camera", open=False):
             camera = gr.Image(
@@ -105,18 +114,18 @@ class Page:
         if self.examples:
             given = [[{"text": row["question"], "files": [row["image"]]}] for row in self.examples]
             gr.Examples(given, inputs=[box], label="Examples", elem_id="examples")
-        shown = [*chats, turns, box, camera]
-        asking = box.submit(self.ask, [box, camera, turns, *settings], shown, api_visibility="private")
-        again = gr.on([retry.click, chats[0].retry], self.again, [turns, *settings], shown, api_visibility="private")
-        edited = chats[0].edit(self.edit, [turns, *settings], shown, api_visibility="private")
+        shown = [*chats, turns, box, camera, maps]
+        asking = box.submit(self.ask, [box, camera, turns, *settings], shown, **QUIETLY)
+        again = gr.on([retry.click, chats[0].retry], self.again, [turns, *settings], shown, **QUIETLY)
+        edited = chats[0].edit(self.edit, [turns, *settings], shown, **QUIETLY)
         stop.click(None, cancels=[asking, again, edited])
         gr.on(
             [clear.click, *(chat.clear for chat in chats)],
-            lambda: [*([[]] * len(chats)), [], None, None],
+            lambda: [*([[]] * len(chats)), [], None, None, gr.Gallery([], visible=False)],
             None,
             shown,
             cancels=[asking, again, edited],
-            api_visibility="private",
+            **QUIETLY,
         )
         look.click(self.look, [turns, settings[0]], maps, api_visibility="private")
         if self.feedback is not None:
@@ -127,10 +136,16 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=280):
                 caption = gr.Textbox(label="A caption finds pictures", elem_id="caption", submit_btn=True)
-                found = gr.Gallery(label="Nearest pictures", elem_id="found", columns=4, height=360)
+                found = gr.Gallery(label="Nearest pictures", elem_id="found", columns=4, height=360, buttons=BUTTONS)
             with gr.Column(min_width=280):
                 picture = gr.Image(label="A picture finds captions", type="filepath", elem_id="query", height=260)
-                captions = gr.Dataframe(headers=["caption", "cosine"], label="Nearest captions", elem_id="captions")
+                captions = gr.Dataframe(
+                    headers=["caption", "cosine"],
+                    column_widths=["75%", "25%"],
+                    wrap=True,
+                    label="Nearest captions",
+                    elem_id="captions",
+                )
 
         def pictures_for(text: str) -> list[tuple[str, str]]:
             with in_words():
@@ -150,14 +165,21 @@ class Page:
         """A new question."""
         files = [*box["files"], *([camera] if camera else [])]
         text = (box["text"] or "").strip()
+        nothing = [gr.skip()] * len(self.engines)
         if not text and not files:
-            yield [gr.skip()] * (len(self.engines) + 3)
+            yield [*nothing, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
             return
         if len(files) > self.most_pictures:
             message = f"A question may have {self.most_pictures} pictures, these are {len(files)}; show fewer at a time"
             raise gr.Error(message, print_exception=False)
-        turn = Turn(text, tuple(self.read(file) for file in files), tuple(files))
-        yield from self._answer([*turns, turn], settings)
+        pictures, refused = self.read_all(files)
+        if refused:
+            for file, reason in refused.items():
+                gr.Warning(f"{escape(Path(file).name)}: {reason}", title="Refused")
+            box = {"text": box["text"], "files": [file for file in box["files"] if file not in refused]}
+            yield [*nothing, gr.skip(), box, gr.skip(), gr.skip()]
+            return
+        yield from self._answer([*turns, Turn(text, tuple(pictures), tuple(files))], settings)
 
     def again(self, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
         """The last question again."""
@@ -181,7 +203,13 @@ class Page:
                 now = [*turns[:-1], turn]
                 if number == 0:
                     self._tell_of_cut(now)
-                yield [*(rendered(now, model) for model in range(len(self.engines))), now, None, None]
+                yield [
+                    *(rendered(now, model) for model in range(len(self.engines))),
+                    now,
+                    None,
+                    None,
+                    gr.Gallery([], visible=False),
+                ]
 
     def _tell_of_cut(self, turns: list[Turn]) -> None:
         """Say whose conversation has grown too long, when more of it is left out than before."""
@@ -190,15 +218,23 @@ class Page:
             if dropped > known:
                 gr.Info(f"{name}: {cut_notice(dropped)}")
 
+    def read_all(self, files: list[str]) -> tuple[list[Picture], dict[str, str]]:
+        """Uploaded pictures, and of those that cannot be read what is wrong with them."""
+        pictures, refused = [], {}
+        for file in files:
+            try:
+                pictures.append(self.read(file))
+            except UserError as error:
+                refused[file] = str(error)
+        return pictures, refused
+
     def read(self, file: str) -> Picture:
-        """An uploaded picture; what is wrong with it is said in a toast."""
+        """An uploaded picture. Raises UserError."""
         try:
             content = Path(file).read_bytes()
-            return decode_picture(content, most_bytes=len(content), most_pixels=self.most_pixels)
-        except UserError as error:
-            raise gr.Error(str(error).capitalize(), print_exception=False) from error
         except OSError:
-            raise gr.Error("The picture is gone; upload it again.", print_exception=False) from None
+            raise UserError("the picture is gone; upload it again") from None
+        return decode_picture(content, most_bytes=len(content), most_pixels=self.most_pixels)
 
     def look(self, turns: list[Turn], system: str) -> Any:
         """Heat maps of the last answer, for each model and picture."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clips_eval.lmms_recipe import EvaluateRecipe
 from vision_tower.errors import UserError, run_command
+from vision_tower.files import check_model_exists
 from vision_tower.recipe import parse_recipe
 
 
@@ -28,8 +29,8 @@ def main(argv: list[str]) -> None:
         UserError: an unknown task, data that a task cannot use, an unusable checkpoint, or tasks that failed.
     """
     recipe = parse_recipe(EvaluateRecipe, argv, command="evaluate", positional=("checkpoint",))
-    if recipe.model == "clips_mllm" and _looks_local(recipe.checkpoint) and not Path(recipe.checkpoint).exists():
-        raise UserError(f"{recipe.checkpoint}: no such checkpoint; give the folder that 'clips-mllm train' wrote")
+    if recipe.model == "clips_mllm":
+        check_model_exists(recipe.checkpoint, "checkpoint")
     recipe.check()
     command = shlex.join(["clips-mllm", "evaluate", *argv])
     _say("loading lmms-eval and the tasks")
@@ -54,11 +55,6 @@ def main(argv: list[str]) -> None:
     if failed:
         told = "; ".join(f"{task}: {reason}" for task, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(ready)} tasks failed ({told}); the same command goes on with them")
-
-
-def _looks_local(name: str) -> bool:
-    """A hub id is owner/name; anything else is a path."""
-    return name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,10 @@ The run that measures draws and learns what it would without: random states are 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +46,8 @@ class TaskScorer:
     def evaluate(self, mllm: Mllm, step: int) -> dict[str, float]:
         """`{task}_{metric}` of the model as it is; our tasks without their "clips_".
 
+        Every rank of a run must call it: each answers all documents, in step with the others.
+
         Raises:
             UserError: a task that cannot be measured; `step` is in the message.
         """
@@ -52,13 +57,20 @@ class TaskScorer:
         from clips_eval.lmms_tasks import index_tasks, load_task
         from vision_tower.scoring import untouched_randomness
 
-        recipe, scores = self.recipe, {}
+        recipe, scores, rank = self.recipe, {}, int(os.environ.get("RANK", "0"))
         training = mllm.model.training
         mllm.model.eval()
         try:
-            with untouched_randomness(), quiet_libraries(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
+            with (
+                untouched_randomness(),
+                quiet_libraries(),
+                alone(),
+                tempfile.TemporaryDirectory(prefix="lmms-") as folder,
+            ):
                 manager = index_tasks(recipe.specs)
                 model = ClipsMllm(mllm=mllm, batch_size=recipe.batch_size, control=recipe.variants[0].control)
+                model.accelerator = None  # the run has one; lmms-eval would make another
+                model._rank = rank  # only the first draws progress bars
                 for spec in recipe.specs:
                     for name, task in load_task(spec, manager, Path(folder)).items():
                         found = evaluate_task(model, task, manager, recipe, Path(folder) / "lmms.json")
@@ -71,3 +83,16 @@ class TaskScorer:
         finally:
             mllm.model.train(training)
         return scores
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """lmms-eval takes ranks from the environment and would divide the documents among them.
+
+    Ranks whose weights are divided (ZeRO-3) must compute the same batches; the others would wait for one in any case.
+    """
+    kept = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

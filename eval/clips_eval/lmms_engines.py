@@ -38,7 +38,7 @@ def model_for(recipe: EvaluateRecipe, loaded: Mllm | lmms, variant: Variant, jou
     if not isinstance(loaded, Mllm):
         return loaded
     kind = ClipsMllm if recipe.mode == "chat" else ClipsMllmSimple
-    return kind(
+    model = kind(
         recipe.checkpoint,
         mllm=loaded,
         batch_size=recipe.batch_size,
@@ -46,6 +46,12 @@ def model_for(recipe: EvaluateRecipe, loaded: Mllm | lmms, variant: Variant, jou
         seed=recipe.seed,
         journal=journal,
     )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import Accelerator
+
+        # lmms-eval would make one itself, which on CPUs takes every process for the only one unless it is told.
+        model.accelerator = Accelerator(cpu=model.device.type == "cpu")
+    return model
 
 
 def own_device(device: str) -> str:

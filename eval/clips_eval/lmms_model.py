@@ -95,7 +95,7 @@ class ClipsMllm(lmms):
     def clean(self) -> None:
         """lmms-eval would delete the modules; this model may be the caller's, in the middle of training."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # ZeRO-3 could not train on with weights that it gathers in inference mode
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answers, in the order of the requests.
 

@@ -174,6 +174,7 @@ def _about(recipe: EvaluateRecipe, variant: Variant, command: str, seconds: floa
         "wording": variant.wording,
         "versions": versions("datasets", "lmms-eval"),
         "hardware": hardware(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "recipe": json.loads(json.dumps(asdict(recipe), default=str)),
         "command": command,
         "seconds": seconds,
