@@ -52,7 +52,7 @@ def setup_of(
     recipe: TrainRecipe, shape: Shape, lengths: Lengths, *, devices: int, kind: Literal["cpu", "gpu"]
 ) -> Setup:
     """What a recipe asks of each device. Raises UserError for a DeepSpeed file that is damaged."""
-    training = recipe.training
+    training, attention = recipe.training, recipe.model.attention
     options = {} if training.deepspeed is None else read_object(Path(training.deepspeed)).get("zero_optimization", {})
     bucket = options.get("reduce_bucket_size", 5e8)
     return Setup(
@@ -68,6 +68,7 @@ def setup_of(
         bucket=shape.llm.width**2 if bucket == "auto" else float(bucket),  # as transformers fills "auto" in
         mixed=training.precision == "bf16",
         checkpointing=training.gradient_checkpointing,
+        eager=attention == "eager" or (attention == "auto" and kind == "cpu" and training.precision == "bf16"),
         devices=devices,
         batch=training.device_batch_size,
         tokens=lengths.longest,

@@ -42,6 +42,7 @@ class Setup:
         bucket: elements of ZeRO's communication buffer.
         mixed: bf16 with fp32 master weights; else fp32 throughout.
         checkpointing: activations are computed again in the backward pass.
+        eager: attention is computed by plain products, and its scores are kept.
         devices: ranks, each with one device.
         batch: samples in a forward pass of one device.
         tokens: of the longest row, to which the others are padded.
@@ -62,6 +63,7 @@ class Setup:
     bucket: float = 5e8
     mixed: bool = True
     checkpointing: bool = False
+    eager: bool = False
     devices: int = 1
     batch: int = 1
     tokens: int = 2048
@@ -202,12 +204,16 @@ def block_bytes(setup: Setup) -> float:
     """Bytes a position that one LLaMA block keeps.
 
     Two RMSNorms keep their input in fp32 (4h each); attention keeps q, k, v and its output; the MLP keeps gate,
-    silu(gate) and up. Weights that train keep the inputs of their layers too: normalised values and the norms' outputs
-    (4h each norm), the attention's output as a matrix (q) and the gated product (m). Adapters keep the same inputs,
-    once more where they drop some out.
+    silu(gate) and up. Eager attention keeps, of every head and pair of positions, the softmax in fp32 and rounded, and
+    k and v as often as there are heads of q. Weights that train keep the inputs of their layers too: normalised values
+    and the norms' outputs (4h each norm), the attention's output as a matrix (q) and the gated product (m). Adapters
+    keep the same inputs, once more where they drop some out.
     """
     llm, width = setup.shape.llm, setup.width
     kept = 8.0 * llm.width + width * (2 * llm.query + 2 * llm.key + 3 * llm.mlp)
+    if setup.eager:
+        scores = llm.heads * setup.tokens * (4 + 2 * setup.mixed)
+        kept += scores + width * (2 * llm.query - 2 * llm.key)
     if not setup.train_llm:
         return kept
     inputs = width * (2 * llm.width + llm.query + llm.mlp)

@@ -37,7 +37,7 @@ def test_holes_are_given_back() -> None:
     assert before - after > 0.5 * BLOCK * BLOCKS / 2
 
 
-def test_it_comes_with_every_tenth_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_comes_every_few_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     at: list[int] = []
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     state = TrainerState()
