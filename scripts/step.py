@@ -7,6 +7,7 @@ A step whose record holds the same command is done and is skipped. Only the stan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -41,11 +42,26 @@ def main(record: Path, command: list[str]) -> int:
 
 
 def run(command: list[str], stopped: Path) -> int:
-    """The command's exit code. A signal ends the command, which saves what it has, and not this process."""
-    running = subprocess.Popen(command, env=os.environ | {"STOPPED_FILE": str(stopped.resolve())})
-    signal.signal(signal.SIGTERM, lambda *_: running.terminate())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command by itself
-    return running.wait()
+    """The command's exit code. A signal ends all that the command has started, which saves what it has, and not us.
+
+    DeepSpeed's launcher dies of SIGTERM and leaves its ranks running: hence signals go to the whole group, and the
+    group is waited for.
+    """
+    environment = os.environ | {"STOPPED_FILE": str(stopped.resolve())}
+    running = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def signal_group(number: int, _: object = None) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, number)
+            return True
+        return False
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal_group)
+    code = running.wait()
+    while signal_group(0):
+        time.sleep(0.1)
+    return code
 
 
 def save(record: Path, line: str, seconds: float) -> None:

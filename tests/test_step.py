@@ -27,13 +27,18 @@ def test_a_stopped_step_is_not_done(tmp_path: Path) -> None:
 
 
 def test_sigterm_reaches_the_command(tmp_path: Path) -> None:
-    """A stopped road leaves nothing running behind it."""
-    code = (
+    """A stopped road leaves nothing running behind it, also where a launcher dies before what it has started."""
+    rank = (
         "import os, pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        "    pathlib.Path(os.environ['STOPPED_FILE']).touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         "pathlib.Path('started').write_text(str(os.getpid()))\n"
         "time.sleep(60)"
     )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
     words = [sys.executable, str(ROOT / "scripts" / "step.py"), "1.json", sys.executable, "-c", code]
     running = subprocess.Popen(words, cwd=tmp_path)
     try:
@@ -41,7 +46,7 @@ def test_sigterm_reaches_the_command(tmp_path: Path) -> None:
             assert running.poll() is None
             time.sleep(0.05)
         running.terminate()
-        assert running.wait(30) == 7
+        assert running.wait(30) == 143
         assert not Path("/proc", (tmp_path / "started").read_text()).exists()
     finally:
         running.kill()
