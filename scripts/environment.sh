@@ -17,6 +17,8 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + RANKS - 1) / RANKS ))}
     # Threads that spin while they wait would fight with the loader processes over few cores.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    # The forward and the backward thread would each keep a heap of its own, full of holes that the other cannot use.
+    export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
   fi
   # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES.
   [ -z "${RANKS:-}" ] || LAUNCH+=(--num_gpus "$RANKS")

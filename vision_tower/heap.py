@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EVERY = 5  # optimiser steps; more often costs time, since the pages come back zeroed
+EVERY = 3  # optimiser steps; more often costs time, since the pages come back zeroed
 
 
 class TrimHeap(TrainerCallback):
