@@ -18,6 +18,7 @@ from urllib.parse import quote
 import pytest
 import torch
 from PIL import Image
+from train_runs import heed_ctrl_c
 
 from clips_mllm.chat import main
 from clips_mllm.checkpoint import load_mllm
@@ -331,6 +332,7 @@ def take_terminal(terminal: int) -> None:
     import fcntl
     import termios
 
+    heed_ctrl_c()
     os.setsid()
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     modes = termios.tcgetattr(terminal)

@@ -119,6 +119,8 @@ def read_request(body: bytes) -> protocol.ChatRequest:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(step) for step in first["loc"]) or "body"
+        if "content" in first["loc"]:  # text or parts, of which pydantic tells what is wrong with either
+            raise BadRequest(f"{place}: content is text, or a list of parts of type text or image_url") from None
         raise BadRequest(f"{place}: {WRONG.get(first['type'], first['msg'])}") from None
 
 
@@ -160,13 +162,16 @@ class AsyncAnswer:
     async def pieces(self, request: Request | None = None) -> AsyncIterator[str]:
         """Text as it comes; with `request`, a look now and then at whether its client has gone."""
         assert self._running is not None
+        looked = time.monotonic()
         try:
             while self.done is None:
+                if request is not None and time.monotonic() - looked > STILL_THERE:
+                    looked = time.monotonic()
+                    if await request.is_disconnected():
+                        raise BadRequest("the client has gone", status=499, code="gone")
                 try:
                     event = await asyncio.wait_for(self._events.get(), None if request is None else STILL_THERE)
                 except asyncio.TimeoutError:
-                    if request is not None and await request.is_disconnected():
-                        raise BadRequest("the client has gone", status=499, code="gone") from None
                     continue
                 match event:
                     case Piece(text):

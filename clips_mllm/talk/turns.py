@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import queue
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Turn:
 
     Attributes:
         files: what the browser shows.
+        system: the words of the system that it was asked with.
         dropped: how many turns before it each model was not asked with, for want of context.
     """
 
@@ -31,6 +32,7 @@ class Turn:
     files: tuple[str, ...]
     answers: tuple[str, ...] = ()
     dropped: tuple[int, ...] = ()
+    system: str = ""
 
 
 def messages_of(turns: list[Turn], model: int, system: str) -> tuple[list[Message], list[Picture]]:
@@ -53,7 +55,7 @@ def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sa
     Closing the iterator ends them. Raises what an engine raised.
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-    turn = dataclasses.replace(turns[-1], answers=("",) * len(engines))
+    turn = dataclasses.replace(turns[-1], answers=("",) * len(engines), system=system)
     asked = [asked_of(engine, [*turns[:-1], turn], model, system, sampling) for model, engine in enumerate(engines)]
     turn = dataclasses.replace(turn, dropped=tuple(fitted.dropped for fitted in asked))
     running = []
@@ -84,9 +86,12 @@ def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sa
             request.cancel()
 
 
-def append_feedback(file: Path, turns: list[Turn], model: int, name: str, system: str, liked: bool) -> None:
-    """Append the conversation up to its last turn as a row of LLaVA JSON; its pictures go to a folder beside it."""
-    messages, pictures = messages_of(turns, model, system)
+def append_feedback(file: Path, turns: list[Turn], model: int, name: str, liked: bool) -> None:
+    """Append the conversation up to its last turn as a row of LLaVA JSON; its pictures go to a folder beside it.
+
+    Rated again, it has the same id: the last of its rows is what was meant.
+    """
+    messages, pictures = messages_of(turns, model, turns[-1].system)
     folder = file.with_suffix("")
     names = []
     for picture in pictures:
@@ -94,10 +99,12 @@ def append_feedback(file: Path, turns: list[Turn], model: int, name: str, system
         names.append(f"{folder.name}/{picture.key[:16]}.png")
         if not (file.parent / names[-1]).exists():
             picture.image.save(file.parent / names[-1])
-    row: dict[str, Any] = {"id": f"{file.stem}-{time.time_ns()}"}
+    said = [to_turn(message) for message in messages]
+    digest = hashlib.sha256(json.dumps([names, said, name]).encode()).hexdigest()
+    row: dict[str, Any] = {"id": f"{file.stem}-{digest[:16]}"}
     if names:
         row["image"] = names[0] if len(names) == 1 else names
-    row |= {"conversations": [to_turn(message) for message in messages], "model": name, "liked": liked}
+    row |= {"conversations": said, "model": name, "liked": liked}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -72,6 +72,7 @@ class Page:
                     editable="user" if place == 0 else None,
                     group_consecutive_messages=False,  # in one with a picture Gradio's pencil does nothing
                     allow_tags=False,
+                    render_markdown=False,  # it would fetch pictures from elsewhere, and swallow what looks like HTML
                 )
                 for place, name in enumerate(self.names)
             ]
@@ -81,7 +82,6 @@ class Page:
             file_types=["image"],
             file_count="multiple",
             elem_id="box",
-            autofocus=True,
         )
         with gr.Row():
             stop = gr.Button("Stop", elem_id="stop", variant="stop", min_width=80)
@@ -119,18 +119,14 @@ class Page:
         again = gr.on([retry.click, chats[0].retry], self.again, [turns, *settings], shown, **QUIETLY)
         edited = chats[0].edit(self.edit, [turns, *settings], shown, **QUIETLY)
         stop.click(None, cancels=[asking, again, edited])
-        gr.on(
-            [clear.click, *(chat.clear for chat in chats)],
-            lambda: [*([[]] * len(chats)), [], None, None, gr.Gallery([], visible=False)],
-            None,
-            shown,
-            cancels=[asking, again, edited],
-            **QUIETLY,
+        # First the end of the answer, then the clearing: else its last piece may come after it.
+        gr.on([clear.click, *(chat.clear for chat in chats)], None, cancels=[asking, again, edited]).then(
+            lambda: [*([[]] * len(chats)), [], None, None, gr.Gallery([], visible=False)], None, shown, **QUIETLY
         )
-        look.click(self.look, [turns, settings[0]], maps, api_visibility="private")
+        look.click(self.look, turns, maps, api_visibility="private")
         if self.feedback is not None:
             for place, chat in enumerate(chats):
-                chat.like(self._thumb(place), [turns, settings[0]], None, api_visibility="private")
+                chat.like(self._thumb(place), turns, None, api_visibility="private")
 
     def _retrieval(self, gallery: Gallery) -> None:
         with gr.Row():
@@ -179,37 +175,43 @@ class Page:
             box = {"text": box["text"], "files": [file for file in box["files"] if file not in refused]}
             yield [*nothing, gr.skip(), box, gr.skip(), gr.skip()]
             return
-        yield from self._answer([*turns, Turn(text, tuple(pictures), tuple(files))], settings)
+        yield from self._answer([*turns, Turn(text, tuple(pictures), tuple(files))], settings, box=None)
 
     def again(self, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
         """The last question again."""
         if not turns:
             raise gr.Error("Nothing was asked yet.", print_exception=False)
-        yield from self._answer(turns, settings)
+        yield from self._answer(turns, settings, box=gr.skip())
 
     def edit(self, event: gr.EditData, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
         """A question in other words; what came after it is gone."""
         place = turn_of(turns, event.index)
         changed = dataclasses.replace(turns[place], text=str(event.value).strip())
-        yield from self._answer([*turns[:place], changed], settings)
+        if not changed.text and not changed.files:
+            gr.Warning("A question needs words or a picture; it stays as it was.", title="Refused")
+            yield self._shown(turns)
+            return
+        yield from self._answer([*turns[:place], changed], settings, box=gr.skip())
 
-    def _answer(self, turns: list[Turn], settings: tuple[Any, ...]) -> Iterator[list[Any]]:
-        system, tokens, temperature, top_p, penalty = settings
+    def _shown(self, turns: list[Turn]) -> list[Any]:
+        """Chats and turns; box, camera and maps as they are."""
+        return [*(rendered(turns, model) for model in range(len(self.engines))), turns, gr.skip(), gr.skip(), gr.skip()]
+
+    def _answer(self, turns: list[Turn], settings: tuple[Any, ...], *, box: Any) -> Iterator[list[Any]]:
+        """Answers as they grow. Box and camera become `box` once: what is put there meanwhile is the next question."""
+        system, tokens, *rest = settings
+        temperature, top_p, penalty = map(float, rest)  # a slider gives whole numbers as int
         sampling = Sampling(
             max_new_tokens=int(tokens), temperature=temperature, top_p=top_p, repetition_penalty=penalty
         )
         with in_words():
             for number, turn in enumerate(answered(self.engines, turns, system.strip(), sampling)):
                 now = [*turns[:-1], turn]
+                shown = self._shown(now)
                 if number == 0:
                     self._tell_of_cut(now)
-                yield [
-                    *(rendered(now, model) for model in range(len(self.engines))),
-                    now,
-                    None,
-                    None,
-                    gr.Gallery([], visible=False),
-                ]
+                    shown[-3:] = [box, box, gr.Gallery([], visible=False)]
+                yield shown
 
     def _tell_of_cut(self, turns: list[Turn]) -> None:
         """Say whose conversation has grown too long, when more of it is left out than before."""
@@ -236,26 +238,26 @@ class Page:
             raise UserError("the picture is gone; upload it again") from None
         return decode_picture(content, most_bytes=len(content), most_pixels=self.most_pixels)
 
-    def look(self, turns: list[Turn], system: str) -> Any:
+    def look(self, turns: list[Turn]) -> Any:
         """Heat maps of the last answer, for each model and picture."""
         if not turns or not any(turn.pictures for turn in turns):
             raise gr.Error("There is no answer about a picture yet.", print_exception=False)
         found = []
         with in_words():
             for model, engine in enumerate(self.engines):
-                fitted = asked_of(engine, turns, model, system.strip(), Sampling(max_new_tokens=1))
+                fitted = asked_of(engine, turns, model, turns[-1].system, Sampling(max_new_tokens=1))
                 maps = attention_maps(engine, engine.prompt(fitted.messages, fitted.pictures), turns[-1].answers[model])
                 for picture, weights in zip(fitted.pictures if maps else [], maps, strict=True):
                     found.append((overlay(picture, weights), self.names[model]))
         return gr.Gallery(found, visible=True)
 
     def _thumb(self, model: int) -> Any:
-        def thumb(event: gr.LikeData, turns: list[Turn], system: str) -> None:
+        def thumb(event: gr.LikeData, turns: list[Turn]) -> None:
             assert self.feedback is not None
             place = turn_of(turns, event.index)
             rated = turns[: place + 1]
             with in_words():
-                append_feedback(self.feedback, rated, model, self.names[model], system.strip(), bool(event.liked))
+                append_feedback(self.feedback, rated, model, self.names[model], bool(event.liked))
             gr.Info("Kept, with its pictures.")
 
         return thumb
@@ -273,7 +275,7 @@ def in_words() -> Iterator[None]:
     except gr.Error:
         raise
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise gr.Error(escape(str(error)), print_exception=False) from error
     except QueueFull:
         raise gr.Error("Too many questions are waiting; try again shortly.", print_exception=False) from None
     except Exception as error:
