@@ -30,6 +30,14 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
     if recipe.question is not None and not recipe.question.strip():
         raise UserError("--question: it is empty; ask something, or leave it out for a conversation")
+    if recipe.examples is not None and (recipe.question is not None or recipe.image is not None):
+        raise UserError("--examples: they bring their own questions and pictures; leave --question and --image out")
+    if recipe.output is not None and recipe.examples is None:
+        raise UserError(
+            "--output: it keeps the answers to --examples; elsewhere use > FILE, or /save in a conversation"
+        )
+    if recipe.question is None and recipe.examples is None and sys.stdin is None:
+        raise UserError("no question: standard input is closed; ask with --question")
     if recipe.image is not None:
         check_picture(recipe.image)
     examples = read_examples(Path(recipe.examples)) if recipe.examples is not None else []

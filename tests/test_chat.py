@@ -123,7 +123,8 @@ def test_slips_of_the_finger_do_not_end_the_talk(
     (tmp_path / "bad.png").write_bytes(b"no picture")
     gone = tmp_path / "gone.png"
     pipe(monkeypatch, f"/image {gone}", f"/image {tmp_path / 'bad.png'}", "What is <image>?", "Why?", "/quit", "No.")
-    main(arguments(talker))
+    with pytest.raises(UserError, match="3 of the lines could not be used"):
+        main(arguments(talker))
     said = capsys.readouterr()
     assert said.out == plain_answer(talker, [asked("Why?")], []) + "\n"
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
@@ -263,6 +264,7 @@ def test_slips_in_commands(engine: Engine, line: str, words: str) -> None:
         ("./README", ["./README"]),
         ("README", []),
         ("photo.png?", []),
+        ("Is there a photo.png", []),
         ("What's photo.png", []),
         ("word " * 2000, []),
         ("", []),

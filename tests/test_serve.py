@@ -243,6 +243,25 @@ def test_a_client_that_leaves_frees_its_place(engine: Engine, served: str) -> No
     pytest.fail("the answer of a client that left is still being computed")
 
 
+def test_a_client_that_hangs_up_frees_its_place(engine: Engine, served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it waits for the whole answer, whose tokens keep coming."""
+    step, steps = Batch.step, []
+
+    def slow(self: Batch, cursors: list[Any]) -> Any:
+        steps.append(len(cursors))
+        time.sleep(0.1)
+        return step(self, cursors)
+
+    monkeypatch.setattr(Batch, "step", slow)
+    monkeypatch.setattr(engine, "ends", set())
+    body = {"model": "tiny", "messages": asked("Tell."), "max_tokens": 200}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served}/v1/chat/completions", json=body, timeout=1)
+    while engine.load != (0, 0):
+        time.sleep(0.05)
+    assert 0 < sum(steps) < 150
+
+
 # --- safety -----------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` and return its exit code: 0, also for SIGTERM after a saved checkpoint; 1 where another rank
-    died, 2 for bad input, 28 for a full disk, 130 for Ctrl-C.
+    died, 2 for bad input, 28 for a full disk, 130 for Ctrl-C, 141 where nobody reads the output any more.
 
     Anything else is our bug and keeps its traceback. A stop is told to the caller's file STOPPED_FILE, where there is
     one, since the code does not tell it from an end.
@@ -43,6 +43,9 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         if "STOPPED_FILE" in os.environ:
             Path(os.environ["STOPPED_FILE"]).touch()
         return 0
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on from the last checkpoint", 128 + signal.SIGINT)
     except Exception as error:

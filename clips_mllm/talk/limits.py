@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from vision_tower.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -32,6 +34,13 @@ class Limits:
     rows: int = 8
     remote_images: bool = False
     fetch_seconds: float = 10.0
+
+    def check(self) -> None:
+        """Raise UserError for numbers that would let nothing through."""
+        for field in dataclasses.fields(self):
+            least = 0 if field.name in ("images", "remote_images") else 1
+            if getattr(self, field.name) < least:
+                raise UserError(f"limits.{field.name}={getattr(self, field.name)}: at least {least}")
 
 
 class BadRequest(Exception):

@@ -28,6 +28,9 @@ def main(argv: list[str]) -> None:
     """Serve until SIGTERM or Ctrl-C; running answers are then completed."""
     recipe = parse_recipe(ServeRecipe, argv, command="serve", positional=("model",))
     check_model_exists(recipe.model, "model")
+    recipe.limits.check()
+    if recipe.patience < 0:
+        raise UserError(f"patience={recipe.patience}: at least 0 seconds")
     token = read_token(recipe.token_file)
     require_packages()
     limits = recipe.limits

@@ -20,6 +20,7 @@ from clips_mllm.talk.pictures import read_picture
 from clips_mllm.talk.sampling import Sampling
 from vision_tower.errors import UserError
 from vision_tower.files import read_text, write_text
+from vision_tower.image_folder import ENDINGS
 
 HELP = """\
 Type a question. Drop a picture on the window, type its path alone, or name it with /image.
@@ -60,7 +61,9 @@ class Terminal:
     def answer(self, question: str) -> str:
         """Print the answer as it comes, and return it. Ctrl-C ends it; what was said stays in the conversation."""
         said: list[str] = []
-        with ctrl_c(self.conversation.stop) if sys.stdin.isatty() else contextlib.nullcontext():
+        if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise UserError("the question is not UTF-8 text; check the terminal's encoding, or that of the pipe")
+        with ctrl_c(self.conversation.stop) if interactive() else contextlib.nullcontext():
             for piece in self.conversation.ask(question, self.sampling):
                 said.append(piece)
                 print(piece, end="", flush=True)
@@ -70,8 +73,13 @@ class Terminal:
         return "".join(said)
 
     def talk(self) -> None:
-        """Until /quit or the end of the input."""
-        terminal = sys.stdin.isatty()
+        """Until /quit or the end of the input.
+
+        Raises:
+            UserError: at the end of a pipe, where some of its lines were refused.
+        """
+        refused = 0
+        terminal = interactive()
         if terminal:
             import readline  # noqa: F401  # editing and history of input()
 
@@ -80,18 +88,21 @@ class Terminal:
             try:
                 line = input("you> " if terminal else "").strip()
             except EOFError:
-                return
+                break
             except KeyboardInterrupt:
                 if not terminal:
                     raise
                 print("\n/quit ends the program", file=sys.stderr, flush=True)
                 continue
             if line == "/quit":
-                return
+                break
             try:
                 self.obey(line)
             except UserError as error:  # a slip of the finger does not end the talk
+                refused += 1
                 print(f"error: {error}", file=sys.stderr, flush=True)
+        if refused and not terminal:
+            raise UserError(f"{refused} of the lines could not be used, see above; mend them and ask again")
 
     def obey(self, line: str) -> None:
         """One line: dropped pictures, a command, or a question."""
@@ -120,9 +131,9 @@ class Terminal:
                 self.reset()
                 notice("the conversation starts over")
             case "/save":
-                self.save(Path(words(rest, command, "chat.json")[0]).expanduser())
+                self.save(one_file(rest, command))
             case "/load":
-                self.load(Path(words(rest, command, "chat.json")[0]).expanduser())
+                self.load(one_file(rest, command))
             case "/params":
                 self.sampling = changed(self.sampling, rest)
                 notice(", ".join(f"{key}={value}" for key, value in dataclasses.asdict(self.sampling).items()))
@@ -177,8 +188,27 @@ def words(text: str, command: str, example: str) -> list[str]:
     return found
 
 
+def one_file(text: str, command: str) -> Path:
+    """The one path of a command. Raises UserError where there are more."""
+    found = words(text, command, "chat.json")
+    if len(found) > 1:
+        raise UserError(
+            f"{command}: one file, not {len(found)}; quote a path with blanks, as in {command} 'my chat.json'"
+        )
+    return Path(found[0]).expanduser()
+
+
+def interactive() -> bool:
+    """Whether a person types here."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def dropped_files(line: str) -> list[str]:
-    """The files of a line that is nothing but paths or file:// addresses, as terminals type dropped files."""
+    """The files of a line that is nothing but paths or file:// addresses, as terminals type dropped files.
+
+    Raises:
+        UserError: paths of pictures that are not there.
+    """
     try:
         found = shlex.split(line)
     except ValueError:
@@ -189,6 +219,9 @@ def dropped_files(line: str) -> list[str]:
     # A question may be a single word, and there may be a file of that name; pictures have endings.
     path_like = line.startswith((".", "/", "'", '"', "~", "file://"))
     named = all(path_like or Path(path).suffix for path in paths)
+    gone = [path for path in paths if not os.path.isfile(os.path.expanduser(path))]
+    if gone and all(Path(path).suffix.lower() in ENDINGS for path in paths):
+        raise UserError(f"{gone[0]}: no such picture; check the path")
     return paths if named and all(os.path.isfile(os.path.expanduser(path)) for path in paths) else []
 
 

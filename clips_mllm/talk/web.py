@@ -26,14 +26,15 @@ def main(argv: list[str]) -> None:
     """Serve the page until Ctrl-C."""
     recipe = parse_recipe(WebRecipe, argv, command="web", positional=("model",))
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGHUP, end)  # a terminal that is closed
     with contextlib.ExitStack() as stack:
         launch(recipe, stack).block_thread()
 
 
 def end(*_: object) -> None:
     """End, but not without leaving the stack, which deletes uploads; a second signal does not disturb that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(0)
 
 
@@ -108,7 +109,21 @@ def check(recipe: WebRecipe) -> None:
             raise UserError(f"{folder}: no such folder ({key}); check the path")
     if recipe.captions is not None and not Path(recipe.captions).is_file():
         raise UserError(f"{recipe.captions}: no such file (captions); check the path")
+    for key in ("most_megabytes", "most_pixels", "most_pictures"):
+        if getattr(recipe, key) < 1:
+            raise UserError(f"{key}={getattr(recipe, key)}: at least 1")
+    if recipe.feedback is not None:
+        check_writable(Path(recipe.feedback))
     bound_socket(recipe.host, recipe.port).close()
+
+
+def check_writable(file: Path) -> None:
+    """Raise UserError where a file cannot be appended to, or made."""
+    there = file
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if file.is_dir() or (there != file and not there.is_dir()) or not os.access(there, os.W_OK):
+        raise UserError(f"{file}: cannot be written (feedback); name a JSONL file in a folder of yours")
 
 
 def short_names(models: list[str]) -> list[str]:
