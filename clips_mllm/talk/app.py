@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
@@ -44,21 +44,23 @@ def make_app(engine: Engine, name: str, limits: Limits, token: str | None = None
         name: what the model is called; never a path.
         token: clients must send it as `Authorization: Bearer TOKEN`.
     """
-    app = FastAPI(title="clips-mllm", docs_url=None, redoc_url=None, openapi_url=None)
     about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "clips-mllm"}
-    _add_errors(app)
+
+    # Not a middleware: behind Starlette's nobody hears that a client has hung up.
+    async def authorize(request: Request) -> None:
+        if token is not None and request.url.path != "/health":
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                raise BadRequest("wrong or missing token", status=401, code="invalid_api_key")
 
     def check_name(asked: str) -> None:
         if asked != name:
             raise BadRequest(f"model: this server has '{name}' only", status=404, code="model_not_found")
 
-    @app.middleware("http")
-    async def authorize(request: Request, call_next: Any) -> Response:
-        if token is not None and request.url.path != "/health":
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return _error(BadRequest("wrong or missing token", status=401, code="invalid_api_key"))
-        return await call_next(request)
+    app = FastAPI(
+        title="clips-mllm", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(authorize)]
+    )
+    _add_errors(app)
 
     @app.get("/health")
     def health() -> dict[str, Any]:
