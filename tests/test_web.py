@@ -242,10 +242,14 @@ def settled(page: Any, count: int, chat: int = 0) -> list[str]:
 
 
 def limit_answers(page: Any, tokens: int) -> None:
+    set_number(page, "#tokens", tokens)
+
+
+def set_number(page: Any, slider: str, value: int) -> None:
     settings = page.get_by_role("button", name="Settings")
     settings.click()
-    page.locator("#tokens input[type=number]").fill(str(tokens))
-    page.locator("#tokens input[type=number]").press("Tab")
+    page.locator(f"{slider} input[type=number]").fill(str(value))
+    page.locator(f"{slider} input[type=number]").press("Tab")
     settings.click()
 
 
@@ -365,6 +369,19 @@ def test_a_cut_conversation_is_told(page: Any, engines: list[Engine], monkeypatc
     assert number > 0 and notice.count() == len(engines) == 2, "one for each model"
     assert page.get_by_text("beside: the conversation is longer than the model's context").count() == 1
     assert len(answers(page)) == number + 1, "what was left out is still there to be read"
+
+
+def test_what_is_typed_during_an_answer_is_the_next_question(page: Any) -> None:
+    """Sampled at a temperature that the slider gives as a whole number."""
+    limit_answers(page, 60)
+    set_number(page, "#temperature", 1)
+    ask(page, "What is ![a](http://127.0.0.1:9/a.png)?")
+    wait_until(lambda: answers(page) and answers(page)[0], page)
+    page.locator("#box textarea").fill("And next?")
+    settled(page, 1)
+    assert page.locator("#box textarea").input_value() == "And next?"
+    shown = page.locator("#chat0 .user").first.inner_text()
+    assert "![a](http://127.0.0.1:9/a.png)" in shown, "no Markdown: nothing is fetched"
 
 
 def test_edit_a_question(page: Any) -> None:

@@ -72,7 +72,7 @@ class Page:
                     editable="user" if place == 0 else None,
                     group_consecutive_messages=False,  # in one with a picture Gradio's pencil does nothing
                     allow_tags=False,
-                    render_markdown=False,  # it would fetch pictures from elsewhere, and swallow what looks like HTML
+                    render_markdown=False,  # it would fetch pictures from elsewhere
                 )
                 for place, name in enumerate(self.names)
             ]
@@ -107,7 +107,7 @@ class Page:
             settings = [
                 gr.Textbox("", label="System", elem_id="system"),  # by default nothing at all, until it is opened
                 gr.Slider(1, 1024, value=256, step=1, label="Longest answer (tokens)", elem_id="tokens"),
-                gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)"),
+                gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: greedy)", elem_id="temperature"),
                 gr.Slider(0.05, 1, value=1, step=0.05, label="Top p"),
                 gr.Slider(1, 2, value=1, step=0.05, label="Repetition penalty"),
             ]
