@@ -6,15 +6,16 @@ away, and with a large vocabulary it is a good part of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from clips_mllm.adapters import read_into
@@ -29,6 +30,7 @@ from clips_mllm.tiles import AnyModel, AnyProcessor
 from vision_tower.bad_step import refuse
 from vision_tower.errors import UserError
 from vision_tower.resume import ResumableTrainer
+from vision_tower.sigterm import outlive_one_sigterm
 
 
 @contextmanager
@@ -66,6 +68,11 @@ def supervised_loss(
         logits = model(**batch, use_cache=False).logits[0]
     targets = labels[labels != IGNORED]
     return F.cross_entropy(logits.float(), targets, reduction="sum"), chosen.sum()
+
+
+def _start_worker(seed: Callable[[int], None], worker: int) -> None:
+    outlive_one_sigterm(worker)
+    seed(worker)
 
 
 class MllmTrainer(ResumableTrainer):
@@ -155,6 +162,13 @@ class MllmTrainer(ResumableTrainer):
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         lengths = self.train_dataset.lengths()  # type: ignore[union-attr]
         return LengthGroupedSampler(lengths, together, self.args.seed, text_first=self.text_first)
+
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        """transformers', whose loader processes also outlive a scheduler's signal to the whole job."""
+        loader = super().get_train_dataloader()
+        own = getattr(loader, "base_dataloader", loader)  # accelerate's stands around it
+        own.worker_init_fn = partial(_start_worker, own.worker_init_fn)
+        return loader
 
     # --- measuring
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -60,16 +61,24 @@ def test_kill_at_a_random_step(mllm_dir: Path, sample_world: Path, tmp_path: Pat
     assert checkpoints == ["checkpoint-22", "checkpoint-24"] and not list(killed.glob(".*"))
 
 
-def test_ctrl_c_and_sigterm(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
-    """Ctrl-C loses what follows the last checkpoint; SIGTERM saves whatever the recipe says, and ends with code 0."""
+def test_ctrl_c(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """It loses what follows the last checkpoint; saving less often afterwards is allowed."""
     values = GIVEN | {"model.checkpoint": mllm_dir} | MODES["full"]
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    given = words(folder, sample_world, **values)
-    code, said = stop_after(folder, 2, given, lambda p: p.send_signal(signal.SIGINT))
+    code, said = stop_after(folder, 2, words(folder, sample_world, **values), lambda p: p.send_signal(signal.SIGINT))
     assert code == 130 and "Traceback" not in said, said
     assert errors(said) == [said.splitlines()[-1]] and "run the same command again" in said.splitlines()[-1]
-    rarely = words(folder, sample_world, **values | {"training.save_every": 4})  # saving less often is allowed
-    code, said = stop_after(folder, 12, rarely, lambda p: p.send_signal(signal.SIGTERM))
+    main(words(folder, sample_world, **values | {"training.save_every": 4}))
+    main(words(whole, sample_world, **values))
+    assert losses(folder) == losses(whole)
+
+
+def test_sigterm_to_every_process(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """As a scheduler signals a job, loader processes too: it saves whatever the recipe says, and ends with code 0."""
+    values = GIVEN | {"model.checkpoint": mllm_dir, "training.workers": 1} | MODES["full"]
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    given = words(folder, sample_world, **values)
+    code, said = stop_after(folder, 12, given, lambda p: os.killpg(p.pid, signal.SIGTERM))
     assert code == 0, said
     reached = max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
     line = said.strip().splitlines()[-1]

@@ -135,6 +135,7 @@ def stop_after(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         preexec_fn=heed_ctrl_c,
     )
     until((folder / f"checkpoint-{checkpoint}" / "trainer_state.json").exists, process)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -184,18 +183,6 @@ class PairStream(IterableDataset[CaptionSample]):
         with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator
             torch.default_generator.manual_seed(rng.getrandbits(63))
             return transform(picture), web, full
-
-
-def outlive_one_sigterm(_: int) -> None:
-    """For loader processes. A scheduler signals a whole job; the main process still needs them to reach a checkpoint.
-
-    The second signal, which the loader sends to a process that does not end by itself, ends it.
-    """
-
-    def forgive(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, forgive)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from vision_tower.average import WeightAverage
 from vision_tower.bad_step import refuse
-from vision_tower.data import outlive_one_sigterm
 from vision_tower.flops import known_peak, training_flops
 from vision_tower.images import normalize
 from vision_tower.pretrain_recipe import EncoderTraining
+from vision_tower.sigterm import outlive_one_sigterm
 from vision_tower.step_loss import StepLoss
 from vision_tower.stream_trainer import StreamTrainer
 from vision_tower.throughput import Throughput

@@ -64,6 +64,18 @@ class StopOnSigterm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._before)
 
 
+def outlive_one_sigterm(_: int) -> None:
+    """For loader processes. A scheduler signals a whole job; the main process still needs them to reach a checkpoint.
+
+    The second signal, which the loader sends to a process that does not end by itself, ends it.
+    """
+
+    def forgive(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, forgive)
+
+
 def end_if_stopped(trainer: ResumableTrainer) -> None:
     """Raise Stopped where a signal ended the training loop before its time, UserError where it could not be saved."""
     step, folder = trainer.stop.stopped_at, trainer.args.output_dir
