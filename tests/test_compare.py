@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -77,13 +78,15 @@ def test_sigterm_ends_the_step_under_way(files: list[str], tmp_path: Path) -> No
         "    def stop(*_): raise Stopped('saved')\n"
         "    signal.signal(signal.SIGTERM, stop)\n"
         f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
-        "    if len(argv) == 1: os.kill(os.getppid(), signal.SIGTERM)\n"
+        f"    if len(argv) == 1: os.kill({os.getpid()}, signal.SIGTERM)\n"
         "    else: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    signal.pause()\n"
         "sys.exit(run_command(main))\n"
     )
+    # Under a launcher that dies of the signal, as DeepSpeed's does.
+    launcher = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"]
     with pytest.raises(Stopped, match="SIGTERM: compare stopped"), sigterm_stops("compare"):
-        compare._run([sys.executable, str(stand_in), "the command is told"], tmp_path / "log.txt")
+        compare._run([*launcher, str(stand_in), "the command is told"], tmp_path / "log.txt")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
     assert (tmp_path / "log.txt").read_text() == "saved\n"
     # Where the step alone is told, it ends with code 0 and is not done either.

@@ -28,14 +28,20 @@ def sigterm_stops(command: str) -> Iterator[None]:
 
 
 def end(pids: Iterable[int]) -> None:
-    """SIGTERM to these processes, and SIGKILL to what is still there after GRACE seconds."""
+    """SIGTERM to these processes and all that they have started, and SIGKILL to what is there after GRACE seconds.
+
+    DeepSpeed's launcher dies of SIGTERM, and leaves its ranks running.
+    """
     import psutil
 
-    asked = []
+    asked: list[psutil.Process] = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
-            asked.append(psutil.Process(pid))
-            asked[-1].terminate()
+            process = psutil.Process(pid)
+            asked += [process, *process.children(recursive=True)]
+    for process in asked:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     for process in psutil.wait_procs(asked, timeout=GRACE)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
