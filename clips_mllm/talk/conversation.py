@@ -83,6 +83,7 @@ class Conversation:
         self.waiting: list[Picture] = []
         self.forgotten = 0
         self._answer: Answer | None = None
+        self._stop_asked = False
 
     @property
     def messages(self) -> list[Message]:
@@ -97,12 +98,15 @@ class Conversation:
         """
         from clips_mllm.talk.engine import Answer
 
+        self._answer, self._stop_asked = None, False
         shown = self.waiting
         asked = [*self.turns, question(text, len(shown))]
         fitted = fit(self.engine, self._prefixed(asked), [*self.pictures, *shown], sampling)
         self._tell_of_cut(fitted.dropped)
         prompt = self.engine.prompt(fitted.messages, fitted.pictures)
         answer = self._answer = Answer(self.engine, prompt, sampling)
+        if self._stop_asked:  # before there was an answer to stop
+            answer.stop()
         pieces: list[str] = []
         try:
             for piece in answer:
@@ -117,6 +121,7 @@ class Conversation:
 
     def stop(self) -> None:
         """End the answer that is being given. May be called by a signal's handler or another thread."""
+        self._stop_asked = True
         if self._answer is not None:
             self._answer.stop()
 
