@@ -105,7 +105,7 @@ def test_recipes(recipe: str, names: list[str], run: Run, tmp_path: Path) -> Non
         (["web", "owner/name", "--most_megabytes", "0"], ["most_megabytes=0: at least 1"]),
         (["chat", "owner/name", "--output", "a.json"], ["--output: it keeps the answers to --examples"]),
         (["chat", "owner/name", "--examples", "a.json", "--question", "?"], ["--examples: they bring their own"]),
-        (["serve", "owner/name", "--limits.rows", "0"], ["limits.rows=0: at least 1"]),
+        (["serve", "owner/name", "--limits.rows", "0"], ["limits.rows=0: must be above 0"]),
         (["serve", "owner/name", "--patience", "-1"], ["patience=-1.0: at least 0"]),
         (["serve", "/no/model"], ["/no/model"]),
         (["serve", "owner/name", "--port", "70000"], ["127.0.0.1:70000: cannot listen there"]),

@@ -37,10 +37,9 @@ class Limits:
 
     def check(self) -> None:
         """Raise UserError for numbers that would let nothing through."""
-        for field in dataclasses.fields(self):
-            least = 0 if field.name in ("images", "remote_images") else 1
-            if getattr(self, field.name) < least:
-                raise UserError(f"limits.{field.name}={getattr(self, field.name)}: at least {least}")
+        for name, value in dataclasses.asdict(self).items():
+            if value < 0 or (value == 0 and name not in ("images", "remote_images")):
+                raise UserError(f"limits.{name}={value}: must be above 0")
 
 
 class BadRequest(Exception):
