@@ -161,9 +161,8 @@ class Page:
         """A new question."""
         files = [*box["files"], *([camera] if camera else [])]
         text = (box["text"] or "").strip()
-        nothing = [gr.skip()] * len(self.engines)
         if not text and not files:
-            yield [*nothing, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+            yield self._shown(turns)
             return
         if len(files) > self.most_pictures:
             message = f"A question may have {self.most_pictures} pictures, these are {len(files)}; show fewer at a time"
@@ -173,7 +172,9 @@ class Page:
             for file, reason in refused.items():
                 gr.Warning(f"{escape(Path(file).name)}: {reason}", title="Refused")
             box = {"text": box["text"], "files": [file for file in box["files"] if file not in refused]}
-            yield [*nothing, gr.skip(), box, gr.skip(), gr.skip()]
+            shown = self._shown(turns)
+            shown[-3] = box
+            yield shown
             return
         yield from self._answer([*turns, Turn(text, tuple(pictures), tuple(files))], settings, box=None)
 
