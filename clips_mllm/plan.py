@@ -68,6 +68,7 @@ def setup_of(
         bucket=shape.llm.width**2 if bucket == "auto" else float(bucket),  # as transformers fills "auto" in
         mixed=training.precision == "bf16",
         checkpointing=training.gradient_checkpointing,
+        # As `kernels.choose_attention` decides, which needs torch.
         eager=attention == "eager" or (attention == "auto" and kind == "cpu" and training.precision == "bf16"),
         devices=devices,
         batch=training.device_batch_size,
