@@ -31,7 +31,7 @@ smoke: $(STAMP) ## the same road with a random two-layer LLaMA and a few dozen s
 	scripts/road.sh smoke
 
 test: $(STAMP) ## run the tests, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

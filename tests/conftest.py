@@ -21,6 +21,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-cache-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
+# Files that start many processes. They begin first, so that none is left to run alone at the end.
+LONG = (
+    "test_train_ranks.py",
+    "test_train_resume.py",
+    "test_web.py",
+    "test_pretrain_engine.py",
+    "test_resume.py",
+    "test_evaluate.py",
+    "test_measuring.py",
+    "test_ablate.py",
+    "test_chat.py",
+    "test_serve.py",
+)
+
 SMALL_WORLD = {
     "llm": "tiny",
     "pretrain_scenes": 180,
@@ -40,6 +54,11 @@ SMALL_WORLD = {
     "mmbench_scenes": 8,
     "easy_vqa_questions": 20,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, the others in their order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
