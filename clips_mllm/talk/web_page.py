@@ -132,7 +132,14 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=280):
                 caption = gr.Textbox(label="A caption finds pictures", elem_id="caption", submit_btn=True)
-                found = gr.Gallery(label="Nearest pictures", elem_id="found", columns=4, height=360, buttons=BUTTONS)
+                found = gr.Gallery(
+                    label="Nearest pictures",
+                    elem_id="found",
+                    columns=4,
+                    height=360,
+                    object_fit="contain",
+                    buttons=BUTTONS,
+                )
             with gr.Column(min_width=280):
                 picture = gr.Image(label="A picture finds captions", type="filepath", elem_id="query", height=260)
                 captions = gr.Dataframe(
