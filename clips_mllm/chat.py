@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from clips_mllm.talk.recipes import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
-from clips_mllm.talk.start import start_engine
+from clips_mllm.talk.start import check_model, start_engine
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import check_model_exists, read_text, write_text
+from vision_tower.files import read_text, write_text
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Answer one question, or start a conversation."""
     recipe = parse_recipe(ChatRecipe, argv, command="chat", positional=("model",))
-    check_model_exists(recipe.model, "model")
+    check_model(recipe.model, recipe)
     sampling = Sampling(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
     if recipe.question is not None and not recipe.question.strip():
         raise UserError("--question: it is empty; ask something, or leave it out for a conversation")
-    if recipe.examples is not None and (recipe.question is not None or recipe.image is not None):
+    if recipe.examples is not None and (recipe.question is not None or recipe.image):
         raise UserError("--examples: they bring their own questions and pictures; leave --question and --image out")
     if recipe.output is not None and recipe.examples is None:
         raise UserError(
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
         )
     if recipe.question is None and recipe.examples is None and sys.stdin is None:
         raise UserError("no question: standard input is closed; ask with --question")
-    if recipe.image is not None:
-        check_picture(recipe.image)
+    for file in recipe.image:
+        check_picture(file)
     examples = read_examples(Path(recipe.examples)) if recipe.examples is not None else []
     with start_engine(recipe.model, recipe) as engine:
         from clips_mllm.talk.terminal import Terminal
@@ -48,8 +48,7 @@ def main(argv: list[str]) -> None:
         if examples:
             answer_examples(terminal, examples, recipe.output)
             return
-        if recipe.image is not None:
-            terminal.show([recipe.image])
+        terminal.show(recipe.image)
         if recipe.question is not None:
             terminal.answer(recipe.question)
         else:

@@ -43,11 +43,15 @@ def find_kind(folder: Path) -> Kind:
     """The kind of a folder. Raises UserError where it is none that this project knows, or a file in it is damaged."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path")
-    for ask in ASKED:
-        if (found := ask(folder)) is not None:
-            return found
+    if (found := known_kind(folder)) is not None:
+        return found
     inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     raise UserError(f"{folder}: no folder of a kind that is known here (inside: {inside}); see docs/planning.md")
+
+
+def known_kind(folder: Path) -> Kind | None:
+    """The kind of a folder; None where it is none that this project knows."""
+    return next((found for ask in ASKED if (found := ask(folder)) is not None), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -227,4 +231,4 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except ValueError as error:
-        raise UserError(f"{file}: not a readable safetensors file; fetch or save it again") from error
+        raise UserError(f"{file}: cannot be read as safetensors; fetch or save it again") from error

@@ -1,18 +1,21 @@
-"""Several runs of `train` by one launch, since ranks spend most of a small test on importing: several_runs.py FILE.
+"""Several runs by one launch, since ranks spend most of a small test on importing: several_runs.py FILE.
 
-FILE is a JSON list of {"arguments": [...]} or {"remove": FOLDER}, done one after the other by all ranks.
+FILE is a JSON list of {"command": "train" or "pretrain", "arguments": [...]} or {"remove": FOLDER}, done one after the
+other by all ranks.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import shutil
 import sys
 from pathlib import Path
 
-from clips_mllm.train import main
 from vision_tower.errors import run_command
+
+MODULES = {"train": "clips_mllm.train", "pretrain": "vision_tower.pretrain"}
 
 
 def several(argv: list[str]) -> None:
@@ -25,7 +28,7 @@ def several(argv: list[str]) -> None:
             shutil.rmtree(entry["remove"], ignore_errors=True)
             dist.barrier()
             continue
-        main(entry["arguments"])
+        importlib.import_module(MODULES[entry["command"]]).main(entry["arguments"])
         AcceleratorState._reset_state()
         GradientState._reset_state()
         gc.collect()  # transformers asks a weak reference whether ZeRO-3 is on

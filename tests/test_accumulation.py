@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_runs import launch_several, torchrun_launcher
 
 from vision_tower.modeling import ClipsConfig, ClipsModel
 from vision_tower.objectives import OBJECTIVES
@@ -54,13 +52,6 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.startswith("loss") or k in ("temperature", "grad_norm")} for row in rows]
 
 
-def launched(arguments: list[str], ranks: int) -> None:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    words += ["-m", "vision_tower.pretrain", *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def assert_same_run(found: Path, expected: Path) -> None:
     for row, wanted in zip(losses(found), losses(expected), strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)
@@ -83,10 +74,19 @@ def test_accumulation_is_the_run_with_the_batch_in_one_piece(
 
 
 def test_accumulation_on_two_ranks(sample_world: Path, tmp_path: Path) -> None:
-    """Each rank reads its own shards, so the reference is two ranks with their batch in one piece."""
-    for size in (8, 2):
-        launched(arguments(sample_world, tmp_path / str(size), **{"training.device_batch_size": size}), ranks=2)
+    """Each rank reads its own shards, so the reference is two ranks with their batch in one piece.
+
+    The logged terms are those of the global batch, so the logged loss is their sum.
+    """
+    runs = [
+        arguments(sample_world, tmp_path / str(size), **{"training.device_batch_size": size, "training.workers": 1})
+        for size in (8, 2)
+    ]
+    launch_several(torchrun_launcher(), tmp_path / "runs.json", *runs, command="pretrain")
     assert_same_run(tmp_path / "2", tmp_path / "8")
+    for row in losses(tmp_path / "8"):
+        assert row["loss"] == pytest.approx((row["loss_web"] + row["loss_sub"]) / 2 + 2 * row["loss_caption"], abs=1e-3)
+    assert (tmp_path / "8" / "tower" / "model.safetensors").is_file()
 
 
 # --- the step itself

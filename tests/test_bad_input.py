@@ -96,7 +96,9 @@ def test_recipes(recipe: str, names: list[str], run: Run, tmp_path: Path) -> Non
         (["chat", "/no/model", "--question", "?"], ["/no/model"]),
         (["chat", "owner/name", "--question", " "], ["--question: it is empty"]),
         (["chat", "owner/name", "--temperature", "-1"], ["temperature=-1.0: from 0"]),
+        (["chat", "owner/name", "--context", "0"], ["context=0: at least 1 token"]),
         (["web", "/no/model"], ["/no/model"]),
+        (["web", "owner/name", "--examples", "/no/examples"], ["/no/examples: no such file"]),
         (["web", "owner/name", "--beside", "runs/none/here"], ["runs/none/here: no such folder (beside)"]),
         (["web", "owner/name", "--encoder", "."], ["encoder and pictures belong together"]),
         (["web", "owner/name", "--encoder", "/no/encoder", "--pictures", "."], ["/no/encoder: no such folder"]),
@@ -248,18 +250,18 @@ def test_models(run: Run, sample_world: Path, mllm_dir: Path, encoder_dir: Path,
     shutil.copytree(mllm_dir, unread)
     shutil.copy(sample_world / "llm" / "tokenizer.json", unread / "tokenizer.json")
     shutil.copy(sample_world / "llm" / "tokenizer_config.json", unread / "tokenizer_config.json")
-    for folder, message in (
-        (missing, "1 missing keys (first: "),
-        (broken, "cannot be read"),
-        (unread, "no <image> piece"),
-        (sample_world / "llm", "a 'llama' checkpoint"),
-        (tmp_path / "gone", "no such folder"),
-        (sample_world, "no finished checkpoint here"),
+    for folder, train, chat in (
+        (missing, "1 missing keys (first: ", "1 missing keys (first: "),
+        (broken, "cannot be read", "cannot be read"),
+        (unread, "no <image> piece", "no <image> piece"),
+        (sample_world / "llm", "a 'llama' checkpoint", "causal LM (llama)"),
+        (tmp_path / "gone", "no such folder", "no such folder"),
+        (sample_world, "no finished checkpoint here", "sample world (`data sample`)"),
     ):
-        for argv in (["chat", str(folder), "--question", "?"], arguments(out, sample_world, folder)):
-            line = run(argv, alone=False)
-            assert line.startswith(f"{folder}: "), line
-            assert message in line, line
+        line = run(arguments(out, sample_world, folder), alone=False)
+        assert line.startswith(f"{folder}: ") and train in line, line
+        line = run(["chat", str(folder), "--question", "?"], alone=False)
+        assert line.startswith(str(folder)) and chat in line, line
     assert not out.exists()
 
 

@@ -26,7 +26,9 @@ from clips_mllm.quantize import Quantize
 from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.pictures import read_picture
+from clips_mllm.talk.recipes import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
+from clips_mllm.talk.start import check_model
 from clips_mllm.talk.terminal import Terminal, dropped_files
 from vision_tower.errors import UserError
 
@@ -81,6 +83,8 @@ def test_one_question(talker: Path, pictures: list[Path], capsys: pytest.Capture
     main(arguments(talker, "--image", str(pictures[0]), "--question", "What is it?"))
     seen = capsys.readouterr().out
     assert seen == plain_answer(talker, [asked("What is it?", 1)], pictures[:1]) + "\n"
+    main(arguments(talker, *(word for file in pictures for word in ("--image", str(file))), "--question", "Which?"))
+    assert capsys.readouterr().out == plain_answer(talker, [asked("Which?", 2)], pictures) + "\n"
     main(arguments(talker, "--question", "What is it?"))
     blind = capsys.readouterr().out
     assert blind == plain_answer(talker, [asked("What is it?")], []) + "\n"
@@ -234,6 +238,25 @@ def test_every_command(
     )
     assert 0 < len(more) < len(well)
     assert "error:" not in said.err and "taken back: Which?" in said.err
+
+
+def test_undo_takes_back_waiting_pictures_first(
+    engine: Engine, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(engine, GREEDY)
+    for line in (f"'{pictures[0]}'", "What?", "/undo", "/undo"):
+        terminal.obey(line)
+    assert terminal.conversation.waiting == terminal.conversation.turns == []
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said == ["taken back: What? (1 picture(s) wait for the next question)", "taken back: 1 picture(s)"]
+    with pytest.raises(UserError, match="nothing was said"):
+        terminal.obey("/undo")
+
+
+@pytest.mark.parametrize("kind", ["encoder_dir", "sample_world"])
+def test_what_cannot_talk_is_seen_before_anything_is_loaded(kind: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(UserError, match="not a LLaVA model, point model to a `train` run"):
+        check_model(str(request.getfixturevalue(kind)), ChatRecipe(model=""))
 
 
 @pytest.mark.parametrize(

@@ -135,5 +135,5 @@ def test_what_is_refused(mllm_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(mllm_dir, broken)
     (broken / "model.safetensors").write_bytes(b"x" * 20)
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
         main([str(broken)])

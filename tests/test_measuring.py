@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_llava import pope_rows, write_parquet
-from train_runs import deepspeed_launcher, launch, losses, weights, words
+from train_runs import deepspeed_launcher, launch_several, losses, weights, words
 
 from clips_mllm.checkpoint import Mllm, load_mllm
 from clips_mllm.train import main
@@ -102,13 +102,12 @@ def test_lmms_eval_on_two_ranks(mllm_dir: Path, sample_world: Path, tmp_path: Pa
         "training.max_steps": 2,
     }
     main(words(tmp_path / "one", sample_world, **values))
-    plan = []
+    runs = []
     for zero in ("zero2", "zero3"):
         config = ROOT / "configs" / "deepspeed" / f"{zero}.json"
         own = {"training.deepspeed": config, "training.device_batch_size": 4}
-        plan.append({"arguments": words(tmp_path / zero, sample_world, **values, **own)})
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    launch(deepspeed_launcher(), "several_runs", [str(tmp_path / "plan.json")])
+        runs.append(words(tmp_path / zero, sample_world, **values, **own))
+    launch_several(deepspeed_launcher(), tmp_path / "runs.json", *runs)
     for zero in ("zero2", "zero3"):
         for two, one in zip(measured(tmp_path / zero), measured(tmp_path / "one"), strict=True):
             assert two["pope_random_accuracy"] == one["pope_random_accuracy"]

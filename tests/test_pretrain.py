@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +121,6 @@ def test_bad_input_is_one_line_and_leaves_no_model(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line and "Traceback" not in line
     assert not (folder / "model.safetensors").exists() and not (folder / "tower").exists()
-
-
-def test_two_ranks_through_the_launcher(sample_world: Path, tmp_path: Path) -> None:
-    """The logged terms are those of the global batch, so the logged loss is their sum."""
-    folder = tmp_path / "run"
-    values = {"training.device_batch_size": 8, "training.max_steps": 3}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += ["-m", "vision_tower.pretrain", *arguments(sample_world, folder, **values)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    for row in metrics(folder):
-        assert row["loss"] == pytest.approx((row["loss_web"] + row["loss_sub"]) / 2 + 2 * row["loss_caption"], abs=1e-3)
-    assert len(metrics(folder)) == 3 and (folder / "tower" / "model.safetensors").is_file()
 
 
 def test_augmentation_keeps_left_and_right() -> None:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from shard_files import pair, png, write_tar
 from test_pretrain import arguments, losses, metrics
+from train_runs import deepspeed_launcher, launch_several
 
 from vision_tower.errors import UserError, run_command
 from vision_tower.pretrain import main
@@ -56,28 +52,6 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world
 
 
-def launch(words: list[str]) -> None:
-    """Two ranks by DeepSpeed's launcher; a hang is killed and fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    process = subprocess.Popen(
-        [*launcher, "--module", "vision_tower.pretrain", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"two ranks hang:\n{process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, said[-3000:]
-
-
 def distance(first: Path, second: Path) -> float:
     """Mean absolute difference of all weights of two files with the same names."""
     one, other = load_file(first), load_file(second)
@@ -85,9 +59,8 @@ def distance(first: Path, second: Path) -> float:
     return float(torch.cat([(one[name].float() - other[name].float()).abs().flatten() for name in one]).mean())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path, stage: int) -> None:
-    """Loss, gradient norm, scores, and weights and their average after three steps."""
+def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path) -> None:
+    """Loss, gradient norm, scores, and weights and their average after three steps, with ZeRO-1, 2 and 3."""
     values = FULL_BATCH | {
         "training.max_steps": 3,
         "training.weight_decay": 0.2,
@@ -95,23 +68,21 @@ def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path, stage:
         "evaluation.every": 2,
         "evaluation.retrieval": tiny_world / "val.json",
     }
-    main(arguments(tiny_world, tmp_path / "one", **values))
-    zero = {
-        "training.device_batch_size": 8,
-        "training.deepspeed": ROOT / "configs" / "deepspeed" / f"zero{stage}.json",
-        "training.save_every": 2,
-    }
-    two = tmp_path / "two"
-    launch(arguments(tiny_world, two, **values | zero))
     one = tmp_path / "one"
-    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    norms = [[row["grad_norm"] for row in metrics(folder)] for folder in (one, two)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    assert (two / "evaluation.jsonl").read_text() == (one / "evaluation.jsonl").read_text() != ""
-    for file in ("model.safetensors", "ema/model.safetensors", "tower/model.safetensors", "best/model.safetensors"):
-        assert distance(one / file, two / file) < 1e-5, file
+    main(arguments(tiny_world, one, **values))
     moved = distance(one / "model.safetensors", one / "ema" / "model.safetensors")
     assert moved > 1e-4, "the average would pass for the weights"
+    values |= {"training.device_batch_size": 8, "training.save_every": 2}
+    engines = {tmp_path / zero: ROOT / "configs" / "deepspeed" / f"{zero}.json" for zero in ("zero1", "zero2", "zero3")}
+    runs = [arguments(tiny_world, two, **values | {"training.deepspeed": file}) for two, file in engines.items()]
+    launch_several(deepspeed_launcher(), tmp_path / "runs.json", *runs, command="pretrain")
+    for two in engines:
+        assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+        norms = [[row["grad_norm"] for row in metrics(folder)] for folder in (one, two)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+        assert (two / "evaluation.jsonl").read_text() == (one / "evaluation.jsonl").read_text() != ""
+        for file in ("model.safetensors", "ema/model.safetensors", "tower/model.safetensors", "best/model.safetensors"):
+            assert distance(one / file, two / file) < 1e-5, (two.name, file)
 
 
 # --- what trains, and how

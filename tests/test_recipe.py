@@ -139,6 +139,37 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(write: Ca
     assert type(recipe.part.weights) is tuple and type(recipe.rate) is float
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Files.
+
+    Args:
+        files: some.
+        name: one.
+    """
+
+    files: list[str] = dataclasses.field(default_factory=list)
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        ([], []),
+        (["--files", "a.png"], ["a.png"]),
+        (["--files", "a b.png", "--name", "n", "--files=c.png"], ["a b.png", "c.png"]),
+        (["--files", '["a.png", "b.png"]'], ["a.png", "b.png"]),
+    ],
+)
+def test_an_option_of_a_list_may_be_repeated(words: list[str], files: list[str]) -> None:
+    assert parse_recipe(Named, words, command="try").files == files
+
+
+def test_an_option_of_a_list_needs_a_value() -> None:
+    with pytest.raises(UserError, match="--files"):
+        parse_recipe(Named, ["--files", "--name", "n"], command="try")
+
+
 def test_dump_reads_back_equal(write: Callable[[str], str]) -> None:
     recipe = Whole(
         file=Path("/a b/c.txt"),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from test_pretrain import arguments, metrics
+from train_runs import launch_several, torchrun_launcher
 
 from vision_tower.errors import run_command
 from vision_tower.pretrain import main
@@ -141,17 +142,13 @@ def test_sigterm_saves_and_ends_with_0(sample_world: Path, tmp_path: Path, whole
 def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step(sample_world: Path, tmp_path: Path) -> None:
     values = {"training.device_batch_size": 8, "training.workers": 1}
     runs = {name: tmp_path / name for name in ("whole", "stopped")}
-    process = start(sample_world, runs["whole"], 2, **values)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
     process = start(sample_world, runs["stopped"], 2, **values)
     wait_for_line(process, runs["stopped"], 6)
     os.kill(children(process.pid)[-1], signal.SIGTERM)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 0 and said.count("SIGTERM: stopped after step") == 2, said
-    process = start(sample_world, runs["stopped"], 2, **values)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
+    both = [arguments(sample_world, folder, **GIVEN | values) for folder in runs.values()]
+    launch_several(torchrun_launcher(), tmp_path / "runs.json", *both, command="pretrain")
     assert curve(runs["stopped"]) == curve(runs["whole"])
     for rank in (0, 1):
         assert places(runs["stopped"], rank) == places(runs["whole"], rank)

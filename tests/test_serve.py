@@ -563,20 +563,11 @@ def test_only_safetensors_and_no_code_of_others(talker: Path, tmp_path: Path) ->
     assert not trap.exists()
 
 
-def test_graceful_stop(talker: Path, tmp_path: Path) -> None:
-    """SIGTERM in the middle of an answer: it is completed, the process ends with 0."""
-    words = [
-        sys.executable,
-        "-m",
-        "clips_mllm.talk.serve",
-        str(talker),
-        "--port",
-        "0",
-        "--name",
-        "tiny",
-        "--device",
-        "cpu",
-    ]
+@pytest.mark.parametrize("patience", [30, 0])
+def test_graceful_stop(talker: Path, patience: int) -> None:
+    """SIGTERM in the middle of an answer: it is completed, or ended in words; the process ends with 0."""
+    words = [sys.executable, "-m", "clips_mllm.talk.serve", str(talker), "--port", "0", "--name", "tiny"]
+    words += ["--device", "cpu", "--patience", str(patience)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -584,13 +575,18 @@ def test_graceful_stop(talker: Path, tmp_path: Path) -> None:
         address = line.split()[3]
         assert address.startswith("http://127.0.0.1:"), line
         client = openai.OpenAI(base_url=address, api_key="x", max_retries=0)
-        stream = client.chat.completions.create(model="tiny", messages=asked("Why?"), max_tokens=100, stream=True)
+        stream = client.chat.completions.create(model="tiny", messages=asked("Why?"), max_tokens=400, stream=True)
         chunks = iter(stream)
         next(chunks)
         process.send_signal(signal.SIGTERM)
-        reasons = [chunk.choices[0].finish_reason for chunk in chunks]
-        assert reasons[-1] in ("stop", "length")
+        if patience:
+            reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+            assert reasons[-1] in ("stop", "length")
+        else:
+            with pytest.raises(openai.APIError, match="shutting down"):
+                list(chunks)
         assert process.wait(60) == 0
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
         assert '"POST /v1/chat/completions HTTP/1.1" 200' in process.stdout.read()
     finally:
         process.kill()

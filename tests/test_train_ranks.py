@@ -20,6 +20,7 @@ from train_runs import (
     deepspeed_launcher,
     end_of,
     launch,
+    launch_several,
     losses,
     start,
     torchrun_launcher,
@@ -113,7 +114,7 @@ def ranked(values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_facto
         given |= {"training.save_every": 1, "training.keep_checkpoints": 2}
         if engine not in launchers:
             given["training.deepspeed"] = ROOT / "configs" / "deepspeed" / f"{engine}.json"
-        arguments = {"arguments": words(run, sample_world, **given)}
+        arguments = {"command": "train", "arguments": words(run, sample_world, **given)}
         plan = plans[engine if engine in launchers else "deepspeed"]
         plan += [arguments, {"remove": str(run / "checkpoint-2")}, arguments]
     for name, plan in plans.items():
@@ -183,8 +184,8 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
     assert process.returncode != 0
     assert "return code = -9" in said or "another rank of this run died" in said, said[-3000:]
     assert not (folder / "config.json").exists() or not list(folder.glob("partial"))
-    launch(deepspeed_launcher(), "clips_mllm.train", words(folder, sample_world, **values))
     whole = tmp_path / "whole"
-    launch(deepspeed_launcher(), "clips_mllm.train", words(whole, sample_world, **values))
+    both = [words(each, sample_world, **values) for each in (folder, whole)]
+    launch_several(deepspeed_launcher(), tmp_path / "both.json", *both)
     assert losses(folder, "step") == list(range(1, 9))
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)

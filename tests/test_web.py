@@ -470,6 +470,13 @@ def test_retrieval(page: Any, world: Path) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.parametrize(("name", "words"), [("bomb", "50,000,000 pixels allowed"), ("corrupt", "not a readable")])
+def test_the_search_refuses_with_words(page: Any, world: Path, name: str, words: str) -> None:
+    page.get_by_role("tab", name="Retrieval").click()
+    page.locator("#query input[type=file]").set_input_files(str(world / f"{name}.png"))
+    page.get_by_text(words).first.wait_for()
+
+
 def test_pictures_of_the_guide(browser: Any, shown: Shown) -> None:
     """Two checkpoints answer about an example, where they looked, and retrieval: all that the guide shows."""
     guide = (Path(__file__).parents[1] / "docs" / "talking.md").read_text()

@@ -114,6 +114,12 @@ def launch(launcher: list[str], module: str, arguments: list[str]) -> str:
     return said
 
 
+def launch_several(launcher: list[str], file: Path, *runs: list[str], command: str = "train") -> str:
+    """One launch for several runs, whose command lines go into `file`."""
+    file.write_text(json.dumps([{"command": command, "arguments": run} for run in runs]))
+    return launch(launcher, "several_runs", [str(file)])
+
+
 def until(there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
     """Wait while the process runs; where it ends before, or the time is up, the test fails."""
     end = time.monotonic() + seconds

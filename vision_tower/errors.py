@@ -47,7 +47,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at its end
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to go on from the last checkpoint", 128 + signal.SIGINT)
+        return _fail("interrupted; what was saved stays, and the same command goes on from there", 128 + signal.SIGINT)
     except Exception as error:
         if another_rank_died(error):
             return _fail("another rank of this run died, see above; run the same command again to go on", 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         words: dict[str, Any] = {"nargs": "+", "type": get_args(hint)[0]} if many else {"type": hint}
         parser.add_argument(name, help=_field_help(kind)[name], **words)
     parser.add_class_arguments(kind, skip=set(positional), as_group=False)
-    argv = _with_values(argv, kind)
+    argv = _as_lists(_with_values(argv, kind), kind)
     for file in _config_files(argv):
         _check_keys(file, kind)
     try:
@@ -63,6 +64,25 @@ def _with_values(argv: list[str], kind: type) -> list[str]:
         f"{word}=true" if word in flags and after.startswith("--") else word
         for word, after in zip(argv, following, strict=True)
     ]
+
+
+def _as_lists(argv: list[str], kind: type) -> list[str]:
+    """`--file a --file b`, for a list of texts, means `--file ["a", "b"]`."""
+    options = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint == list[str]}
+    given: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        option, joined, value = words.pop(0).partition("=")
+        if option not in options or not (joined or (words and not words[0].startswith("--"))):
+            rest.append(option + joined + value)
+            continue
+        value = value if joined else words.pop(0)
+        if value.startswith("["):  # the whole list
+            rest += [option, value]
+        else:
+            given.setdefault(option, []).append(value)
+    return [*rest, *(word for option, values in given.items() for word in (option, json.dumps(values)))]
 
 
 def dump_recipe(recipe: Any) -> str:

@@ -180,6 +180,8 @@ class AsyncAnswer:
                         yield text
                     case Failed(error):
                         raise error
+                    case Done(reason="cancelled"):  # its client is here: the server is being stopped
+                        raise BadRequest("shutting down", status=503, code="unavailable")
                     case Done() as done:
                         self.done = done
         finally:
@@ -192,12 +194,15 @@ async def stream(answer: AsyncAnswer, name: str, asked: protocol.ChatRequest) ->
     try:
         async for piece in answer.pieces():
             yield _event(protocol.chunk(answer.id, name, {"content": piece}))
-    except Exception as error:  # the status has been sent already
+    except BadRequest as error:  # the status has been sent already
+        yield _event(protocol.error_body(str(error), error.code))
+        return
+    except Exception as error:
         _log(error)
         yield _event(protocol.error_body("the answer could not be completed", "server_error"))
         return
     assert answer.done is not None
-    yield _event(protocol.chunk(answer.id, name, {}, protocol.REASONS[answer.done.reason]))
+    yield _event(protocol.chunk(answer.id, name, {}, answer.done.reason))
     if asked.stream_options is not None and asked.stream_options.include_usage:
         yield _event(protocol.usage_chunk(answer.id, name, answer.done))
     yield "data: [DONE]\n\n"

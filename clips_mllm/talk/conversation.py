@@ -64,7 +64,7 @@ def fit(engine: Engine, messages: list[Message], pictures: list[Picture], sampli
 def cut_notice(dropped: int) -> str:
     """Tells a person how many of the oldest turns the model no longer reads."""
     first = "first turn is" if dropped == 1 else f"first {dropped} turns are"
-    return f"the conversation is longer than the model's context; its {first} left out"
+    return f"the conversation is longer than the model's context; its {first} left out, with the pictures shown there"
 
 
 class Conversation:

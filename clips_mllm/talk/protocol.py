@@ -16,8 +16,6 @@ from clips_mllm.talk.remote import picture_bytes
 from clips_mllm.talk.sampling import Sampling
 from vision_tower.errors import UserError
 
-REASONS = {"stop": "stop", "length": "length", "cancelled": "stop"}
-
 
 class Strict(BaseModel):
     """Refuses what it does not know, instead of quietly answering something else."""
@@ -143,7 +141,7 @@ def completion(name: str, model: str, text: str, done: Done) -> dict[str, Any]:
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text},
-        "finish_reason": REASONS[done.reason],
+        "finish_reason": done.reason,
         "logprobs": None,
     }
     return _head(name, model, "chat.completion") | {"choices": [choice], "usage": usage(done)}

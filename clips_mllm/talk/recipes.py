@@ -38,7 +38,7 @@ class ChatRecipe(ModelRecipe):
     """Talk to a multimodal LLM: one question, or a conversation.
 
     Args:
-        image: picture to talk about.
+        image: picture to talk about; may be given several times.
         question: ask this and exit; without it a conversation starts.
         system: the system's words at the beginning of the conversation.
         examples: JSON list of {"image", "question"}; ask each by itself, print and exit.
@@ -47,7 +47,7 @@ class ChatRecipe(ModelRecipe):
         temperature: 0 answers greedily, more samples.
     """
 
-    image: str | None = None
+    image: list[str] = dataclasses.field(default_factory=list)
     question: str | None = None
     system: str | None = None
     examples: str | None = None

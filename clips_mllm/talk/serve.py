@@ -5,15 +5,15 @@ clips-mllm serve runs/quickstart/finetune --port 8000
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clips_mllm.talk.recipes import ServeRecipe
-from clips_mllm.talk.start import bound_socket, start_engine
+from clips_mllm.talk.start import bound_socket, check_model, start_engine
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import check_model_exists
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
 
 TOKEN = "CLIPS_MLLM_TOKEN"
+SLOW_READERS = 5  # seconds that clients get to take the end of their answers
 
 
 def main(argv: list[str]) -> None:
     """Serve until SIGTERM or Ctrl-C; running answers are then completed."""
     recipe = parse_recipe(ServeRecipe, argv, command="serve", positional=("model",))
-    check_model_exists(recipe.model, "model")
+    check_model(recipe.model, recipe)
     recipe.limits.check()
     if recipe.patience < 0:
         raise UserError(f"patience={recipe.patience}: at least 0 seconds")
@@ -74,12 +75,13 @@ def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: 
     import uvicorn
 
     from clips_mllm.talk.app import make_app
+    from clips_mllm.talk.server import Server
 
     name = recipe.name or Path(recipe.model).name
     config = uvicorn.Config(
         make_app(engine, name, recipe.limits, token),
         log_level="warning",
-        timeout_graceful_shutdown=int(recipe.patience) or None,
+        timeout_graceful_shutdown=math.ceil(recipe.patience) + SLOW_READERS,
         server_header=False,
     )
     logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # above it, only what goes wrong
@@ -87,7 +89,7 @@ def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: 
         signal.signal(stop, lambda *_: None)
     port = address.getsockname()[1]
     print(f"serving '{name}' at http://{recipe.host}:{port}/v1 (Ctrl-C stops)", flush=True)
-    uvicorn.Server(config).run(sockets=[address])
+    Server(config, engine, recipe.patience).run(sockets=[address])
 
 
 if __name__ == "__main__":

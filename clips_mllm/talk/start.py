@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips_mllm.folder_kinds import known_kind
 from clips_mllm.talk.recipes import ModelRecipe
 from vision_tower.errors import UserError
+from vision_tower.files import check_model_exists
 
 if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
+
+SPEECHLESS = ("encoder", "tower", "llm", "open_clip", "sample_world", "feature_cache", "unfinished_run")
+
+
+def check_model(name: str, recipe: ModelRecipe, key: str = "model") -> None:
+    """Raise UserError for a folder that is missing or of another kind, and for a context of no token."""
+    check_model_exists(name, key)
+    if recipe.context is not None and recipe.context < 1:
+        raise UserError(f"context={recipe.context}: at least 1 token")
+    kind = known_kind(Path(name)) if Path(name).is_dir() else None
+    if kind is not None and kind.kind in SPEECHLESS:
+        raise UserError(f"{name}: {kind.line}; not a LLaVA model, point {key} to a `train` run")
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -26,7 +26,7 @@ HELP = """\
 Type a question. Drop a picture on the window, type its path alone, or name it with /image.
   /image PATH...   show pictures with the next question (quotes or \\ before blanks)
   /system [TEXT]   set the system's words, or take them away; starts over
-  /undo            take back the last question and its answer
+  /undo            take back pictures that wait for a question, else the last question and its answer
   /retry           ask the last question again
   /reset           start over
   /save FILE       keep the conversation as LLaVA JSON, ready to train on
@@ -57,6 +57,15 @@ class Terminal:
         """Show pictures with the next question, and say so."""
         self.show(files)
         notice(f"{len(self.conversation.waiting)} picture(s) to be shown with the next question")
+
+    def undo(self) -> str:
+        """Take back what was done last; returns what it was. Pictures of a question wait for the next one."""
+        if waiting := len(self.conversation.waiting):
+            self.conversation.waiting = []
+            return f"{waiting} picture(s)"
+        question = self.conversation.undo()
+        waiting = len(self.conversation.waiting)
+        return question + (f" ({waiting} picture(s) wait for the next question)" if waiting else "")
 
     def answer(self, question: str) -> str:
         """Print the answer as it comes, and return it. Ctrl-C ends it; what was said stays in the conversation."""
@@ -124,7 +133,7 @@ class Terminal:
                 self.reset()
                 notice("the system's words are " + ("set" if rest else "gone") + "; the conversation starts over")
             case "/undo":
-                notice(f"taken back: {self.conversation.undo()}")
+                notice(f"taken back: {self.undo()}")
             case "/retry":
                 self.answer(self.conversation.undo())
             case "/reset":

@@ -14,11 +14,11 @@ import signal
 import sys
 from pathlib import Path
 
+from clips_mllm.chat import read_examples
 from clips_mllm.talk.recipes import WebRecipe
 from clips_mllm.talk.serve import read_token
-from clips_mllm.talk.start import bound_socket, start_engine
+from clips_mllm.talk.start import bound_socket, check_model, start_engine
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import check_model_exists
 from vision_tower.recipe import parse_recipe
 
 
@@ -42,16 +42,15 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
     """Load everything, start the page, and return it; leaving `stack` closes it."""
     check(recipe)
     token = read_token(recipe.token_file)
+    examples = read_examples(Path(recipe.examples)) if recipe.examples else []
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
         raise UserError("gradio is not installed; pip install 'clips-mllm[web]'") from error
-    from clips_mllm.chat import read_examples
     from clips_mllm.talk.uploads import MEGABYTE, upload_folder
     from clips_mllm.talk.web_page import CSS, THEME, Page
 
-    examples = read_examples(Path(recipe.examples)) if recipe.examples else []
     gallery = None
     if recipe.encoder is not None and recipe.pictures is not None:
         from clips_mllm.talk.gallery import Gallery
@@ -99,7 +98,7 @@ def check(recipe: WebRecipe) -> None:
     """What can be seen before anything is loaded. Raises UserError."""
     for key in ("model", "beside"):
         if (name := getattr(recipe, key)) is not None:
-            check_model_exists(name, key)
+            check_model(name, recipe, key)
     if (recipe.encoder is None) != (recipe.pictures is None):
         raise UserError("encoder and pictures belong together: the retrieval tab needs both")
     if recipe.captions is not None and recipe.encoder is None:

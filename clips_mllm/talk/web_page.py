@@ -150,6 +150,8 @@ class Page:
                     elem_id="captions",
                 )
 
+        self._check_first(picture)
+
         def pictures_for(text: str) -> list[tuple[str, str]]:
             with in_words():
                 found = gallery.pictures_for(text.strip()) if text.strip() else []
@@ -163,6 +165,18 @@ class Page:
 
         caption.submit(pictures_for, caption, found, api_visibility="private")
         picture.change(captions_for, picture, captions, api_visibility="private")
+
+    def _check_first(self, image: gr.Image) -> None:
+        """Refuse in words a picture that Gradio, which decodes it before any event, would fail on without a word."""
+        decode = image.preprocess
+
+        def preprocess(payload: Any) -> Any:
+            if payload is not None and payload.path:
+                with in_words():
+                    self.read(payload.path)
+            return decode(payload)
+
+        image.preprocess = preprocess  # type: ignore[method-assign]
 
     def ask(self, box: dict[str, Any], camera: str | None, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
         """A new question."""
