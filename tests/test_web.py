@@ -330,6 +330,20 @@ def test_what_cannot_be_used_is_refused_with_words(page: Any, world: Path) -> No
     assert not [answer for answer in answers(page) if answer]
 
 
+def test_tags_are_text_and_an_error_leaves_the_chat(page: Any) -> None:
+    limit_answers(page, 5)
+    text = 'Is 1<2, <b>bold</b> & "x" &amp; fine?'
+    ask(page, text)
+    settled(page, 1)
+    shown = page.locator("#chat0 .user").first.inner_text()
+    assert shown.replace("\u2060", "").strip() == text
+    ask(page, "What is <image>?")
+    page.get_by_text("<image> in a question stands for a picture").first.wait_for()
+    assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0
+    assert page.locator("#chat0 .user").first.inner_text() == shown
+    assert page.locator("#box textarea").input_value() == "What is <image>?", "it stays, to be mended"
+
+
 @pytest.mark.parametrize("way", ["upload", "paste", "drop", "search"])
 def test_an_oversized_file_is_refused_before_it_is_sent(page: Any, world: Path, way: str) -> None:
     """In our words: how large it is, how large it may be, and what to do. What fits is taken afterwards."""

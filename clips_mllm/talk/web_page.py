@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,16 @@ from vision_tower.errors import UserError
 # Fonts of the reader's own system: nothing is fetched from anywhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 BUTTONS: list[Any] = ["download", "fullscreen"]  # of pictures; Gradio's "share" uploads them to a hub
-CSS = ".message-buttons .download-link + button {display: none}"  # the same "share", which a chat has no switch for
+CSS = """
+.message-buttons .download-link + button {display: none}  /* the same "share", which a chat has no switch for */
+#maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(280px, 384px)); grid-template-rows: auto}
+#found .grid-container {grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); grid-template-rows: auto}
+"""
 # Gradio lays its progress over all that an event may change, and after an error a blank panel; the toast is enough.
 QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# Gradio reads messages as HTML, even without Markdown. With a joiner, which nobody sees, they are text.
+JOINER = "\u2060"
+MARKS = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#?\w+;)")
 LOOK, KEEP = 300, 3600  # seconds: how often uploads are looked at, how long one is kept
 
 
@@ -115,9 +124,9 @@ class Page:
             given = [[{"text": row["question"], "files": [row["image"]]}] for row in self.examples]
             gr.Examples(given, inputs=[box], label="Examples", elem_id="examples")
         shown = [*chats, turns, box, camera, maps]
-        asking = box.submit(self.ask, [box, camera, turns, *settings], shown, **QUIETLY)
-        again = gr.on([retry.click, chats[0].retry], self.again, [turns, *settings], shown, **QUIETLY)
-        edited = chats[0].edit(self.edit, [turns, *settings], shown, **QUIETLY)
+        asking = box.submit(told(self.ask), [box, camera, turns, *settings], shown, **QUIETLY)
+        again = gr.on([retry.click, chats[0].retry], told(self.again), [turns, *settings], shown, **QUIETLY)
+        edited = chats[0].edit(told(self.edit), [turns, *settings], shown, **QUIETLY)
         stop.click(None, cancels=[asking, again, edited])
         # First the end of the answer, then the clearing: else its last piece may come after it.
         gr.on([clear.click, *(chat.clear for chat in chats)], None, cancels=[asking, again, edited]).then(
@@ -135,7 +144,6 @@ class Page:
                 found = gr.Gallery(
                     label="Nearest pictures",
                     elem_id="found",
-                    columns=4,
                     height=360,
                     object_fit="contain",
                     buttons=BUTTONS,
@@ -208,7 +216,7 @@ class Page:
     def edit(self, event: gr.EditData, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
         """A question in other words; what came after it is gone."""
         place = turn_of(turns, event.index)
-        changed = dataclasses.replace(turns[place], text=str(event.value).strip())
+        changed = dataclasses.replace(turns[place], text=str(event.value).replace(JOINER, "").strip())
         if not changed.text and not changed.files:
             gr.Warning("A question needs words or a picture; it stays as it was.", title="Refused")
             yield self._shown(turns)
@@ -305,13 +313,32 @@ def in_words() -> Iterator[None]:
         raise gr.Error("Something went wrong; see the server's log.", print_exception=False) from None
 
 
+def told(event: Callable[..., Iterator[list[Any]]]) -> Callable[..., Iterator[list[Any]]]:
+    """An error of the event is told beside the chats, which stay: Gradio would lay the word "Error" over them."""
+
+    @functools.wraps(event)  # Gradio reads the signature
+    def run(*arguments: Any) -> Iterator[list[Any]]:
+        try:
+            yield from event(*arguments)
+        except gr.Error as error:
+            gr.Warning(error.message, title="Not done")
+            yield gr.skip()  # type: ignore[misc]  # of all there is
+
+    return run
+
+
+def as_text(text: str) -> str:
+    """Text that a chat shows as it is, tags and all."""
+    return MARKS.sub(lambda mark: mark[0] + JOINER, text)
+
+
 def rendered(turns: list[Turn], model: int) -> list[dict[str, Any]]:
     """What a chat shows: pictures, question, answer, each a message of its own."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
-        messages += [{"role": "user", "content": turn.text}] if turn.text else []
-        messages.append({"role": "assistant", "content": turn.answers[model]})
+        messages += [{"role": "user", "content": as_text(turn.text)}] if turn.text else []
+        messages.append({"role": "assistant", "content": as_text(turn.answers[model])})
     return messages
 
 
