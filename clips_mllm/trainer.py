@@ -30,7 +30,7 @@ from clips_mllm.tiles import AnyModel, AnyProcessor
 from vision_tower.bad_step import refuse
 from vision_tower.errors import UserError
 from vision_tower.resume import ResumableTrainer
-from vision_tower.sigterm import outlive_one_sigterm
+from vision_tower.sigterm import leave_signals_to_the_trainer
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def supervised_loss(
 
 
 def _start_worker(seed: Callable[[int], None], worker: int) -> None:
-    outlive_one_sigterm(worker)
+    leave_signals_to_the_trainer(worker)
     seed(worker)
 
 

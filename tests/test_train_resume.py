@@ -63,9 +63,10 @@ def test_kill_at_a_random_step(mllm_dir: Path, sample_world: Path, tmp_path: Pat
 
 def test_ctrl_c(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     """It loses what follows the last checkpoint; saving less often afterwards is allowed."""
-    values = GIVEN | {"model.checkpoint": mllm_dir} | MODES["full"]
+    values = GIVEN | {"model.checkpoint": mllm_dir, "training.workers": 1} | MODES["full"]
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    code, said = stop_after(folder, 2, words(folder, sample_world, **values), lambda p: p.send_signal(signal.SIGINT))
+    given = words(folder, sample_world, **values)
+    code, said = stop_after(folder, 2, given, lambda p: os.killpg(p.pid, signal.SIGINT))  # as a terminal does
     assert code == 130 and "Traceback" not in said, said
     assert errors(said) == [said.splitlines()[-1]] and "the same command goes on" in said.splitlines()[-1]
     main(words(folder, sample_world, **values | {"training.save_every": 4}))

@@ -13,7 +13,7 @@ from vision_tower.bad_step import refuse
 from vision_tower.flops import known_peak, training_flops
 from vision_tower.images import normalize
 from vision_tower.pretrain_recipe import EncoderTraining
-from vision_tower.sigterm import outlive_one_sigterm
+from vision_tower.sigterm import leave_signals_to_the_trainer
 from vision_tower.step_loss import StepLoss
 from vision_tower.stream_trainer import StreamTrainer
 from vision_tower.throughput import Throughput
@@ -130,7 +130,7 @@ class PretrainTrainer(StreamTrainer):
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=outlive_one_sigterm,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
         )

@@ -64,16 +64,18 @@ class StopOnSigterm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._before)
 
 
-def outlive_one_sigterm(_: int) -> None:
-    """For loader processes. A scheduler signals a whole job; the main process still needs them to reach a checkpoint.
+def leave_signals_to_the_trainer(_: int) -> None:
+    """For loader processes, whom a terminal or a scheduler signals along with the trainer.
 
-    The second signal, which the loader sends to a process that does not end by itself, ends it.
+    Ctrl-C is the trainer's to tell of; after SIGTERM it still needs them to reach a checkpoint. A second SIGTERM, which
+    the loader sends to a process that does not end by itself, ends it.
     """
 
     def forgive(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, forgive)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_if_stopped(trainer: ResumableTrainer) -> None:

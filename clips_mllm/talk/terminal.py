@@ -33,6 +33,7 @@ Type a question. Drop a picture on the window, type its path alone, or name it w
   /load FILE       go on with a saved conversation
   /params [K=V...] show or set max_new_tokens, temperature, top_p, repetition_penalty, seed
   /quit            end. Ctrl-C ends an answer, not the program."""
+PARAMETERS = {"max_new_tokens": int, "temperature": float, "top_p": float, "repetition_penalty": float, "seed": int}
 
 
 class Terminal:
@@ -145,7 +146,7 @@ class Terminal:
                 self.load(one_file(rest, command))
             case "/params":
                 self.sampling = changed(self.sampling, rest)
-                notice(", ".join(f"{key}={value}" for key, value in dataclasses.asdict(self.sampling).items()))
+                notice(", ".join(f"{name}={getattr(self.sampling, name)}" for name in PARAMETERS))
             case _ if command.startswith("/"):
                 raise UserError(f"{command}: no such command; /help lists them")
             case _:
@@ -236,14 +237,13 @@ def dropped_files(line: str) -> list[str]:
 
 def changed(sampling: Sampling, text: str) -> Sampling:
     """Sampling with `name=value` pairs applied. Raises UserError for other names and values."""
-    kinds = {"max_new_tokens": int, "temperature": float, "top_p": float, "repetition_penalty": float, "seed": int}
     new = {}
     for word in text.split():
         name, _, value = word.partition("=")
-        if name not in kinds:
-            raise UserError(f"/params: no '{name}'; there are {', '.join(kinds)}")
+        if name not in PARAMETERS:
+            raise UserError(f"/params: no '{name}'; there are {', '.join(PARAMETERS)}")
         try:
-            new[name] = kinds[name](value)
+            new[name] = PARAMETERS[name](value)
         except ValueError as error:
             raise UserError(f"/params: {name} takes a number, as in {name}=1, not '{value}'") from error
     return dataclasses.replace(sampling, **new)
