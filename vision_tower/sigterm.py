@@ -7,6 +7,8 @@ that are signalled themselves pass the signal on, wait 30 seconds for the ranks,
 from __future__ import annotations
 
 import signal
+import sys
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +78,13 @@ def leave_signals_to_the_trainer(_: int) -> None:
 
     signal.signal(signal.SIGTERM, forgive)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_hung_up
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The thread that hands tensors over complains of a trainer that hung up, which Ctrl-C makes it do."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def end_if_stopped(trainer: ResumableTrainer) -> None:
