@@ -44,8 +44,10 @@ RUNS = [  # engine, kind
     *(("zero2", kind) for kind in KINDS),
     *((engine, kind) for engine in ("zero3", "ddp") for kind in ("full", "lora")),
     ("zero0", "full"),
+    ("zero1", "full"),
     ("accelerate", "full"),
 ]
+OFFLOAD = ("zero2_offload", "zero3_offload")
 pytestmark = pytest.mark.timeout(900)  # several launches of two ranks, perhaps on a busy machine
 
 
@@ -159,6 +161,22 @@ def test_two_ranks_give_the_same_curve_and_go_on(
     assert moved.mean() < 1e-5
     last = weights(run / "checkpoint-2")
     assert all(torch.equal(after[name], last[name]) for name in after), "the last checkpoint is the run's result"
+
+
+@pytest.mark.compiles
+def test_offload_gives_the_same_curve(
+    alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
+) -> None:
+    """Optimiser, and under ZeRO-3 weights, in the host's memory. DeepSpeed compiles an Adam for it, for a minute."""
+    engines = {tmp_path / name: ROOT / "configs" / "deepspeed" / f"{name}.json" for name in OFFLOAD}
+    given = values["full"] | {"training.device_batch_size": 4}
+    runs = [words(run, sample_world, **given, **{"training.deepspeed": file}) for run, file in engines.items()]
+    launch_several(deepspeed_launcher(), tmp_path / "runs.json", *runs)
+    for run in engines:
+        assert losses(run) == pytest.approx(losses(alone("full")), abs=1e-4)
+        assert losses(run, "grad_norm") == pytest.approx(losses(alone("full"), "grad_norm"), rel=1e-3)
+        before, after = weights(alone("full")), weights(run)
+        assert torch.cat([(before[name] - after[name]).abs().flatten() for name in before]).mean() < 1e-5
 
 
 def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
