@@ -9,9 +9,12 @@ if [ -n "${HOSTFILE:-}" ]; then
   [ -f "$HOSTFILE" ] || { echo "error: $HOSTFILE: no such host file; check HOSTFILE" >&2; exit 2; }
   LAUNCH+=(--hostfile "$HOSTFILE" --master_port "${PORT:-29500}")
 else
-  free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-  LAUNCH+=(--master_port "${PORT:-$(free_port)}")
-  if ! { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
+  PORT=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+  if { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
+    LAUNCH+=(--master_port "$PORT")
+    # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES.
+    [ -z "${RANKS:-}" ] || LAUNCH+=(--num_gpus "$RANKS")
+  else
     RANKS=${RANKS:-1}
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + RANKS - 1) / RANKS ))}
@@ -19,7 +22,10 @@ else
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     # The forward and the backward thread would each keep a heap of its own, full of holes that the other cannot use.
     export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
+    # The part of DeepSpeed's launcher that starts the ranks of a machine. `deepspeed` starts just this, and waits for it
+    # with 0.4 GB of memory.
+    WORLD=$(python -c 'import base64, json, sys
+print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$RANKS")
+    LAUNCH=(python -u -m deepspeed.launcher.launch --quiet --master_port "$PORT" --world_info "$WORLD")
   fi
-  # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES.
-  [ -z "${RANKS:-}" ] || LAUNCH+=(--num_gpus "$RANKS")
 fi
