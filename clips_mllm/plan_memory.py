@@ -24,8 +24,9 @@ Moment = Literal["backward", "step"]
 NF4 = 0.5 + 0.127 / 8  # bytes a parameter
 # Interpreter, libraries and mapped checkpoint on a CPU (resident, fitted: docs/LOG.md); context and NCCL on a GPU.
 PROCESS = {"cpu": 1.35e9, "gpu": 1.0e9}
-# Share that the allocator holds beyond what is asked for: malloc on a CPU (fitted: docs/LOG.md), PyTorch's on a GPU.
-SLACK = {"cpu": 0.13, "gpu": 0.05}
+# Shares that the allocator holds beyond what is asked for: of what stays, and of what comes and goes within a step. The
+# second leaves holes in malloc's heap on a CPU, since no two batches are of one length (fitted: docs/LOG.md).
+SLACK = {"cpu": (0.0, 0.9), "gpu": (0.05, 0.05)}
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 
@@ -121,7 +122,7 @@ def estimate(setup: Setup) -> Memory:
     on_device = weights * (not setup.offload_weights) + optimiser * (not setup.offload_optimizer)
     gradients = 0.0 if setup.offload_optimizer else gradients
     moment: Moment = "backward" if backward >= step else "step"
-    used = on_device + gradients + max(backward, step)
+    staying, passing = SLACK[setup.kind]
     return Memory(
         process=PROCESS[setup.kind],
         weights=weights * (not setup.offload_weights),
@@ -130,7 +131,7 @@ def estimate(setup: Setup) -> Memory:
         activations=activation_bytes(setup) if moment == "backward" else 0.0,
         logits=logit_bytes(setup) if moment == "backward" else 0.0,
         buffers=buffer_bytes(setup) if moment == "backward" else step,
-        slack=SLACK[setup.kind] * used,
+        slack=staying * (on_device + gradients) + passing * max(backward, step),
         host=host,
         moment=moment,
     )
