@@ -323,10 +323,16 @@ def test_a_full_disk(
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: list[str]) -> None:
-        raise OSError(errno.EACCES, "no")
+        raise OSError(errno.EINVAL, "no")
 
     with pytest.raises(OSError, match="no"):
         run_command(fail, [])
+
+
+def test_a_folder_that_cannot_be_written(run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = run(arguments(tmp_path / "file" / "out", sample_world, mllm_dir), alone=False)
+    assert line.startswith(f"{tmp_path / 'file'}") and "Not a directory" in line and "another folder" in line
 
 
 def test_a_loss_that_is_no_number(run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:

@@ -275,7 +275,9 @@ def test_what_a_machine_lacks_is_left_out_with_its_reason(
     assert "none of them can run here" in capsys.readouterr().err
 
 
-def test_bad_options_are_said_in_one_line(checkpoint: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_said_in_one_line(
+    checkpoint: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cases = [
         (["--model", "vllm", "--control", "blank"], "only for --model clips_mllm"),
         (["--data.clips_mmbnch=x.parquet"], "did you mean 'clips_mmbench'"),
@@ -283,7 +285,8 @@ def test_bad_options_are_said_in_one_line(checkpoint: Path, recipe: Path, capsys
         (["--limit", "0"], "at least 1"),
     ]
     for options, message in cases:
-        assert run_command(main, [str(checkpoint), "--config", str(recipe), *options]) == 2
+        words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json"), *options]
+        assert run_command(main, words) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
     twice = [*pope_rows(), pope_rows()[2]]

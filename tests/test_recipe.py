@@ -121,6 +121,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         (["--steps", "x"], "steps: expected a whole number, not 'x'"),
         (["--rate", "fast"], "rate: expected a number, not 'fast'"),
         (["--config"], "--config"),
+        (["--step", "4"], "--step"),
         (["stray"], "stray"),
     ],
 )
@@ -168,6 +169,12 @@ def test_an_option_of_a_list_may_be_repeated(words: list[str], files: list[str])
 def test_an_option_of_a_list_needs_a_value() -> None:
     with pytest.raises(UserError, match="--files"):
         parse_recipe(Named, ["--files", "--name", "n"], command="try")
+
+
+def test_a_wrong_word_is_not_blamed_on_the_file(write: Callable[[str], str]) -> None:
+    file = write("{file: a.txt, part: {name: given}}")
+    with pytest.raises(UserError, match=r"^steps: expected a whole number"):
+        parse("--config", file, "--steps", "x")
 
 
 def test_dump_reads_back_equal(write: Callable[[str], str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,14 @@ def test_two_ranks_give_the_same_curve_and_go_on(
     assert moved.mean() < 1e-5
     last = weights(run / "checkpoint-2")
     assert all(torch.equal(after[name], last[name]) for name in after), "the last checkpoint is the run's result"
+
+
+def test_a_recipe_that_names_deepspeed_needs_no_launcher(
+    alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
+) -> None:
+    given = values["full"] | {"training.deepspeed": ROOT / "configs" / "deepspeed" / "zero2.json"}
+    launch([sys.executable, "-m"], "clips_mllm.train", words(tmp_path, sample_world, **given))
+    assert losses(tmp_path) == pytest.approx(losses(alone("full")), abs=1e-4)
 
 
 @pytest.mark.compiles

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
 
 class UserError(ValueError):
     """Bad input. The message names the file, the place and the remedy, in one line."""
@@ -51,9 +53,11 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except Exception as error:
         if another_rank_died(error):
             return _fail("another rank of this run died, see above; run the same command again to go on", 1)
+        where = getattr(error, "filename", None) or "the output folder"
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            return _fail(f"{where}: {error.strerror}; check the path and its permissions, or take another folder", 2)
         if not disk_is_full(error):
             raise
-        where = getattr(error, "filename", None) or "the output folder"
         return _fail(f"{where}: no space left on the device; free some space and run the same command again", 28)
     return 0
 

@@ -36,6 +36,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         prog=f"clips-mllm {command}",
         description=(kind.__doc__ or "").strip().splitlines()[0],
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later values override earlier ones")
     for name in positional:
@@ -197,6 +198,8 @@ def _flat_keys(kind: type, prefix: str = "") -> list[str]:
 
 def _one_line(command: str, argv: list[str], message: str) -> str:
     words = " ".join(message.split())
-    files = ", ".join(map(str, _config_files(argv)))
+    key = words.partition(":")[0]
+    given_here = any(word.partition("=")[0] == f"--{key}" for word in argv)
+    files = "" if given_here else ", ".join(map(str, _config_files(argv)))
     place = f"{files}: " if files else ""
     return f"{place}{words}; see 'clips-mllm {command} --help'"

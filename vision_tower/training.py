@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -38,6 +39,17 @@ PACKAGES = (
 )
 
 
+def become_the_only_rank() -> None:
+    """DeepSpeed asks for a group of processes; without a launcher it is a group of one."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
 def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) -> TrainingArguments:
     """The recipe in transformers' words, and `more` of them. Unknown names in `extra` and a missing DeepSpeed file are
     UserErrors."""
@@ -49,6 +61,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
         raise UserError(f"{recipe.deepspeed}: no such DeepSpeed configuration; see configs/deepspeed/")
     if recipe.deepspeed is not None:
         read_object(Path(recipe.deepspeed))  # one line where it is damaged, before DeepSpeed reads it
+        become_the_only_rank()
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": recipe.device_batch_size,

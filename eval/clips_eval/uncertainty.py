@@ -101,6 +101,8 @@ def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> In
     drawn = np.concatenate([_ratio(top, bottom, part) for part in _draws(len(top), resamples, seed)])
     low, high = np.quantile(drawn, (0.025, 0.975))
     count, clusters = _documents(scores), len(top)
+    if count == 0:  # such as a precision without a "yes"
+        return Interval(low=None, high=None, n=count, clusters=clusters)
     if high - low > 1e-12:
         return Interval(low=float(low), high=float(high), n=count, clusters=clusters)
     if not all(0 <= part <= whole for part, whole in zip(scores.numerators, scores.denominators, strict=True)):
