@@ -250,6 +250,7 @@ def set_number(page: Any, slider: str, value: int) -> None:
     settings.click()
     page.locator(f"{slider} input[type=number]").fill(str(value))
     page.locator(f"{slider} input[type=number]").press("Tab")
+    page.wait_for_timeout(300)  # until the page knows: a question asked at once would go out with the old value
     settings.click()
 
 
