@@ -12,7 +12,13 @@ from vision_tower.errors import UserError
 
 LOOKED_AT = 5000  # samples, spread over the file
 TOKENS_A_WORD = 1.4  # where no tokenizer is at hand
-TOKENS_A_TURN = 8  # of the template
+AROUND_A_TURN = {  # what a template writes around a question and an answer; "tokenizer" is taken to be like ChatML
+    "plain": ("", ""),
+    "vicuna_v1": ("USER: ", " ASSISTANT: </s>"),
+    "llama_2": ("<s>[INST]  [/INST]", "  </s>"),
+    "llama_3": tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n<|eot_id|>" for role in ("user", "assistant")),
+    "chatml": tuple(f"<|im_start|>{role}\n<|im_end|>\n" for role in ("user", "assistant")),
+}
 # Sizes of LLaVA-1.5's sets (Liu et al., arXiv 2310.03744), for files that are not there yet.
 SAMPLES = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
 
@@ -66,10 +72,11 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
         for counts, row in zip(spoken, looked, strict=True)
     ]
     pictures = [sum(turn["value"].count("<image>") for turn in row["conversations"]) for row in looked]
-    turn = 0 if data.template == "plain" else TOKENS_A_TURN
+    around = [count(text) for text in AROUND_A_TURN.get(data.template, AROUND_A_TURN["chatml"])]
+    written = [sum(around[turn["from"] == "gpt"] for turn in row["conversations"]) for row in looked]
     whole = [
-        min(data.max_length, sum(counts) + turn * len(counts) + patches * seen)
-        for counts, seen in zip(spoken, pictures, strict=True)
+        min(data.max_length, sum(counts) + template + patches * seen)
+        for counts, template, seen in zip(spoken, written, pictures, strict=True)
     ]
     return Lengths(
         samples=len(rows),
