@@ -15,8 +15,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+WATCHED = 2.0  # seconds between two looks at the memory
 
 
 def main(record: Path, command: list[str]) -> int:
@@ -30,20 +33,21 @@ def main(record: Path, command: list[str]) -> int:
     stopped = record.with_suffix(".stopped")  # written by a command that SIGTERM stopped: it ends with code 0
     stopped.unlink(missing_ok=True)
     record.parent.mkdir(parents=True, exist_ok=True)
-    code = run(command, stopped)
+    code, together = run(command, stopped)
     if stopped.exists():
         stopped.unlink()
         code = 143
     if code:
         print(f"== {record.stem}: stopped with exit code {code}; the same `make` goes on from here", file=sys.stderr)
         return code if code > 0 else 128 - code
-    save(record, line, time.monotonic() - started)
+    save(record, line, time.monotonic() - started, together)
     return 0
 
 
-def run(command: list[str], stopped: Path) -> int:
-    """The command's exit code. A signal ends all that the command has started, which saves what it has, and not us.
+def run(command: list[str], stopped: Path) -> tuple[int, int]:
+    """The command's exit code, and the most memory that all its processes held together, in bytes.
 
+    A signal ends all that the command has started, which saves what it has, and not us.
     DeepSpeed's launcher dies of SIGTERM and leaves its ranks running: hence signals go to the whole group, and the
     group is waited for.
     """
@@ -58,13 +62,32 @@ def run(command: list[str], stopped: Path) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal_group)
+    ended, most = threading.Event(), [0]
+
+    def watch() -> None:
+        while not ended.wait(WATCHED):
+            most.append(max(most.pop(), held_by(running.pid)))
+
+    threading.Thread(target=watch, daemon=True).start()
     code = running.wait()
+    ended.set()
     while signal_group(0):
         time.sleep(0.1)
-    return code
+    return code, most[0]
 
 
-def save(record: Path, line: str, seconds: float) -> None:
+def held_by(session: int) -> int:
+    """Bytes of memory of a session's processes, what they share counted once; 0 on systems without /proc."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            if os.getsid(int(folder.name)) == session:
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def save(record: Path, line: str, seconds: float, together: int) -> None:
     """Write the record whole or not at all."""
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest process; Linux says KiB
     values = {
@@ -72,12 +95,14 @@ def save(record: Path, line: str, seconds: float) -> None:
         "command": line,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": largest,
+        "peak_memory_of_all_bytes": together,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     partial = record.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1))
     os.replace(partial, record)
-    print(f"== {record.stem}: {seconds:.0f} s", flush=True)
+    memory = f", at most {together / 2**30:.2f} GiB of memory" if together else ""
+    print(f"== {record.stem}: {seconds:.0f} s{memory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ def test_a_stopped_step_is_not_done(tmp_path: Path) -> None:
     assert "done" in json.loads(record.read_text())["command"]
 
 
+def test_the_memory_of_all_processes_is_kept(tmp_path: Path) -> None:
+    """Of a command and of what it starts: 100 MB and 200 MB, held for longer than a look takes to come."""
+    hold = "import time; kept = bytearray(b'x') * {}; time.sleep(5)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold.format(200_000_000)!r}])\n"
+    assert step(tmp_path / "1.json", code + hold.format(100_000_000) + "; p.wait()") == 0
+    found = json.loads((tmp_path / "1.json").read_text())
+    assert 300e6 < found["peak_memory_of_all_bytes"] < 400e6 and found["peak_memory_bytes"] < 300e6
+
+
 def test_sigterm_reaches_the_command(tmp_path: Path) -> None:
     """A stopped road leaves nothing running behind it, also where a launcher dies before what it has started."""
     rank = (
