@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from clips_mllm.talk.attention import attention_maps, overlay
 from clips_mllm.talk.conversation import cut_notice
 from clips_mllm.talk.engine import Engine, QueueFull
 from clips_mllm.talk.gallery import Gallery
+from clips_mllm.talk.messages import JOINER, rendered, turn_of
 from clips_mllm.talk.pictures import decode_picture
 from clips_mllm.talk.prompt import Picture
 from clips_mllm.talk.sampling import Sampling
@@ -36,9 +36,6 @@ CSS = """
 """
 # Gradio lays its progress over all that an event may change, and after an error a blank panel; the toast is enough.
 QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-# Gradio reads messages as HTML, even without Markdown. With a joiner, which nobody sees, they are text.
-JOINER = "\u2060"
-MARKS = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#?\w+;)")
 LOOK, KEEP = 300, 3600  # seconds: how often uploads are looked at, how long one is kept
 
 
@@ -325,28 +322,3 @@ def told(event: Callable[..., Iterator[list[Any]]]) -> Callable[..., Iterator[li
             yield gr.skip()  # type: ignore[misc]  # of all there is
 
     return run
-
-
-def as_text(text: str) -> str:
-    """Text that a chat shows as it is, tags and all."""
-    return MARKS.sub(lambda mark: mark[0] + JOINER, text)
-
-
-def rendered(turns: list[Turn], model: int) -> list[dict[str, Any]]:
-    """What a chat shows: pictures, question, answer, each a message of its own."""
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
-        messages += [{"role": "user", "content": as_text(turn.text)}] if turn.text else []
-        messages.append({"role": "assistant", "content": as_text(turn.answers[model])})
-    return messages
-
-
-def turn_of(turns: list[Turn], index: int | tuple[int, ...] | list[int]) -> int:
-    """Which turn a message of a chat belongs to."""
-    message = index if isinstance(index, int) else index[0]
-    for place, turn in enumerate(turns):
-        message -= len(turn.files) + bool(turn.text) + 1
-        if message < 0:
-            return place
-    raise gr.Error("This message is gone.", print_exception=False)
