@@ -20,9 +20,11 @@ from train_runs import (
     accelerate_launcher,
     deepspeed_launcher,
     end_of,
+    free_port,
     launch,
     launch_several,
     losses,
+    machine_launcher,
     start,
     torchrun_launcher,
     weights,
@@ -172,7 +174,25 @@ def test_a_recipe_that_names_deepspeed_needs_no_launcher(
     assert losses(tmp_path) == pytest.approx(losses(alone("full")), abs=1e-4)
 
 
-@pytest.mark.compiles
+@pytest.mark.slow
+def test_two_machines_give_the_same_curve(
+    alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
+) -> None:
+    """A launcher on each, a rank under each, and one folder: what a cluster without ssh does. Both are this machine."""
+    port = free_port()
+    given = values["full"] | {"training.device_batch_size": 4}
+    given["training.deepspeed"] = ROOT / "configs" / "deepspeed" / "zero2.json"
+    machines = [
+        start(machine_launcher(number, port), "clips_mllm.train", words(tmp_path / "run", sample_world, **given))
+        for number in range(2)
+    ]
+    said = [end_of(machine) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert losses(tmp_path / "run", "step") == [1, 2]
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone("full")), abs=1e-4)
+
+
+@pytest.mark.slow
 def test_offload_gives_the_same_curve(
     alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
 ) -> None:
@@ -188,17 +208,31 @@ def test_offload_gives_the_same_curve(
         assert torch.cat([(before[name] - after[name]).abs().flatten() for name in before]).mean() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("zero2", "full"),
+        pytest.param("zero0", "full", marks=pytest.mark.slow),
+        pytest.param("zero3", "full", marks=pytest.mark.slow),
+        pytest.param("zero3", "lora", marks=pytest.mark.slow),
+        pytest.param("zero2", "qlora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
-    common: dict[str, Any], sample_world: Path, tmp_path: Path
+    engine: str, kind: str, common: dict[str, Any], sample_world: Path, tmp_path: Path
 ) -> None:
     """`kill -9` of one rank: the launcher ends, and not with 0; the same command ends where it would have ended."""
-    values = common | {
-        "training.device_batch_size": 4,
-        "training.max_steps": 8,
-        "training.save_every": 2,
-        "training.keep_checkpoints": 9,
-        "training.deepspeed": ROOT / "configs" / "deepspeed" / "zero2.json",
-    }
+    values = (
+        common
+        | KINDS[kind]
+        | {
+            "training.device_batch_size": 4,
+            "training.max_steps": 8,
+            "training.save_every": 2,
+            "training.keep_checkpoints": 9,
+            "training.deepspeed": ROOT / "configs" / "deepspeed" / f"{engine}.json",
+        }
+    )
     folder = tmp_path / "run"
     process = start(deepspeed_launcher(), "clips_mllm.train", words(folder, sample_world, **values))
     end = time.monotonic() + 120

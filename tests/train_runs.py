@@ -61,16 +61,25 @@ def subprocess_environment() -> dict[str, str]:
     }
 
 
-def deepspeed_launcher(ranks: int = 2) -> list[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
-    return [*runner, "--module"]
+        return int(free.getsockname()[1])
+
+
+def deepspeed_launcher(ranks: int = 2) -> list[str]:
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*runner, "--master_port", str(free_port()), "--module"]
 
 
 def torchrun_launcher(ranks: int = 2) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+
+
+def machine_launcher(number: int, port: int) -> list[str]:
+    """That of the first or the second of two machines, with a rank each."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(number)]
+    return [*runner, "--master_addr", "127.0.0.1", "--master_port", str(port), "--nproc_per_node", "1", "-m"]
 
 
 def accelerate_launcher(ranks: int = 2) -> list[str]:

