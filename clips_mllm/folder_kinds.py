@@ -182,6 +182,26 @@ def _feature_cache(folder: Path) -> Kind | None:
     return Kind("feature_cache", f"feature cache: {entries:,} pictures, {size / 1e9:.2f} GB", facts)
 
 
+def _road(folder: Path) -> Kind | None:
+    """What `make quickstart` and `make smoke` leave."""
+    records = sorted((folder / "steps").glob("*.json"))
+    if not records:
+        return None
+    steps = {record.stem: read_object(record) for record in records}
+    minutes = sum(step["seconds"] for step in steps.values()) / 60
+    report = "; see report.html" if (folder / "report.html").is_file() else ""
+    line = f"whole road; steps done: {len(steps)}, in {minutes:.0f} minutes, the last {records[-1].stem}{report}"
+    return Kind("road", line, {"steps": {name: step["command"] for name, step in steps.items()}})
+
+
+def _grid(folder: Path) -> Kind | None:
+    for kind, name in (("ablation", "ablation"), ("comparison", "compare")):
+        file = folder / f"{name}.json"
+        if file.is_file():
+            return Kind(kind, f"{kind} of several runs; see {file.with_suffix('.md').name}", {})
+    return None
+
+
 ASKED: tuple[Callable[[Path], Kind | None], ...] = (
     _checkpoint,
     _sample_world,
@@ -194,6 +214,8 @@ ASKED: tuple[Callable[[Path], Kind | None], ...] = (
     _llm,
     _feature_cache,
     _unfinished,
+    _road,
+    _grid,
 )
 
 

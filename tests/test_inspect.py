@@ -114,6 +114,9 @@ def test_folders_that_are_no_runs(
         ),
         ("projector", {"mm_projector.bin": {}}, "original_llava_projector"),
         ("begun", {"recipe.yaml": {}, "checkpoint-7/trainer_state.json": {}}, "unfinished_run"),
+        ("road", {"steps/1-data.json": {"seconds": 60, "command": "clips-mllm data sample"}}, "road"),
+        ("grid", {"ablation.json": {}}, "ablation"),
+        ("swap", {"compare.json": {}}, "comparison"),
     ):
         for file, value in files.items():
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +125,7 @@ def test_folders_that_are_no_runs(
         assert found["kind"] == kind, name
         assert found["line"]
     assert told(tmp_path / "begun", capsys)["facts"] == {"checkpoints": [7]}
+    assert "steps done: 1, in 1 minutes, the last 1-data" in told(tmp_path / "road", capsys)["line"]
 
 
 def test_what_is_refused(mllm_dir: Path, tmp_path: Path) -> None:

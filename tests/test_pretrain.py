@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vision_tower.pairs_recipe import Augmentation
 from vision_tower.pretrain import main
 from vision_tower.pretrain_recipe import PretrainRecipe
 from vision_tower.recipe import parse_recipe
+from vision_tower.training import command_line
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
 
@@ -72,7 +74,17 @@ def test_a_run_leaves_what_the_next_step_needs(run: Path, sample_world: Path) ->
     again = parse_recipe(PretrainRecipe, ["--config", str(run / "recipe.yaml")], command="pretrain")
     assert again == parse_recipe(PretrainRecipe, expected, command="pretrain")
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] and environment["command"]
+    assert environment["packages"]["torch"] and environment["ranks"] == 1
+
+
+def test_a_command_is_kept_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, words in (
+        ("/bin/clips-mllm", ["train"]),
+        ("/x/train.py", ["--local_rank=0"]),
+        ("/x/cli.py", ["train"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [program, *words, "--output_dir", "a b"])
+        assert command_line() == "clips-mllm train --output_dir 'a b'"
 
 
 def test_metrics_name_every_term_and_the_loss_falls(run: Path) -> None:

@@ -233,6 +233,8 @@ def _read_tar(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted)
     row = Row(shard, -1, "", {})
     name = ""
     with tarfile.open(fileobj=file) as tar:
+        if not tar.offset:  # asked for a member, Python 3.10 would seek to before the start
+            raise tarfile.ReadError("empty")
         try:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else they pile up

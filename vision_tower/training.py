@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -141,7 +142,8 @@ def start_run_folder(folder: Path, recipe: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     environment = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -149,6 +151,13 @@ def start_run_folder(folder: Path, recipe: Any) -> None:
         "packages": {name: _version(name) for name in PACKAGES},
     }
     write_text(folder / "environment.json", json.dumps(environment, indent=1))
+
+
+def command_line() -> str:
+    """This process's, as one would type it; a launcher starts the command's module."""
+    program, *words = sys.argv
+    module = [Path(program).stem] if Path(program).stem in ("pretrain", "train") else []
+    return shlex.join(["clips-mllm", *module, *drop_launcher_arguments(words)])
 
 
 def _git_revision() -> str | None:

@@ -68,7 +68,7 @@ def read_token(file: str | None) -> str | None:
 
 
 def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: socket.socket) -> None:
-    """Listen; says where, once requests are taken. Every request is a line of the log: client, path, status."""
+    """Listen, and say where; requests are taken from then on. Each is a line of the log: client, path, status."""
     import logging
     import signal
 
@@ -87,6 +87,7 @@ def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: 
     logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # above it, only what goes wrong
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them once more when it has ended in good order
         signal.signal(stop, lambda *_: None)
+    address.listen(config.backlog)
     port = address.getsockname()[1]
     print(f"serving '{name}' at http://{recipe.host}:{port}/v1 (Ctrl-C stops)", flush=True)
     Server(config, engine, recipe.patience).run(sockets=[address])

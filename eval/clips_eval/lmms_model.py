@@ -22,7 +22,16 @@ from clips_eval.lmms_batches import Document, batches, cut, expand, generation_o
 from clips_eval.lmms_images import FeatureCache, pixel_digest
 from clips_eval.lmms_journal import Journal
 from clips_eval.lmms_prefix import continued, shared_beginnings
-from clips_eval.lmms_requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of
+from clips_eval.lmms_requests import (
+    Asked,
+    Control,
+    ask_chat,
+    ask_simple,
+    document_of,
+    options_of,
+    place_of,
+    task_names,
+)
 from clips_mllm.data import IMAGE_INPUTS
 from vision_tower.errors import UserError
 
@@ -102,13 +111,15 @@ class ClipsMllm(lmms):
         Raises:
             UserError: a document that cannot be read or shown; the message names it.
         """
-        quiet = self.rank != 0
-        documents = [self._read(request) for request in tqdm(requests, desc="Reading", unit="doc", disable=quiet)]
+        quiet, tasks = self.rank != 0, task_names(requests)
+        reading = tqdm(requests, desc=f"{tasks}: reading", unit="doc", disable=quiet)
+        documents = [self._read(request) for request in reading]
         if self.control == "shuffled":
             documents = self._shuffled(documents, requests)
         answers = self._kept(documents)
         missing = [place for place in range(len(documents)) if place not in answers]
-        with tqdm(total=len(documents), initial=len(answers), desc="Answering", unit="doc", disable=quiet) as bar:
+        told = {"desc": f"{tasks}: answering", "unit": "doc", "disable": quiet}
+        with tqdm(total=len(documents), initial=len(answers), **told) as bar:
             for some in batches([documents[place] for place in missing], self.batch_size):
                 places = [missing[one] for one in some]
                 texts = self._answer([documents[place] for place in places])

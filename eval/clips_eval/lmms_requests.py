@@ -6,7 +6,7 @@ simple  context with <image> put before it --string--> the tokenizer's chat temp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,11 @@ def place_of(request: Instance) -> str:
     """For messages: "task pope, document 3"."""
     _, _, _, doc_id, task, _ = request.args
     return f"task {task}, document {doc_id}"
+
+
+def task_names(requests: Sequence[Instance]) -> str:
+    """For progress bars: the first three."""
+    return ", ".join([*dict.fromkeys(request.args[4] for request in requests)][:3])
 
 
 def options_of(request: Instance, *, simple: bool) -> Mapping[str, Any]:
