@@ -36,6 +36,13 @@ def image_folder(source: InstructionSource) -> Path:
     return Path(source.images) if source.images is not None else Path(source.file).parent
 
 
+def require_file(source: InstructionSource) -> None:
+    """Before a model is loaded for minutes: raise UserError where a source's file is not there."""
+    found = glob.glob(source.file) if glob.has_magic(source.file) else [source.file]
+    if not source.file.startswith(HUB) and not any(Path(name).exists() for name in found):
+        raise UserError(f"{source.file}: no such file (data.file); build the sample world or mend the path")
+
+
 def open_table(source: InstructionSource) -> Dataset:
     """The rows of a source that is no JSON, memory-mapped; its pictures stay encoded.
 
@@ -49,9 +56,8 @@ def open_table(source: InstructionSource) -> Dataset:
             case name if name.startswith(HUB):
                 table = datasets.load_dataset(name.removeprefix(HUB), split=source.split)
             case name if Path(name).suffix == ".parquet":
+                require_file(source)
                 files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-                if not files or not Path(files[0]).is_file():
-                    raise UserError(f"{name}: no such file (data.file); mend the path")
                 table = datasets.load_dataset("parquet", data_files=files, split="train")
             case name if Path(name).is_dir():
                 saved = (Path(name) / "state.json").is_file()

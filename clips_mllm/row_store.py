@@ -24,7 +24,15 @@ from tqdm import tqdm
 from clips_mllm.llava_json import Example, picture_bytes
 from clips_mllm.parallel import spread
 from clips_mllm.row_checks import Checked, check_rows
-from clips_mllm.row_source import image_folder, is_json, json_chunks, open_table, table_chunks, without_bytes
+from clips_mllm.row_source import (
+    image_folder,
+    is_json,
+    json_chunks,
+    open_table,
+    require_file,
+    table_chunks,
+    without_bytes,
+)
 from clips_mllm.train_recipe import InstructionSource
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, write_text
@@ -121,9 +129,8 @@ def _opened(source: InstructionSource, base: Dataset | None) -> Path:
 def _key(source: InstructionSource, base: Dataset | None) -> str:
     words: list[Any] = [RULES, str(image_folder(source).resolve())]
     if base is None:
+        require_file(source)
         file = Path(source.file)
-        if not file.is_file():
-            raise UserError(f"{file}: no such file (data.file); build the sample world or mend the path")
         state = file.stat()
         words += [str(file.resolve()), state.st_size, state.st_mtime_ns]
     else:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clips_mllm.row_source import require_file
 from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import read_object
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
     recipe.check()
     check_zero(recipe)
+    for source in recipe.data.sources:
+        require_file(source)
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 

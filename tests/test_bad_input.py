@@ -170,6 +170,13 @@ def test_malformed_files(
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_data_is_told_before_a_model_is_loaded(run: Run, sample_world: Path, tmp_path: Path) -> None:
+    line = run(
+        arguments(tmp_path / "out", sample_world, tmp_path / "no-model", **{"data.file": tmp_path / "rows.json"})
+    )
+    assert "rows.json: no such file (data.file)" in line
+
+
 def no_placeholder(row: dict[str, Any]) -> None:
     row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>", "")
 
