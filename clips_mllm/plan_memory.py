@@ -140,8 +140,8 @@ def estimate(setup: Setup) -> Memory:
 def weight_bytes(setup: Setup) -> float:
     """Weights as the forward pass reads them; ZeRO-3 divides them, frozen ones too."""
     shape, width = setup.shape, setup.width
-    master_here = setup.zero == 0  # without DeepSpeed fp32 weights are the masters, and bf16 is autocast's copy of them
-    if setup.mixed and master_here and setup.adapter != "qlora":
+    master_here = setup.mixed and setup.zero == 0  # what trains is in fp32, and autocast makes a copy of it in bf16
+    if master_here and setup.train_llm and setup.adapter == "none":
         width = 4
     llm: float = shape.llm.parameters * width
     if setup.adapter == "qlora":
@@ -149,7 +149,7 @@ def weight_bytes(setup: Setup) -> float:
     whole = llm + (shape.tower.parameters + shape.projector) * width
     if setup.adapter != "none":
         whole += setup.trainable * width
-    copies = 2 * setup.trainable if setup.mixed and master_here else 0
+    copies = (4 - width + 2) * setup.trainable if master_here else 0
     return whole / (setup.devices if setup.zero == 3 else 1) + copies
 
 

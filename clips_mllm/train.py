@@ -107,7 +107,7 @@ def build_trainer(
         if recipe.model.word_steps:
             start_by_words(model, dataset, collator, steps=recipe.model.word_steps, device=arguments.device)
     trained, line = apply_stage(model, recipe.stage)
-    if recipe.stage.adapter.kind != "none" and recipe.training.deepspeed is None:
+    if recipe.training.deepspeed is None:
         masters_in_fp32(trained)
     if recipe.training.compile:
         compile_blocks(model)
@@ -237,11 +237,12 @@ def first_pictures(dataset: InstructionDataset, collator: InstructionCollator) -
 def weight_dtype(recipe: TrainRecipe) -> torch.dtype:
     """DeepSpeed keeps fp32 master weights itself and wants one bf16 model; elsewhere what trains is its own master.
 
-    Beside an adapter nothing else needs more than bf16.
+    A frozen LLM needs no more than bf16.
     """
     import torch
 
-    half = recipe.training.deepspeed is not None or recipe.stage.adapter.kind != "none"
+    frozen = recipe.stage.adapter.kind != "none" or not recipe.stage.llm
+    half = frozen or recipe.training.deepspeed is not None
     return torch.bfloat16 if recipe.training.precision == "bf16" and half else torch.float32
 
 

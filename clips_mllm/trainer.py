@@ -212,7 +212,8 @@ class MllmTrainer(ResumableTrainer):
         if isinstance(self.model, PeftModel):
             read_into(self.model, resume_from_checkpoint)
         else:
-            saved, _ = load_parts(resume_from_checkpoint, dtype=self.bare.dtype)
+            widest = max((weights.dtype for weights in self.bare.parameters()), key=lambda kind: kind.itemsize)
+            saved, _ = load_parts(resume_from_checkpoint, dtype=widest)  # fp32 masters beside a bf16 LLM stay exact
             self.bare.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

@@ -168,6 +168,29 @@ def test_bf16_keeps_what_trains_in_fp32(mllm_dir: Path, sample_world: Path, tmp_
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
 
 
+def test_stage_1_in_bf16_keeps_the_projector_in_fp32(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """The frozen LLM in bf16: near the fp32 curve; no step of the projector is rounded, nor is one by going on."""
+    values = {"model.checkpoint": mllm_dir, "training.save_every": 2, "training.keep_checkpoints": 2}
+    main(words(tmp_path / "fp32", sample_world, **values))
+    half = words(tmp_path / "bf16", sample_world, **values, **{"training.precision": "bf16"})
+    main(half)
+    whole = losses(tmp_path / "bf16")
+    assert whole == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
+    with safe_open(tmp_path / "bf16" / "model.safetensors", "pt") as file:
+        kinds = {key.partition(".")[0]: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        first = {key: file.get_tensor(key) for key in file.keys() if "projector" in key}  # noqa: SIM118
+    assert kinds == {
+        "multi_modal_projector": torch.float32,
+        "language_model": torch.bfloat16,
+        "vision_tower": torch.bfloat16,
+    }
+    shutil.rmtree(tmp_path / "bf16" / "checkpoint-3")
+    main(half)
+    assert losses(tmp_path / "bf16") == whole
+    with safe_open(tmp_path / "bf16" / "model.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in first.items())
+
+
 def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
     """LLaVA's pitfall: the projector is missing."""
     from safetensors.torch import load_file, save_file

@@ -111,7 +111,8 @@ def test_a_damaged_cache_costs_time_and_nothing_else(
     file.write_bytes(data)
     main(words(tmp_path / "second", sample_world, mllm_dir, few, **cache))
     assert "1 computed, 1 corrupt" in capsys.readouterr().err
-    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    # The one picture is computed alone, and some CPUs' fp32 kernels round otherwise in a batch of another size.
+    assert losses(tmp_path / "second") == pytest.approx(losses(tmp_path / "first"), rel=1e-6)
 
 
 def test_another_preprocessing_is_another_cache(sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path) -> None:

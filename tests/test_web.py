@@ -435,7 +435,7 @@ def test_examples_thumbs_and_the_keyboard_alone(page: Any, world: Path) -> None:
         "button", name=re.compile("^(like|thumbs? ?up|good)", re.IGNORECASE)
     ).first.click()
     file = world / "feedback" / "rated.jsonl"
-    wait_until(file.exists, page)
+    wait_until(lambda: file.exists() and file.read_text().endswith("\n"), page)
     (line,) = file.read_text().splitlines()
     row = json.loads(line)
     example = to_example(row)
