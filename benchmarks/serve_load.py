@@ -18,6 +18,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,13 @@ class Server:
 
     def __init__(self, model: str, *options: str) -> None:
         words = [sys.executable, "-m", "clips_mllm.talk.serve", model, "--port", "0", "--name", "model", *options]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- a line for each request
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=self.log, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if " at http" not in line:
-            sys.exit(f"the server did not start: {line}")
+            self.log.seek(0)
+            sys.exit(f"the server did not start: {line}{self.log.read()}")
         self.address = line.split()[3]
 
     def ask(self, client: httpx.Client, body: dict[str, Any]) -> str:

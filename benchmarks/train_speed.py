@@ -1,14 +1,16 @@
 """LLaVA training against TRL's `SFTTrainer` for vision-language models: same checkpoint, data, batch, order and seed.
 
-    python benchmarks/train_speed.py                     # both stages, bf16, 6 steps of 8; wants an idle machine
+    python benchmarks/train_speed.py                     # both stages, bf16, 10 steps of 8; wants an idle machine
+    python benchmarks/train_speed.py --compile none      # without torch.compile on our side; `both` has it on TRL's too
     python benchmarks/train_speed.py --agreement         # losses of both sides step by step in fp32, and nothing else
     python benchmarks/train_speed.py --world DIR         # a sample world that is there (with SmolLM2), built otherwise
 
 Every measurement is a process of its own, and the sides take turns. Samples per second are taken between optimiser
-steps, without the first; memory is the peak resident size of the process. The tower has the quickstart's sizes and
-random weights, which speed does not depend on. Both sides: one process without DeepSpeed, fp32 weights under bf16
-autocast, no gradient checkpointing (TRL switches it on by default), no loader process, fused AdamW, constant learning
-rate. Our stage 1 runs two epochs, with the feature cache empty at first.
+steps, without the first three, in which torch.compile works; memory is the peak resident size of the process. The tower
+has the quickstart's sizes and random weights, which speed does not depend on. Both sides: one process without
+DeepSpeed, what trains in fp32 under bf16 autocast, no gradient checkpointing (TRL switches it on by default), no loader
+process, fused AdamW, constant learning rate. Ours has `training.compile`, and a frozen LLM in bf16 as always; stage 1
+runs two epochs, with the feature cache empty at first.
 
 Needs trl, which nothing else here does.
 """
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-WARM_STEPS = 1
+WARM_STEPS = 3
 RATES = {"align": 1e-3, "finetune": 1e-4}
 
 
@@ -104,6 +106,7 @@ def train_ours(args: argparse.Namespace, stage: str, shared: Path, folder: Path)
         "training.precision": args.precision,
         "training.log_every": 1,
         "training.workers": 0,
+        "training.compile": "true" if args.compile != "none" and not args.agreement else "false",
         "training.extra": '{"train_sampling_strategy": "sequential"}',
     }
     if cached:
@@ -130,6 +133,7 @@ def train_theirs(args: argparse.Namespace, stage: str, shared: Path, folder: Pat
         lr_scheduler_type="constant",
         bf16=args.precision == "bf16",
         gradient_checkpointing=False,
+        torch_compile=args.compile == "both",
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -199,7 +203,7 @@ def measure(args: argparse.Namespace, what: str, shared: Path) -> dict[str, Any]
     """Run one child. Its output is shown only where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--child", what, "--shared", str(shared), "--folder", folder]
-        words += [f"--{name}={getattr(args, name)}" for name in ("batch", "steps", "precision")]
+        words += [f"--{name}={getattr(args, name)}" for name in ("batch", "steps", "precision", "compile")]
         words += ["--agreement"] if args.agreement else []
         environment = os.environ | {
             "OMP_NUM_THREADS": str(args.threads),
@@ -253,10 +257,11 @@ def main() -> None:
     parser.add_argument("--world", help="folder of `clips-mllm data sample`")
     parser.add_argument("--stages", nargs="+", choices=tuple(RATES), default=list(RATES))
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--compile", choices=("none", "ours", "both"), default="ours")
     parser.add_argument("--agreement", action="store_true", help="fp32 losses alone")
     parser.add_argument("--shared", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from vision_tower import heap
-from vision_tower.heap import EVERY, TrimHeap, trim_heap
+from vision_tower.heap import TrimHeap, trim_heap
 
 BLOCK, BLOCKS = 64 * 1024, 4_000
 
@@ -42,6 +42,6 @@ def test_it_comes_every_few_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     state = TrainerState()
     monkeypatch.setattr(heap, "trim_heap", lambda: at.append(state.global_step))
-    for state.global_step in range(1, 2 * EVERY + 1):
-        TrimHeap().on_step_end(arguments, state, TrainerControl())
-    assert at == [EVERY, 2 * EVERY]
+    for state.global_step in range(1, 8):
+        TrimHeap(every=3).on_step_end(arguments, state, TrainerControl())
+    assert at == [3, 6]

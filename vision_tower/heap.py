@@ -11,15 +11,20 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EVERY = 3  # optimiser steps; more often costs time, since the pages come back zeroed
-
 
 class TrimHeap(TrainerCallback):
-    """Trims the heap every few steps of a run on a CPU."""
+    """Trims the heap every few steps of a run on a CPU.
+
+    Args:
+        every: optimiser steps; more often costs time, since the pages come back zeroed.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer."""
-        if args.device.type == "cpu" and state.global_step % EVERY == 0:
+        if args.device.type == "cpu" and state.global_step % self.every == 0:
             trim_heap()
 
 

@@ -68,18 +68,26 @@ def read_token(file: str | None) -> str | None:
 
 
 def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: socket.socket) -> None:
-    """Listen, and say where; requests are taken from then on. Each is a line of the log: client, path, status."""
+    """Listen, and say where; requests are taken from then on. Each is a line on stderr: client, path, status.
+
+    stdout has the address alone: a program that reads no more than that must not fill a pipe: the server would wait.
+    """
+    import copy
     import logging
     import signal
 
     import uvicorn
+    from uvicorn.config import LOGGING_CONFIG
 
     from clips_mllm.talk.app import make_app
     from clips_mllm.talk.server import Server
 
     name = recipe.name or Path(recipe.model).name
+    log = copy.deepcopy(LOGGING_CONFIG)
+    log["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
         make_app(engine, name, recipe.limits, token),
+        log_config=log,
         log_level="warning",
         timeout_graceful_shutdown=math.ceil(recipe.patience) + SLOW_READERS,
         server_header=False,

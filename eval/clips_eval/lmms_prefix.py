@@ -1,4 +1,4 @@
-"""What several questions about one picture share is read once: the prompt up to the end of its pictures.
+"""What several questions about one picture share is read once: its image tokens, and the words they all begin with.
 
 Of a benchmark's prompt the image tokens are the larger part, and POPE asks 18 questions about each picture. The keys
 and values of the shared part are computed for each distinct one and repeated for its documents.
@@ -32,19 +32,29 @@ class Beginnings:
 def shared_beginnings(
     batch: Sequence[Document], prompts: Sequence[Sequence[int]], image_token: int, options: Mapping[str, Any]
 ) -> Beginnings | None:
-    """What the batch shares, or None: no pictures, beginnings of different lengths, all distinct, or beams."""
-    lengths = {
-        max((place + 1 for place, token in enumerate(ids) if token == image_token), default=0) for ids in prompts
-    }
-    if len(lengths) > 1 or options["num_beams"] > 1:
+    """What the batch shares, or None: no pictures, which end at different places, all distinct, or beams."""
+    ends = {max((place + 1 for place, token in enumerate(ids) if token == image_token), default=0) for ids in prompts}
+    if len(ends) > 1 or options["num_beams"] > 1:
         return None
-    (length,) = lengths
-    names = [(tuple(ids[:length]), tuple(document.images)) for ids, document in zip(prompts, batch, strict=True)]
-    first = [names.index(name) for name in dict.fromkeys(names)]
-    if not length or len(first) == len(batch) or min(map(len, prompts)) == length:
+    (end,) = ends
+    names = [(tuple(ids[:end]), tuple(document.images)) for ids, document in zip(prompts, batch, strict=True)]
+    groups: dict[Any, list[int]] = {}
+    for place, name in enumerate(names):
+        groups.setdefault(name, []).append(place)
+    length = min(common_length([prompts[place] for place in group]) for group in groups.values())
+    if not end or len(groups) == len(batch) or length < end:
         return None
-    rows = {names[place]: row for row, place in enumerate(first)}
-    return Beginnings(length=length, first=first, row_of=[rows[name] for name in names])
+    rows = {name: row for row, name in enumerate(groups)}
+    return Beginnings(
+        length=length, first=[group[0] for group in groups.values()], row_of=[rows[name] for name in names]
+    )
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all of them begin with, but for the last of the shortest: something must be left to go on from."""
+    shortest = min(map(len, prompts)) - 1
+    differs = (place for place in range(shortest) if len({ids[place] for ids in prompts}) > 1)
+    return next(differs, shortest)
 
 
 def continued(
