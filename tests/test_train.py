@@ -221,6 +221,7 @@ def test_compiled_blocks_train_the_same(
 
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    monkeypatch.setattr("vision_tower.training.check_cpp", lambda: None)
     given = {"model.checkpoint": mllm_dir, "stage.llm": "true"}
     main(words(tmp_path / "plain", sample_world, **given))
     counters.clear()
@@ -229,3 +230,21 @@ def test_compiled_blocks_train_the_same(
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
     before, after = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert set(before) == set(after), "the checkpoint does not tell"
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_train_the_same(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    given = {"model.checkpoint": mllm_dir, "stage.llm": "true"}
+    main(words(tmp_path / "plain", sample_world, **given))
+    main(words(tmp_path / "compiled", sample_world, **given, **{"training.compile": "true"}))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's code is not C++")
+def test_no_compiler_is_told_before_the_first_step(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"training.compile: needs a .* compiler, and 'no-such-compiler' is not there"):
+        main(words(tmp_path / "out", sample_world, **{"model.checkpoint": mllm_dir, "training.compile": "true"}))

@@ -10,9 +10,11 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,12 +216,35 @@ def size(parameter: nn.Parameter) -> int:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every transformer block in place: one compilation for all blocks of a kind, names unchanged."""
+    """torch.compile every transformer block in place: one compilation for all blocks of a kind, names unchanged.
+
+    Raises:
+        UserError: on a CPU, for which the compiler writes C++, without what compiles that.
+    """
+    import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if not torch.cuda.is_available():
+        check_cpp()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile()
+
+
+def check_cpp() -> None:
+    """Raise UserError where torch.compile's C++ could not be compiled: it would end the run in its first step."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch's inductor chooses
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"training.compile: needs a C++ compiler, and '{compiler}' is not there; install it, name "
+            "another in CXX, or leave training.compile out"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise UserError(
+            f"training.compile: {header} is not there; install Python's headers (python3-dev), or leave "
+            "training.compile out"
+        )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
