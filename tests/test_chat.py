@@ -165,6 +165,23 @@ def test_a_saved_chat_is_training_data(engine: Engine, pictures: list[Path], tmp
     assert (found["rows"], found["usable"]) == (1, 1), found
 
 
+def test_saving_writes_over_nothing_else(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(engine, GREEDY)
+    terminal.obey("What?")
+    kept, photo, many = tmp_path / "kept.json", tmp_path / "photo.png", tmp_path / "many.json"
+    for _ in range(2):
+        terminal.obey(f"/save {kept}")
+    photo.write_bytes(b"\x89PNG")
+    many.write_text(json.dumps(json.loads(kept.read_text()) * 2))
+    for file in (photo, many):
+        before = file.read_bytes()
+        with pytest.raises(UserError, match="not one saved conversation; take another name"):
+            terminal.obey(f"/save {file}")
+        assert file.read_bytes() == before
+    terminal.obey(f"/load {many}")
+    assert "the first of 2 conversations" in capsys.readouterr().err
+
+
 def test_sampling(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A temperature samples: on this model two draws of ten tokens are never alike."""
     torch.manual_seed(0)

@@ -469,9 +469,10 @@ def test_a_full_queue(engine: Engine, served: str) -> None:
     holder.start()
     body = {"model": "tiny", "messages": asked("Why?"), "max_tokens": 2}
     try:
-        with concurrent.futures.ThreadPoolExecutor(LIMITS.waiting + 1) as pool:
-            waiting = [pool.submit(post, served, body) for _ in range(LIMITS.waiting)]
-            while engine.load[1] < LIMITS.waiting:
+        most = LIMITS.rows + LIMITS.waiting
+        with concurrent.futures.ThreadPoolExecutor(most) as pool:
+            waiting = [pool.submit(post, served, body) for _ in range(most)]
+            while engine.load[1] < most:
                 time.sleep(0.02)
             found = post(served, body)
             assert found.status_code == 429 and found.headers["retry-after"] == "1"

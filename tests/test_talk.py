@@ -149,7 +149,7 @@ def test_the_queue_has_an_end_and_cancelled_answers_leave(engine: Engine) -> Non
     try:
         while engine.load[1]:  # until the worker has taken the job that holds it
             time.sleep(0.01)
-        answers = [Answer(engine, prompt, GREEDY) for _ in range(engine.most_waiting)]
+        answers = [Answer(engine, prompt, GREEDY) for _ in range(engine.most_rows + engine.most_waiting)]
         with pytest.raises(QueueFull):
             Answer(engine, prompt, GREEDY)
         for answer in answers:
@@ -159,6 +159,31 @@ def test_the_queue_has_an_end_and_cancelled_answers_leave(engine: Engine) -> Non
     holder.join()
     assert all("".join(answer) == "" for answer in answers)
     assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
+
+
+def test_at_the_end_of_patience_every_answer_ends(talker: Path) -> None:
+    """Also the one whose prompt is being read, and those that wait."""
+    with Engine(load_mllm(talker, device="cpu"), most_rows=2) as engine:
+        reading, go_on = threading.Event(), threading.Event()
+        read = engine.read
+
+        def slow(*given: Any) -> torch.Tensor:
+            reading.set()
+            go_on.wait(30)
+            return read(*given)
+
+        engine.read = slow  # type: ignore[method-assign]
+        prompt = engine.prompt([question("Why?", 0)], [])
+        answers = [Answer(engine, prompt, Sampling(max_new_tokens=100)) for _ in range(4)]
+        assert reading.wait(30)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        while not engine._ended:
+            time.sleep(0.01)
+        go_on.set()
+        closing.join(30)
+        assert ["".join(answer) for answer in answers] == [""] * 4
+        assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
 
 
 def test_long_conversations_are_cut_between_turns(talker: Path, pictures: list[Picture]) -> None:
@@ -202,6 +227,10 @@ def test_a_saved_conversation_is_a_training_row(engine: Engine, pictures: list[P
     assert [picture.key for picture in again.pictures] == [picture.key for picture in pictures]
     with pytest.raises(UserError, match="nothing to save"):
         Conversation(engine).to_row("empty")
+    conversation.turns[1] = statement("assistant", "\n")  # stopped before its first word
+    kept = to_example(conversation.to_row("chat"))
+    assert conversation.unanswered == 1 and kept.images == files[2:]
+    assert kept.messages == [*conversation.messages[:1], *conversation.messages[3:]]
     with pytest.raises(UserError, match="LLaVA's format"):
         again.load_row({"conversations": []}, tmp_path)
 

@@ -150,7 +150,7 @@ class AsyncAnswer:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        if self.engine.load[1] >= self.engine.most_waiting:  # before any picture is decoded
+        if self.engine.full:  # before any picture is decoded
             raise _busy()
         try:
             self._running = await asyncio.to_thread(submit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,14 +156,30 @@ class Conversation:
         return "".join(part["text"] for part in asked["content"] if part["type"] == "text")
 
     def to_row(self, name: str) -> dict[str, Any]:
-        """A row of LLaVA JSON. Raises UserError where nothing was said, or a picture is in no file."""
-        if not self.turns:
-            raise UserError("nothing was said yet, so there is nothing to save")
-        files = [picture.file for picture in self.pictures]
+        """A row of LLaVA JSON, without turns whose answer is empty: nothing can be learnt from those.
+
+        Raises:
+            UserError: nothing was answered, or a picture is in no file.
+        """
+        kept: list[Message] = []
+        files: list[str | None] = []
+        pictures = iter(self.pictures)
+        for asked, said in zip(self.turns[::2], self.turns[1::2], strict=True):
+            shown = list(itertools.islice(pictures, count_pictures([asked])))
+            if not is_empty(said):
+                kept += [asked, said]
+                files += [picture.file for picture in shown]
+        if not kept:
+            raise UserError("nothing was answered yet, so there is nothing to save")
         row: dict[str, Any] = {"id": name}
         if files:
             row["image"] = files[0] if len(files) == 1 else files
-        return row | {"conversations": [to_turn(message) for message in self.messages]}
+        return row | {"conversations": [to_turn(message) for message in self._prefixed(kept)]}
+
+    @property
+    def unanswered(self) -> int:
+        """Turns whose answer is empty."""
+        return sum(map(is_empty, self.turns[1::2]))
 
     def load_row(self, row: Any, folder: Path) -> None:
         """Take up a conversation; its pictures' paths are relative to `folder`.
@@ -184,6 +201,11 @@ class Conversation:
         if len(messages) % 2:
             messages = messages[:-1]  # a question that nobody answered
         self.turns, self.pictures = messages, pictures[: count_pictures(messages)]
+
+
+def is_empty(message: Message) -> bool:
+    """Whether it says nothing."""
+    return not "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
 
 
 def to_turn(message: Message) -> dict[str, str]:

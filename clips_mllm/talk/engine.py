@@ -98,7 +98,7 @@ class Engine:
     Args:
         context: most positions of a prompt with its answer; the model's own if not given.
         most_rows: answers decoded together; others wait.
-        most_waiting: requests that may wait.
+        most_waiting: requests that may wait while all rows are taken.
         remembered: positions of earlier conversations that are kept.
     """
 
@@ -123,6 +123,7 @@ class Engine:
         self._waiting: collections.deque[Request | Callable[[], None]] = collections.deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._ended = False  # closed, and out of patience
         self._rows: list[Request] = []
         self._batch = Batch(mllm.model)
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -148,7 +149,7 @@ class Engine:
         if needed > self.context:
             raise TooLong(
                 f"{len(prompt.ids)} tokens of prompt and {sampling.max_new_tokens} of answer are more than the context "
-                f"of {self.context}; shorten the conversation or the answer"
+                f"of {self.context}; shorten the conversation or the answer (max_new_tokens)"
             )
         request = Request(prompt, sampling, emit, TextStream(self.mllm.tokenizer, sampling.stop))
         self._queue(request)
@@ -173,8 +174,7 @@ class Engine:
             self._closing = True
             self._changed.notify()
         self._worker.join(patience)
-        for request in [*self._rows, *(item for item in [*self._waiting] if isinstance(item, Request))]:
-            request.cancel()
+        self._ended = True
         self._worker.join()
 
     @property
@@ -182,11 +182,16 @@ class Engine:
         """Answers in the making, and requests that wait."""
         return len(self._rows), len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether one more request would be refused. Newcomers find a row one after the other; till then they wait."""
+        return len(self._rows) + len(self._waiting) >= self.most_rows + self.most_waiting
+
     def _queue(self, item: Request | Callable[[], None]) -> None:
         with self._changed:
             if self._closing:
                 raise Closed("shutting down")
-            if len(self._waiting) >= self.most_waiting:
+            if self.full:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting")
             self._waiting.append(item)
             self._changed.notify()
@@ -210,7 +215,7 @@ class Engine:
     def _admit(self, request: Request) -> None:
         """Read a prompt, choose the first token, and let the row join."""
         try:
-            if request.cancelled.is_set():
+            if self._ended or request.cancelled.is_set():
                 request.emit(Done("cancelled", len(request.prompt.ids), 0))
                 return
             cache, known = self.prefixes.longest(request.prompt)
@@ -257,7 +262,7 @@ class Engine:
     def _advance(self, request: Request, logits: torch.Tensor) -> bool:
         """Choose a token and tell of it; whether the answer has ended."""
         stream = request.stream
-        if request.cancelled.is_set():
+        if self._ended or request.cancelled.is_set():
             return self._end(request, "cancelled")
         token = request.chooser.choose(request.prompt.ids + stream.ids, logits)
         if token in self.ends:

@@ -153,13 +153,15 @@ class Terminal:
                 self.answer(line)
 
     def save(self, file: Path) -> None:
-        """Write the conversation as a LLaVA JSON of one row."""
+        """Write the conversation as a LLaVA JSON of one row; other files are not written over."""
+        check_replaceable(file)
         row = self.conversation.to_row(f"{file.stem}-{int(time.time())}")
         try:
             write_text(file, json.dumps([row], indent=1, ensure_ascii=False))
         except OSError as error:
             raise UserError(f"{file}: cannot be written ({error.strerror}); take another place") from error
-        notice(f"saved to {file}")
+        left_out = self.conversation.unanswered
+        notice(f"saved to {file}" + (f", without {left_out} turn(s) that had no answer" if left_out else ""))
 
     def load(self, file: Path) -> None:
         """Go on with the first row of a LLaVA JSON."""
@@ -174,7 +176,20 @@ class Terminal:
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
         self.system = self.conversation.system
-        notice(f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.pictures)} picture(s) loaded")
+        loaded = f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.pictures)} picture(s) loaded"
+        notice(loaded + (f", the first of {len(rows)} conversations" if len(rows) > 1 else ""))
+
+
+def check_replaceable(file: Path) -> None:
+    """Raise UserError where the file holds anything but one saved conversation."""
+    if not file.exists():
+        return
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        rows = None
+    if not (isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], dict) and "conversations" in rows[0]):
+        raise UserError(f"{file}: is there already and is not one saved conversation; take another name")
 
 
 @contextlib.contextmanager
