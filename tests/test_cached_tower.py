@@ -131,6 +131,7 @@ def test_a_tower_that_trains_cannot_be_cached(sample_world: Path, mllm_dir: Path
         main(words(tmp_path / "out", sample_world, mllm_dir, few, **cache))
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_has_only_text(sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:
     """Batches of one picture and one text alternate over the ranks; no rank waits for the other's tower."""
     rows = json.loads((sample_world / "llava" / "stage2.json").read_text())

@@ -82,6 +82,7 @@ def test_the_command_runs_stock_models_too(checkpoint: Path, recipe: Path, tmp_p
     assert (theirs[0]["engine"], theirs[0]["mode"]) == ("llava_hf", "simple")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_scores(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
     options = [str(checkpoint), "--config", str(recipe), "--control", "shuffled"]
     launch(accelerate_launcher(), "clips_eval.evaluate", [*options, "--output", str(tmp_path / "two.json")])

@@ -88,6 +88,7 @@ def test_the_held_out_loss_is_right_and_disturbs_nothing(
     assert measured(tmp_path / "still")[0]["loss"] == pytest.approx(untrained, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_lmms_eval_on_two_ranks(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     """None waits for the other, also where weights are divided; the scores are those of one rank."""
     data = write_parquet(tmp_path / "pope.parquet", pope_rows())
