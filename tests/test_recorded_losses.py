@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from clips_mllm.train import main as train
 from vision_tower.pretrain import main as pretrain
 
 RECORD = Path(__file__).with_name("recorded_losses.json")
+pytestmark = pytest.mark.usefixtures("one_thread")
 NEAR = 1e-4  # of a loss of about 6; what rounding does in these few steps is a hundred times smaller
 LLM = {"stage.llm": "true", "data.group_by_length": "true"}
 STAGES: dict[str, dict[str, Any]] = {
@@ -29,15 +29,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "finetune": LLM | {"training.device_batch_size": 4},
     "lora": LLM | {"stage.adapter.kind": "lora", "stage.adapter.rank": 4},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several would divide sums as there are cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def machine() -> str:
