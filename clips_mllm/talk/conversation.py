@@ -153,7 +153,7 @@ class Conversation:
         self.turns = self.turns[:-2]
         at = len(self.pictures) - shown
         self.pictures, self.waiting = self.pictures[:at], [*self.pictures[at:], *self.waiting]
-        return "".join(part["text"] for part in asked["content"] if part["type"] == "text")
+        return text_of(asked)
 
     def to_row(self, name: str) -> dict[str, Any]:
         """A row of LLaVA JSON, without turns whose answer is empty: nothing can be learnt from those.
@@ -166,7 +166,7 @@ class Conversation:
         pictures = iter(self.pictures)
         for asked, said in zip(self.turns[::2], self.turns[1::2], strict=True):
             shown = list(itertools.islice(pictures, count_pictures([asked])))
-            if not is_empty(said):
+            if text_of(said).strip():
                 kept += [asked, said]
                 files += [picture.file for picture in shown]
         if not kept:
@@ -179,7 +179,7 @@ class Conversation:
     @property
     def unanswered(self) -> int:
         """Turns whose answer is empty."""
-        return sum(map(is_empty, self.turns[1::2]))
+        return sum(not text_of(said).strip() for said in self.turns[1::2])
 
     def load_row(self, row: Any, folder: Path) -> None:
         """Take up a conversation; its pictures' paths are relative to `folder`.
@@ -203,9 +203,9 @@ class Conversation:
         self.turns, self.pictures = messages, pictures[: count_pictures(messages)]
 
 
-def is_empty(message: Message) -> bool:
-    """Whether it says nothing."""
-    return not "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+def text_of(message: Message) -> str:
+    """Its words, without its pictures."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def to_turn(message: Message) -> dict[str, str]:
