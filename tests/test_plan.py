@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -106,6 +106,14 @@ def test_what_zero_divides(zero: int, weights: float, optimiser: float) -> None:
     assert setup.trainable == SHAPE.parameters
     assert weight_bytes(setup) == pytest.approx(weights * SHAPE.parameters)
     assert optimiser_bytes(setup) == pytest.approx(optimiser * SHAPE.parameters)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_frozen_llm_without_deepspeed_is_in_bf16(adapter: Literal["none", "lora"]) -> None:
+    """Two bytes of what is frozen, as PEFT's original of the projector; what trains has four, autocast's copy two."""
+    setup = Setup(shape=SHAPE, train_llm=adapter == "lora", adapter=adapter, rank=8, zero=0)
+    frozen = VICUNA_7B.parameters + SHAPE.tower.parameters + SHAPE.projector * (adapter == "lora")
+    assert weight_bytes(setup) == pytest.approx(2 * frozen + 6 * setup.trainable)
 
 
 def test_four_bits() -> None:
