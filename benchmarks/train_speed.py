@@ -49,8 +49,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     if not world.is_dir():
         few = {"pretrain_scenes": 60, "pretrain_shapes": 20, "retrieval_scenes": 10, "easy_vqa_questions": 20}
         build(["--output_dir", str(world), *(f"--{name}={value}" for name, value in few.items())])
-    save_tower(folder / "tower")
     torch.manual_seed(0)
+    save_tower(folder / "tower")
     model, processor = build_mllm(
         str(folder / "tower"), str(world / "llm"), feature_layer=-2, feature_select="full", dtype=torch.float32
     )
