@@ -20,6 +20,7 @@ from clips_mllm.plan_time import run_seconds
 from clips_mllm.train_recipe import TrainRecipe
 from vision_tower.errors import run_command
 from vision_tower.files import read_object
+from vision_tower.precision import cpu_computes_bf16, settle_precision
 from vision_tower.recipe import parse_recipe
 
 GB = 1e9
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
         return
     recipe.check_plan()
     recipe.check()
+    bf16 = recipe.device == "gpu" or cpu_computes_bf16()
+    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, bf16))
     assert recipe.data is not None, "PlanRecipe.check_plan has run"
     shape = read_shape(tower=recipe.model.tower, llm=recipe.model.llm, checkpoint=recipe.model.checkpoint)
     lengths = read_lengths(recipe.data, recipe.model, shape.tower.patches)

@@ -14,6 +14,7 @@ from clips_mllm.row_source import require_file
 from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import read_object
+from vision_tower.precision import computes_bf16, settle_precision
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
     add_metrics_file,
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     """Train one stage and leave a stock LLaVA checkpoint, or an adapter, in the run folder."""
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
     recipe.check()
+    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16()))
     check_zero(recipe)
     for source in recipe.data.sources:
         require_file(source)
@@ -66,7 +68,8 @@ def main(argv: list[str]) -> None:
     if is_main_process():
         start_run_folder(folder, recipe)
         write_manifest(folder, recipe, processor, parts, len(trainer.train_dataset))  # type: ignore[arg-type]
-        print(f"{len(trainer.train_dataset):,} samples; {line}", file=sys.stderr, flush=True)  # type: ignore[arg-type]
+        samples = f"{len(trainer.train_dataset):,} samples in {recipe.training.precision}"  # type: ignore[arg-type]
+        print(f"{samples}; {line}", file=sys.stderr, flush=True)
     add_metrics_file(trainer, folder / "metrics.jsonl")
     trainer.train(resume_from_checkpoint=checkpoint)
     end_if_stopped(trainer)

@@ -256,7 +256,9 @@ def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeyp
     from clips_mllm.data import InstructionDataset
     from vision_tower.training import training_arguments
 
-    recipe = parse_recipe(PlanRecipe, [*words, "--training.device_batch_size", "4"], command="plan")
+    recipe = parse_recipe(
+        PlanRecipe, [*words, "--training.device_batch_size", "4", "--training.precision", "bf16"], command="plan"
+    )
     assert recipe.data is not None
     mllm = load_mllm(mllm_dir, device="cpu")
     dataset = InstructionDataset(recipe.data, mllm.processor)

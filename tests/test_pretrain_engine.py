@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from shard_files import pair, png, write_tar
 from test_pretrain import arguments, losses, metrics
@@ -154,6 +155,20 @@ def test_bf16_keeps_fp32_weights(tiny_world: Path, tmp_path: Path) -> None:
     # How attention was computed here is no business of those who load the checkpoint.
     configs = [(tmp_path / run / "config.json").read_text() for run in ("fp32", "bf16")]
     assert configs[0] == configs[1]
+
+
+def test_a_cpu_without_bf16_trains_in_fp32(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, and what it took stands in the run folder; going on elsewhere in bf16 is refused."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    options = FULL_BATCH | {"training.save_every": 1}
+    own = arguments(tiny_world, tmp_path / "auto", **options, **{"training.precision": "auto"})
+    main(own)
+    assert yaml.safe_load((tmp_path / "auto" / "recipe.yaml").read_text())["training"]["precision"] == "fp32"
+    main(arguments(tiny_world, tmp_path / "fp32", **options))
+    assert losses(tmp_path / "auto") == losses(tmp_path / "fp32")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    with pytest.raises(UserError, match=r"training.precision=bf16 \(was fp32\)"):
+        main(own)
 
 
 def test_compiled_blocks_train_the_same(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,3 +291,24 @@ def test_yaml_floats_without_a_dot_are_numbers(write: Callable[[str], str]) -> N
     """YAML 1.1 reads 1e-3 as a string; people write it all the same."""
     assert yaml.safe_load("1e-3") == "1e-3"
     assert parse("--config", write("{file: f, part: {name: n}, rate: 1e-3}")).rate == 1e-3
+
+
+def test_auto_is_bf16_where_the_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from vision_tower.precision import computes_bf16, settle_precision
+
+    assert settle_precision(TrainingRecipe(precision="fp32"), bf16=True).precision == "fp32"
+    assert settle_precision(TrainingRecipe(precision="bf16"), bf16=False).precision == "bf16"
+    assert [settle_precision(TrainingRecipe(), bf16=bf16).precision for bf16 in (True, False)] == ["bf16", "fp32"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for known, expected in (
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True, "cpu_name": "bf16"}, False),
+        ({"bf16": True, "neon": True}, True),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert computes_bf16() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not computes_bf16(), "a PyTorch that cannot tell"

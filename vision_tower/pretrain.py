@@ -5,12 +5,14 @@ deepspeed --num_gpus 8 --module vision_tower.pretrain --config configs/vision/s1
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tower.errors import UserError, run_command
 from vision_tower.objectives import OBJECTIVES, Objective, choose_objective
+from vision_tower.precision import computes_bf16, settle_precision
 from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
@@ -35,6 +37,7 @@ def main(argv: list[str]) -> None:
     """Train, then leave the model and the stock tower in the run folder."""
     recipe = parse_recipe(PretrainRecipe, drop_launcher_arguments(argv), command="pretrain")
     recipe.check()
+    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16()))
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 

@@ -65,6 +65,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     if recipe.deepspeed is not None:
         read_object(Path(recipe.deepspeed))  # one line where it is damaged, before DeepSpeed reads it
         become_the_only_rank()
+    assert recipe.precision != "auto", "settle_precision has run"
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": recipe.device_batch_size,
@@ -104,8 +105,11 @@ def _join_ranks(arguments: TrainingArguments) -> None:
     import torch.distributed as dist
 
     if arguments.deepspeed is not None and dist.is_initialized():
+        import deepspeed
         from deepspeed import comm
 
+        # An all-reduce for inference. DeepSpeed compiles it at the first start on a CPU: a minute, with a C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         comm.init_distributed(verbose=False)  # on CPUs accelerate leaves DeepSpeed out
 
 

@@ -29,7 +29,8 @@ class TrainingRecipe:
         beta1: of AdamW.
         beta2: of AdamW.
         clip_norm: largest gradient norm; 0 switches clipping off.
-        precision: bf16 activations with fp32 master weights, or fp32 throughout.
+        precision: bf16 activations with fp32 master weights, or fp32 throughout; auto is bf16 where the device computes
+            in it, and fp32 on CPUs that would imitate it.
         gradient_checkpointing: trade a second forward pass for memory.
         deepspeed: a DeepSpeed JSON (configs/deepspeed/), or none for plain data parallelism.
         save_every: optimiser steps between checkpoints; 0 saves at the end only.
@@ -53,7 +54,7 @@ class TrainingRecipe:
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
     deepspeed: str | None = None
     save_every: int = 0
