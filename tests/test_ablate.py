@@ -187,6 +187,7 @@ def test_a_grid_trained_for_real(trained: tuple[Path, list[str]], capfd: pytest.
     assert "4 runs, 3 done before" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_leaves_nothing_running_and_goes_on(
     sample_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

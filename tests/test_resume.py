@@ -88,7 +88,7 @@ def has_ended(process: int) -> bool:
     return False
 
 
-@pytest.fixture(scope="module", params=[0, 2])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 2])
 def whole(request: pytest.FixtureRequest, sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts, without and with loader processes."""
     folder = tmp_path_factory.mktemp("whole") / str(request.param)
@@ -139,6 +139,7 @@ def test_sigterm_saves_and_ends_with_0(sample_world: Path, tmp_path: Path, whole
     assert weights(folder) == weights(whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step(sample_world: Path, tmp_path: Path) -> None:
     values = {"training.device_batch_size": 8, "training.workers": 1}
     runs = {name: tmp_path / name for name in ("whole", "stopped")}

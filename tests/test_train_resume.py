@@ -43,7 +43,10 @@ def errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("mode", MODES)
+# The full model and the adapter on four bits are what differs most in what a checkpoint has to hold.
+@pytest.mark.parametrize(
+    "mode", ["full", "qlora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("align", "lora"))]
+)
 def test_kill_at_a_random_step(mllm_dir: Path, sample_world: Path, tmp_path: Path, mode: str) -> None:
     """`kill -9`, and the same command again: the same losses to the last digit, the same weights."""
     values = GIVEN | {"model.checkpoint": mllm_dir} | MODES[mode]
