@@ -99,6 +99,7 @@ def our_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> list[
         "training.global_batch_size": args.batch,
         "training.device_batch_size": args.batch,
         "training.max_steps": args.steps,
+        "training.precision": "bf16",
         "training.weight_decay": 0.2,
         "training.beta2": 0.95,
         "training.log_every": 5,

@@ -101,7 +101,9 @@ class CachedTower:
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
         hidden = self.tower(pixels.to(self.tower.dtype), output_hidden_states=self.layer).hidden_states
         drop = 1 if self.select == "default" else 0
-        return torch.cat([hidden[layer][:, drop:] for layer in layers], dim=-1)
+        chosen = torch.cat([hidden[layer][:, drop:] for layer in layers], dim=-1)
+        # On GPUs autocast leaves CLIP's hidden states in fp32; the projector would round them as this does.
+        return chosen.to(self.store.dtype)
 
 
 def _whole_copy(tower: Any, device: torch.device) -> Any:

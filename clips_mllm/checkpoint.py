@@ -202,9 +202,11 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
         UserError: no checkpoint there, another kind of model, missing or unexpected weights, no `<image>` piece, an
             adapter without its base.
     """
+    place = choose_device(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)  # where weights in 4 or 8 bits are put as they are read
     model, processor = load_parts(folder, dtype=dtype, quantize=quantize)
     processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
-    place = choose_device(device)
     return Mllm(model.to(place).eval(), processor, place)
 
 

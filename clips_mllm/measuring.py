@@ -107,7 +107,9 @@ class Measuring(TrainerCallback):
         processor.tokenizer.padding_side = "left"  # as generation needs
         found: list[dict[str, float] | UserError]
         try:
-            found = [self.scorer.evaluate(Mllm(trainer.bare, processor, trainer.args.device), self._step(trainer))]
+            # The frozen LLM may be in bf16 and the projector in fp32: as in training, autocast brings them together.
+            with trainer.accelerator.autocast():
+                found = [self.scorer.evaluate(Mllm(trainer.bare, processor, trainer.args.device), self._step(trainer))]
         except UserError as error:
             found = [error]
         if trainer.args.world_size > 1:

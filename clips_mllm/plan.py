@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         return
     recipe.check_plan()
     recipe.check()
-    bf16 = recipe.device == "gpu" or cpu_computes_bf16()
+    bf16 = cpu_computes_bf16 if recipe.device == "cpu" else lambda: True
     recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, bf16))
     assert recipe.data is not None, "PlanRecipe.check_plan has run"
     shape = read_shape(tower=recipe.model.tower, llm=recipe.model.llm, checkpoint=recipe.model.checkpoint)

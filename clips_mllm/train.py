@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     """Train one stage and leave a stock LLaVA checkpoint, or an adapter, in the run folder."""
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
     recipe.check()
-    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16()))
+    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16))
     check_zero(recipe)
     for source in recipe.data.sources:
         require_file(source)

@@ -10,10 +10,18 @@ if [ -n "${HOSTFILE:-}" ]; then
   LAUNCH+=(--hostfile "$HOSTFILE" --master_port "${PORT:-29500}")
 else
   PORT=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-  if { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
+  # Of a GPU without nvidia-smi (a container, AMD) PyTorch knows, after seconds.
+  if { nvidia-smi -L || { { [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; } &&
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; } >/dev/null 2>&1; then
     LAUNCH+=(--master_port "$PORT")
-    # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES.
-    [ -z "${RANKS:-}" ] || LAUNCH+=(--num_gpus "$RANKS")
+    # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES; with it, it would forget that.
+    if [ -n "${RANKS:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+      IFS=, read -ra GPUS <<<"$CUDA_VISIBLE_DEVICES"
+      [ "$RANKS" -le "${#GPUS[@]}" ] || { echo "error: RANKS=$RANKS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" >&2; exit 2; }
+      export CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${GPUS[*]:0:RANKS}")
+    elif [ -n "${RANKS:-}" ]; then
+      LAUNCH+=(--num_gpus "$RANKS")
+    fi
   else
     RANKS=${RANKS:-1}
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

@@ -258,6 +258,21 @@ def test_a_failed_task_fails_the_command_and_keeps_the_others(
     assert result["answers_from_before"] == 10 and set(result["tasks"]) == set(ROWS) and not result["failed"]
 
 
+def test_a_picture_that_one_process_cannot_read_ends_all(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait for its answers to this task; with the next one it would leave them waiting for ever."""
+    from clips_eval import lmms_run
+
+    def breaks(*_: Any) -> Any:
+        raise UserError("picture 3 cannot be read")
+
+    monkeypatch.setattr(lmms_run, "evaluate_task", breaks)
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(main, [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: picture 3 cannot be read"
+
+
 def test_what_a_machine_lacks_is_left_out_with_its_reason(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

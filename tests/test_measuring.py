@@ -115,6 +115,16 @@ def test_lmms_eval_on_two_ranks(mllm_dir: Path, sample_world: Path, tmp_path: Pa
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-3)
 
 
+def test_tasks_beside_a_frozen_llm_in_bf16(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """Its projector is in fp32 while it trains."""
+    data = write_parquet(tmp_path / "pope.parquet", pope_rows())
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(f"tasks: [{{task: clips_pope_random, data: {data}}}]\nbatch_size: 2\n")
+    values = {"evaluation.every": 1, "evaluation.tasks": tasks, "training.max_steps": 1, "training.precision": "bf16"}
+    main(words(tmp_path / "run", sample_world, **{"model.checkpoint": mllm_dir}, **values))
+    assert 0 <= measured(tmp_path / "run")[0]["pope_random_accuracy"] <= 1
+
+
 def test_early_stop_and_the_best_weights(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, scorer: dict[str, Any]
 ) -> None:

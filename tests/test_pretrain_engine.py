@@ -6,6 +6,9 @@ import functools
 import json
 import math
 import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ import yaml
 from safetensors.torch import load_file
 from shard_files import pair, png, write_tar
 from test_pretrain import arguments, losses, metrics
-from train_runs import deepspeed_launcher, launch_several
+from train_runs import deepspeed_launcher, launch_several, subprocess_environment
 
 from vision_tower.errors import UserError, run_command
 from vision_tower.pretrain import main
+from vision_tower.training import _take_one_device
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["dog", "cat", "sun", "tree", "boat", "moon", "fish", "star"]
@@ -84,6 +88,31 @@ def test_two_ranks_under_zero_equal_one(tiny_world: Path, tmp_path: Path) -> Non
         assert (two / "evaluation.jsonl").read_text() == (one / "evaluation.jsonl").read_text() != ""
         for file in ("model.safetensors", "ema/model.safetensors", "tower/model.safetensors", "best/model.safetensors"):
             assert distance(one / file, two / file) < 1e-5, (two.name, file)
+
+
+@pytest.mark.slow
+def test_deepspeed_in_bf16_keeps_limit_and_average_exact(tiny_world: Path, tmp_path: Path) -> None:
+    """The optimiser's own weight of the temperature stays at the limit, here that of the start; the average is fp32."""
+    limit = 1 / 0.07
+    values = FULL_BATCH | {"training.ema_decay": 0.9, "training.precision": "bf16", "training.learning_rate": 0.01}
+    values |= {"training.deepspeed": ROOT / "configs" / "deepspeed" / "zero1.json", "training.max_steps": 6}
+    given = arguments(tiny_world, tmp_path / "run", **values)
+    code = f"import vision_tower.modeling as m; m.MAX_SCALE = {limit}\n"
+    code += f"from vision_tower.pretrain import main; main({given!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=subprocess_environment())
+    scale = load_file(tmp_path / "run" / "model.safetensors")["logit_scale"].item()
+    assert scale == pytest.approx(math.log(limit), abs=1e-6) or scale < math.log(limit)
+    average = load_file(tmp_path / "run" / "ema" / "model.safetensors")[
+        "vision_model.embeddings.patch_embedding.weight"
+    ]
+    assert not torch.equal(average, average.bfloat16().float())
+
+
+def test_a_process_takes_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers would wrap the model in nn.DataParallel, and cut the recipe's batch over all GPUs."""
+    arguments = types.SimpleNamespace(n_gpu=4, _n_gpu=4)
+    _take_one_device(arguments)  # type: ignore[arg-type]
+    assert arguments._n_gpu == 1 and "one of 4 GPUs is used" in capfd.readouterr().err
 
 
 # --- what trains, and how

@@ -298,9 +298,13 @@ def test_auto_is_bf16_where_the_device_computes_in_it(monkeypatch: pytest.Monkey
 
     from vision_tower.precision import computes_bf16, settle_precision
 
-    assert settle_precision(TrainingRecipe(precision="fp32"), bf16=True).precision == "fp32"
-    assert settle_precision(TrainingRecipe(precision="bf16"), bf16=False).precision == "bf16"
-    assert [settle_precision(TrainingRecipe(), bf16=bf16).precision for bf16 in (True, False)] == ["bf16", "fp32"]
+    def never() -> bool:
+        raise AssertionError("the recipe says which")
+
+    assert settle_precision(TrainingRecipe(precision="fp32"), never).precision == "fp32"
+    assert settle_precision(TrainingRecipe(precision="bf16"), never).precision == "bf16"
+    assert settle_precision(TrainingRecipe(), lambda: True).precision == "bf16"
+    assert settle_precision(TrainingRecipe(), lambda: False).precision == "fp32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for known, expected in (
         ({"avx512_bf16": True}, True),

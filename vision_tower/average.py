@@ -59,6 +59,10 @@ class WeightAverage(TrainerCallback):
         finally:
             _fill(model, own)
 
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The fp32 average where every rank holds it whole; empty under ZeRO-3."""
+        return {} if self._divided else self._held
+
     def save(self, folder: str) -> None:
         """Write this rank's part, or all of it once where every rank holds the whole."""
         from safetensors.torch import save_file

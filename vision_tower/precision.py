@@ -6,7 +6,7 @@ A CPU without instructions for bf16 imitates them, and takes several times as lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from vision_tower.training_recipe import TrainingRecipe
@@ -17,11 +17,11 @@ Training = TypeVar("Training", bound=TrainingRecipe)
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def settle_precision(training: Training, bf16: bool) -> Training:
-    """The recipe with bf16 or fp32 in place of `auto`."""
+def settle_precision(training: Training, bf16: Callable[[], bool]) -> Training:
+    """The recipe with bf16 or fp32 in place of `auto`; `bf16` is asked for nothing else."""
     if training.precision != "auto":
         return training
-    return dataclasses.replace(training, precision="bf16" if bf16 else "fp32")
+    return dataclasses.replace(training, precision="bf16" if bf16() else "fp32")
 
 
 def computes_bf16() -> bool:
@@ -37,5 +37,6 @@ def cpu_computes_bf16() -> bool:
     """Whether this CPU has instructions for bf16; of a PyTorch that cannot tell, no."""
     import torch
 
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest PyTorch that is supported
+    # The question is newer than the oldest PyTorch that is supported.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in CPU_BF16)

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Train, then leave the model and the stock tower in the run folder."""
     recipe = parse_recipe(PretrainRecipe, drop_launcher_arguments(argv), command="pretrain")
     recipe.check()
-    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16()))
+    recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16))
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 

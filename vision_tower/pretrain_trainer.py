@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from vision_tower.average import WeightAverage
 from vision_tower.bad_step import refuse
 from vision_tower.flops import known_peak, training_flops
 from vision_tower.images import normalize
+from vision_tower.modeling import MAX_SCALE
 from vision_tower.pretrain_recipe import EncoderTraining
 from vision_tower.sigterm import leave_signals_to_the_trainer
 from vision_tower.step_loss import StepLoss
@@ -41,6 +44,8 @@ class PretrainTrainer(StreamTrainer):
         self.average = WeightAverage(training.ema_decay, checkpoint) if training.ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)
+        if self.is_deepspeed_enabled:
+            self.add_callback(ScaleLimit())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step, with the time it took to get them."""
@@ -107,7 +112,10 @@ class PretrainTrainer(StreamTrainer):
             return None
         with self.average.applied(self.model):
             state = final_state(self)
-            return None if state is None else {name: value.float().clone() for name, value in state.items()}
+            exact = self.average.whole()  # the model itself may be in bf16
+            if state is None:
+                return None
+            return {name: exact.get(name, value).float().cpu().clone() for name, value in state.items()}
 
     def _masters(self) -> dict[str, torch.Tensor]:
         """The fp32 weights of DeepSpeed's optimiser, whose model may hold them in bf16 only."""
@@ -134,6 +142,20 @@ class PretrainTrainer(StreamTrainer):
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
         )
+
+
+class ScaleLimit(TrainerCallback):
+    """The model holds its logit scale at `MAX_SCALE`. DeepSpeed's optimiser steps on a weight of its own, which would
+    go on above it, and which is saved.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: torch.nn.Module, **_: Any) -> None:
+        """On all ranks, since any may hold the weight."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        master, most = safe_get_full_fp32_param(model.logit_scale), math.log(MAX_SCALE)
+        if master is not None and master.item() > most:
+            safe_set_full_fp32_param(model.logit_scale, master.clamp(max=most))
 
 
 def peak_flops(training: EncoderTraining) -> float | None:

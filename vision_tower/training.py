@@ -96,7 +96,16 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
         values["gradient_checkpointing"] = True
     arguments = TrainingArguments(**(values | more | recipe.extra))
     _join_ranks(arguments)
+    _take_one_device(arguments)
     return arguments
+
+
+def _take_one_device(arguments: TrainingArguments) -> None:
+    """A process trains on one GPU: where it sees several, transformers would cut every batch over all of them by
+    nn.DataParallel, and the batch would not be the recipe's."""
+    if arguments.n_gpu > 1:
+        print(f"one of {arguments.n_gpu} GPUs is used; the scripts and torchrun take all of them", file=sys.stderr)
+        arguments._n_gpu = 1
 
 
 def _join_ranks(arguments: TrainingArguments) -> None:

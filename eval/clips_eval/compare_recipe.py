@@ -101,7 +101,7 @@ def cell(recipe: CompareRecipe, run: Path, seed: int) -> Path:
 def jobs(recipe: CompareRecipe) -> list[Job]:
     """Everything to do: towers first, then all towers with the first seed, and so on."""
     found = []
-    for spec in recipe.pretrain:
+    for spec in (spec for spec in recipe.pretrain if spec.run in recipe.runs):
         words = ["--config", str(spec.config), "--output_dir", str(spec.run), *spec.options]
         found.append(
             Job(title=f"{spec.run.name}: pretrain", module="vision_tower.pretrain", arguments=words, folder=spec.run)

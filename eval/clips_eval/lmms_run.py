@@ -65,6 +65,7 @@ def run_variant(
     result: dict[str, Any] = {"tasks": {}, "intervals": {}, "failed": {}, "skipped": dict(skipped)}
     rows: list[dict[str, Any]] = []
     for spec in specs:
+        asked = False
         try:
             for name, task in load_task(spec, manager, cache, recipe.mode).items():
                 if not reword(task, variant.wording):
@@ -74,6 +75,7 @@ def run_variant(
                     raise UserError(
                         f"task {name}: its split has no documents; give data that has some by --data.{name}"
                     )
+                asked = True
                 found = evaluate_task(model, task, manager, recipe, output)
                 if rank:
                     continue
@@ -83,6 +85,8 @@ def run_variant(
                 result["tasks"][name], result["intervals"][name] = scores, intervals
                 rows += answers
         except UserError as error:
+            if asked and "RANK" in os.environ:  # it may be of this process's documents alone: end all, as below
+                raise
             result["failed"][spec.task] = str(error)
         except Exception as error:
             if disk_is_full(error) or "RANK" in os.environ:  # other processes wait for this one: end them all
