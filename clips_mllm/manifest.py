@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_mllm.fingerprints import file_hash, module_hash, value_hash
+from clips_mllm.fingerprints import ends_hash, file_hash, module_hash, value_hash
 from vision_tower.files import read_object, write_text
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ def _source(file: str, images: str | None) -> dict[str, Any]:
     path = Path(file)
     found: dict[str, Any] = {"file": file, "images": images}
     if path.is_file():
-        found |= {"bytes": path.stat().st_size, "hash": file_hash(path)}
+        hash_of = ends_hash if path.suffix == ".parquet" else file_hash
+        found |= {"bytes": path.stat().st_size, "hash": hash_of(path)}
     elif path.is_dir() or any(mark in file for mark in "*?["):
         files = sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
-        hashes = {str(each.relative_to(path.parent)): file_hash(each) for each in files if each.is_file()}
+        hashes = {str(each.relative_to(path.parent)): ends_hash(each) for each in files if each.is_file()}
         found |= {"files": len(hashes), "hash": value_hash(hashes)}
     return found

@@ -141,3 +141,20 @@ def test_what_is_refused(mllm_dir: Path, tmp_path: Path) -> None:
     (broken / "model.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         main([str(broken)])
+
+
+def test_a_table_is_known_by_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its size: the middle, where pictures lie, is not read."""
+    from clips_mllm import fingerprints
+
+    monkeypatch.setattr(fingerprints, "BLOCK", 4)
+    file = tmp_path / "part.parquet"
+
+    def hash_of(content: bytes) -> str:
+        file.write_bytes(content)
+        return fingerprints.ends_hash(file)
+
+    one = hash_of(b"headmiddlefoot")
+    assert hash_of(b"headMIDDLEfoot") == one
+    assert len({one, hash_of(b"headmiddlefood"), hash_of(b"heapmiddlefoot"), hash_of(b"headmiddle foot")}) == 4
+    assert hash_of(b"abc") != hash_of(b"abd")
