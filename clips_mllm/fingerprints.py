@@ -67,8 +67,8 @@ def file_hash(file: Path) -> str:
 
 
 def ends_hash(file: Path) -> str:
-    """Of a file's length, first and last four megabytes. A table's pictures may be hundreds of gigabytes, which rank 0 would
-    read while the others wait; its last bytes say how many rows there are, and where each column lies."""
+    """Of a file's length, first and last four megabytes. A table's pictures may be hundreds of gigabytes, which rank 0
+    would read while the others wait; its last bytes say how many rows there are, and where each column lies."""
     size = file.stat().st_size
     whole = hashlib.blake2b(str(size).encode(), digest_size=SIZE)
     with file.open("rb") as stream:

@@ -234,6 +234,18 @@ def test_runs_of_another_recipe_are_not_taken(trained: tuple[Path, list[str]]) -
     (folder / "run.yaml").write_text(text)
 
 
+def test_two_precisions_are_not_compared(trained: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    """As where a grid goes on upon another machine, and the recipe leaves the precision to it."""
+    folder, words = trained
+    file = folder / "grid/runs/clips-seed1/recipe.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("precision: fp32", "precision: bf16"))
+    assert run_command(main, words) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "clips-seed1 in bf16" in error and "in fp32" in error and "not to be compared" in error
+    file.write_text(text)
+
+
 def test_a_run_that_fails_is_named_with_its_log(
     trained: tuple[Path, list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

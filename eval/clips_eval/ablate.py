@@ -26,8 +26,10 @@ def main(argv: list[str]) -> None:
 
     from clips_eval.ablate_report import write_report
     from clips_eval.ablate_runner import run_cells, score
+    from clips_eval.provenance import refuse_mixed_precision
 
     done = run_cells(recipe, _say)
+    refuse_mixed_precision(cell.folder for cell in done)
     scores = {
         setting: [score(cell, recipe.metric) for cell in done if cell.setting == setting]
         for setting in settings(recipe)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from clips_eval.children import end, sigterm_stops
-from clips_eval.compare_recipe import CompareRecipe, Job, jobs
+from clips_eval.compare_recipe import CompareRecipe, Job, cell, jobs
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
@@ -39,7 +39,11 @@ def main(argv: list[str]) -> None:
         _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
 
     from clips_eval.compare_report import write_report
+    from clips_eval.provenance import refuse_mixed_precision
 
+    refuse_mixed_precision(recipe.runs)
+    cells = [cell(recipe, run, seed) for run in recipe.runs for seed in recipe.seeds]
+    refuse_mixed_precision(folder / stage for folder in cells for stage in ("align", "finetune"))
     print(write_report(recipe, shlex.join(["clips-mllm", "compare", *argv])))
     print(f"written: {recipe.output_dir}/compare.html, compare.md, compare.json")
 

@@ -6,10 +6,14 @@ import hashlib
 import os
 import platform
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from vision_tower.errors import UserError
+from vision_tower.files import read_text
 
 if TYPE_CHECKING:
     from vision_tower.encoder import Encoder
@@ -25,6 +29,23 @@ def provenance(folder: Path, encoder: Encoder, command: str, argv: list[str]) ->
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def refuse_mixed_precision(folders: Iterable[Path]) -> None:
+    """A recipe's `precision: auto` may have been bf16 on one machine and fp32 on the next.
+
+    Raises:
+        UserError: runs of both.
+    """
+    runs: dict[str, Path] = {}
+    for folder in folders:
+        file = folder / "recipe.yaml"
+        if file.is_file():  # a tower of others has none
+            training = yaml.safe_load(read_text(file)).get("training", {})
+            runs.setdefault(training.get("precision", "unknown precision"), folder)
+    if len(runs) > 1:
+        said = ", ".join(f"{folder} in {precision}" for precision, folder in runs.items())
+        raise UserError(f"{said}: not to be compared; remove those of one, and run the same command on one machine")
 
 
 def checkpoint_digest(folder: Path) -> str:
