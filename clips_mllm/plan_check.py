@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 8  # of the longest samples
 MOST_TRIED = 64
+MARGIN = 1.1  # by this much the estimate may be too high
 GB = 1e9
 
 
@@ -34,7 +35,8 @@ def memory_line(
     """The estimate, as a line for the log.
 
     Raises:
-        UserError: on a GPU, where the peak will not fit. A CPU may get memory back from others: there the line warns.
+        UserError: on a GPU, where the peak will not fit. The line warns where the estimate may be wrong by more than is
+            missing, as with an optimiser other than AdamW, and on a CPU, which may get memory back from others.
     """
     kind: Literal["cpu", "gpu"] = "gpu" if arguments.device.type == "cuda" else "cpu"
     shape = Shape(
@@ -53,9 +55,10 @@ def memory_line(
         "take a smaller training.device_batch_size, training.gradient_checkpointing=true or "
         "configs/deepspeed/zero3_offload.json; `clips-mllm plan` tells more"
     )
-    if kind == "gpu":
+    sure = memory.total > MARGIN * available and "optim" not in recipe.training.extra
+    if kind == "gpu" and sure:
         raise UserError(f"training.device_batch_size={recipe.training.device_batch_size}: {told}; {remedy}")
-    return f"{told}, which is not free now; {remedy}"
+    return f"{told}, which {'may not do' if kind == 'gpu' else 'is not free now'}; {remedy}"
 
 
 def longest(dataset: InstructionDataset) -> Lengths | None:

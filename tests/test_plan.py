@@ -268,8 +268,15 @@ def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("clips_mllm.plan_check.available_bytes", lambda _: 5e8)
     assert "which is not free now; take a smaller" in memory_line(recipe, mllm.model.config, dataset, arguments)
     cuda = SimpleNamespace(device=torch.device("cuda"), world_size=1)
-    with pytest.raises(UserError, match=r"training.device_batch_size=4: memory estimate: .* take a smaller"):
+    with pytest.raises(UserError, match=r"training.device_batch_size=4: memory estimate: .* take a smaller") as refused:
         memory_line(recipe, mllm.model.config, dataset, cuda)  # type: ignore[arg-type]
+    peak = float(str(refused.value).split("estimate: ")[1].split()[0]) * 1e9
+    monkeypatch.setattr("clips_mllm.plan_check.available_bytes", lambda _: 0.95 * peak)
+    nearly = memory_line(recipe, mllm.model.config, dataset, cuda)  # type: ignore[arg-type]
+    assert "which may not do; take a smaller" in nearly
+    monkeypatch.setattr("clips_mllm.plan_check.available_bytes", lambda _: 1e6)
+    lean = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, extra={"optim": "adafactor"}))
+    assert "which may not do" in memory_line(lean, mllm.model.config, dataset, cuda)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
