@@ -17,22 +17,27 @@ from clips_mllm.tiles import AnyModel
 
 
 @torch.no_grad()
-def fit_projector(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> None:
+def fit_projector(
+    model: AnyModel, pixel_values: torch.Tensor, *, device: torch.device | None = None, **sizes: torch.Tensor
+) -> None:
     """Set the projector's starting values from pictures, a hundred or so.
 
     Args:
         pixel_values: (n, 3, h, w), or (n, tiles, 3, h, w).
+        device: where to, before the tower reads them; where the model is by default.
         sizes: `image_sizes` (n, 2) where there are tiles.
 
     Under ZeRO-3 the weights are in pieces before training starts, and the values of transformers stay.
     """
     if is_deepspeed_zero3_enabled():
         return
+    if device is not None:
+        model.to(device)
     projector = model.model.multi_modal_projector
     first, second = projector.linear_1, projector.linear_2
     features = read_features(model, pixel_values, **sizes).to(first.weight.dtype)
     mean, deviation = features.float().mean(dim=0), features.float().std(dim=0) + 1e-6
-    start = torch.randn(first.weight.shape) / first.in_features**0.5 / deviation
+    start = torch.randn(first.weight.shape).to(deviation) / first.in_features**0.5 / deviation
     first.weight.copy_(start)
     first.bias.copy_(-start @ mean)
     nn.init.normal_(second.weight, std=second.in_features**-0.5)
@@ -46,7 +51,7 @@ def read_features(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Te
     seen: list[torch.Tensor] = []
     handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
-        model.get_image_features(pixel_values.to(model.dtype), **sizes)
+        model.get_image_features(pixel_values.to(model.device, model.dtype), **sizes)
     finally:
         handle.remove()
     return seen[0].flatten(0, 1)

@@ -106,7 +106,7 @@ def build_trainer(
     dataset = InstructionDataset(recipe.data, processor)
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
-        fit_projector(model, **first_pictures(dataset, collator))
+        fit_projector(model, device=arguments.device, **first_pictures(dataset, collator))
         if recipe.model.word_steps:
             start_by_words(model, dataset, collator, steps=recipe.model.word_steps, device=arguments.device)
     trained, line = apply_stage(model, recipe.stage)

@@ -9,6 +9,7 @@ SIGTERM            the step is finished, a checkpoint saved (`sigterm.py`)
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -247,5 +248,8 @@ def _flush(folder: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise  # some network file systems flush files alone
         finally:
             os.close(handle)
