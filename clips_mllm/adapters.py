@@ -93,7 +93,9 @@ def save_adapter(model: PeftModel, processor: AnyProcessor, folder: Path, state:
         quantization.to_json_file(folder / QUANTIZATION_FILE)
 
 
-def load_adapter(folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize) -> tuple[AnyModel, AnyProcessor]:
+def load_adapter(
+    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize, place: torch.device | None = None
+) -> tuple[AnyModel, AnyProcessor]:
     """The base with the adapter in it, and the adapter's processor.
 
     Without quantisation the adapter is merged, as `clips-mllm merge` does it: into the base's own weights, or, where it
@@ -109,9 +111,10 @@ def load_adapter(folder: str | Path, *, dtype: str | torch.dtype, quantize: Quan
     if quantize == "8bit" and getattr(config, "use_dora", False):  # other kinds of adapter have no such field
         raise UserError(f"{folder}: PEFT cannot put a DoRA adapter beside 8-bit weights; take 4bit, or merge it first")
     if quantize != "none":
-        model, processor = load_parts(base, dtype=dtype, quantize=quantize)
+        model, processor = load_parts(base, dtype=dtype, quantize=quantize, place=place)
     elif trained is not None:
-        model, processor = load_parts(base, dtype=dtype, quantize=trained)
+        # What fitted a GPU in 4 bits need not fit it in 16.
+        model, processor = load_parts(base, dtype=dtype, quantize=trained, place=torch.device("cpu"))
         model = model.dequantize(dtype=model.dtype)
     else:
         model, processor = load_parts(base, dtype=dtype)

@@ -203,23 +203,29 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
             adapter without its base.
     """
     place = choose_device(device)
-    if place.type == "cuda" and place.index is not None:
-        torch.cuda.set_device(place)  # where weights in 4 or 8 bits are put as they are read
-    model, processor = load_parts(folder, dtype=dtype, quantize=quantize)
+    model, processor = load_parts(folder, dtype=dtype, quantize=quantize, place=place)
     processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
     return Mllm(model.to(place).eval(), processor, place)
 
 
 def load_parts(
-    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize | BitsAndBytesConfig = "none"
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    quantize: Quantize | BitsAndBytesConfig = "none",
+    place: torch.device | None = None,
 ) -> tuple[AnyModel, AnyProcessor]:
-    """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`)."""
+    """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`).
+
+    Args:
+        place: where weights in 4 or 8 bits go as they are read; by default the GPU that is current, if there is one.
+    """
     from clips_mllm.adapters import find_adapter, is_adapter, load_adapter  # it reads bases with this function
 
     name = str(folder) if is_adapter(folder) else _existing(str(folder), "model")
     if (adapter := find_adapter(name)) is not None:
         assert not isinstance(quantize, BitsAndBytesConfig), "only the base of an adapter brings its own quantisation"
-        return load_adapter(adapter, dtype=dtype, quantize=quantize)
+        return load_adapter(adapter, dtype=dtype, quantize=quantize, place=place)
     _refuse_encoder(Path(name))
     config = read_pretrained(AutoConfig, name)
     if type(config) not in STOCK:
@@ -233,6 +239,8 @@ def load_parts(
         options["quantization_config"] = (
             quantize if isinstance(quantize, BitsAndBytesConfig) else quantization(quantize, own)
         )
+        if place is not None:
+            options["device_map"] = {"": place}
     return _read_weights(model_class, name, dtype, **options), processor
 
 

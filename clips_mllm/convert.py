@@ -44,15 +44,15 @@ def refuse_unused(recipe: ConvertRecipe) -> None:
 
 def import_llava(recipe: ConvertRecipe) -> None:
     """An original LLaVA checkpoint as a stock one."""
+    from clips_mllm.chat_template import adopt_template
     from clips_mllm.checkpoint import save_mllm
     from clips_mllm.manifest import note_origin
     from clips_mllm.original_llava import read_original
-    from clips_mllm.prompts import load_template
 
     with new_folder(recipe.destination) as work:
         model, processor, line = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
         print(f"{recipe.source}: {line}", flush=True)
-        processor.chat_template = processor.tokenizer.chat_template = load_template(recipe.template)
+        adopt_template(processor, recipe.template, model)
         save_mllm(model, processor, work)
         note_origin(work, made_by="convert", source=str(recipe.source), tower=recipe.tower, llm=recipe.llm)
     print(f"{recipe.destination}: written as a stock LLaVA checkpoint; conversations as {recipe.template}")

@@ -87,7 +87,7 @@ def examine_shards(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
     from tqdm import tqdm
 
     from clips_mllm.doctor_checks import check_shard
-    from clips_mllm.doctor_fix import copy_shard
+    from clips_mllm.doctor_fix import copy_shard, refuse_same_names
     from clips_mllm.doctor_report import Findings
     from clips_mllm.parallel import spread
     from vision_tower.pairs_recipe import SourceRecipe
@@ -97,6 +97,8 @@ def examine_shards(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
         shards=recipe.file, web_caption=recipe.web_caption, synthetic_caption=recipe.synthetic_caption
     )
     shards = find_shards(recipe.file)
+    if recipe.fix is not None:
+        refuse_same_names(shards)
     findings = Findings(recipe.file, recipe.max_length)
     found = spread(check_shard, ((shard, source) for shard in shards), workers=recipe.workers)
     with tqdm(desc="Looking", unit=" shards", total=len(shards), delay=3, file=sys.stderr) as bar:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,26 @@ def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
     return row
 
 
+def refuse_same_names(shards: Iterable[str]) -> None:
+    """Copies lie in one folder. Raises UserError where one would take another's place."""
+    known: dict[str, str] = {}
+    for shard in shards:
+        name = _name(shard)
+        if name in known:
+            raise UserError(f"--fix: {known[name]} and {shard} have the same name; mend one folder at a time")
+        known[name] = shard
+
+
+def _name(shard: str) -> str:
+    return Path(shard.partition("?")[0]).name
+
+
 def copy_shard(shard: str, folder: Path, names: frozenset[str], bad: Collection[int]) -> None:
     """The good rows of a pretraining shard, into a shard of the same name; none where there is no good row."""
     from vision_tower.shards import BadShard, read_shard
 
     folder.mkdir(parents=True, exist_ok=True)
-    name = Path(shard.partition("?")[0]).name
+    name = _name(shard)
 
     def good() -> Iterator[Any]:
         try:

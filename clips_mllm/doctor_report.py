@@ -29,6 +29,7 @@ class Findings:
     tokens: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     learnt: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     seen: set[int] = dataclasses.field(default_factory=set)
+    shard: str = ""
 
     @property
     def usable(self) -> int:
@@ -38,7 +39,10 @@ class Findings:
     def add(self, verdict: Verdict, shard: str = "") -> None:
         """Count a row."""
         self.rows += 1
-        name = hash((shard, verdict.name))
+        if shard != self.shard:  # shards come one after the other, and a name stands for a sample within one
+            self.seen.clear()
+            self.shard = shard
+        name = hash(verdict.name)
         self.repeated_ids += bool(verdict.name) and name in self.seen
         self.seen.add(name)
         self.mended.update(verdict.mended)

@@ -62,7 +62,16 @@ def to_example(row: dict[str, Any]) -> Example:
         raise BadRow("no answer")
     if any(not message["content"][0]["text"].strip() for message in answers):
         raise BadRow("empty answer")
+    _check_unicode([part.get("text", "") for message in messages for part in message["content"]], images)
     return Example(messages, images, tuple(dict.fromkeys(mended)))
+
+
+def _check_unicode(texts: list[str], images: list[str] | list[int]) -> None:
+    """JSON can hold half an emoji (a lone surrogate), which neither a tokenizer nor a file takes."""
+    try:
+        "".join([*texts, *(name for name in images if isinstance(name, str))]).encode()
+    except UnicodeEncodeError:
+        raise BadRow("half a character (a lone surrogate)") from None
 
 
 def picture_bytes(row: dict[str, Any], place: int) -> bytes:

@@ -6,6 +6,7 @@ Imports neither torch nor Arrow: worker processes start in a moment.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -62,12 +63,10 @@ def check_rows(chunk: tuple[Path, int, Sequence[Any]]) -> Checked:
     found = Checked(rows=len(rows))
     for number, row in enumerate(rows, start=begin):
         try:
-            example = to_example(row)
+            example = find_pictures(to_example(row), folder)
         except BadRow as error:
             found.drop(str(error), number, row)
             continue
-        try:
-            example = find_pictures(example, folder)
         except FileNotFoundError as error:
             found.missing.append(error.filename)
             found.drop(MISSING, number, row, f" {error.filename}")
@@ -87,12 +86,18 @@ def find_pictures(example: Example, folder: Path) -> Example:
 
     Raises:
         FileNotFoundError: with the missing file.
+        BadRow: a name that no file can have.
     """
     names: list[str] = []
     for name in example.images:
         if isinstance(name, int):
             return example
-        names.append(name if (folder / name).is_file() else _renamed(folder, name))
+        try:
+            names.append(name if (folder / name).is_file() else _renamed(folder, name))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # a picture itself, written as text
+                raise
+            raise BadRow("'image' is too long for a path") from error
     if names == example.images:
         return example
     return Example(example.messages, names, (*example.mended, RENAMED))

@@ -104,6 +104,7 @@ def build_trainer(
     adopt_template(processor, recipe.data.template, model)
     make_square(processor, recipe.data.square)
     dataset = InstructionDataset(recipe.data, processor)
+    check_ranks_agree(dataset)
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
         fit_projector(model, device=arguments.device, **first_pictures(dataset, collator))
@@ -229,6 +230,24 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, Any
         tiles=recipe.tiles,
         dtype=dtype,
     )
+
+
+def check_ranks_agree(dataset: InstructionDataset) -> None:
+    """Raise UserError on all ranks where they read different rows: each draws its batches from its own table."""
+    import torch.distributed as dist
+
+    from clips_mllm.fingerprints import value_hash
+
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (len(dataset), value_hash([int(length) for length in dataset.lengths()])))
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{dataset.name}: rank 0 reads {found[0][0]:,} rows and rank {other} {found[other][0]:,}, or others; bring "
+            "the same file and pictures to every machine"
+        )
 
 
 def first_pictures(dataset: InstructionDataset, collator: InstructionCollator) -> dict[str, torch.Tensor]:

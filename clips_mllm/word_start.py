@@ -118,7 +118,9 @@ def read_captions(model: AnyModel, dataset: InstructionDataset, collator: Instru
             features.append(read_features(model, pixels).float().unflatten(0, (len(samples), -1)))
             captions += [set(sample["labels"]) - {IGNORED} for sample in samples]
     words, weights = rare_words(captions)
-    return Captioned(torch.cat(features), words.to(model.device), weights.to(model.device))
+    return Captioned(
+        torch.cat(features) if features else torch.empty(0), words.to(model.device), weights.to(model.device)
+    )
 
 
 def rare_words(captions: list[set[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -300,3 +300,31 @@ def test_a_batch_is_shown(packing: Any, world: Path, mllm: Mllm, tmp_path: Path)
     assert "<image x9>" in shown and "<|endoftext|>" not in shown if packing == "none" else True
     assert "\x1b[32mFour.<|im_end|>\x1b[0m" in show_batch(batch, mllm.processor)
     assert load_template("chatml") == dataset.template
+
+
+HALF = {"conversations": [{"from": "human", "value": "a \ud83d"}, {"from": "gpt", "value": "b"}]}
+LONG = {
+    "image": "A" * 300,
+    "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}],
+}
+
+
+@pytest.mark.parametrize(("row", "cause"), [(HALF, "half a character"), (LONG, "too long for a path")])
+def test_rows_that_no_file_system_or_tokenizer_takes(row: dict[str, Any], cause: str, tmp_path: Path) -> None:
+    """Both are what JSON can hold; in training as for the doctor they are rows to drop, and not the end."""
+    from clips_mllm.doctor_checks import check_chunk
+    from clips_mllm.row_checks import check_rows
+
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    checked = check_rows((tmp_path, 0, [row, good]))
+    assert checked.number == [1] and len(checked.dropped) == 1 and cause in next(iter(checked.dropped))
+    found = check_chunk((tmp_path, 0, [row, good]))
+    assert cause in str(found[0].cause) and not found[1].cause
+
+
+def test_copies_of_the_same_name_are_refused() -> None:
+    from clips_mllm.doctor_fix import refuse_same_names
+
+    refuse_same_names(["/a/00000.tar", "/a/00001.tar"])
+    with pytest.raises(UserError, match=r"/a/00000.tar and /b/00000.tar have the same name"):
+        refuse_same_names(["/a/00000.tar", "/b/00000.tar"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conversations import open_rows, picture, row
@@ -370,3 +371,24 @@ def test_the_dataset_survives_a_loader_process(tmp_path: Path, mllm: Mllm) -> No
     )
     assert next(iter(loader))["pixel_values"].shape == (2, 3, 96, 96)
     assert (opened.corrupt.value, opened.seen.value) == (1, 3)
+
+
+def test_a_held_out_sample_is_not_trained_on_in_another_pass() -> None:
+    """A source of weight 2 has every row twice."""
+    from types import SimpleNamespace
+
+    from clips_mllm.held_out import hold_out
+
+    rows = np.array([*range(50), *range(50), 60, 61])
+
+    class Whole:
+        examples = SimpleNamespace(places=rows)
+
+        def __len__(self) -> int:
+            return len(rows)
+
+    whole: Any = Whole()
+    trained, held = hold_out(whole, 0.1, seed=0)
+    assert len(held) == 5 and len(set(rows[held.places])) == 5
+    assert not set(rows[held.places]) & set(rows[trained.places])
+    assert set(rows[held.places]) | set(rows[trained.places]) == set(rows)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from shard_files import counted, numbered, pair, png, tar_bytes, write_parquet, write_tar
@@ -278,3 +278,23 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
         next(iter(read_shard(file, NAMES, lambda _: True)))
         everything(file)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_rows_that_are_skipped_are_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow store needs longer than the patience to come to where a run goes on; a hung one says nothing."""
+    monkeypatch.setattr(shards, "PATIENCE", 0.5)
+    monkeypatch.setattr(shards, "TRIES", 1)
+    monkeypatch.setattr(shards, "is_remote", lambda _: True)
+    pause = 0.1
+
+    def slow(shard: str, names: frozenset[str], wanted: Any, begin: int) -> Any:
+        for index in range(14):
+            time.sleep(pause)
+            if wanted(index) and index >= begin:
+                yield Row(shard, index, str(index), {})
+
+    monkeypatch.setattr(shards, "_read", slow)
+    assert [row.index for row in read_shard("a", frozenset(), lambda _: True, 12)] == [12, 13]
+    pause = 2.0
+    with pytest.raises(BadShard, match="silent for"):
+        next(read_shard("a", frozenset(), lambda _: True))

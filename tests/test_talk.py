@@ -141,6 +141,43 @@ def test_rows_of_a_batch_get_their_own_answers(engine: Engine, pictures: list[Pi
     assert {answer.done.reason for answer in answers if answer.done} <= {"stop", "length"}
 
 
+def test_what_fails_in_one_answer_leaves_the_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as logits that are not numbers, which cannot be drawn from."""
+    prompt = engine.prompt([question("One?", 0)], [])
+    alone = fresh(engine, [question("One?", 0)], [], tokens=12)
+    bad, good = (Answer(engine, prompt, Sampling(max_new_tokens=12)) for _ in range(2))
+    choose, calls = bad._request.chooser.choose, iter(range(99))
+
+    def fails(*given: Any) -> int:
+        if next(calls) == 3:
+            raise RuntimeError("probability tensor contains inf")
+        return choose(*given)
+
+    monkeypatch.setattr(bad._request.chooser, "choose", fails)
+    assert "".join(good) == alone
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        list(bad)
+
+
+def test_after_memory_ran_out_the_next_answer_comes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept for later turns is let go."""
+    messages = [question("One?", 0)]
+    alone = "".join(Answer(engine, engine.prompt(messages, []), Sampling(max_new_tokens=5)))
+    assert engine.prefixes.kept
+    read = engine.read
+
+    def full(*given: Any) -> Any:
+        monkeypatch.setattr(engine, "read", read)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "read", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(Answer(engine, engine.prompt(messages, []), Sampling(max_new_tokens=5)))
+    engine.run(lambda: None)  # the worker is done with it
+    assert not engine.prefixes.kept and not engine.features.kept
+    assert "".join(Answer(engine, engine.prompt(messages, []), Sampling(max_new_tokens=5))) == alone
+
+
 def test_the_queue_has_an_end_and_cancelled_answers_leave(engine: Engine) -> None:
     prompt = engine.prompt([question("Why?", 0)], [])
     release = threading.Event()

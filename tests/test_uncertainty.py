@@ -152,3 +152,23 @@ def test_mme_equals_lmms_evals_points() -> None:
     clusters = [row["question_id"] for row in rows] + ["other"]
     whole = interval(found.scores(clusters))
     assert whole.low < reported < whole.high and whole.clusters == 31  # type: ignore[operator]
+
+
+def test_many_comparisons_can_still_find_a_difference() -> None:
+    """Holm multiplies the smallest p by their number: 1 / 2001 would end above 5 % from the 101st on."""
+    names = [str(number) for number in range(200)]
+    right, wrong = (Scores(numerators=[share] * 200, denominators=[1] * 200, clusters=names) for share in (1, 0))
+    clear = paired(right, wrong)
+    assert clear.p < 1 / 20_000
+    assert all(one.adjusted is not None and one.adjusted < 0.05 for one in holm([clear] * 150))
+    assert paired(right, right).p == 1
+
+
+def test_saying_yes_more_often_is_neither_better_nor_worse() -> None:
+    from types import SimpleNamespace
+
+    from clips_eval.compare_report import _metrics
+
+    tasks = {"clips_pope_random": dict.fromkeys(["accuracy", "yes_ratio", "target_yes_ratio", "n"], 0.5)}
+    run: Any = SimpleNamespace(retrieval=None, lmms=SimpleNamespace(tasks=tasks))
+    assert _metrics(run) == [("clips_pope_random", "accuracy")]

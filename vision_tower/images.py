@@ -24,19 +24,20 @@ class BadImage(ValueError):
     """Bytes that are no picture."""
 
 
-def decode_image(content: bytes, least: int | None = None) -> Image.Image:
+def decode_image(content: bytes, least: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """RGB picture of encoded bytes.
 
     Args:
         least: pixels a side that are enough. JPEG is then decoded at a half, a quarter or an eighth, whichever is the
             smallest that leaves them, in a fraction of the time.
+        formats: those of Pillow's that the bytes may be of; all by default.
     Raises:
         BadImage: the bytes are no picture.
     """
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # tasks of lmms-eval switch it on for the whole process
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=formats)
         if least is not None:
             picture.draft("RGB", (least, least))
         picture.load()

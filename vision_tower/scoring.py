@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 
 from vision_tower.average import is_divided
 from vision_tower.encoder import save_encoder
-from vision_tower.errors import NotFinite, UserError
+from vision_tower.errors import NotFinite, UserError, disk_is_full
 from vision_tower.evaluation import evaluate_retrieval, evaluate_zeroshot
 from vision_tower.files import read_object, write_text
 from vision_tower.image_folder import load_task
@@ -119,8 +120,14 @@ class Scoring(TrainerCallback):
         if weights is not None:
             work = self.folder / f".{BEST}.partial"
             shutil.rmtree(work, ignore_errors=True)
-            save_encoder(self.trainer.model, self.tokenizer, work, weights)
-            write_text(work / "evaluation.json", json.dumps(told, indent=1) + "\n")
-            shutil.rmtree(self.folder / BEST, ignore_errors=True)
-            os.replace(work, self.folder / BEST)
+            try:
+                save_encoder(self.trainer.model, self.tokenizer, work, weights)
+                write_text(work / "evaluation.json", json.dumps(told, indent=1) + "\n")
+                shutil.rmtree(self.folder / BEST, ignore_errors=True)
+                os.replace(work, self.folder / BEST)
+            except Exception as error:  # as with a checkpoint, a full disk does not cost the run
+                shutil.rmtree(work, ignore_errors=True)
+                if not disk_is_full(error):
+                    raise
+                print(f"{self.folder / BEST}: not written, the disk is full", file=sys.stderr, flush=True)
         self.trainer.accelerator.wait_for_everyone()

@@ -144,7 +144,8 @@ def read_shard(shard: str, names: frozenset[str], wanted: Wanted, begin: int = 0
     failures = 0
     while True:
         try:
-            for row in _in_thread(_read(shard, names, wanted, begin)):
+            pulse = _Pulse()
+            for row in _in_thread(_read(shard, names, pulse.with_each(wanted), begin), pulse):
                 begin, failures = row.index + 1, 0
                 yield row
             return
@@ -161,7 +162,7 @@ def _read(shard: str, names: frozenset[str], wanted: Wanted, begin: int) -> Iter
     import pyarrow as pa
 
     def still_wanted(index: int) -> bool:
-        return index >= begin and wanted(index)
+        return wanted(index) and index >= begin  # it is asked about the rows that are skipped, too
 
     try:
         with _open(shard) as file:
@@ -190,10 +191,29 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _in_thread(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, read ahead by a thread that is left behind once it has been silent for PATIENCE seconds."""
+class _Pulse:
+    """Signs of life of a thread that reads: rows that it skips are some, too."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+        self.left = threading.Event()  # nobody waits for it any more
+
+    def with_each(self, wanted: Wanted) -> Wanted:
+        """`wanted`, and a sign of life with each question."""
+
+        def asked(index: int) -> bool:
+            if self.left.is_set():
+                raise BadShard("slow shard", "given up")
+            self.last = time.monotonic()
+            return wanted(index)
+
+        return asked
+
+
+def _in_thread(rows: Iterator[Row], pulse: _Pulse) -> Iterator[Row]:
+    """The rows, read ahead by a thread that is left behind once it has given no sign of life for PATIENCE seconds."""
     ready: queue.Queue[Row | BaseException | None] = queue.Queue(AHEAD)
-    left = threading.Event()
+    left = pulse.left
 
     def put(item: Row | BaseException | None) -> None:
         while not left.is_set():
@@ -214,16 +234,21 @@ def _in_thread(rows: Iterator[Row]) -> Iterator[Row]:
 
     threading.Thread(target=work, daemon=True, name="shard reader").start()
     try:
+        since = time.monotonic()
         while True:
+            heard = max(since, pulse.last)
             try:
-                item = ready.get(timeout=PATIENCE)
+                item = ready.get(timeout=max(heard + PATIENCE - time.monotonic(), 0))
             except queue.Empty:
+                if pulse.last > heard:
+                    continue
                 raise BadShard("slow shard", f"silent for {PATIENCE:g} seconds") from None
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
             yield item
+            since = time.monotonic()
     finally:
         left.set()
 

@@ -229,6 +229,7 @@ class Engine:
                 self._rows.append(request)
         except Exception as error:
             request.emit(Failed(error))
+            self._make_room(error)
 
     def read(self, prompt: Prompt, cache: Any, known: int) -> torch.Tensor:
         """Read a prompt from position `known` on into `cache`; logits (vocabulary) of the next token."""
@@ -247,10 +248,10 @@ class Engine:
             logits = self._batch.step([request.cursor for request in self._rows])
             for request in self._rows:
                 request.cursor.length += 1
-            ended = [self._advance(request, row) for request, row in zip(self._rows, logits, strict=True)]
+            ended = [self._advance_alone(request, row) for request, row in zip(self._rows, logits, strict=True)]
             if any(ended):
                 for place in itertools.compress(range(len(ended)), ended):
-                    self.prefixes.keep(Prefix(self._rows[place].keys, self._batch.row(place)))
+                    self._remember(place)
                 staying = [place for place, end in enumerate(ended) if not end]
                 self._rows = [self._rows[place] for place in staying]
                 self._batch.keep(staying)
@@ -258,6 +259,29 @@ class Engine:
             failed, self._rows, self._batch = self._rows, [], Batch(self.mllm.model)
             for request in failed:
                 request.emit(Failed(error))
+            self._make_room(error)
+
+    def _remember(self, place: int) -> None:
+        """Keep a row that has ended, where memory allows a copy."""
+        try:
+            self.prefixes.keep(Prefix(self._rows[place].keys, self._batch.row(place)))
+        except torch.OutOfMemoryError as error:
+            self._make_room(error)
+
+    def _make_room(self, error: Exception) -> None:
+        """After a GPU ran out of memory: what is kept for later turns goes, or the next prompt would fail as well."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self.prefixes.kept.clear()
+            self.features.kept.clear()
+            torch.cuda.empty_cache()
+
+    def _advance_alone(self, request: Request, logits: torch.Tensor) -> bool:
+        """`_advance`; what fails in one answer, such as numbers that cannot be drawn from, is not the others' end."""
+        try:
+            return self._advance(request, logits)
+        except Exception as error:
+            request.emit(Failed(error))
+            return True
 
     def _advance(self, request: Request, logits: torch.Tensor) -> bool:
         """Choose a token and tell of it; whether the answer has ended."""

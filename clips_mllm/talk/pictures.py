@@ -10,6 +10,8 @@ from vision_tower.errors import UserError
 
 MOST_PIXELS = 50_000_000
 MOST_BYTES = 20_000_000
+# Of strangers. Pillow hands PostScript to Ghostscript, and the pictures within icons tell their size when decoded.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Refused(UserError):
@@ -35,7 +37,7 @@ def decode_picture(
             f"the picture has {len(content):,} bytes, more than the {most_bytes:,} allowed; send a smaller one"
         )
     try:
-        with Image.open(io.BytesIO(content)) as header:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as header:
             width, height = header.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Refused(f"the picture has more than the {most_pixels:,} pixels allowed; send a smaller one") from None
@@ -46,7 +48,7 @@ def decode_picture(
             f"the picture has {width} x {height} pixels, more than the {most_pixels:,} allowed; send a smaller one"
         )
     try:
-        return Picture(decode_image(content), file)
+        return Picture(decode_image(content, formats=FORMATS), file)
     except BadImage:
         raise Refused("not a readable picture (damaged or cut off); send PNG, JPEG or WebP") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clips_mllm.prompts import Message
 from clips_mllm.talk.engine import Done
@@ -21,6 +21,12 @@ class Strict(BaseModel):
     """Refuses what it does not know, instead of quietly answering something else."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """A null asks for nothing, whatever its name; clients that write all fields of a message back send many."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class ImageUrl(Strict):
@@ -45,6 +51,16 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
+    annotations: list[Any] | None = Field(None, max_length=0)  # as clients send an earlier answer back
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _silent(cls, given: Any) -> Any:
+        """An answer may have been empty."""
+        if isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None:
+            return given | {"content": ""}
+        return given
 
 
 class StreamOptions(Strict):

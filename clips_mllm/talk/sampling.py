@@ -44,6 +44,9 @@ class Sampling:
             raise UserError(f"repetition_penalty={self.repetition_penalty}: above 0, at most 10; 1 changes nothing")
 
 
+GREEDY = 1e-4  # below this the likeliest token is the answer, and scores divided by it leave the range of fp32
+
+
 class Chooser:
     """Chooses one answer's tokens from logits, with transformers' own processors and its own random numbers."""
 
@@ -60,7 +63,7 @@ class Chooser:
         if sampling.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         self.generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature > GREEDY:
             self.processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 self.processors.append(TopPLogitsWarper(sampling.top_p))

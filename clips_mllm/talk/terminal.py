@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import torch
+
 from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.pictures import read_picture
@@ -108,9 +110,10 @@ class Terminal:
                 break
             try:
                 self.obey(line)
-            except UserError as error:  # a slip of the finger does not end the talk
+            except (UserError, MemoryError, torch.OutOfMemoryError) as error:  # neither ends the talk
                 refused += 1
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                told = error if isinstance(error, UserError) else "out of memory; /undo, or start with --quantize 4bit"
+                print(f"error: {told}", file=sys.stderr, flush=True)
         if refused and not terminal:
             raise UserError(f"{refused} of the lines could not be used, see above; mend them and ask again")
 

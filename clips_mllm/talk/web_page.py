@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from clips_mllm.talk.attention import attention_maps, overlay
 from clips_mllm.talk.conversation import cut_notice
@@ -25,6 +26,7 @@ from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.turns import Turn, answered, append_feedback, asked_of
 from clips_mllm.talk.uploads import refuse_large
 from vision_tower.errors import UserError
+from vision_tower.images import decode_image
 
 # Fonts of the reader's own system: nothing is fetched from anywhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -36,6 +38,7 @@ CSS = """
 """
 # Gradio lays its progress over all that an event may change, and after an error a blank panel; the toast is enough.
 QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+SMALL = 400  # pixels of a found picture
 LOOK, KEEP = 300, 3600  # seconds: how often uploads are looked at, how long one is kept
 
 
@@ -157,10 +160,11 @@ class Page:
 
         self._check_first(picture)
 
-        def pictures_for(text: str) -> list[tuple[str, str]]:
+        def pictures_for(text: str) -> list[tuple[Image.Image, str]]:
             with in_words():
                 found = gallery.pictures_for(text.strip()) if text.strip() else []
-            return [(str(file), f"{score:.3f} {file.stem}") for file, score in found]
+            # Not by their paths: Gradio shows files of its own folders and of the working directory only.
+            return [(small(file), f"{score:.3f} {file.stem}") for file, score in found]
 
         def captions_for(file: str | None) -> list[list[Any]]:
             if file is None:
@@ -322,3 +326,10 @@ def told(event: Callable[..., Iterator[list[Any]]]) -> Callable[..., Iterator[li
             yield gr.skip()  # type: ignore[misc]  # of all there is
 
     return run
+
+
+def small(file: Path) -> Image.Image:
+    """A picture of the gallery to look at."""
+    picture = decode_image(file.read_bytes(), least=SMALL)
+    picture.thumbnail((SMALL, SMALL))
+    return picture

@@ -14,7 +14,7 @@ from pathlib import Path
 from clips_eval import report_html, report_markdown
 from clips_eval.ablate_results import judge, mean
 from clips_eval.compare_recipe import CompareRecipe, cell
-from clips_eval.report_against import scores_of
+from clips_eval.report_against import NEITHER_WAY, scores_of
 from clips_eval.report_cells import Table, plain_table
 from clips_eval.report_files import write_json
 from clips_eval.report_read import RECALLS, Run, read_run
@@ -116,7 +116,9 @@ def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: Path) -> list[Ro
 def _metrics(run: Run) -> list[tuple[str, str]]:
     found = [("retrieval", key) for key in RECALLS] if run.retrieval is not None else []
     tasks = run.lmms.tasks if run.lmms else {}
-    return found + [(task, metric) for task, metrics in tasks.items() for metric in metrics if metric != "n"]
+    return found + [
+        (task, metric) for task, metrics in tasks.items() for metric in metrics if metric not in NEITHER_WAY
+    ]
 
 
 def _scores(run: Run, task: str, metric: str) -> Scores | None:

@@ -13,6 +13,9 @@ from clips_eval.retrieval_scores import hit_scores, query_clusters
 from clips_eval.uncertainty import Difference, Scores, holm, paired
 from vision_tower.errors import UserError
 
+# More of these is neither better nor worse; the last is a property of the questions.
+NEITHER_WAY = frozenset({"n", "yes_ratio", "target_yes_ratio"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
@@ -65,6 +68,8 @@ def _benchmarks(ours: Run, theirs: Run) -> Iterable[Compared]:
         if not _same_documents(ours.lmms, theirs.lmms, task):
             continue
         for metric in metrics:
+            if metric in NEITHER_WAY:
+                continue
             a, b = (scores_of(found, task, metric) for found in (ours.lmms, theirs.lmms))
             if a is not None and b is not None:
                 yield Compared(
