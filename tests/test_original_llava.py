@@ -28,6 +28,7 @@ from clips_mllm.convert import main
 from vision_tower.errors import UserError
 
 SIDE, PATCH, WIDTH = 56, 14, 48
+CHATML = ("--template", "chatml")  # that of the tokenizer here
 PICTURE = -200  # what the original code has in place of the image
 
 
@@ -142,13 +143,22 @@ def compare(folder: Path, original: Original) -> None:
     wanted = original.logits([*ids[:place], PICTURE, *ids[place + patches :]], batch["pixel_values"])
     assert wanted.std() > 0.1
     torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
-    assert "ASSISTANT:" in mllm.processor.chat_template
+    assert "<|im_start|>" in mllm.processor.chat_template
+    ends = mllm.model.generation_config.eos_token_id
+    end = mllm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in (ends if isinstance(ends, list) else [ends]), "answers end where the template's do"
+
+
+def test_a_template_of_another_family_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"template=vicuna_v1: it ends answers with '</s>', which is not one special"):
+        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_whole_checkpoint(
     whole: Path, original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    main([str(whole), str(tmp_path / "out"), "--to", "llava", *CHATML])
     assert "whole checkpoint; its own tower" in capsys.readouterr().out
     compare(tmp_path / "out", original)
     assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]["do_pad"]
@@ -157,7 +167,7 @@ def test_a_whole_checkpoint(
 def test_a_whole_checkpoint_without_its_tower(whole: Path, original: Original, tmp_path: Path) -> None:
     file = whole / "pytorch_model-00002-of-00002.bin"
     torch.save(original.projector_state(), file)
-    main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    main([str(whole), str(tmp_path / "out"), "--to", "llava", *CHATML])
     compare(tmp_path / "out", original)
 
 
@@ -194,7 +204,7 @@ def _another(layer: nn.Module) -> nn.Module:
 
 def test_a_lora_folder(lora: tuple[Path, Original], tmp_path: Path) -> None:
     folder, trained = lora
-    main([str(folder), str(tmp_path / "out"), "--to", "llava"])
+    main([str(folder), str(tmp_path / "out"), "--to", "llava", *CHATML])
     compare(tmp_path / "out", trained)
 
 
@@ -205,13 +215,13 @@ def test_a_projector_goes_in_and_out(original: Original, clip: Path, sample_worl
     original.llm.save_pretrained(tmp_path / "llm")
     AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(tmp_path / "llm")
     parts = ["--llm", str(tmp_path / "llm"), "--tower", str(clip)]
-    main([str(given / "mm_projector.bin"), str(tmp_path / "stock"), "--to", "llava", *parts])
+    main([str(given / "mm_projector.bin"), str(tmp_path / "stock"), "--to", "llava", *CHATML, *parts])
     compare(tmp_path / "stock", original)
     main([str(tmp_path / "stock"), str(tmp_path / "back"), "--to", "llava_projector", "--tower", str(clip)])
     back = torch.load(tmp_path / "back" / "mm_projector.bin", weights_only=True)
     assert back.keys() == original.projector_state().keys()
     assert all(torch.equal(back[name], value) for name, value in original.projector_state().items())
-    main([str(tmp_path / "back"), str(tmp_path / "again"), "--to", "llava", *parts[:2]])
+    main([str(tmp_path / "back"), str(tmp_path / "again"), "--to", "llava", *CHATML, *parts[:2]])
     compare(tmp_path / "again", original)
 
 
