@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 IMAGE = "<image>"
+# What Qwen3's template opens the last answer with where it has no thoughts. The model learns to say it, since prompts
+# end before it; readers and scorers want the answer.
+EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
 TemplateName = Literal["plain", "vicuna_v1", "llama_2", "llama_3", "chatml", "tokenizer"]
 Message = dict[str, Any]
 

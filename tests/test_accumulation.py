@@ -73,6 +73,7 @@ def test_accumulation_is_the_run_with_the_batch_in_one_piece(
     assert ("loss_caption" in losses(tmp_path / "4")[0]) is (objective == "clips")
 
 
+@pytest.mark.slow
 def test_accumulation_on_two_ranks(sample_world: Path, tmp_path: Path) -> None:
     """Each rank reads its own shards, so the reference is two ranks with their batch in one piece.
 

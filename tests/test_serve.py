@@ -571,7 +571,7 @@ def test_only_safetensors_and_no_code_of_others(talker: Path, tmp_path: Path) ->
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("patience", [30, 0])
+@pytest.mark.parametrize("patience", [pytest.param(30, marks=pytest.mark.slow), 0])
 def test_graceful_stop(talker: Path, patience: int) -> None:
     """SIGTERM in the middle of an answer: it is completed, or ended in words; the process ends with 0."""
     words = [sys.executable, "-m", "clips_mllm.talk.serve", str(talker), "--port", "0", "--name", "tiny"]
@@ -617,6 +617,7 @@ def test_the_body_must_arrive_in_time(engine: Engine) -> None:
         asyncio.run(read_body(Slow(), Limits(body_seconds=0.05)))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_load_in_short(talker: Path, tmp_path: Path) -> None:
     """The load program itself, for a few seconds: no error, nobody gets another's answer."""
     program = Path(__file__).parents[1] / "benchmarks" / "serve_load.py"

@@ -272,6 +272,23 @@ def test_a_saved_conversation_is_a_training_row(engine: Engine, pictures: list[P
         again.load_row({"conversations": []}, tmp_path)
 
 
+def test_empty_thoughts_are_not_told() -> None:
+    """Qwen3's template opens an answer with them; what only looks like it is told."""
+
+    class Letters:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "".join(map(chr, ids))
+
+    for said, told in (
+        ("<think>\n\n</think>\n\nYes.", "Yes."),
+        ("<think>\nSo", "<think>\nSo"),
+        ("<thin", "<thin"),
+        ("Yes <think>\n\n</think>\n\n", "Yes <think>\n\n</think>\n\n"),
+    ):
+        stream = TextStream(Letters(), ())  # type: ignore[arg-type]
+        assert "".join([*(stream.push(ord(letter)) for letter in said), stream.end()]) == told
+
+
 def test_seeds_and_stop_texts(engine: Engine) -> None:
     prompt = engine.prompt([question("Why?", 0)], [])
 

@@ -208,15 +208,10 @@ def test_offload_gives_the_same_curve(
         assert torch.cat([(before[name] - after[name]).abs().flatten() for name in before]).mean() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "kind"),
-    [
-        ("zero2", "full"),
-        pytest.param("zero0", "full", marks=pytest.mark.slow),
-        pytest.param("zero3", "full", marks=pytest.mark.slow),
-        pytest.param("zero3", "lora", marks=pytest.mark.slow),
-        pytest.param("zero2", "qlora", marks=pytest.mark.slow),
-    ],
+    [("zero2", "full"), ("zero0", "full"), ("zero3", "full"), ("zero3", "lora"), ("zero2", "qlora")],
 )
 def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
     engine: str, kind: str, common: dict[str, Any], sample_world: Path, tmp_path: Path

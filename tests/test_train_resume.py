@@ -43,9 +43,8 @@ def errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
-# The full model and the adapter on four bits are what differs most in what a checkpoint has to hold.
 @pytest.mark.parametrize(
-    "mode", ["full", "qlora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("align", "lora"))]
+    "mode", [pytest.param(mode, marks=() if mode == "full" else pytest.mark.slow) for mode in MODES]
 )
 def test_kill_at_a_random_step(mllm_dir: Path, sample_world: Path, tmp_path: Path, mode: str) -> None:
     """`kill -9`, and the same command again: the same losses to the last digit, the same weights."""
@@ -64,6 +63,7 @@ def test_kill_at_a_random_step(mllm_dir: Path, sample_world: Path, tmp_path: Pat
     assert checkpoints == ["checkpoint-14", "checkpoint-16"] and not list(killed.glob(".*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     """It loses what follows the last checkpoint; saving less often afterwards is allowed."""
     values = GIVEN | {"model.checkpoint": mllm_dir, "training.workers": 1} | MODES["full"]

@@ -706,6 +706,7 @@ def upload(post: Callable[..., httpx.Response]) -> Path:
     return Path(post("gradio_api/upload", files={"files": ("a.png", b"picture")}).raise_for_status().json()[0])
 
 
+@pytest.mark.slow
 def test_a_password_and_no_upload_left_after_sigterm(talker: Path, tmp_path: Path) -> None:
     """The real command, its LLM in four bits: strangers get nothing, others on the machine cannot read along."""
     (tmp_path / "token").write_text("secret\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from clips_mllm.prompts import EMPTY_THOUGHTS
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:  # a command checks its sampling before these are imported
@@ -118,6 +119,11 @@ class TextStream:
     def _hand_out(self, *, last: bool) -> str:
         if self.stopped:
             return ""
+        if not self.out:
+            if self.text.startswith(EMPTY_THOUGHTS):
+                self.out = len(EMPTY_THOUGHTS)
+            elif not last and EMPTY_THOUGHTS.startswith(self.text):
+                return ""
         found = [place for place in (self.text.find(stop) for stop in self.stop) if place >= 0]
         if found:
             self.stopped, end = True, min(found)

@@ -33,6 +33,7 @@ from clips_eval.lmms_requests import (
     task_names,
 )
 from clips_mllm.data import IMAGE_INPUTS
+from clips_mllm.prompts import EMPTY_THOUGHTS
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class ClipsMllm(lmms):
         output = model.generate(**inputs, pad_token_id=pad, **options)
         width = inputs["input_ids"].shape[1]
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        return [cut(text, until) for text in texts]
+        return [cut(text.removeprefix(EMPTY_THOUGHTS), until) for text in texts]
 
     def _image_features(self, digests: list[str]) -> dict[str, torch.Tensor]:
         """Projected features of each distinct picture, (P, D) on the model's device; the tower runs for new ones."""
