@@ -227,12 +227,13 @@ def test_every_form_of_file(kind: str, small: tuple[Any, Path], tmp_path: Path) 
     assert tokenizer.contrastive(["cats"], 7).tolist() == [[1, 104, 105, 2, 0, 0, 101]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fixed", [True, False])
-def test_positions_count_as_sincos_where_they_are(fixed: bool, tmp_path: Path) -> None:
+def test_positions_count_as_sincos_where_they_are(fixed: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     model = theirs(SMALL)
     if fixed:
         model.visual.positional_embedding.data = sincos_positions(4, 32, class_token=True)
-    source = folder_of(model, SMALL, tmp_path / "source")
+    source = folder_of(model.to(dtype), SMALL, tmp_path / "source")
     main([str(source), str(tmp_path / "ours"), "--to", "clips"])
     assert load_encoder(tmp_path / "ours", "cpu").model.config.positions == ("sincos" if fixed else "learned")
     larger = load_encoder(tmp_path / "ours", "cpu", image_size=42)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from train_runs import weights, words
 
 from clips_mllm.train import main
 from clips_mllm.train_recipe import MllmRecipe
-from clips_mllm.word_start import PULL, SHARPNESS, Captioned, fit_to_words, rare_words, word_loss
+from clips_mllm.word_start import PULL, SHARPNESS, Captioned, fit_to_words, rare_words, read_captions, word_loss
 from vision_tower.errors import UserError
 
 
@@ -41,6 +43,14 @@ def test_pieces_too_rare_or_too_common_are_not_words() -> None:
     both = math.log(12 / 3), math.log(12 / 4)
     torch.testing.assert_close(weights[0], torch.tensor(both) / sum(both))
     assert weights[1].tolist() == [1, 0] and weights[6].tolist() == [0, 0]
+
+
+def test_a_set_without_single_pictures_has_no_words() -> None:
+    """Texts alone, or several pictures a row: the projector is left as it is."""
+    dataset: Any = [{"images": [], "labels": [1, 2]}] * 3
+    model: Any = SimpleNamespace(device=torch.device("cpu"))
+    captioned = read_captions(model, dataset, lambda _: {})  # type: ignore[arg-type]
+    assert not len(captioned.words) and not len(captioned.features)
 
 
 def test_it_finds_which_patch_shows_which_word() -> None:
