@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from clips_mllm.checkpoint import load_mllm
+from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.conversation import question, statement
-from clips_mllm.talk.engine import Answer, Engine
+from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.prompt import Picture
 from clips_mllm.talk.sampling import Sampling
 

@@ -32,10 +32,11 @@ from PIL import Image
 
 from clips_mllm.checkpoint import load_mllm
 from clips_mllm.talk import remote, serve
+from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.app import make_app
 from clips_mllm.talk.batch import Batch
 from clips_mllm.talk.conversation import question
-from clips_mllm.talk.engine import Answer, Engine
+from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.limits import BadRequest, Limits
 from clips_mllm.talk.pictures import decode_picture
 from clips_mllm.talk.recipes import ServeRecipe

@@ -15,8 +15,9 @@ from PIL import Image
 
 from clips_mllm.checkpoint import load_mllm
 from clips_mllm.llava_json import to_example
+from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.conversation import Conversation, fit, question, statement
-from clips_mllm.talk.engine import Answer, Closed, Engine, QueueFull, TooLong
+from clips_mllm.talk.engine import Closed, Engine, QueueFull, TooLong
 from clips_mllm.talk.prompt import Picture
 from clips_mllm.talk.sampling import Sampling, TextStream
 from vision_tower.errors import UserError

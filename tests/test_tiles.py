@@ -29,8 +29,9 @@ from clips_mllm.merge import main as merge
 from clips_mllm.plan import main as plan
 from clips_mllm.stage_recipe import StageRecipe
 from clips_mllm.stages import apply_stage, optimizer_groups
+from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.attention import attention_maps
-from clips_mllm.talk.engine import Answer, Engine
+from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.prompt import Picture
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.tiles import grid, tiled_tokens, views, with_tiles

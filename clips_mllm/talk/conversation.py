@@ -14,7 +14,8 @@ from clips_mllm.talk.prompt import Picture
 from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
-    from clips_mllm.talk.engine import Answer, Engine
+    from clips_mllm.talk.answer import Answer
+    from clips_mllm.talk.engine import Engine
     from clips_mllm.talk.sampling import Sampling
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -97,7 +98,7 @@ class Conversation:
         `stop()`, Ctrl-C while waiting for a piece, or `close()` of the iterator ends the answer; what was said is
         remembered.
         """
-        from clips_mllm.talk.engine import Answer
+        from clips_mllm.talk.answer import Answer
 
         self._answer, self._stop_asked = None, False
         shown = self.waiting

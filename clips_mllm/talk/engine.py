@@ -10,9 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
@@ -317,43 +316,3 @@ class Engine:
             pixels, sizes = torch.stack(every), {}
         pixels = pixels.to(self.mllm.device, self.mllm.model.dtype)
         return list(self.mllm.model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output)
-
-
-class Answer:
-    """Iterates over a request's text in the caller's thread; `done` holds its end afterwards.
-
-    Raises, while iterating, what the worker raised.
-    """
-
-    def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
-        self._events: list[Event] = []
-        self._taken = 0
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.done: Done | None = None
-        self._request = engine.submit(prompt, sampling, self._put)
-
-    def _put(self, event: Event) -> None:
-        self._events.append(event)
-        self._news.put(None)
-
-    def __iter__(self) -> Iterator[str]:
-        """Ctrl-C may strike anywhere in here: an event counts as taken only once it has been dealt with.
-
-        Nor is there a lock that it could leave behind; news too many, of events that were taken already, do no harm.
-        """
-        while self.done is None:
-            if self._taken == len(self._events):
-                self._news.get()
-                continue
-            match self._events[self._taken]:
-                case Piece(text):
-                    self._taken += 1
-                    yield text
-                case Failed(error):
-                    raise error
-                case Done() as done:
-                    self.done = done
-
-    def stop(self) -> None:
-        """End it early; what was computed still comes."""
-        self._request.cancel()
