@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
 
     from clips_mllm.manifest import finish_manifest, part_hashes, write_manifest
     from clips_mllm.preflight import preflight, show_data
+    from vision_tower.heap import keep_freed_memory
     from vision_tower.resume import refuse_other_recipe
     from vision_tower.sigterm import end_if_stopped
 
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
         refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
     # Before the model: ZeRO-3 shards it as it is built.
     arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))
+    if arguments.device.type == "cpu":
+        keep_freed_memory()
     set_seed(recipe.training.seed)
     model, processor = load_or_build(recipe, weight_dtype(recipe))
     parts = part_hashes(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}

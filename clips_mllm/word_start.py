@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from clips_mllm.data import InstructionCollator, InstructionDataset
     from clips_mllm.tiles import AnyModel
 
-PICTURES = 4_096  # looked at; their features stay in memory
+PICTURES = 16_384  # looked at, at most
+FEATURE_BYTES = 4 * 2**30  # of their features, which stay in memory: with a large tower, fewer pictures
 READ_AT_ONCE = 128
-BATCH = 64
-LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
+BATCH = 32
+LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
 SEEN = 3  # captions that a piece must stand in
 RARITY = 1.0  # least log(captions / captions with the piece), in nats
 SHARPNESS = 10.0  # of p(word | patch), for distances in units of the mean squared length of a word embedding
@@ -56,7 +57,7 @@ class Captioned:
 def start_by_words(
     model: AnyModel, dataset: InstructionDataset, collator: InstructionCollator, *, steps: int, device: torch.device
 ) -> None:
-    """Fit the projector to the captions' words in `steps` steps of 64 pictures; every rank does the same.
+    """Fit the projector to the captions' words in `steps` steps of 32 pictures; every rank does the same.
 
     Under ZeRO-3 the weights are in pieces before training starts, and the projector stays as it is.
     """
@@ -109,8 +110,11 @@ def word_loss(patches: torch.Tensor, embeddings: torch.Tensor, weights: torch.Te
 def read_captions(model: AnyModel, dataset: InstructionDataset, collator: InstructionCollator) -> Captioned:
     """Features and supervised words of the samples with one picture, evenly taken from the whole set."""
     features, captions = [], []
-    taken = range(0, len(dataset), math.ceil(len(dataset) / PICTURES))
-    for start in range(0, len(taken), READ_AT_ONCE):
+    a_picture = 4 * model.config.image_seq_length * model.model.multi_modal_projector.linear_1.in_features
+    pictures = max(min(PICTURES, FEATURE_BYTES // a_picture), 1)
+    taken = range(0, len(dataset), math.ceil(len(dataset) / pictures))
+    starts = range(0, len(taken), READ_AT_ONCE)
+    for start in tqdm(starts, desc="projector: captions", unit="batch", disable=not is_main_process()):
         samples = [dataset[index] for index in taken[start : start + READ_AT_ONCE]]
         samples = [sample for sample in samples if len(sample["images"]) == 1]
         if samples:

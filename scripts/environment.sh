@@ -28,8 +28,8 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + RANKS - 1) / RANKS ))}
     # Threads that spin while they wait would fight with the loader processes over few cores.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-    # The forward and the backward thread would each keep a heap of its own, full of holes that the other cannot use.
-    export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
+    # Large tensors in pages of 2 MB: the system zeroes each page before a tensor gets it, and one at a time it is slow.
+    export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
     # The part of DeepSpeed's launcher that starts the ranks of a machine. `deepspeed` starts just this, and waits for it
     # with 0.4 GB of memory.
     WORLD=$(python -c 'import base64, json, sys

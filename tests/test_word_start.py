@@ -48,9 +48,32 @@ def test_pieces_too_rare_or_too_common_are_not_words() -> None:
 def test_a_set_without_single_pictures_has_no_words() -> None:
     """Texts alone, or several pictures a row: the projector is left as it is."""
     dataset: Any = [{"images": [], "labels": [1, 2]}] * 3
-    model: Any = SimpleNamespace(device=torch.device("cpu"))
+    model: Any = _model(features=4)
     captioned = read_captions(model, dataset, lambda _: {})  # type: ignore[arg-type]
     assert not len(captioned.words) and not len(captioned.features)
+
+
+def test_no_more_pictures_than_their_features_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten rows, evenly taken, as many as fit: 2 patches x 4 features x 4 bytes are 32 bytes a picture."""
+    seen: list[int] = []
+
+    class Rows(list[dict[str, Any]]):
+        def __getitem__(self, index: Any) -> Any:
+            seen.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("clips_mllm.word_start.FEATURE_BYTES", 5 * 32 + 31)
+    read_captions(_model(features=4), Rows([{"images": [], "labels": []}] * 10), lambda _: {})  # type: ignore[arg-type]
+    assert seen == [0, 2, 4, 6, 8]
+
+
+def _model(features: int) -> Any:
+    projector = SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        config=SimpleNamespace(image_seq_length=2),
+        model=SimpleNamespace(multi_modal_projector=projector),
+    )
 
 
 def test_it_finds_which_patch_shows_which_word() -> None:

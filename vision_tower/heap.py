@@ -1,7 +1,8 @@
-"""Freed memory goes back to the system while a run on a CPU goes on.
+"""What a run on a CPU does with freed memory: it keeps it for the next tensors, and gives back what they do not need.
 
-Batches of ever-changing length leave holes in glibc's heap that it keeps: a process of 4 GB grows to 9 GB within an
-hour (docs/LOG.md). On GPUs the tensors live elsewhere.
+By itself glibc returns every large tensor to the system as soon as it is freed, and gets the next one in new pages,
+which the system zeroes: a fifth of a step's time. And batches of ever-changing length leave holes in the heap: a
+process of 4 GB grows to 9 GB within an hour (docs/LOG.md). On GPUs the tensors live elsewhere.
 """
 
 from __future__ import annotations
@@ -10,6 +11,21 @@ import ctypes
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """From now on freed tensors stay in the heap, one heap for all threads; False where the C library is not glibc.
+
+    The forward and the backward thread would each fill a heap of its own with holes that the other cannot use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, value)
+    return True
 
 
 class TrimHeap(TrainerCallback):

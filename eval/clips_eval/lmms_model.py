@@ -35,6 +35,7 @@ from clips_eval.lmms_requests import (
 from clips_mllm.data import IMAGE_INPUTS
 from clips_mllm.prompts import EMPTY_THOUGHTS
 from vision_tower.errors import UserError
+from vision_tower.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,6 +90,8 @@ class ClipsMllm(lmms):
             raise UserError(
                 f"{pretrained}: the processor has no chat template; add the LLM's own as chat_template.jinja"
             )
+        if self.mllm.device.type == "cpu":
+            keep_freed_memory()
         self.batch_size = int(batch_size)
         self.control: Control = control
         self.seed = seed
