@@ -174,6 +174,20 @@ def test_text_by_hand(template: str, talk: str, tmp_path: Path) -> None:
     assert asked.endswith(GENERATION_PROMPTS[template])
 
 
+@pytest.mark.parametrize("template", ["llama_2", "vicuna_v1"])
+def test_the_system_speaks_first_or_not_at_all(template: Any) -> None:
+    """All its words are rendered; a later message of it has no place in these templates, and is refused."""
+
+    def said(role: str, *texts: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+    talk: list[Any] = [said("system", "Be brief", " and kind."), said("user", "Hi."), said("assistant", "Yes.")]
+    assert "Be brief and kind." in render_text(talk, load_template(template))[0]
+    for place in (1, 3):
+        with pytest.raises(Unsupervised, match="only the first message may be the system's"):
+            render_text([*talk[:place], said("system", "Be long."), *talk[place:]], load_template(template))
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("talk", list(TALKS))
 def test_content_as_string_renders_like_parts(template: str, talk: str) -> None:
