@@ -316,3 +316,24 @@ def test_auto_is_bf16_where_the_device_computes_in_it(monkeypatch: pytest.Monkey
         assert computes_bf16() is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not computes_bf16(), "a PyTorch that cannot tell"
+
+
+def test_ranks_that_settled_differently_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of several kinds of machine: half a group in bf16 and half in fp32 would hang or drift."""
+    import torch.distributed as dist
+
+    from vision_tower.training import check_one_precision
+
+    check_one_precision("bf16")  # alone
+    others = ["bf16", "bf16", "fp32"]
+
+    def gather(found: list[Any], own: str) -> None:
+        found[:] = [own, *others]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(UserError, match="rank 0 computes in bf16 and rank 3 in fp32; name one of them in the recipe"):
+        check_one_precision("bf16")
+    others[:] = ["bf16"] * 3
+    check_one_precision("bf16")

@@ -97,6 +97,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     arguments = TrainingArguments(**(values | more | recipe.extra))
     _join_ranks(arguments)
     _take_one_device(arguments)
+    check_one_precision(recipe.precision)
     return arguments
 
 
@@ -106,6 +107,22 @@ def _take_one_device(arguments: TrainingArguments) -> None:
     if arguments.n_gpu > 1:
         print(f"one of {arguments.n_gpu} GPUs is used; the scripts and torchrun take all of them", file=sys.stderr)
         arguments._n_gpu = 1
+
+
+def check_one_precision(precision: str) -> None:
+    """Raise UserError on all ranks where `auto` came out differently on machines of several kinds."""
+    import torch.distributed as dist
+
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, precision)
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"training.precision: rank 0 computes in {found[0]} and rank {other} in {found[other]}; name one of them "
+            "in the recipe"
+        )
 
 
 def _join_ranks(arguments: TrainingArguments) -> None:
