@@ -52,7 +52,6 @@ def main(argv: list[str]) -> None:
 
     from clips_mllm.manifest import finish_manifest, part_hashes, write_manifest
     from clips_mllm.preflight import preflight, show_data
-    from vision_tower.heap import keep_freed_memory
     from vision_tower.resume import refuse_other_recipe
     from vision_tower.sigterm import end_if_stopped
 
@@ -60,8 +59,6 @@ def main(argv: list[str]) -> None:
         refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
     # Before the model: ZeRO-3 shards it as it is built.
     arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))
-    if arguments.device.type == "cpu":
-        keep_freed_memory()
     set_seed(recipe.training.seed)
     model, processor = load_or_build(recipe, weight_dtype(recipe))
     parts = part_hashes(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
@@ -237,18 +234,14 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, Any
 
 def check_ranks_agree(dataset: InstructionDataset) -> None:
     """Raise UserError on all ranks where they read different rows: each draws its batches from its own table."""
-    import torch.distributed as dist
-
     from clips_mllm.fingerprints import value_hash
+    from vision_tower.training import other_rank
 
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (len(dataset), value_hash([int(length) for length in dataset.lengths()])))
-    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    other = other_rank((len(dataset), value_hash([int(length) for length in dataset.lengths()])))
     if other is not None:
+        rank, (first, _), (rows, _) = other
         raise UserError(
-            f"{dataset.name}: rank 0 reads {found[0][0]:,} rows and rank {other} {found[other][0]:,}, or others; bring "
+            f"{dataset.name}: rank 0 reads {first:,} rows and rank {rank} {rows:,}, or others; bring "
             "the same file and pictures to every machine"
         )
 

@@ -46,7 +46,6 @@ def main(argv: list[str]) -> None:
 
     from vision_tower.attention import choose_attention
     from vision_tower.data import PairCollator, PairStream
-    from vision_tower.heap import keep_freed_memory
     from vision_tower.lock import lock_tower
     from vision_tower.pretrain_trainer import PretrainTrainer
     from vision_tower.resume import refuse_other_recipe
@@ -67,8 +66,6 @@ def main(argv: list[str]) -> None:
     if recipe.training.compile:
         compile_blocks(model)
     arguments = training_arguments(recipe.training, folder)
-    if arguments.device.type == "cpu":
-        keep_freed_memory()
     choose_attention(model, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     stream = PairStream(
         recipe.data,

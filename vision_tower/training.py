@@ -59,6 +59,8 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     import torch
     from transformers import TrainingArguments
 
+    from vision_tower.heap import keep_freed_memory
+
     _check_extra(recipe, {field.name for field in dataclasses.fields(TrainingArguments)})
     if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
         raise UserError(f"{recipe.deepspeed}: no such DeepSpeed configuration; see configs/deepspeed/")
@@ -98,6 +100,8 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     _join_ranks(arguments)
     _take_one_device(arguments)
     check_one_precision(recipe.precision)
+    if arguments.device.type == "cpu":
+        keep_freed_memory()
     return arguments
 
 
@@ -111,18 +115,24 @@ def _take_one_device(arguments: TrainingArguments) -> None:
 
 def check_one_precision(precision: str) -> None:
     """Raise UserError on all ranks where `auto` came out differently on machines of several kinds."""
+    other = other_rank(precision)
+    if other is not None:
+        rank, first, theirs = other
+        raise UserError(
+            f"training.precision: rank 0 computes in {first} and rank {rank} in {theirs}; name one of them in the "
+            "recipe"
+        )
+
+
+def other_rank(value: Any) -> tuple[int, Any, Any] | None:
+    """The first rank whose value is not rank 0's, with rank 0's and its own; None where all agree. Every rank asks."""
     import torch.distributed as dist
 
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return
+        return None
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, precision)
-    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-    if other is not None:
-        raise UserError(
-            f"training.precision: rank 0 computes in {found[0]} and rank {other} in {found[other]}; name one of them "
-            "in the recipe"
-        )
+    dist.all_gather_object(found, value)
+    return next(((rank, found[0], one) for rank, one in enumerate(found) if one != found[0]), None)
 
 
 def _join_ranks(arguments: TrainingArguments) -> None:
