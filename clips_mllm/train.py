@@ -124,9 +124,7 @@ def build_trainer(
     train, held = split(recipe, dataset, processor)
     evaluation = recipe.evaluation
     measuring = Measuring(evaluation, Path(recipe.output_dir), held, collator) if evaluation.every else None
-    # A frozen LLM leaves few holes: nothing but activations comes and goes.
-    heap = TrimHeap(every=3 if recipe.stage.llm else 30)
-    callbacks: list[TrainerCallback] = [heap, *([measuring] if measuring is not None else [])]
+    callbacks: list[TrainerCallback] = [TrimHeap(), *([measuring] if measuring is not None else [])]
     if evaluation.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=evaluation.patience))
     trainer = MllmTrainer(

@@ -66,11 +66,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["kept"] < 1_000 and faults["returned"] > 10_000
 
 
-def test_it_comes_every_few_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_heap_that_grows_is_trimmed_and_one_that_does_not_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In units of the first step: 1.05 is still let be. After a trim (4th, 8th) the next step says what is usual."""
+    residents = iter([1000, 1040, 1050, 1060, 800, 830, 790, 850, 1000, 1049])
     at: list[int] = []
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     state = TrainerState()
     monkeypatch.setattr(heap, "trim_heap", lambda: at.append(state.global_step))
-    for state.global_step in range(1, 8):
-        TrimHeap(every=3).on_step_end(arguments, state, TrainerControl())
-    assert at == [3, 6]
+    memory = type("Memory", (), {"memory_info": lambda self: type("Info", (), {"rss": next(residents)})})
+    monkeypatch.setattr(heap.psutil, "Process", memory)
+    callback = TrimHeap(growth=0.05)
+    for state.global_step in range(1, 11):
+        callback.on_step_end(arguments, state, TrainerControl())
+    assert at == [4, 8]

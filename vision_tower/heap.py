@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
@@ -29,19 +30,28 @@ def keep_freed_memory() -> bool:
 
 
 class TrimHeap(TrainerCallback):
-    """Trims the heap every few steps of a run on a CPU.
+    """Trims the heap of a run on a CPU when a step leaves it larger than the first step since the last trim did.
+
+    Not after every step: trimmed pages come back zeroed, those of the activations too, which every step needs.
 
     Args:
-        every: optimiser steps; more often costs time, since the pages come back zeroed.
+        growth: share by which resident memory may grow.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, growth: float = 0.05) -> None:
+        self.growth = growth
+        self.usual: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer."""
-        if args.device.type == "cpu" and state.global_step % self.every == 0:
+        if args.device.type != "cpu":
+            return
+        resident = psutil.Process().memory_info().rss
+        if self.usual is None:
+            self.usual = resident
+        elif resident > (1 + self.growth) * self.usual:
             trim_heap()
+            self.usual = None
 
 
 def trim_heap() -> bool:
