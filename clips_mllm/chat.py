@@ -66,9 +66,14 @@ def read_examples(file: Path) -> list[dict[str, str]]:
     """Questions about pictures; the pictures' paths are relative to the file. Raises UserError on bad input."""
     try:
         rows = json.loads(read_text(file))
-        examples = [{"image": str(file.parent / row["image"]), "question": str(row["question"])} for row in rows]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f'{file}: expected a JSON list of {{"image", "question"}} ({error}); mend the file') from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); mend the file") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f'{file}: expected a JSON list of {{"image", "question"}}, with one at least')
+    for at, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or "question" not in row:
+            raise UserError(f'{file}: entry {at}: expected {{"image": FILE, "question": TEXT}}; mend it')
+    examples = [{"image": str(file.parent / row["image"]), "question": str(row["question"])} for row in rows]
     for example in examples:
         check_picture(example["image"])
     return examples

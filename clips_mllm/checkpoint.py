@@ -126,7 +126,18 @@ def join_parts(
     feature_layer: int | list[int],
     feature_select: FeatureSelect,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The stock model around a tower and a causal LM, in the LLM's dtype, with a fresh projector; and its processor."""
+    """The stock model around a tower and a causal LM, in the LLM's dtype, with a fresh projector; and its processor.
+
+    Raises:
+        UserError: the tower has no such layer.
+    """
+    states = vision.config.num_hidden_layers + 1  # the first is what enters the first layer
+    for layer in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
+        if not -states <= layer < states:
+            raise UserError(
+                f"model.feature_layer={layer}: the tower has hidden states 0 to {states - 1}, or {-states} to -1 from "
+                "the end; -2 is what LLaVA reads"
+            )
     if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
         tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 
 from vision_tower.errors import UserError, run_command
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return
+    # Threads that spin while they wait fight with loader processes over few cores. Read once, with torch's libraries.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for words in (2, 1):
         name = " ".join(argv[:words])
         if name in COMMANDS:

@@ -137,8 +137,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     def _count_corrupt(self, what: str) -> None:
         with self.corrupt.get_lock():
             self.corrupt.value += 1
-        bad, seen = self.corrupt.value, self.seen.value
-        print(f"skipped: {self.name}: {what} ({bad} so far)", file=sys.stderr, flush=True)
+            bad = self.corrupt.value
+        seen = self.seen.value
+        if bad.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: that there are more is told, and a log stays readable
+            print(f"skipped: {self.name}: {what} ({bad} so far)", file=sys.stderr, flush=True)
         if seen >= SETTLED and bad > self.recipe.most_bad * seen:
             raise UserError(
                 f"{self.name}: {bad} of {seen} samples could not be used (last: {what}), more than data.most_bad="

@@ -19,7 +19,7 @@ from clips_mllm.original_config import OriginalConfig, read_original_config
 from clips_mllm.original_weights import OriginalWeights, Weights, read_weights, weight_files, without_rotary
 from clips_mllm.towers import check_tower, feature_selection
 from vision_tower.errors import UserError
-from vision_tower.loading import read_pretrained, refuse_partial_load
+from vision_tower.loading import read_pretrained, refuse_partial_load, without_load_report
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
@@ -143,14 +143,15 @@ def _whole_llm(folder: Path, config: OriginalConfig, weights: OriginalWeights) -
 def _filled(kind: Any, config: Any, state: Weights, source: Path) -> Any:
     """A stock model with exactly these weights, in their dtype."""
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-    model, info = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
-        output_loading_info=True,
-    )
+    with without_load_report():
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
+            output_loading_info=True,
+        )
     refuse_partial_load(source, info)
     return model
 

@@ -81,8 +81,10 @@ def at_size(tower: PreTrainedModel, image_size: int) -> PreTrainedModel:
     if image_size == config.image_size:
         return tower
     if image_size < config.patch_size or image_size % config.patch_size:
+        lower = max(image_size // config.patch_size, 1) * config.patch_size
         raise UserError(
-            f"model.image_size={image_size}: no multiple of the tower's patch of {config.patch_size} pixels"
+            f"model.image_size={image_size}: no multiple of the tower's patch of {config.patch_size} pixels; take "
+            f"{lower} or {lower + config.patch_size}"
         )
     kind = KINDS[config.model_type]
     state = tower.state_dict()

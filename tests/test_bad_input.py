@@ -258,7 +258,7 @@ def test_models(run: Run, sample_world: Path, mllm_dir: Path, encoder_dir: Path,
     shutil.copy(sample_world / "llm" / "tokenizer.json", unread / "tokenizer.json")
     shutil.copy(sample_world / "llm" / "tokenizer_config.json", unread / "tokenizer_config.json")
     for folder, train, chat in (
-        (missing, "1 missing keys (first: ", "1 missing keys (first: "),
+        (missing, "1 missing key (first: ", "1 missing key (first: "),
         (broken, "cannot be read", "cannot be read"),
         (unread, "no <image> piece", "no <image> piece"),
         (sample_world / "llm", "a 'llama' checkpoint", "causal LM (llama)"),
@@ -272,9 +272,34 @@ def test_models(run: Run, sample_world: Path, mllm_dir: Path, encoder_dir: Path,
     assert not out.exists()
 
 
-def test_a_failing_command_as_a_process(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
-    """The real thing once: stderr is the line and nothing else."""
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ("[]", "with one at least"),
+        ("{}", "expected a JSON list"),
+        ('[{"image": "a.png"}]', 'entry 0: expected {"image": FILE, "question": TEXT}'),
+        ("[", "not valid JSON"),
+    ],
+)
+def test_examples(run: Run, mllm_dir: Path, tmp_path: Path, rows: str, line: str) -> None:
+    (tmp_path / "rows.json").write_text(rows)
+    said = run(["chat", str(mllm_dir), "--examples", str(tmp_path / "rows.json"), "--output", str(tmp_path / "kept")])
+    assert said.startswith(f"{tmp_path / 'rows.json'}: ") and line in said
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("fault", ["misspelt", "missing weight"])
+def test_a_failing_command_as_a_process(fault: str, mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """The real thing: stderr is the line and nothing else, but for the bar of the weights."""
+    from safetensors.torch import load_file, save_file
+
     argv = arguments(tmp_path / "out", sample_world, mllm_dir, **{"data.templte": "x"})
+    if fault == "missing weight":
+        shutil.copytree(mllm_dir, tmp_path / "mllm")
+        state = load_file(tmp_path / "mllm" / "model.safetensors")
+        state.pop(next(name for name in state if "linear_2.weight" in name))
+        save_file(state, tmp_path / "mllm" / "model.safetensors", metadata={"format": "pt"})
+        argv = ["chat", str(tmp_path / "mllm"), "--question", "?"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval")])}
     done = subprocess.run(
         [sys.executable, "-m", "clips_mllm.cli", *argv],
@@ -286,9 +311,9 @@ def test_a_failing_command_as_a_process(mllm_dir: Path, sample_world: Path, tmp_
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "data.templte" in done.stderr
+    said = [line for line in done.stderr.splitlines() if line and not line.startswith("Loading weights:")]
+    assert len(said) == 1 and said[0].startswith("error: ")
+    assert {"misspelt": "data.templte", "missing weight": "1 missing key (first: "}[fault] in said[0]
 
 
 # --- the disk and the loss --------------------------------------------------------------------------------------------

@@ -206,8 +206,8 @@ def remove_image_token(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_projector, r"1 missing keys \(first: .*multi_modal_projector\.linear_1\.bias"),
-        (add_stranger, r"1 unexpected keys \(first: stranger\.weight"),
+        (drop_projector, r"1 missing key \(first: .*multi_modal_projector\.linear_1\.bias"),
+        (add_stranger, r"1 unexpected key \(first: stranger\.weight"),
         (cut_weights, "cannot be read as LlavaForConditionalGeneration"),
         (break_config, "cannot be read as AutoConfig"),
         (remove_image_token, "its tokenizer has no <image> piece"),
@@ -257,6 +257,13 @@ def test_a_tower_without_its_image_processor(sample_world: Path, encoder_dir: Pa
     (tower / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="cannot be read as AutoImageProcessor"):
         build_mllm(str(tower), str(sample_world / "llm"), feature_layer=-2, feature_select="full", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("layer", [99, -99, [0, 99]])
+def test_a_layer_that_the_tower_has_not(layer: int | list[int], sample_world: Path, encoder_dir: Path) -> None:
+    tower, llm = encoder_dir / "tower", sample_world / "llm"
+    with pytest.raises(UserError, match=r"model\.feature_layer=-?99: the tower has hidden states 0 to \d+, or -\d+ to"):
+        build_mllm(str(tower), str(llm), feature_layer=layer, feature_select="full", dtype=torch.float32)
 
 
 def test_an_llm_without_padding(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:

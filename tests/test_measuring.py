@@ -269,4 +269,4 @@ def test_a_checkpoint_of_another_projector_shape_is_refused(
     save_file(state | {name: state[name][:, :-4].contiguous()}, other / "model.safetensors", {"format": "pt"})
     assert run_command(main, words(tmp_path / "run", sample_world, **{"model.checkpoint": other})) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "1 mismatched keys" in line and "linear_1" in line
+    assert "1 mismatched key " in line and "linear_1" in line

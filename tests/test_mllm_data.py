@@ -176,6 +176,17 @@ def test_when_every_picture_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
         opened[0]
 
 
+def test_a_log_of_many_corrupt_pictures_stays_readable(
+    tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 20, mllm, most_bad=1.0)
+    with pytest.raises(UserError, match="not one usable sample"):
+        opened[0]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert [line.rpartition("(")[2] for line in told] == [f"{count} so far)" for count in (1, 2, 4, 8, 16)]
+
+
 def test_samples_beyond_the_context_are_counted_not_zeroed(tmp_path: Path, mllm: Mllm) -> None:
     picture(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2?", "2")]

@@ -331,5 +331,5 @@ def test_a_damaged_encoder_is_refused(encoder_dir: Path, tmp_path: Path) -> None
     weights = load_file(folder / "model.safetensors")
     weights.pop("captioner.queries")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 missing keys \(first: captioner\.queries\)"):
+    with pytest.raises(UserError, match=r"1 missing key \(first: captioner\.queries\)"):
         load_encoder(folder)

@@ -265,7 +265,7 @@ def test_every_weight_is_used_or_refused(whole: Path, original: Original, tmp_pa
     refused("model.image_newline: the stock LLaVA model has no place")
     state = original.projector_state() | {"model.norm2.weight": torch.zeros(4)}
     torch.save(state, whole / "pytorch_model-00002-of-00002.bin")
-    refused(r"1 unexpected keys \(first: model.norm2.weight\)")
+    refused(r"1 unexpected key \(first: model.norm2.weight\)")
     torch.save(original.tower_state(), whole / "pytorch_model-00002-of-00002.bin")
     refused("the projector's linear_1.bias; it is not whole")
     short = original.projector_state()

@@ -95,8 +95,8 @@ def write(tmp_path: Path) -> Callable[[str], str]:
         ("file: f", "part.name"),
         ("a: [1", "recipe.yaml: not valid YAML"),
         ("a:\n\t- b", "recipe.yaml: not valid YAML"),
-        ("- a", "recipe.yaml: a recipe is a mapping of keys to values, this is list"),
-        ("", "recipe.yaml: a recipe is a mapping of keys to values, this is NoneType"),
+        ("- a", "recipe.yaml: a recipe is a mapping of keys to values, this is a list"),
+        ("", "recipe.yaml: a recipe is a mapping of keys to values, this is empty"),
     ],
 )
 def test_bad_files(write: Callable[[str], str], text: str, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,24 @@ def test_which_gpus(tmp_path: Path, given: dict[str, str], words: str) -> None:
 def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     code, said = launch(tmp_path, RANKS="3", CUDA_VISIBLE_DEVICES="4,5")
     assert code == 2 and said == "error: RANKS=3, but CUDA_VISIBLE_DEVICES=4,5"
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_a_command_do_not_spin(given: dict[str, str], policy: str) -> None:
+    """Before torch is there, which reads it once; without, a typed command took six times as long as its script."""
+    code = """
+import os, sys
+from clips_mllm.cli import main
+try:
+    main(["inspect", "--help"])
+except SystemExit:
+    print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | given, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{policy} False"
 
 
 def test_a_cpu_has_one_rank_unless_told(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ folder --from_pretrained--> ClipsModel --at_resolution--> ClipsModel for larger 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,25 @@ def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        return kind.from_pretrained(name, **options)
+        with without_load_report():
+            return kind.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{name}: cannot be read as {kind.__name__} ({error}); save or fetch the checkpoint again"
         ) from error
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers tells that missing weights were "newly initialized"; here `refuse_partial_load` refuses them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tuple[str, ...] = ()) -> None:
@@ -67,9 +83,10 @@ def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tupl
         keys = sorted(map(str, info.get(what) or ()))  # type: ignore[call-overload]
         keys = [key for key in keys if key.partition(".")[0] not in fresh]
         if keys:
+            kind = what.removesuffix("_keys") + (" key" if len(keys) == 1 else " keys")
             raise UserError(
-                f"{folder}: {len(keys)} {what.replace('_', ' ')} (first: {keys[0]}); the checkpoint is incomplete "
-                "or belongs to another model, save it again from its run"
+                f"{folder}: {len(keys)} {kind} (first: {keys[0]}); the checkpoint is incomplete or belongs to another "
+                "model, save it again from its run"
             )
 
 
@@ -81,14 +98,15 @@ def with_weights(
     Raises:
         UserError: naming `source`.
     """
-    model, info = ClipsModel.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
-        output_loading_info=True,
-    )
+    with without_load_report():
+        model, info = ClipsModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
+            output_loading_info=True,
+        )
     refuse_partial_load(source, info, fresh)
     return model
 

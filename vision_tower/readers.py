@@ -200,15 +200,18 @@ class SourceReader:
             raise UserError(f"{self.source.shards}: cannot read {self._say_shards()}; mend data.shards")
         if rows and rows == bad:
             raise UserError(
-                f"{self.source.shards}: no readable sample in {len(self.shards)} shards ({dict(self.bad)}); "
+                f"{self.source.shards}: no readable sample in {len(self.shards)} shards ({self._say_bad()}); "
                 "mend them, or the names in the recipe"
             )
+
+    def _say_bad(self) -> str:
+        return ", ".join(f"{cause}: {count}" for cause, count in self.bad.most_common())
 
     def _check_share(self) -> None:
         bad, seen = self.bad.total(), self.place.seen
         if bad > self.most_bad * seen:
             raise UserError(
-                f"{self.source.shards}: {bad} of {seen} samples are unreadable ({dict(self.bad)}), more than "
+                f"{self.source.shards}: {bad} of {seen} samples are unreadable ({self._say_bad()}), more than "
                 f"data.most_bad={self.most_bad}; mend the shards or raise the limit"
             )
 

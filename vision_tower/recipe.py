@@ -129,7 +129,8 @@ def _check_keys(file: Path, kind: type) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(tree, Mapping):
-        raise UserError(f"{file}: a recipe is a mapping of keys to values, this is {type(tree).__name__}")
+        what = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise UserError(f"{file}: a recipe is a mapping of keys to values, this is {what}; see configs/")
     _check_mapping(file, tree, kind, prefix="")
 
 

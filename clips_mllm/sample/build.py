@@ -167,8 +167,12 @@ def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[sh
     """`stage1.json`, `stage2.json` and their pictures; returns all text in them."""
     images = folder / "images"
     images.mkdir(parents=True)
-    stage1 = list(_progress(_align_rows(recipe, images, train_shapes), "stage 1"))
-    stage2 = list(_progress(_finetune_rows(recipe, images, train_shapes), "stage 2"))
+    stage1 = list(
+        _progress(_align_rows(recipe, images, train_shapes), "stage 1", recipe.align_scenes + recipe.align_shapes)
+    )
+    parts = (recipe.finetune_scenes, recipe.finetune_shapes, recipe.finetune_pairs, recipe.finetune_texts)
+    about = sum(parts) + recipe.finetune_told + recipe.finetune_told_shapes
+    stage2 = list(_progress(_finetune_rows(recipe, images, train_shapes), "stage 2", about))
     random.Random(f"{recipe.seed}/stage1").shuffle(stage1)
     random.Random(f"{recipe.seed}/stage2").shuffle(stage2)
     _write_json(folder / "stage1.json", stage1)
