@@ -71,14 +71,15 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     """Rendered conversations with their pixels.
 
     Rows that cannot be used are dropped and counted when the set is opened; pictures that turn out corrupt are
-    replaced by the next sample and counted. Above `most_bad` the run stops.
+    replaced by the next sample and counted. Above `most_bad` the run stops. `examples` are those of the recipe, where
+    they are open.
     """
 
-    def __init__(self, recipe: InstructionRecipe, processor: LlavaProcessor) -> None:
+    def __init__(self, recipe: InstructionRecipe, processor: LlavaProcessor, examples: Examples | None = None) -> None:
         self.recipe = recipe
         self.processor = processor
         self.template = template_for(processor.tokenizer, recipe.template)
-        self.examples = Examples(recipe)
+        self.examples = Examples(recipe) if examples is None else examples
         self.name = ", ".join(source.file for source in recipe.sources)
         self.dropped: Counter[str] = sum((Counter(store.report.dropped) for store in self.examples.stores), Counter())
         self.features: FeatureStore | None = None

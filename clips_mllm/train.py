@@ -29,7 +29,7 @@ from vision_tower.training import (
 if TYPE_CHECKING:
     import torch
 
-    from clips_mllm.data import InstructionCollator, InstructionDataset
+    from clips_mllm.data import Examples, InstructionCollator, InstructionDataset
     from clips_mllm.tiles import AnyModel, AnyProcessor
     from clips_mllm.trainer import MllmTrainer
 
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
     from transformers import set_seed
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    from clips_mllm.data import Examples
     from clips_mllm.manifest import finish_manifest, part_hashes, write_manifest
     from clips_mllm.preflight import preflight, show_data
     from vision_tower.resume import refuse_other_recipe
@@ -60,9 +61,10 @@ def main(argv: list[str]) -> None:
     # Before the model: ZeRO-3 shards it as it is built.
     arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))
     set_seed(recipe.training.seed)
+    examples = Examples(recipe.data)  # before the model too: bad rows are told of before minutes of loading
     model, processor = load_or_build(recipe, weight_dtype(recipe))
     parts = part_hashes(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
-    trainer, line = build_trainer(recipe, model, processor, arguments)
+    trainer, line = build_trainer(recipe, model, processor, examples, arguments)
     preflight(trainer, folder)
     show_data(trainer, recipe.data)
     if is_main_process():
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def build_trainer(
-    recipe: TrainRecipe, model: AnyModel, processor: AnyProcessor, arguments: Any
+    recipe: TrainRecipe, model: AnyModel, processor: AnyProcessor, examples: Examples, arguments: Any
 ) -> tuple[MllmTrainer, str]:
     """Data, stage, and the engine over both; and the line that says what trains."""
     from transformers import EarlyStoppingCallback, TrainerCallback
@@ -103,7 +105,7 @@ def build_trainer(
     choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16", arguments.device)
     adopt_template(processor, recipe.data.template, model)
     make_square(processor, recipe.data.square)
-    dataset = InstructionDataset(recipe.data, processor)
+    dataset = InstructionDataset(recipe.data, processor, examples)
     check_ranks_agree(dataset)
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:

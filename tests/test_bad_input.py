@@ -194,8 +194,9 @@ def no_file(row: dict[str, Any]) -> None:
     [(no_placeholder, "0 <image> for 1 images"), (no_answer, "empty answer"), (no_file, "missing image")],
 )
 def test_too_many_unusable_rows(
-    spoil: Callable[[dict[str, Any]], None], cause: str, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path
+    spoil: Callable[[dict[str, Any]], None], cause: str, run: Run, sample_world: Path, tmp_path: Path
 ) -> None:
+    """Before the model, which is not there."""
     rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
     bad = [row for row in rows if isinstance(row.get("image"), str)][:3]
     for row in bad:
@@ -203,7 +204,8 @@ def test_too_many_unusable_rows(
         spoil(row)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     line = run(
-        arguments(tmp_path / "out", sample_world, mllm_dir, **{"data.file": tmp_path / "rows.json"}), alone=False
+        arguments(tmp_path / "out", sample_world, tmp_path / "no-model", **{"data.file": tmp_path / "rows.json"}),
+        alone=False,
     )
     assert line.startswith(f"{tmp_path / 'rows.json'}: 3 of {len(rows)} rows are unusable (3 x {cause})")
     assert "data.most_bad=0.01" in line
