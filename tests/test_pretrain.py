@@ -121,7 +121,7 @@ def test_a_fixed_seed_fixes_the_losses(run: Path, sample_world: Path, tmp_path: 
         ({"loss.web": 0, "loss.sub": 0, "loss.caption": 0}, "loss: every term is switched off"),
         ({"training.global_batch_size": 24}, "not a multiple of device_batch_size=16 x 1 devices"),
         ({"data.shards": "nowhere/*.tar"}, "nowhere/*.tar: no shard matches this pattern"),
-        ({"data.synthetic_caption": "recaption"}, "no readable sample in 5 shards ({\"no 'recaption'\": "),
+        ({"data.synthetic_caption": "recaption"}, "no readable sample in 5 shards (no 'recaption': "),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_model(
