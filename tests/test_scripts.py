@@ -46,7 +46,7 @@ def test_more_ranks_than_gpus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_of_a_command_do_not_spin(given: dict[str, str], policy: str) -> None:
-    """Before torch is there, which reads it once. Beside other work, a typed command took three times its script's time."""
+    """Before torch is there, which reads it once. Beside other work, spinning took three times as long."""
     code = """
 import os, sys
 from clips_mllm.cli import main
