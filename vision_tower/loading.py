@@ -52,11 +52,14 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
 
 
 def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained`; a file that is missing or damaged becomes a UserError."""
+    """`kind.from_pretrained`; a file that is missing or damaged becomes a UserError.
+
+    With `output_loading_info` the caller judges missing weights, and transformers does not tell of them too.
+    """
     from safetensors import SafetensorError
 
     try:
-        with without_load_report():
+        with without_load_report() if options.get("output_loading_info") else contextlib.nullcontext():
             return kind.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(

@@ -67,8 +67,14 @@ class TrainingRecipe:
 
     def check(self) -> None:
         """Raise UserError where a number has no meaning."""
-        least = {"global_batch_size": 1, "device_batch_size": 1, "log_every": 1}
-        least |= {"max_steps": 0, "save_every": 0, "workers": 0}
+        least = {
+            "global_batch_size": 1,
+            "device_batch_size": 1,
+            "log_every": 1,
+            "max_steps": 0,
+            "save_every": 0,
+            "workers": 0,
+        }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"training.{name}={getattr(self, name)}: at least {value}")
