@@ -372,7 +372,10 @@ def test_the_log_tells_how_fast_the_run_is(tiny_world: Path, tmp_path: Path) -> 
     main(arguments(tiny_world, tmp_path / "run", **values))
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [2, 4, 6]
+    batch = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["global_batch_size"]
+    assert [row["samples_seen"] for row in rows] == [2 * batch, 4 * batch, 6 * batch]
     for row in rows:
+        assert "epoch" not in row, "a stream has no length"
         assert row["samples_per_second"] > 0 and 0 < row["data_wait"] < 1
         assert row["mfu"] == pytest.approx(row["tflops"] / 0.5, abs=1e-5)
     (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")

@@ -60,11 +60,18 @@ class StreamTrainer(ResumableTrainer):
         return sum(place.seen for place in places), bad, collections.Counter(broken.values())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how much was skipped since the run began."""
+        """Add how many samples were seen and skipped since the run began; a share of the steps is no epoch, and left out."""
         if "loss" in logs:  # every rank logs, so every rank is here
             _, bad, broken = self.skipped()
-            logs = logs | {"skipped_samples": bad.total(), "skipped_shards": broken.total()}
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs = logs | {
+                "samples_seen": self.state.global_step * batch,
+                "skipped_samples": bad.total(),
+                "skipped_shards": broken.total(),
+            }
+        share, self.state.epoch = self.state.epoch, None  # Trainer logs it unless it is None
         super().log(logs, *args, **kwargs)
+        self.state.epoch = share
 
     def own_state(self) -> dict[str, Any]:
         """The readers' places and the half-summed line of the log."""
