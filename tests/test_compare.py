@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import psutil
 import pytest
 from test_report_trust import write_run
 
-from clips_eval import compare, compare_report
+from clips_eval import children, compare, compare_report
 from clips_eval.children import sigterm_stops
 from clips_eval.compare import main
 from clips_eval.compare_recipe import CompareRecipe, jobs
@@ -92,6 +96,30 @@ def test_sigterm_ends_the_step_under_way(files: list[str], tmp_path: Path) -> No
     assert (tmp_path / "log.txt").read_text() == "saved\n"
     # Where the step alone is told, it ends with code 0 and is not done either.
     assert compare._run([sys.executable, str(stand_in), "it", "alone"], tmp_path / "log.txt") == 143
+
+
+def test_a_terminal_shows_the_bars_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in draws a bar and ends once it has been shown; another log beside it halves the room."""
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    (tmp_path / "other.txt").write_text("0%\r" + "x" * 100 + "\r\n")
+    draw = "import os, time; print('loaded\\n 10%\\r 20% of the steps', end='\\r', flush=True)"
+    wait = f"while not os.path.exists({str(tmp_path / 'shown')!r}): time.sleep(0.05)"
+
+    def show(logs: list[Path]) -> None:
+        children.show_progress(logs)
+        if logs and "20%" in logs[0].read_text():
+            (tmp_path / "shown").touch()
+
+    with open(stderr, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(compare, "show_progress", show)
+        assert compare._run([sys.executable, "-c", f"{draw}\n{wait}"], tmp_path / "log.txt") == 0
+        children.show_progress([tmp_path / "log.txt", tmp_path / "other.txt", tmp_path / "none.txt"])
+        shown = os.read(terminal, 65536).decode().split("\r\x1b[K")
+    os.close(terminal)
+    assert shown[-3].strip() == "20% of the steps" and shown[-2] == "", "cleared at the end"
+    assert shown[-1] == "20% of the steps | " + "x" * 17 + " | "
 
 
 def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:

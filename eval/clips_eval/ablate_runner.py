@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clips_eval.ablate_cell import LOG, ORDER, cell_context, run_cell
 from clips_eval.ablate_grid import AblateRecipe, Setting, settings
-from clips_eval.children import end, sigterm_stops
+from clips_eval.children import EVERY, end, show_progress, sigterm_stops
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, write_text
 
@@ -111,11 +111,15 @@ def _run_all(waiting: list[Cell], processes: int, threads: int) -> Generator[Cel
                 running[process.sentinel] = cell, process
             if not running:
                 return
-            for sentinel in connection.wait(list(running)):
+            while not (ended := connection.wait(list(running), timeout=EVERY)):
+                show_progress([cell.folder / LOG for cell, _ in running.values()])
+            show_progress([])
+            for sentinel in ended:
                 cell, process = running.pop(sentinel)  # type: ignore[arg-type]
                 process.join()
                 yield cell
     finally:
+        show_progress([])
         end(process.pid for _, process in running.values() if process.pid is not None)
 
 

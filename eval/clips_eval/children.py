@@ -1,15 +1,23 @@
-"""Commands that run others do not leave them behind: what stops the command lets each of its runs save, and ends it."""
+"""What commands that run others share: they show what those do, and leave none behind.
+
+What stops the command lets each of its runs save, and ends it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import Stopped
 
 GRACE = 60.0  # seconds that a run has to finish its step and save
+EVERY = 1.0  # seconds between looks at the logs of the runs under way
 
 
 @contextlib.contextmanager
@@ -45,3 +53,24 @@ def end(pids: Iterable[int]) -> None:
     for process in psutil.wait_procs(asked, timeout=GRACE)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def show_progress(logs: Sequence[Path]) -> None:
+    """Each log's last line, mostly a bar with its time left, on one line of a terminal that the next call overwrites.
+
+    No logs clear it. Where stderr is no terminal nothing is written: the logs are there to be read.
+    """
+    if not sys.stderr.isatty():
+        return
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # a terminal may not know its width
+    width = columns // max(len(logs), 1) - 3
+    print("\r\x1b[K" + " | ".join(_last_line(log)[:width] for log in logs), end="", file=sys.stderr, flush=True)
+
+
+def _last_line(log: Path) -> str:
+    if not log.is_file():
+        return ""
+    with log.open("rb") as stream:
+        stream.seek(max(log.stat().st_size - 4096, 0))
+        lines = re.split(r"[\r\n]+", stream.read().decode(errors="replace"))  # a bar is drawn anew after a return
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -7,6 +7,7 @@ What is done is not done again: after an interruption the same command goes on, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from clips_eval.children import end, sigterm_stops
+from clips_eval.children import EVERY, end, show_progress, sigterm_stops
 from clips_eval.compare_recipe import CompareRecipe, Job, cell, jobs
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import write_text
@@ -53,9 +54,9 @@ def _run_all(waiting: list[Job], launcher: list[str]) -> None:
     for number, job in enumerate(waiting, start=1):
         left = (time.monotonic() - started) / max(number - 1, 1) * (len(waiting) - number + 1)
         about = f"; about {left / 60:.0f} min left" if number > 1 else ""
-        print(f"[{number}/{len(waiting)}] {job.title}{about}", file=sys.stderr, flush=True)
-        job.folder.mkdir(parents=True, exist_ok=True)
         log = job.folder / "log.txt"
+        print(f"[{number}/{len(waiting)}] {job.title}, log {log}{about}", file=sys.stderr, flush=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
         start = launcher if job.launched and launcher else [sys.executable, "-m"]
         code = _run([*start, job.module, *job.arguments], log)
         if code:
@@ -74,11 +75,15 @@ def _run(words: list[str], log: Path) -> int:
             words, stdout=stream, stderr=stream, env=os.environ | {"STOPPED_FILE": str(stopped.resolve())}
         )
         try:
-            code = process.wait()
+            while process.poll() is None:
+                show_progress([log])
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=EVERY)
         finally:
+            show_progress([])
             if process.returncode is None:
                 end([process.pid])
-    return 128 + signal.SIGTERM if stopped.exists() else code
+    return 128 + signal.SIGTERM if stopped.exists() else process.returncode
 
 
 if __name__ == "__main__":
