@@ -19,7 +19,7 @@ from clips_mllm.original_config import OriginalConfig, read_original_config
 from clips_mllm.original_weights import OriginalWeights, Weights, read_weights, weight_files, without_rotary
 from clips_mllm.towers import check_tower, feature_selection
 from vision_tower.errors import UserError
-from vision_tower.loading import read_pretrained, refuse_partial_load, without_load_report
+from vision_tower.loading import read_pretrained, with_weights
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
@@ -120,7 +120,8 @@ def _tower(source: Path, name: str, state: Weights) -> tuple[Any, Any]:
     check_tower(name, config)
     if config.model_type != "clip_vision_model":
         raise UserError(f"{name}: a '{config.model_type}'; the weights in {source} are of a CLIP vision tower")
-    model = _filled(CLIPVisionModel, config, _without_position_ids(state), source)
+    weights = _without_position_ids(state)
+    model = with_weights(CLIPVisionModel, config, weights, source, dtype=_dtype(weights))
     return model, read_pretrained(AutoImageProcessor, name)
 
 
@@ -136,24 +137,13 @@ def _whole_llm(folder: Path, config: OriginalConfig, weights: OriginalWeights) -
     own = AutoConfig.for_model(config.llm_type, **config.llm)
     state = without_rotary(folder, weights.llm, own.rope_parameters["rope_theta"])
     weights.llm.clear()
-    language = _filled(MODEL_FOR_CAUSAL_LM_MAPPING[type(own)], own, state, folder)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]
+    language = with_weights(kind, own, state, folder, dtype=_dtype(state))
     return language, read_pretrained(AutoTokenizer, folder, config=own)
 
 
-def _filled(kind: Any, config: Any, state: Weights, source: Path) -> Any:
-    """A stock model with exactly these weights, in their dtype."""
-    dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-    with without_load_report():
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
-            output_loading_info=True,
-        )
-    refuse_partial_load(source, info)
-    return model
+def _dtype(state: Weights) -> torch.dtype:
+    return next(value.dtype for value in state.values() if value.is_floating_point())
 
 
 # --- LoRA

@@ -76,6 +76,7 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     import torch
 
     from vision_tower.loading import with_weights
+    from vision_tower.modeling import ClipsModel
     from vision_tower.open_clip_config import FILE, read_config
     from vision_tower.open_clip_weights import to_ours
     from vision_tower.positions import sincos_positions
@@ -101,7 +102,7 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in tensors.values())
     fixed = torch.allclose(positions, table, atol=8e-3 if half else 1e-4)  # below 1 bf16 rounds by up to 2e-3
     config.positions = "sincos" if fixed else "learned"
-    return with_weights(config, state, file), tokenizer
+    return with_weights(ClipsModel, config, state, file), tokenizer
 
 
 def find_weights(folder: Path) -> Path:

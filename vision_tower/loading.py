@@ -94,19 +94,25 @@ def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tupl
 
 
 def with_weights(
-    config: ClipsConfig, state: dict[str, torch.Tensor], source: str | Path, fresh: tuple[str, ...] = ()
-) -> ClipsModel:
-    """A model of `config` with exactly the weights `state`, in fp32; modules named in `fresh` may be missing there.
+    kind: Any,
+    config: Any,
+    state: dict[str, torch.Tensor],
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    fresh: tuple[str, ...] = (),
+) -> Any:
+    """A model of the class `kind` with exactly the weights `state`; modules named in `fresh` may be missing there.
 
     Raises:
         UserError: naming `source`.
     """
     with without_load_report():
-        model, info = ClipsModel.from_pretrained(
+        model, info = kind.from_pretrained(
             None,
             config=config,
             state_dict=state,
-            dtype=torch.float32,
+            dtype=dtype,
             ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
             output_loading_info=True,
         )
@@ -134,7 +140,7 @@ def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
         table = interpolate_positions(positions.detach().flatten(end_dim=-2), side, classed)
     name = next(name for name, value in model.named_parameters() if value is positions)
     state = model.state_dict() | {name: table.view(*positions.shape[:-2], *table.shape)}
-    return with_weights(config, state, "the model at its old resolution")
+    return with_weights(ClipsModel, config, state, "the model at its old resolution")
 
 
 def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> ClipsModel:
@@ -165,7 +171,7 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
     towers = copy.deepcopy(model.config)  # what a recipe does not say of them, such as the norms' epsilon, stays
     towers.update({name: getattr(config, name) for name in CAPTIONER})
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("captioner.")}
-    return with_weights(towers, state, folder, fresh=("captioner",))
+    return with_weights(ClipsModel, towers, state, folder, fresh=("captioner",))
 
 
 def _recipe_words(config: ClipsConfig) -> dict[str, object]:

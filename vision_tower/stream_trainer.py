@@ -60,7 +60,7 @@ class StreamTrainer(ResumableTrainer):
         return sum(place.seen for place in places), bad, collections.Counter(broken.values())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how many samples were seen and skipped since the run began; a share of the steps is no epoch, and left out."""
+        """Add samples seen and skipped since the run began. A share of the steps is no epoch, and is left out."""
         if "loss" in logs:  # every rank logs, so every rank is here
             _, bad, broken = self.skipped()
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
