@@ -38,6 +38,7 @@ from clips_mllm.towers import (
     feature_selection,
     resize_processor,
 )
+from clips_mllm.train_recipe import check_feature_layer
 from vision_tower.encoder import choose_device, make_readable
 from vision_tower.errors import UserError
 from vision_tower.files import check_model_exists
@@ -131,13 +132,7 @@ def join_parts(
     Raises:
         UserError: the tower has no such layer.
     """
-    states = vision.config.num_hidden_layers + 1  # the first is what enters the first layer
-    for layer in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
-        if not -states <= layer < states:
-            raise UserError(
-                f"model.feature_layer={layer}: the tower has hidden states 0 to {states - 1}, or {-states} to -1 from "
-                "the end; -2 is what LLaVA reads"
-            )
+    check_feature_layer(feature_layer, vision.config.num_hidden_layers)
     if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
         tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)

@@ -17,7 +17,7 @@ from clips_mllm.plan_memory import Memory, Setup, estimate
 from clips_mllm.plan_recipe import PlanRecipe
 from clips_mllm.plan_shapes import Shape, read_shape
 from clips_mllm.plan_time import run_seconds
-from clips_mllm.train_recipe import TrainRecipe
+from clips_mllm.train_recipe import TrainRecipe, check_feature_layer
 from vision_tower.errors import run_command
 from vision_tower.files import read_object
 from vision_tower.precision import cpu_computes_bf16, settle_precision
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, bf16))
     assert recipe.data is not None, "PlanRecipe.check_plan has run"
     shape = read_shape(tower=recipe.model.tower, llm=recipe.model.llm, checkpoint=recipe.model.checkpoint)
+    if recipe.model.checkpoint is None:
+        check_feature_layer(recipe.model.feature_layer, shape.tower.layers)
     lengths = read_lengths(recipe.data, recipe.model, shape.tower.patches)
     if recipe.tokens:
         lengths = dataclasses.replace(lengths, longest=recipe.tokens)

@@ -56,6 +56,17 @@ class MllmRecipe:
             raise UserError("model.word_steps: a start of stage 1 without tiles; leave it out")
 
 
+def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:
+    """Raise UserError unless a tower of so many layers has these hidden states; the first is what enters layer 1."""
+    states = layers + 1
+    for layer in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
+        if not -states <= layer < states:
+            raise UserError(
+                f"model.feature_layer={layer}: the tower has hidden states 0 to {states - 1}, or {-states} to -1 from "
+                "the end; -2 is what LLaVA reads"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructionSource:
     """One source of conversations.

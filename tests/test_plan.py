@@ -286,6 +286,10 @@ def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeyp
         (["--config", "configs/mllm/vicuna_7b_align.yaml", "--devices", "3"], "is not a multiple of device_batch_size"),
         (["--config", "configs/mllm/vicuna_7b_align.yaml", "--devices", "0"], "devices=0: must be above 0"),
         (["--config", "configs/mllm/vicuna_7b_align.yaml", "--model.llm", "runs/nowhere"], "no config.json there"),
+        (
+            ["--config", "configs/mllm/vicuna_7b_align.yaml", "--model.feature_layer", "25"],
+            "model.feature_layer=25: the tower has hidden states 0 to 24",
+        ),
     ],
 )
 def test_errors(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
