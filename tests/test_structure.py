@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,16 +50,13 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_answers_within_a_second_and_explains_every_option(name: str) -> None:
-    best, text = 9.0, ""
-    for _ in range(3):
-        start = time.perf_counter()
-        words = [sys.executable, "-m", "clips_mllm.cli", *name.split(), "--help"]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT, check=True)
-        best, text = min(best, time.perf_counter() - start), done.stdout
-        if best < 0.7:
-            break
-    assert best < 1.0
+def test_help_takes_less_than_a_second_and_explains_every_option(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, "-m", "clips_mllm.cli", *name.split(), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT, check=True)
+    after, text = resource.getrusage(resource.RUSAGE_CHILDREN), done.stdout
+    # Processor time: a busy machine may take longer, and an import of torch alone costs more than this.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     assert text.startswith(f"usage: clips-mllm {name}") and not done.stderr
     # `--print_config` and the sections' own `--section CONFIG` are jsonargparse's.
     bare = re.findall(r"^  (?:--)?([\w.]+)(?: [\w{},.]+)?\s+\((?:required|type)", text, flags=re.MULTILINE)
