@@ -117,8 +117,11 @@ def test_a_terminal_shows_the_bars_of_what_runs(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(compare, "show_progress", show)
         assert compare._run([sys.executable, "-c", f"{draw}\n{wait}"], tmp_path / "log.txt") == 0
         children.show_progress([tmp_path / "log.txt", tmp_path / "other.txt", tmp_path / "none.txt"])
-        shown = os.read(terminal, 65536).decode().split("\r\x1b[K")
+        text = ""
+        while not text.endswith("x | "):  # a terminal gives it in pieces
+            text += os.read(terminal, 65536).decode()
     os.close(terminal)
+    shown = text.split("\r\x1b[K")
     assert shown[-3].strip() == "20% of the steps" and shown[-2] == "", "cleared at the end"
     assert shown[-1] == "20% of the steps | " + "x" * 17 + " | "
 

@@ -8,6 +8,7 @@ What is done is not done again: after an interruption the same command goes on, 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -50,11 +51,12 @@ def main(argv: list[str]) -> None:
 
 
 def _run_all(waiting: list[Job], launcher: list[str]) -> None:
-    started = time.monotonic()
+    took: dict[str, float] = {}  # seconds of the last job of each step
     for number, job in enumerate(waiting, start=1):
-        left = (time.monotonic() - started) / max(number - 1, 1) * (len(waiting) - number + 1)
-        about = f"; about {left / 60:.0f} min left" if number > 1 else ""
-        log = job.folder / "log.txt"
+        steps = [other.step for other in waiting[number - 1 :]]
+        left = sum(took.get(step, math.nan) for step in steps)
+        about = "" if math.isnan(left) else f"; about {left / 60:.0f} min left"
+        log, started = job.folder / "log.txt", time.monotonic()
         print(f"[{number}/{len(waiting)}] {job.title}, log {log}{about}", file=sys.stderr, flush=True)
         job.folder.mkdir(parents=True, exist_ok=True)
         start = launcher if job.launched and launcher else [sys.executable, "-m"]
@@ -63,6 +65,7 @@ def _run_all(waiting: list[Job], launcher: list[str]) -> None:
             raise UserError(
                 f"{log}: {job.title} ended with code {code}; mend the cause, the same command goes on from here"
             )
+        took[job.step] = time.monotonic() - started
         write_text(job.done, job.order)
 
 

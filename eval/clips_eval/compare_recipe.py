@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from vision_tower.errors import UserError
 
@@ -76,16 +77,22 @@ class CompareRecipe:
 class Job:
     """One command in a process of its own; `done` appears when it has succeeded."""
 
-    title: str
+    step: Literal["pretrain", "align", "finetune", "evaluate", "retrieve"]
+    of: str
     module: str
     arguments: list[str]
     folder: Path
     launched: bool = False
 
     @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.of}: {self.step}"
+
+    @property
     def done(self) -> Path:
         """Holds the command, so that another recipe in the same folder is noticed."""
-        return self.folder / f".{self.title.rpartition(' ')[2]}.done.json"
+        return self.folder / f".{self.step}.done.json"
 
     @property
     def order(self) -> str:
@@ -104,7 +111,7 @@ def jobs(recipe: CompareRecipe) -> list[Job]:
     for spec in (spec for spec in recipe.pretrain if spec.run in recipe.runs):
         words = ["--config", str(spec.config), "--output_dir", str(spec.run), *spec.options]
         found.append(
-            Job(title=f"{spec.run.name}: pretrain", module="vision_tower.pretrain", arguments=words, folder=spec.run)
+            Job(step="pretrain", of=spec.run.name, module="vision_tower.pretrain", arguments=words, folder=spec.run)
         )
     for seed in recipe.seeds:
         for run in recipe.runs:
@@ -113,27 +120,26 @@ def jobs(recipe: CompareRecipe) -> list[Job]:
 
 
 def _cell_jobs(recipe: CompareRecipe, run: Path, seed: int) -> list[Job]:
-    folder = cell(recipe, run, seed)
+    folder, of = cell(recipe, run, seed), f"{run.name}, seed {seed}"
     align, finetune = folder / "align", folder / "finetune"
     common = [*recipe.stage_options, f"--training.seed={seed}"]
-    stages = {
-        "align": ["--config", str(recipe.align), "--output_dir", str(align), "--model.tower", str(run / "tower")],
-        "finetune": ["--config", str(recipe.finetune), "--output_dir", str(finetune), "--model.checkpoint", str(align)],
-    }
-    title = f"{run.name}, seed {seed}:"
-    found = [
-        Job(
-            title=f"{title} {name}",
-            module="clips_mllm.train",
-            arguments=[*words, *common],
-            folder=folder,
-            launched=True,
-        )
-        for name, words in stages.items()
+    first = ["--config", str(recipe.align), "--output_dir", str(align), "--model.tower", str(run / "tower"), *common]
+    second = [
+        "--config",
+        str(recipe.finetune),
+        "--output_dir",
+        str(finetune),
+        "--model.checkpoint",
+        str(align),
+        *common,
     ]
     words = [str(finetune), "--config", str(recipe.evaluate)]
-    found.append(Job(title=f"{title} evaluate", module="clips_eval.evaluate", arguments=words, folder=folder))
+    found = [
+        Job(step="align", of=of, module="clips_mllm.train", arguments=first, folder=folder, launched=True),
+        Job(step="finetune", of=of, module="clips_mllm.train", arguments=second, folder=folder, launched=True),
+        Job(step="evaluate", of=of, module="clips_eval.evaluate", arguments=words, folder=folder),
+    ]
     if recipe.retrieval is not None:
         words = [str(run), "--data", str(recipe.retrieval), "--output", str(folder / "encoder" / "retrieval.json")]
-        found.append(Job(title=f"{title} retrieve", module="clips_eval.retrieve", arguments=words, folder=folder))
+        found.append(Job(step="retrieve", of=of, module="clips_eval.retrieve", arguments=words, folder=folder))
     return found
