@@ -19,11 +19,14 @@ def mix(sources: Sequence[InstructionSource], sizes: Sequence[int], seed: int) -
     chosen: list[np.ndarray] = []
     begin = 0
     for number, (source, size) in enumerate(zip(sources, sizes, strict=True)):
-        count = max(round(source.weight * size), 1)
-        if source.cap:
-            count = min(count, source.cap)
-        passes, rest = divmod(count, size)
+        passes, rest = divmod(share(source, size), size)
         some = np.sort(np.random.default_rng([seed, number]).permutation(size)[:rest])
         chosen += [begin + np.arange(size)] * passes + [begin + some]
         begin += size
     return np.concatenate(chosen)
+
+
+def share(source: InstructionSource, size: int) -> int:
+    """Samples of an epoch from a source that holds `size`."""
+    count = max(round(source.weight * size), 1)
+    return min(count, source.cap) if source.cap else count

@@ -14,7 +14,7 @@ from typing import Literal
 
 from clips_mllm.plan_data import Lengths, read_lengths
 from clips_mllm.plan_memory import Memory, Setup, estimate
-from clips_mllm.plan_recipe import PlanRecipe
+from clips_mllm.plan_recipe import GB, PlanRecipe
 from clips_mllm.plan_shapes import Shape, read_shape
 from clips_mllm.plan_time import run_seconds
 from clips_mllm.train_recipe import TrainRecipe, check_feature_layer
@@ -22,8 +22,6 @@ from vision_tower.errors import run_command
 from vision_tower.files import read_object
 from vision_tower.precision import cpu_computes_bf16, settle_precision
 from vision_tower.recipe import parse_recipe
-
-GB = 1e9
 
 
 def main(argv: list[str]) -> None:
@@ -154,8 +152,7 @@ class Plan:
 
 def make_plan(recipe: PlanRecipe, setup: Setup, lengths: Lengths) -> Plan:
     """Everything about a recipe on its devices. Raises UserError where the global batch does not divide."""
-    available = recipe.memory_gb * GB
-    training = recipe.training
+    available, training = recipe.available, recipe.training
     epochs = training.epochs * lengths.samples / training.global_batch_size
     steps = training.max_steps or round(epochs)
     sizes = [
@@ -168,7 +165,7 @@ def make_plan(recipe: PlanRecipe, setup: Setup, lengths: Lengths) -> Plan:
         setup,
         samples=steps * training.global_batch_size,
         mean_tokens=lengths.mean,
-        flops=recipe.tflops * 1e12 * recipe.utilisation,
+        flops=recipe.flops,
     )
     return Plan(
         setup=setup,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clips_mllm.mixture import mix, share
 from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe
 from vision_tower.errors import UserError
 
@@ -51,7 +52,8 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
     """
     files = [Path(source.file) for source in data.sources]
     if not all(file.is_file() and file.suffix in (".json", ".jsonl") for file in files):
-        known = sum(SAMPLES.get(file.name, 0) for file in files)
+        sizes = [SAMPLES.get(file.name, 0) for file in files]
+        known = sum(share(source, size) for source, size in zip(data.sources, sizes, strict=True) if size)
         mean = min(data.max_length, patches + 300)
         return Lengths(
             samples=known,
@@ -61,7 +63,10 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
             pictures=1.0,
             measured=False,
         )
-    rows = [row for file in files for row in _rows(file)]
+    found = [_rows(file) for file in files]
+    rows = [row for part in found for row in part]
+    chosen = mix(data.sources, [len(part) for part in found], data.seed)
+    rows = rows if chosen is None else [rows[place] for place in chosen]
     looked = [row for row in rows[:: max(1, len(rows) // LOOKED_AT)] if row.get("conversations")]
     if not looked:
         raise UserError(f"{files[0]}: no conversations; `clips-mllm data doctor` tells more")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
@@ -230,6 +231,40 @@ def test_lengths_come_from_the_data(words: list[str], mllm_dir: Path, capsys: py
     learnt = [sum(label != -100 for label in one.labels) for one in rendered]
     assert found["supervised"] == pytest.approx(sum(learnt) / len(learnt), rel=0.15)
     assert plan["steps"] == round(len(dataset) / 8)
+
+
+def test_weights_and_caps_of_a_mixture_are_counted(
+    words: list[str], sample_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the run will choose: its own dataset says how many samples and which is the longest."""
+    from clips_mllm.data import InstructionDataset
+
+    world = sample_world / "llava"
+    mixture = [
+        {"file": str(world / "stage2.json"), "images": str(world / "images"), "weight": 1.5, "cap": 9},
+        {"file": str(world / "stage1.json"), "images": str(world / "images"), "weight": 0.25},
+    ]
+    checkpoint = next(word for word in words if word.startswith("--model.checkpoint="))
+    asked = [checkpoint, f"--data.mixture={json.dumps(mixture)}", "--data.template=chatml"]
+    found = planned(capsys, *asked)["lengths"]
+    recipe = parse_recipe(PlanRecipe, asked, command="plan")
+    assert recipe.data is not None
+    dataset = InstructionDataset(recipe.data, load_mllm(checkpoint.partition("=")[2], device="cpu").processor)
+    assert found["samples"] == len(dataset)
+    longest = max(len(dataset.load(at)[1].ids) for at in range(len(dataset)))
+    assert found["longest"] == pytest.approx(longest, rel=0.1)
+
+
+def test_cpus_are_those_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["--config", "configs/mllm/quickstart_finetune.yaml", "--training.precision", "fp32", "--device", "cpu"]
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    own, said = planned(capsys, *words), planned(capsys, *words, "--tflops", "0.17", "--utilisation", "0.3")
+    assert own["memory"]["available"] == psutil.virtual_memory().total
+    assert said["seconds"] == pytest.approx(4 * own["seconds"])
+    two = planned(capsys, *words, "--devices", "2")
+    assert two["memory"]["available"] == psutil.virtual_memory().total / 2, "ranks share the memory"
+    assert two["seconds"] == pytest.approx(own["seconds"]), "and the cores"
 
 
 def test_the_report_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
