@@ -73,6 +73,7 @@ def setup_of(
         checkpointing=training.gradient_checkpointing,
         # As `kernels.choose_attention` decides, which needs torch.
         eager=attention == "eager" or (attention == "auto" and kind == "cpu" and training.precision == "bf16"),
+        compiled=training.compile,
         devices=devices,
         batch=training.device_batch_size,
         tokens=lengths.longest,

@@ -44,6 +44,7 @@ class Setup:
         mixed: bf16 with fp32 master weights; else fp32 throughout.
         checkpointing: activations are computed again in the backward pass.
         eager: attention is computed by plain products, and its scores are kept.
+        compiled: torch.compile computes what is elementwise again in the backward pass.
         devices: ranks, each with one device.
         batch: samples in a forward pass of one device.
         tokens: of the longest row, to which the others are padded.
@@ -65,6 +66,7 @@ class Setup:
     mixed: bool = True
     checkpointing: bool = False
     eager: bool = False
+    compiled: bool = False
     devices: int = 1
     batch: int = 1
     tokens: int = 2048
@@ -209,8 +211,15 @@ def block_bytes(setup: Setup) -> float:
     k and v as often as there are heads of q. Weights that train keep the inputs of their layers too: normalised values
     and the norms' outputs (4h each norm), the attention's output as a matrix (q) and the gated product (m). Adapters
     keep the same inputs, once more where they drop some out.
+
+    A compiled block keeps the norms' inputs as they are, q, k, v, attention's output, gate and up; with weights that
+    train also the norms' outputs and the gated product. Compiled adapters and compiled eager
+    attention are counted as if they were not, which is too much.
     """
     llm, width = setup.shape.llm, setup.width
+    if setup.compiled and setup.adapter == "none" and not setup.eager:
+        kept = 2.0 * llm.width + 2 * llm.query + 2 * llm.key + 2 * llm.mlp
+        return width * (kept + (2 * llm.width + llm.mlp if setup.train_llm else 0))
     kept = 8.0 * llm.width + width * (2 * llm.query + 2 * llm.key + 3 * llm.mlp)
     if setup.eager:
         scores = llm.heads * setup.tokens * (4 + 2 * setup.mixed)

@@ -34,6 +34,7 @@ from clips_mllm.plan_shapes import (
 from clips_mllm.plan_time import sample_flops
 from vision_tower.errors import UserError
 from vision_tower.recipe import parse_recipe
+from vision_tower.training import compile_blocks
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(tower=CLIP_L336, llm=VICUNA_7B)
@@ -130,9 +131,9 @@ def test_logits_are_paid_for_where_there_is_supervision() -> None:
     assert logit_bytes(dataclasses.replace(setup, tokens=2000)) == logit_bytes(setup)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "compiled"), [("sdpa", False), ("eager", False), ("sdpa", True)])
 @pytest.mark.parametrize("trains", [True, False])
-def test_kept_activations_equal_those_that_autograd_keeps(trains: bool, attention: str) -> None:
+def test_kept_activations_equal_those_that_autograd_keeps(trains: bool, attention: str, compiled: bool) -> None:
     """Every tensor that a block of transformers' LLaMA saves for its backward pass, counted once, in bf16."""
     config = LlamaConfig(
         hidden_size=64,
@@ -145,6 +146,8 @@ def test_kept_activations_equal_those_that_autograd_keeps(trains: bool, attentio
     )
     model = LlamaForCausalLM(config).bfloat16().requires_grad_(trains)
     weights = {value.data_ptr() for value in model.parameters()}
+    if compiled:
+        compile_blocks(model)
 
     def kept(layers: int) -> int:
         seen: dict[int, int] = {}
@@ -165,7 +168,7 @@ def test_kept_activations_equal_those_that_autograd_keeps(trains: bool, attentio
 
     shape = Shape(tower=CLIPS_L84, llm=llm_shape(config.to_dict(), "here"))
     measured = (kept(4) - kept(2)) / 2 / 100
-    setup = Setup(shape=shape, train_llm=trains, tokens=50, eager=attention == "eager")
+    setup = Setup(shape=shape, train_llm=trains, tokens=50, eager=attention == "eager", compiled=compiled)
     assert block_bytes(setup) == pytest.approx(measured, rel=0.1)
 
 
