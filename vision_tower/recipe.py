@@ -45,7 +45,7 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         words: dict[str, Any] = {"nargs": "+", "type": get_args(hint)[0]} if many else {"type": hint}
         parser.add_argument(name, help=_field_help(kind)[name], **words)
     parser.add_class_arguments(kind, skip=set(positional), as_group=False)
-    argv = _as_lists(_with_values(argv, kind), kind)
+    argv = _as_lists(_with_values(_with_underscores(argv, kind), kind), kind)
     for file in _config_files(argv):
         _check_keys(file, kind)
     try:
@@ -55,6 +55,13 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
     except (ArgumentError, TypeError) as error:
         message = _expected(str(error), kind) or str(error)
         raise UserError(_one_line(command, argv, message) + _nearest_option(str(error), kind)) from error
+
+
+def _with_underscores(argv: list[str], kind: type) -> list[str]:
+    """`--batch-size` means `--batch_size`."""
+    known = {f"--{name.replace('_', '-')}": f"--{name}" for name in _flat_keys(kind)}
+    parts = [word.partition("=") for word in argv]
+    return [known.get(option, option) + joined + value for option, joined, value in parts]
 
 
 def _with_values(argv: list[str], kind: type) -> list[str]:
@@ -68,8 +75,9 @@ def _with_values(argv: list[str], kind: type) -> list[str]:
 
 
 def _as_lists(argv: list[str], kind: type) -> list[str]:
-    """`--file a --file b`, for a list of texts, means `--file ["a", "b"]`."""
-    options = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint == list[str]}
+    """`--file a --file b`, for a list of texts or paths, means `--file ["a", "b"]`."""
+    lists = (list[str], tuple[Path, ...])
+    options = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint in lists}
     given: dict[str, list[str]] = {}
     rest: list[str] = []
     words = list(argv)

@@ -5,6 +5,9 @@ cluster: Cameron, Gelbach & Miller 2008). Every metric here is a ratio of sums, 
 
     value = sum over strata of (sum of numerators / sum of denominators)
 
+A resample in which a stratum has nothing to divide by has no value, and is left out: of open accuracy, one without an
+open question.
+
     accuracy          right / 1
     open accuracy     right and open / open
     F1                2 tp / ((said yes) + (is yes))
@@ -51,7 +54,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """95 % of the resamples lie from `low` to `high`; both None where nothing can be said."""
+    """95 % of the resamples lie from `low` to `high`; both None where nothing can be said.
+
+    `n` and `clusters` are the documents, and their pictures, that the metric counts.
+    """
 
     low: float | None
     high: float | None
@@ -63,7 +69,8 @@ class Interval:
 class Difference:
     """Of one run less another on the same documents.
 
-    `p` is two-sided; `adjusted` is it after Holm's correction for the number of metrics that were compared.
+    `p` is two-sided; `adjusted` is it after Holm's correction for the number of metrics that were compared. `lower`
+    says that less of the metric is better.
     """
 
     value: float
@@ -73,21 +80,23 @@ class Difference:
     n: int
     clusters: int
     adjusted: float | None = None
+    lower: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """Of the run against the other, at the 5 % level."""
         if (self.p if self.adjusted is None else self.adjusted) >= 0.05:
             return "no difference"
-        return "better" if self.value > 0 else "worse"
+        return "better" if (self.value < 0) == self.lower else "worse"
 
 
 def value(scores: Scores) -> float:
-    """The metric itself; 0 where a denominator is 0, as in a precision without a "yes"."""
+    """The metric itself; 0 where it has no value, as a precision without a "yes"."""
     import numpy as np
 
     top, bottom = _sums(scores)
-    return float(_ratio(top, bottom, np.ones((1, len(top))))[0])
+    found = float(_ratio(top, bottom, np.ones((1, len(top))))[0])
+    return 0.0 if math.isnan(found) else found
 
 
 def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -99,11 +108,12 @@ def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> In
     import numpy as np
 
     top, bottom = _sums(scores)
+    count, clusters = _documents(scores), int((bottom.sum(axis=1) > 0).sum())
     drawn = np.concatenate([_ratio(top, bottom, part) for part in _draws(len(top), resamples, seed)])
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    count, clusters = _documents(scores), len(top)
-    if count == 0:  # such as a precision without a "yes"
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):  # such as a precision without a "yes"
         return Interval(low=None, high=None, n=count, clusters=clusters)
+    low, high = np.quantile(drawn, (0.025, 0.975))
     if high - low > 1e-12:
         return Interval(low=float(low), high=float(high), n=count, clusters=clusters)
     if not all(0 <= part <= whole for part, whole in zip(scores.numerators, scores.denominators, strict=True)):
@@ -120,7 +130,7 @@ def paired(ours: Scores, theirs: Scores, *, resamples: int = RESAMPLES, seed: in
     comparisons Holm's correction would make nothing of 1 / (R + 1).
 
     Raises:
-        ValueError: the two do not hold the same documents.
+        ValueError: the two do not hold the same documents, or the metric has no value for one of them.
     """
     import numpy as np
 
@@ -137,19 +147,23 @@ def paired(ours: Scores, theirs: Scores, *, resamples: int = RESAMPLES, seed: in
     clusters = len(top)
     once, none = np.ones((1, clusters)), np.zeros((1, clusters))
     observed = float(difference(once, none)[0])
+    if math.isnan(observed):
+        raise ValueError("it has no value for one of the two")
     drawn = np.concatenate([difference(part, 0 * part) for part in _draws(clusters, resamples, seed)])
     rng = np.random.default_rng([seed, 1])
-    extreme = rounds = 0
+    extreme = rounds = valid = 0
     while rounds < resamples or (not extreme and rounds < MOST):
         kept = rng.integers(0, 2, (CHUNK if rounds >= resamples else min(CHUNK, resamples - rounds), clusters))
+        exchanged = difference(kept.astype(float), 1.0 - kept)
         rounds += len(kept)
-        extreme += int((np.abs(difference(kept.astype(float), 1.0 - kept)) >= abs(observed) - 1e-12).sum())
-    low, high = np.quantile(drawn, (0.025, 0.975))
+        valid += int(np.isfinite(exchanged).sum())
+        extreme += int((np.abs(exchanged) >= abs(observed) - 1e-12).sum())
+    low, high = np.quantile(drawn[np.isfinite(drawn)], (0.025, 0.975))
     return Difference(
         value=observed,
         low=float(low),
         high=float(high),
-        p=(extreme + 1) / (rounds + 1),
+        p=(extreme + 1) / (valid + 1),
         n=_documents(ours),
         clusters=clusters,
     )
@@ -196,11 +210,14 @@ def _sums(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(R,) values; `weights` (R, C) say how often each cluster counts."""
+    """(R,) values, NaN where there is none; `weights` (R, C) say how often each cluster counts."""
     import numpy as np
 
-    above, below = weights @ top, weights @ bottom
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0).sum(axis=1)
+    counted = bottom.sum(axis=0) > 0  # MME's perception counts none of cognition's categories
+    if not counted.any():
+        return np.full(len(weights), np.nan)
+    above, below = weights @ top[:, counted], weights @ bottom[:, counted]
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0).sum(axis=1)
 
 
 def _draws(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
