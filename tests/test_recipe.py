@@ -171,6 +171,13 @@ def test_an_option_of_a_list_needs_a_value() -> None:
         parse_recipe(Named, ["--files", "--name", "n"], command="try")
 
 
+def test_options_may_be_written_with_hyphens() -> None:
+    """And a value keeps its own."""
+    words = ["runs/x", "--batch-size=4", "--tasks", "[{task: mme}]", "--data.my-task", "a-b.parquet"]
+    recipe = parse_recipe(EvaluateRecipe, words, command="evaluate", positional=("checkpoint",))
+    assert recipe.batch_size == 4 and recipe.data == {"my-task": "a-b.parquet"}
+
+
 def test_a_wrong_word_is_not_blamed_on_the_file(write: Callable[[str], str]) -> None:
     file = write("{file: a.txt, part: {name: given}}")
     with pytest.raises(UserError, match=r"^steps: expected a whole number"):

@@ -102,7 +102,15 @@ def test_report_json_holds_the_promised_keys(run: Path) -> None:
     assert tree["commands"] == {"2-pretrain": "clips-mllm 2-pretrain", "10-late": "clips-mllm 10-late"}
     assert [step["name"] for step in tree["steps"]] == ["2-pretrain", "10-late"]
     promised = {"schema_version", "encoder", "mllm", "steps", "seconds", "commands"}
-    assert set(tree) == promised | {"intervals", "controls", "wordings", "skipped", "against", "provenance"}
+    assert set(tree) == promised | {
+        "intervals",
+        "controls",
+        "wordings",
+        "skipped",
+        "baselines",
+        "against",
+        "provenance",
+    }
 
 
 def test_numbers_land_in_markdown_and_html(run: Path) -> None:

@@ -116,10 +116,42 @@ def test_against_marks_better_and_worse(runs: tuple[Path, Path], capsys: pytest.
     words = [str(poor), "--against", str(good)]
     assert run_command(report.main, [*words, "--fail_if_worse", "true"]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "worse than" in error and "clips_easy_vqa accuracy" in error
+    assert error.startswith("error: ") and "worse in clips_easy_vqa accuracy" in error
     assert "▼ worse" in (poor / "report.md").read_text(), "the report is written before the command fails"
     assert run_command(report.main, [*words_of(good, poor), "--fail_if_worse", "true"]) == 0
     report.main([str(poor)])
+
+
+def test_what_a_run_has_lost_is_no_pass(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark that failed, or that answers other documents, cannot be worse: the command must not call it well."""
+    good, _ = runs
+    run = write_run(tmp_path / "run", 0.85)
+    other = tmp_path / "other"
+    shutil.copytree(good, other)
+    file, samples = (other / "finetune" / name for name in ("lmms.json", "lmms_samples.jsonl"))
+    tree = json.loads(file.read_text())
+    tree["tasks"] |= {"mme": {"points": 1500.0, "n": 10}, "gqa": {"exact_match": 0.5, "n": 10}}
+    file.write_text(json.dumps(tree))
+    words = [str(run), "--against", str(other), "--fail-if-worse"]
+    mine = run / "finetune" / "lmms.json"
+    mine.write_text(json.dumps(json.loads(mine.read_text()) | {"failed": {"mme": "CUDA out of memory"}}))
+    assert run_command(report.main, words) == 2
+    told = capsys.readouterr()
+    assert (
+        "not to be compared in mme (it failed in this run (CUDA out of memory)), gqa (not measured in this run)"
+        in told.err
+    )
+    assert "not compared   gqa: not measured in this run" in told.out
+    rows = [json.loads(line) | {"task": "gqa"} for line in samples.read_text().splitlines()[:4]]
+    samples.write_text(samples.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    ours = json.loads(mine.read_text())
+    ours["tasks"]["gqa"] = {"exact_match": 0.5, "n": 10}
+    mine.write_text(json.dumps(ours))
+    assert run_command(report.main, words) == 2
+    assert "gqa (the two answer different documents" in capsys.readouterr().err
+    assert "Not compared: gqa: the two answer different documents" in (run / "report.md").read_text()
 
 
 def test_the_same_run_does_not_differ_and_others_are_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -164,6 +196,65 @@ def test_controls_wordings_baselines_and_provenance_are_shown(runs: tuple[Path, 
     for text in (markdown, page):
         assert "abababababababab" in text and "needs a judge" in text and "draws pictures" in text
     assert "Inverse effect" in page
+
+
+STOCK = {
+    "mme": {"mme_perception_score": 1400.0, "mme_cognition_score": 300.0, "n": 2374},
+    "chartqa": {"relaxed_overall": 0.143, "relaxed_human_split": 0.2, "n": 2500},
+    "nocaps_val": {"nocaps_CIDEr": 1.025, "nocaps_METEOR": 0.27, "n": 4500},
+    "gqa": {"exact_match": 0.6, "n": 12578},
+}
+
+
+def test_the_papers_benchmarks_beside_the_papers_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tasks of several metrics too: each of the paper's columns has one row, with ours and theirs in it."""
+    from huggingface_hub import ModelCard
+
+    run = write_run(tmp_path / "run", 0.8, n=8)
+    file = run / "finetune" / "lmms.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tasks": STOCK, "intervals": {}}))
+    report.main([str(run)])
+    _, markdown, page = outputs(run)
+    head = next(line for line in markdown.splitlines() if line.startswith("| Benchmark"))
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in markdown.splitlines() if line[:2] == "| "}
+    theirs = next(place for place, name in enumerate(head.split(" | ")) if "CLIPS" in name)
+    expected = {
+        "mme: mme_perception_score": ("1,400.0", "1,416.6"),
+        "mme: mme_cognition_score": ("300.0", "326.4"),
+        "chartqa: relaxed_overall": ("14.3", "14.2"),
+        "nocaps_val: nocaps_CIDEr": ("102.5", "102.5"),
+        "gqa: exact_match": ("60.0", "60.3"),
+    }
+    for name, (ours, paper) in expected.items():
+        assert rows[name][1] == ours and rows[name][theirs].strip("| ") == paper, name
+    assert not [name for name in rows if name.startswith(("ChartQA", "MME", "NoCaps", "GQA", "easy-VQA"))]
+    assert "Benchmarks of the MLLM: chartqa 14.3 %; nocaps_val 27.0 %; gqa 60.0 %" in page
+    told = capsys.readouterr().out
+    assert "mme_perception_score 1,400.0" in told and "%  mme" not in told
+    values = {result.metric_name: result.metric_value for result in ModelCard(markdown).data.eval_results}
+    assert values["nocaps_CIDEr"] == 102.5 and values["mme_perception_score"] == 1400.0
+
+
+def test_baselines_of_one_name_and_of_the_encoder(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    _, poor = runs
+    run = write_run(tmp_path / "run", 0.8)
+    few = write_run(tmp_path / "few", 0.8, n=80) / "finetune" / "lmms.json"
+    other = poor / "finetune" / "lmms.json"
+    recalls = {f"{way}_r{k}": 0.4 for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    encoder = tmp_path / "theirs" / "retrieval.json"
+    encoder.parent.mkdir()
+    encoder.write_text(json.dumps(recalls | {"n_images": 5000, "encoder": "clip-b16", "data": "coco"}))
+    report.main([str(run), *(f"--baselines={file}" for file in (other, few, encoder))])
+    tree, markdown, _ = outputs(run)
+    assert set(tree["baselines"]["mllm"]) == {f"m ({other})", f"m ({few})"}, "none is lost"
+    assert tree["baselines"]["encoder"]["clip-b16"]["i2t_r5"] == 0.4
+    head = next(line for line in markdown.splitlines() if line.startswith("| Benchmark")).split(" | ")
+    row = next(line for line in markdown.splitlines() if line.startswith("| easy-VQA |")).split(" | ")
+    cells = dict(zip(head, row, strict=True))
+    assert cells[f"m ({few})"].endswith("n = 80") and "n =" not in cells[f"m ({other})"] and cells["Pictures"] == "100"
+    assert "| clip-b16, 5,000 images | 40.0 (38.7–41.4)" in markdown
+    with pytest.raises(UserError, match="no result there"):
+        report.main([str(run), "--baselines", str(tmp_path / "none.json")])
 
 
 def test_report_md_is_a_model_card(runs: tuple[Path, Path]) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from clips_eval import report_html, report_markdown
 from clips_eval.ablate_results import judge, mean
 from clips_eval.compare_recipe import CompareRecipe, cell
-from clips_eval.report_against import NEITHER_WAY, scores_of
+from clips_eval.report_against import NEITHER_WAY, lower_is_better, scores_of
 from clips_eval.report_cells import Table, plain_table
 from clips_eval.report_files import write_json
 from clips_eval.report_read import RECALLS, Run, read_run
 from clips_eval.report_sections import Section
 from clips_eval.retrieval_scores import hit_scores, query_clusters
-from clips_eval.uncertainty import Difference, Scores, holm, paired, value
+from clips_eval.uncertainty import Difference, Scores, Undefined, holm, paired, value
 from vision_tower.errors import UserError
 from vision_tower.files import write_text
 
@@ -60,7 +60,7 @@ def write_report(recipe: CompareRecipe, command: str) -> str:
     first, *others = (run.name for run in recipe.runs)
     seeds = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
     title = "Towers compared"
-    lead = f"Same LLM, data and steps; {seeds} of both stages. In %, the mean over seeds; against `{first}`."
+    lead = f"Same LLM, data and steps; {seeds} of both stages. In % or points, the mean over seeds; against `{first}`."
     parts = [Section(title=name, table=_table(first, [row for row in rows if row.tower == name])) for name in others]
     text = report_markdown.render([f"# {title}", lead, f"`{command}`"], parts, [FOOT])
     tree = {
@@ -95,14 +95,16 @@ def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: Path) -> list[Ro
         if any(one is None for one in (*a, *b)):
             continue
         left, right = ([one for one in some if one is not None] for some in (a, b))
+        lower = task != "retrieval" and ours[0].lmms is not None and lower_is_better(ours[0].lmms, task, metric)
         try:
-            documents = paired(_mean(left), _mean(right))
+            documents = replace(paired(_mean(left), _mean(right)), lower=lower)
+        except Undefined:
+            continue  # such as a precision where no run says "yes"
         except ValueError as error:
             raise UserError(f"{tower.name}: {task}: {error}; measure all runs on the same data") from error
         values, first = [value(one) for one in left], [value(one) for one in right]
-        seeds = (
-            "one seed" if len(values) < 2 else OVER_SEEDS[judge([x - y for x, y in zip(values, first, strict=True)])]
-        )
+        gains = [(y - x if lower else x - y) for x, y in zip(values, first, strict=True)]
+        seeds = "one seed" if len(values) < 2 else OVER_SEEDS[judge(gains)]
         if task == "retrieval":
             seeds = "–"  # the tower is the same for every seed
         rows.append(
@@ -152,14 +154,15 @@ def _table(first: str, rows: Sequence[Row]) -> Table:
 def _cells(row: Row) -> list[str]:
     found = row.documents
     spread = mean(row.gain).error if len(row.gain) > 1 else 0.0
+    scale = 100 if max(map(abs, [*row.first, *row.values])) <= 1 else 1  # points are shown as they are
     return [
         f"{row.task.removeprefix('clips_')}: {row.metric}",
-        f"{100 * sum(row.first) / len(row.first):.1f}",
-        f"{100 * sum(row.values) / len(row.values):.1f}",
-        f"{100 * found.value:+.1f}",
-        f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+        f"{scale * sum(row.first) / len(row.first):.1f}",
+        f"{scale * sum(row.values) / len(row.values):.1f}",
+        f"{scale * found.value:+.1f}",
+        f"{scale * found.low:+.1f} to {scale * found.high:+.1f}",
         f"{found.adjusted:.3f}",
         found.verdict,
-        ", ".join(f"{100 * gain:+.1f}" for gain in row.gain) + (f" (± {100 * spread:.1f})" if spread else ""),
+        ", ".join(f"{scale * gain:+.1f}" for gain in row.gain) + (f" (± {scale * spread:.1f})" if spread else ""),
         row.seeds,
     ]

@@ -25,8 +25,9 @@ class ReportRecipe:
     Args:
         run: the run folder, such as runs/quickstart.
         against: another run folder; each metric on the same documents is marked better, worse or no difference.
-        baselines: lmms.json files of other models, each a column beside this run's.
-        fail_if_worse: end with an error if any metric is worse than in the run of --against.
+        baselines: lmms.json files of other models, each a column beside this run's, and retrieval.json files of other
+            encoders, each a row below it.
+        fail_if_worse: end with an error if any metric is worse than in the run of --against, or is not there.
     """
 
     run: Path
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     against = None
     if recipe.against is not None:
         other = read_run(recipe.against)
-        against = as_tree(compare_runs(run, other), other)
+        against = as_tree(*compare_runs(run, other), other)
     # All three are rendered before the first is written, so that a malformed file leaves no half a report.
     tree, parts = numbers(run, against), sections(run, against)
     title = f"clips-mllm: {run.root.resolve().name}"
@@ -74,11 +75,17 @@ def main(argv: list[str]) -> None:
     for row in run.chat:
         print(f"{row.image}\n  asked:    {' '.join(row.question.split())}\n  answered: {row.answer or '(empty)'}")
     print(f"written: {recipe.run}/report.html, report.md, report.json")
-    worse = [
-        f"{row['task']} {row['metric']}" for row in (against or {"metrics": []})["metrics"] if row["verdict"] == "worse"
-    ]
-    if recipe.fail_if_worse and worse:
-        raise UserError(f"{recipe.run}: worse than {recipe.against} in {', '.join(worse)}; see its report.md")
+    if recipe.fail_if_worse and against is not None:
+        _refuse_worse(recipe, against)
+
+
+def _refuse_worse(recipe: ReportRecipe, against: dict[str, Any]) -> None:
+    worse = [f"{row['task']} {row['metric']}" for row in against["metrics"] if row["verdict"] == "worse"]
+    lost = [f"{one['name']} ({one['reason']})" for one in against["not_compared"] if one["lost"]]
+    told = [f"worse in {', '.join(worse)}"] if worse else []
+    told += [f"not to be compared in {', '.join(lost)}"] if lost else []
+    if told:
+        raise UserError(f"{recipe.run}: against {recipe.against} {' and '.join(told)}; see its report.md")
 
 
 def summary(tree: dict[str, Any]) -> list[str]:
@@ -88,16 +95,24 @@ def summary(tree: dict[str, Any]) -> list[str]:
     for name, table in tables.items():
         scores = {key: value for key, value in (table or {}).items() if isinstance(value, float)}
         if scores:
-            shown = "  ".join(f"{key} {value:.1%}" for key, value in scores.items())
+            shown = "  ".join(f"{key} {_shown(value)}" for key, value in scores.items())
             lines.append(f"{name:<17} {shown}")
     return lines
 
 
+def _shown(value: float) -> str:
+    """Shares in per cent; points and judges' scores as they are."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:,.1f}"
+
+
 def _verdicts(against: dict[str, Any] | None) -> list[str]:
-    return [
+    if against is None:
+        return []
+    rest = [f"not compared   {one['name']}: {one['reason']}" for one in against["not_compared"]]
+    return rest + [
         f"{row['verdict']:<14} {row['task']} {row['metric']}: {row['difference']['value']:+.4f} "
         f"({row['difference']['low']:+.4f} to {row['difference']['high']:+.4f})"
-        for row in (against or {"metrics": []})["metrics"]
+        for row in against["metrics"]
     ]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clips_eval.report_benchmarks import Benchmarks, Sample
 from clips_eval.report_cells import NONE, Table, plain_table
 from clips_eval.report_read import RECALLS, Run
 from clips_eval.retrieval_scores import hit_scores, query_clusters
-from clips_eval.uncertainty import Difference, Scores, holm, paired
+from clips_eval.uncertainty import Difference, Scores, Undefined, holm, paired
 from vision_tower.errors import UserError
 
 # More of these is neither better nor worse; the last is a property of the questions.
@@ -28,22 +28,32 @@ class Compared:
     difference: Difference
 
 
-def compare_runs(ours: Run, theirs: Run) -> list[Compared]:
-    """Every metric that both runs have on the same documents; p-values adjusted over all of them.
+@dataclass(frozen=True, kw_only=True)
+class NotCompared:
+    """What the other run has and this one cannot be held against; `lost` where it is this run that lacks it."""
+
+    name: str
+    reason: str
+    lost: bool
+
+
+def compare_runs(ours: Run, theirs: Run) -> tuple[list[Compared], list[NotCompared]]:
+    """Every metric that both runs have on the same documents, p-values adjusted over all of them; and the rest.
 
     Raises:
         UserError: the runs share no metric whose documents are known and the same.
     """
-    found = [*_retrieval(ours, theirs), *_benchmarks(ours, theirs)]
+    both = [*_retrieval(ours, theirs), *_benchmarks(ours, theirs)]
+    found = [one for one in both if isinstance(one, Compared)]
+    rest = [one for one in both if isinstance(one, NotCompared)]
     if not found:
+        told = f" ({rest[0].name}: {rest[0].reason})" if rest else ""
         raise UserError(
             f"{theirs.root}: shares no metric with {ours.root} whose single answers are known and are about the same "
-            "documents; measure both with this version, on the same data"
+            f"documents{told}; measure both with this version, on the same data"
         )
     adjusted = holm([one.difference for one in found])
-    return [
-        Compared(**{**one.__dict__, "difference": difference}) for one, difference in zip(found, adjusted, strict=True)
-    ]
+    return [replace(one, difference=difference) for one, difference in zip(found, adjusted, strict=True)], rest
 
 
 def scores_of(found: Benchmarks, task: str, metric: str) -> Scores | None:
@@ -61,24 +71,51 @@ def scores_of(found: Benchmarks, task: str, metric: str) -> Scores | None:
     )
 
 
-def _benchmarks(ours: Run, theirs: Run) -> Iterable[Compared]:
-    if ours.lmms is None or theirs.lmms is None:
+def lower_is_better(found: Benchmarks, task: str, metric: str) -> bool:
+    """As the task's own definition says, in results that keep it."""
+    return metric in found.about.get("lower_is_better", {}).get(task, ())
+
+
+def _benchmarks(ours: Run, theirs: Run) -> Iterable[Compared | NotCompared]:
+    if theirs.lmms is None:
         return
-    for task, metrics in ours.lmms.tasks.items():
-        if not _same_documents(ours.lmms, theirs.lmms, task):
-            continue
-        for metric in metrics:
-            if metric in NEITHER_WAY:
-                continue
-            a, b = (scores_of(found, task, metric) for found in (ours.lmms, theirs.lmms))
-            if a is not None and b is not None:
-                yield Compared(
-                    task=task,
-                    metric=metric,
-                    ours=metrics[metric],
-                    theirs=theirs.lmms.tasks[task][metric],
-                    difference=paired(a, b),
-                )
+    for task, metrics in theirs.lmms.tasks.items():
+        if ours.lmms is None or task not in ours.lmms.tasks:
+            yield NotCompared(name=task, reason=_why_not_there(ours, task), lost=True)
+        elif not _same_documents(ours.lmms, theirs.lmms, task):
+            yield NotCompared(name=task, reason="the two answer different documents, or do not name them", lost=True)
+        else:
+            for metric in (name for name in metrics if name not in NEITHER_WAY):
+                yield _metric(ours.lmms, theirs.lmms, task, metric)
+
+
+def _why_not_there(run: Run, task: str) -> str:
+    if run.lmms is None:
+        return "this run has no benchmarks"
+    for what, reasons in (("failed", run.lmms.failed), ("was skipped", run.lmms.skipped)):
+        if task in reasons:
+            return f"it {what} in this run ({reasons[task]})"
+    return "not measured in this run"
+
+
+def _metric(ours: Benchmarks, theirs: Benchmarks, task: str, metric: str) -> Compared | NotCompared:
+    name = f"{task} {metric}"
+    if metric not in ours.tasks[task]:
+        return NotCompared(name=name, reason="this run has no such metric", lost=True)
+    a, b = (scores_of(found, task, metric) for found in (ours, theirs))
+    if a is None or b is None:
+        return NotCompared(name=name, reason="what each document adds to it is not known", lost=False)
+    try:
+        found = paired(a, b)
+    except Undefined as error:
+        return NotCompared(name=name, reason=str(error), lost=False)
+    return Compared(
+        task=task,
+        metric=metric,
+        ours=ours.tasks[task][metric],
+        theirs=theirs.tasks[task][metric],
+        difference=replace(found, lower=lower_is_better(ours, task, metric)),
+    )
 
 
 def _same_documents(ours: Benchmarks, theirs: Benchmarks, task: str) -> bool:
@@ -90,12 +127,18 @@ def _same_documents(ours: Benchmarks, theirs: Benchmarks, task: str) -> bool:
     ]
 
 
-def _retrieval(ours: Run, theirs: Run) -> Iterable[Compared]:
+def _retrieval(ours: Run, theirs: Run) -> Iterable[Compared | NotCompared]:
     a, b = ours.retrieval, theirs.retrieval
-    if a is None or b is None or "hits" not in a.about or a.about.get("data_sha256") != b.about.get("data_sha256"):
+    if b is None:
         return
-    for key in RECALLS:
-        if key in a.about["hits"] and key in b.about.get("hits", {}):
+    if a is None:
+        yield NotCompared(name="retrieval", reason="not measured in this run", lost=True)
+    elif "hits" not in a.about or "hits" not in b.about:
+        yield NotCompared(name="retrieval", reason="measured by a version that did not keep each query", lost=False)
+    elif a.about.get("data_sha256") != b.about.get("data_sha256"):
+        yield NotCompared(name="retrieval", reason="measured on other data", lost=True)
+    else:
+        for key in RECALLS:
             clusters = query_clusters(a.about, key)
             left, right = (hit_scores(run.about["hits"][key], clusters) for run in (a, b))
             yield Compared(
@@ -103,10 +146,10 @@ def _retrieval(ours: Run, theirs: Run) -> Iterable[Compared]:
             )
 
 
-def as_tree(compared: list[Compared], other: Run) -> dict[str, Any]:
+def as_tree(compared: list[Compared], rest: list[NotCompared], other: Run) -> dict[str, Any]:
     """For report.json."""
     rows = [{**asdict(one), "verdict": one.difference.verdict} for one in compared]
-    return {"run": str(other.root), "metrics": rows}
+    return {"run": str(other.root), "metrics": rows, "not_compared": [asdict(one) for one in rest]}
 
 
 def against_table(tree: dict[str, Any]) -> Table:
@@ -133,4 +176,5 @@ def against_table(tree: dict[str, Any]) -> Table:
         "both. p: two-sided permutation test by picture, after Holm's correction over all rows; a verdict is given "
         "below 0.05. One training each: a difference between two trainings, not yet between two ways of training."
     ]
+    notes += [f"Not compared: {one['name'].removeprefix('clips_')}: {one['reason']}." for one in tree["not_compared"]]
     return plain_table(names, rows, notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clips_eval.report_mllm import LABELS
-from clips_eval.report_numbers import numbers
+from clips_eval.report_numbers import OWN_TASKS, is_share, numbers
 from clips_eval.report_read import RECALLS, Run
 
 TAGS = ["clips", "llava", "multimodal", "vision-language"]
@@ -45,6 +45,14 @@ def _benchmarks(run: Run) -> list[dict[str, Any]]:
                 if own == name
             ]
             results.append(_result("visual-question-answering", "Visual question answering", name, metrics))
+    for task, found in tree.items():
+        if task not in OWN_TASKS and found is not None:
+            metrics = [
+                {"type": metric, "name": metric, "value": _percent(value) if is_share(metric, value) else value}
+                for metric, value in found.items()
+                if metric != "n"
+            ]
+            results.append(_result("visual-question-answering", "Visual question answering", task, metrics))
     return results
 
 

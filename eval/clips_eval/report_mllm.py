@@ -6,7 +6,7 @@ from typing import Any
 
 from clips_eval.report_benchmarks import Benchmarks
 from clips_eval.report_cells import MISSING, NONE, Column, Row, Table, count, interval, number, percent
-from clips_eval.report_numbers import CHANCE, OWN_TASKS, numbers, size, span, task_of, under, worded
+from clips_eval.report_numbers import CHANCE, OWN_TASKS, is_share, numbers, size, span, task_of, under, worded
 from clips_eval.report_read import CONTROLS, Run
 from clips_eval.report_tables import PAPER_NOTE
 
@@ -19,18 +19,19 @@ LABELS = {
     ("pope_adversarial", "accuracy"): "POPE, adversarial",
     ("mmbench", "accuracy"): "MMBench",
 }
-# lmms-eval's task names of the paper's benchmarks. MME is in points, NoCaps in CIDEr, MM-Vet is a judge's score.
+# The paper's columns: lmms-eval's task and metric, and a name. POPE is one score there, and five in lmms-eval.
 PAPER_TASKS = {
-    "pope": ("pope", "POPE (one score)"),
-    "gqa": ("gqa", "GQA"),
-    "mmmu": ("mmmu_val", "MMMU"),
-    "mmvet": ("mmvet", "MM-Vet"),
-    "chartqa": ("chartqa", "ChartQA"),
-    "textvqa": ("textvqa_val", "TextVQA"),
-    "nocaps": ("nocaps_val", "NoCaps (CIDEr)"),
-    "mme_perception": ("mme", "MME perception (points)"),
-    "mme_cognition": ("mme", "MME cognition (points)"),
+    "pope": ("", "", "POPE (one score)"),
+    "gqa": ("gqa", "exact_match", "GQA"),
+    "mmmu": ("mmmu_val", "mmmu_acc", "MMMU"),
+    "mmvet": ("mmvet", "gpt_eval_score", "MM-Vet"),
+    "chartqa": ("chartqa", "relaxed_overall", "ChartQA"),
+    "textvqa": ("textvqa_val", "exact_match", "TextVQA"),
+    "nocaps": ("nocaps_val", "nocaps_CIDEr", "NoCaps (CIDEr)"),
+    "mme_perception": ("mme", "mme_perception_score", "MME perception (points)"),
+    "mme_cognition": ("mme", "mme_cognition_score", "MME cognition (points)"),
 }
+PAPER_KEYS = {(task, metric): key for key, (task, metric, _) in PAPER_TASKS.items() if task}
 
 
 CONTROL_NAMES = {"shuffled": "Shuffled", "blank": "Blank", "no_image": "No image"}
@@ -45,17 +46,17 @@ def mllm_table(run: Run, paper: dict[str, Any]) -> Table:
     tree = numbers(run)["mllm"]
     others = {task: metrics for task, metrics in tree.items() if task not in OWN_TASKS and metrics is not None}
     rows: list[tuple[Cells, str]] = []
-    for (name, metric), label in LABELS.items():
-        rows.append((_own_cells(run, tree[name], name, metric, label), "ours"))
-        if name == "pope_adversarial":  # beside ours, but its own row: one score for what we split in three
-            rows.append((_paper_cells(theirs, "pope") | {"Benchmark": PAPER_TASKS["pope"][1]}, "paper"))
+    if not others or any(tree[name] is not None for name in OWN_TASKS):
+        for (name, metric), label in LABELS.items():
+            rows.append((_own_cells(run, tree[name], name, metric, label), "ours"))
+    rows.append((_paper_cells(theirs, "pope") | {"Benchmark": PAPER_TASKS["pope"][2]}, "paper"))
     for task, metrics in others.items():
-        key = _paper_key(task, metrics)
         for metric in (metric for metric in metrics if metric != "n"):
+            key = PAPER_KEYS.get((task, metric))
             rows.append((_stock_cells(run, task, metric, metrics) | _paper_cells(theirs, key), "ours"))
-    shown = {_paper_key(task, metrics) for task, metrics in others.items()} | {"pope"}
+    shown = {PAPER_KEYS.get((task, metric)) for task, metrics in others.items() for metric in metrics} | {"pope"}
     for key in (key for key in PAPER_TASKS if key not in shown):
-        cells = {"Benchmark": PAPER_TASKS[key][1], "Score": MISSING}
+        cells = {"Benchmark": PAPER_TASKS[key][2], "Score": MISSING}
         rows.append((cells | _paper_cells(theirs, key), "paper"))
     columns = [Column(name=name) for name in _columns(run)] + [Column(name=name, paper=True) for name in theirs["rows"]]
     table = [Row(cells=[cells.get(column.name, NONE) for column in columns], kind=kind) for cells, kind in rows]
@@ -66,7 +67,7 @@ def _columns(run: Run) -> list[str]:
     """The shuffled control is always a column; what else was not measured is none."""
     controls = [CONTROL_NAMES[control] for control in CONTROLS if control == "shuffled" or control in run.controls]
     wordings = [WORDINGS] if len(run.wordings) == 2 else []
-    return ["Benchmark", "Score", "95 %", "F1", *controls, *wordings, "Chance", "n", *run.baselines]
+    return ["Benchmark", "Score", "95 %", "F1", *controls, *wordings, "Chance", "n", "Pictures", *run.baselines]
 
 
 def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, label: str) -> Cells:
@@ -77,6 +78,7 @@ def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, l
         "Score": percent(found[metric]),
         "95 %": interval(span(run.lmms, name, metric)),
         "n": count(size(run.lmms, name, metric)),
+        "Pictures": _pictures(run, name, metric),
     }
     if "f1" in found:
         cells["F1"] = percent(found["f1"])
@@ -87,13 +89,14 @@ def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, l
 
 def _stock_cells(run: Run, task: str, metric: str, metrics: dict[str, float]) -> Cells:
     """A stock task: its metric may be no share at all (CIDEr, points), and then it is shown as it is."""
-    share = 0 <= metrics[metric] <= 1
+    share = is_share(metric, metrics[metric])
     ends = span(run.lmms, task, metric)
     known = run.lmms.intervals.get(task, {}).get(metric) if run.lmms else None
     cells = {
         "Benchmark": task if metric == "accuracy" else f"{task}: {metric}",
         "Score": _show(metrics[metric], share),
         "n": count(known.n if known else size(run.lmms, task, "accuracy")),
+        "Pictures": _pictures(run, task, metric),
     }
     if ends is not None:
         cells["95 %"] = interval(ends) if share else f"{ends[0]:,.1f}–{ends[1]:,.1f}"
@@ -111,7 +114,16 @@ def _beside(run: Run, name: str, metric: str, *, share: bool) -> Cells:
     for title, found in run.baselines.items():
         other = found.tasks.get(task_of(name), {}).get(metric)
         cells[title] = NONE if other is None else _show(other, share) + _around(found, name, metric, share)
+        theirs, ours = (one.tasks.get(task_of(name), {}).get("n") if one else None for one in (found, run.lmms))
+        if other is not None and theirs != ours:
+            cells[title] += f", n = {theirs:,.0f}" if theirs else ", n unknown"
     return cells
+
+
+def _pictures(run: Run, name: str, metric: str) -> str:
+    """How many pictures the interval draws from; few of them make it a guess."""
+    found = run.lmms.intervals.get(task_of(name), {}).get(metric) if run.lmms else None
+    return NONE if found is None else count(found.clusters)
 
 
 def _around(found: Benchmarks, name: str, metric: str, share: bool) -> str:
@@ -123,10 +135,10 @@ def _show(value: float, share: bool) -> str:
     return percent(value) if share else number(value)
 
 
-def _paper_key(task: str, metrics: dict[str, float]) -> str | None:
-    """The paper's column for a stock task: only where it is one number on either side (MME has two, POPE several)."""
-    keys = [key for key, (name, _) in PAPER_TASKS.items() if name == task]
-    return keys[0] if len(keys) == 1 and len(metrics.keys() - {"n"}) == 1 else None
+def main_metric(task: str, metrics: dict[str, float]) -> str | None:
+    """The share that stands for a stock task: the paper's where it has one, else the first; None for points alone."""
+    shares = [metric for metric, value in metrics.items() if metric != "n" and 0 <= value <= 1]
+    return next((metric for metric in shares if (task, metric) in PAPER_KEYS), shares[0] if shares else None)
 
 
 def _paper_cells(theirs: dict[str, Any], key: str | None) -> Cells:

@@ -10,7 +10,7 @@ from clips_eval.report_files import count_in, number_in
 from clips_eval.report_read import RECALLS, Retrieval, Run, ZeroShot
 from clips_eval.uncertainty import wilson
 
-SCHEMA_VERSION = 2  # data/report.schema.json; 1 had no intervals, controls, wordings, against and provenance
+SCHEMA_VERSION = 3  # data/report.schema.json; 2 had no baselines, and did not say what was not compared
 # Our own tasks: the name in lmms.json and the metrics that report.json promises.
 OWN_TASKS = {
     "easy_vqa": ("clips_easy_vqa", ("accuracy", "open_accuracy", "yes_no_accuracy")),
@@ -21,6 +21,8 @@ OWN_TASKS = {
 }
 # A guess that never looks: POPE is balanced yes/no by construction, MMBench has up to four options.
 CHANCE = {"pope_random": 0.5, "pope_popular": 0.5, "pope_adversarial": 0.5, "mmbench": 0.25}
+
+CIDER = frozenset({"nocaps_CIDEr", "coco_CIDEr", "flickr_CIDEr", "textcaps_CIDEr"})
 
 
 def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -50,6 +52,10 @@ def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
         "controls": {control: dict(found.tasks) for control, found in run.controls.items()},
         "wordings": {str(wording): dict(found.tasks) for wording, found in run.wordings.items()},
         "skipped": dict(run.lmms.skipped | run.lmms.failed) if run.lmms else {},
+        "baselines": {
+            "mllm": {title: dict(found.tasks) for title, found in run.baselines.items()},
+            "encoder": {title: _retrieval(found) for title, found in run.encoders.items()},
+        },
         "against": against,
         "provenance": provenance(run),
     }
@@ -71,8 +77,11 @@ def _intervals(run: Run) -> dict[str, Any]:
 def provenance(run: Run) -> dict[str, Any]:
     """With what each part was made and measured: commands, digests, versions, seeds, hardware."""
     parts: dict[str, Any] = dict(run.environments)
-    keys = ("command", "sha256", "engine", "mode", "versions", "hardware", "seconds")
-    measured = {"retrieval": run.retrieval, "benchmarks": run.lmms, **run.controls}
+    keys = ("command", "sha256", "data_sha256", "engine", "mode", "recipe", "versions", "hardware", "seconds")
+    measured: dict[str, Benchmarks | Retrieval | None] = {"retrieval": run.retrieval, "benchmarks": run.lmms}
+    measured |= run.controls
+    measured |= {f"wording {wording}": found for wording, found in run.wordings.items()}
+    measured |= {f"baseline {title}": found for title, found in (run.baselines | run.encoders).items()}
     for name, found in measured.items():
         if found is not None:
             parts[name] = {key: found.about[key] for key in keys if key in found.about}
@@ -145,6 +154,11 @@ def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
     if known is not None:
         return known["low"], known["high"]
     return wilson(found.recalls[key], found.n_images)
+
+
+def is_share(metric: str, value: float) -> bool:
+    """Whether a score is shown in per cent: a fraction, or CIDEr, of which papers give the hundredfold."""
+    return 0 <= value <= 1 or metric in CIDER
 
 
 def task_of(name: str) -> str:

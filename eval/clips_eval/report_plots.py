@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clips_eval.report_mllm import LABELS
-from clips_eval.report_numbers import CHANCE, numbers, recall_chance, recall_span, span, under
+from clips_eval.report_mllm import LABELS, main_metric
+from clips_eval.report_numbers import CHANCE, OWN_TASKS, numbers, recall_chance, recall_span, span, under
 from clips_eval.report_read import RECALLS, Curve, Run
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ def curve_plots(run: Run) -> list[Plot]:
 
 
 def benchmark_plot(run: Run) -> Plot | None:
-    """Accuracy of every own benchmark that was measured; None if none was."""
+    """Accuracy of every benchmark that was measured and has such; None if none was."""
     tree = numbers(run)["mllm"]
+    stock = {task: main_metric(task, found) for task, found in tree.items() if task not in OWN_TASKS and found}
     bars = [
         Bar(
             label=label,
@@ -99,6 +100,17 @@ def benchmark_plot(run: Run) -> Plot | None:
         )
         for (name, metric), label in LABELS.items()
         if tree[name] is not None
+    ]
+    bars += [
+        Bar(
+            label=task,
+            share=tree[task][metric],
+            ends=span(run.lmms, task, metric),
+            chance=None,
+            control=under(run, "shuffled", task, metric),
+        )
+        for task, metric in stock.items()
+        if metric is not None
     ]
     return _bar_plot("Benchmarks of the MLLM", "accuracy, %", bars)
 

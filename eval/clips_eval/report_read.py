@@ -92,6 +92,7 @@ class Run:
     environments: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage, with its recipe's digest
     ablation: dict[str, Any] | None = None
     baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by the model that was measured
+    encoders: dict[str, Retrieval] = field(default_factory=dict)  # other encoders, by their names
 
     @property
     def shuffled(self) -> Benchmarks | None:
@@ -103,7 +104,7 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
     """Read what exists in `root`.
 
     Args:
-        baselines: results of 'clips-mllm evaluate' of other models.
+        baselines: results of 'clips-mllm evaluate' of other models, and of 'clips-mllm retrieve' of other encoders.
     Raises:
         UserError: no such folder, nothing of a run in it, or a malformed file.
     """
@@ -124,17 +125,36 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
     )
     if run == Run(root=root):
         raise UserError(f"{root}: nothing of a run in this folder; give one that holds encoder/, finetune/ or steps/")
-    return replace(run, baselines=dict(_read_baseline(file) for file in baselines))
+    others = [_read_baseline(file) for file in baselines]
+    titles = [_title(one) for one in others]
+    named = {  # two results of one model stand beside each other
+        title if titles.count(title) == 1 else f"{title} ({file})": one
+        for title, file, one in zip(titles, baselines, others, strict=True)
+    }
+    return replace(
+        run,
+        baselines={title: one for title, one in named.items() if isinstance(one, Benchmarks)},
+        encoders={title: one for title, one in named.items() if isinstance(one, Retrieval)},
+    )
 
 
-def _read_baseline(file: Path) -> tuple[str, Benchmarks]:
-    """Its column's title and its scores."""
-    found = read_benchmarks(file, control="none")
+def _read_baseline(file: Path) -> Benchmarks | Retrieval:
+    tree = read_object(file) if file.is_file() else {}
+    found: Benchmarks | Retrieval | None = None
+    if "tasks" in tree:
+        found = read_benchmarks(file, control="none")
+    elif RECALLS[0] in tree:
+        found = _read_retrieval(file)
     if found is None:
-        raise UserError(f"{file}: no such file; give an lmms.json that 'clips-mllm evaluate' wrote")
-    engine = found.about.get("engine", "clips_mllm")
-    name = str(found.about.get("model", file.parent.name))
-    return name if engine == "clips_mllm" else f"{name} ({engine})", found
+        raise UserError(f"{file}: no result there; give an lmms.json of 'clips-mllm evaluate' or a retrieval.json")
+    return found
+
+
+def _title(found: Benchmarks | Retrieval) -> str:
+    if isinstance(found, Retrieval):
+        return str(found.about.get("encoder", found.folder))
+    name, engine = str(found.about.get("model", "baseline")), found.about.get("engine", "clips_mllm")
+    return name if engine == "clips_mllm" else f"{name} ({engine})"
 
 
 def _lmms(root: Path, variant: str = "") -> Path:

@@ -49,7 +49,15 @@ def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
         *notes,
         PAPER_NOTE + " Theirs is zero-shot retrieval on COCO (5,000 images) and Flickr30K (1,000).",
     ]
+    rows += [_other_encoder(title, other) for title, other in run.encoders.items()]
+    if any(found is None or other.about.get("data") != found.about.get("data") for other in run.encoders.values()):
+        notes.insert(1, "Not every encoder here was measured on the same data.")
     return Table(columns=columns, rows=rows + _paper_retrieval(paper), notes=notes)
+
+
+def _other_encoder(title: str, found: Retrieval) -> Row:
+    cells = [f"{percent(found.recalls[key])} ({interval(recall_span(found, key))})" for key in RECALLS]
+    return Row(cells=[f"{title}, {found.n_images:,} images", *cells], kind="control")
 
 
 def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
@@ -151,7 +159,7 @@ def provenance_table(run: Run) -> Table:
         cells = [
             part,
             str(told.get("sha256") or told.get("recipe_sha256") or NONE)[:16],
-            str(told.get("seed", NONE)),
+            str(told.get("seed", told.get("recipe", {}).get("seed", NONE))),
             ", ".join(f"{name} {version}" for name, version in versions.items()) or NONE,
             f"{hardware['cpus']} CPUs{', ' + gpus if gpus else ''}" if hardware else NONE,
             told.get("command", NONE),

@@ -32,6 +32,10 @@ CHUNK = 250  # resamples at a time: C of them are held for each
 Verdict = Literal["better", "worse", "no difference"]
 
 
+class Undefined(ValueError):
+    """A metric has no value, as a precision without a "yes"."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """A metric, document by document; `value` is the ratio above.
@@ -130,7 +134,8 @@ def paired(ours: Scores, theirs: Scores, *, resamples: int = RESAMPLES, seed: in
     comparisons Holm's correction would make nothing of 1 / (R + 1).
 
     Raises:
-        ValueError: the two do not hold the same documents, or the metric has no value for one of them.
+        ValueError: the two do not hold the same documents.
+        Undefined: the metric has no value for one of them.
     """
     import numpy as np
 
@@ -148,7 +153,7 @@ def paired(ours: Scores, theirs: Scores, *, resamples: int = RESAMPLES, seed: in
     once, none = np.ones((1, clusters)), np.zeros((1, clusters))
     observed = float(difference(once, none)[0])
     if math.isnan(observed):
-        raise ValueError("it has no value for one of the two")
+        raise Undefined("it has no value for one of the two")
     drawn = np.concatenate([difference(part, 0 * part) for part in _draws(clusters, resamples, seed)])
     rng = np.random.default_rng([seed, 1])
     extreme = rounds = valid = 0
