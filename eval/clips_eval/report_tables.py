@@ -49,15 +49,17 @@ def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
         *notes,
         PAPER_NOTE + " Theirs is zero-shot retrieval on COCO (5,000 images) and Flickr30K (1,000).",
     ]
-    rows += [_other_encoder(title, other) for title, other in run.encoders.items()]
+    for title, other in run.encoders.items():
+        rows += _other_encoder(title, other)
     if any(found is None or other.about.get("data") != found.about.get("data") for other in run.encoders.values()):
         notes.insert(1, "Not every encoder here was measured on the same data.")
     return Table(columns=columns, rows=rows + _paper_retrieval(paper), notes=notes)
 
 
-def _other_encoder(title: str, found: Retrieval) -> Row:
-    cells = [f"{percent(found.recalls[key])} ({interval(recall_span(found, key))})" for key in RECALLS]
-    return Row(cells=[f"{title}, {found.n_images:,} images", *cells], kind="control")
+def _other_encoder(title: str, found: Retrieval) -> list[Row]:
+    recalls = [percent(found.recalls[key]) for key in RECALLS]
+    ends = [interval(recall_span(found, key)) for key in RECALLS]
+    return [Row(cells=[f"{title}, {found.n_images:,} images", *recalls]), Row(cells=["95 %", *ends], kind="control")]
 
 
 def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
