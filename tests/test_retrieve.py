@@ -62,10 +62,30 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     assert found["preprocessing"]["image_mean"] == [0.485, 0.456, 0.406]
     for row in found["examples"]["text_to_image"]:
         assert all((root / "encoder" / name).is_file() for name in row["images"])
-    assert "66.7%" in capsys.readouterr().out
+    assert found["format"] == 1 and found["by_object"] == []
+    # Three pictures are too few for an interval of the median rank; mAP@R is that of two captions for each picture.
+    assert found["median_rank"]["intervals"]["t2i"] == {"low": None, "high": None, "n": 6, "clusters": 3}
+    assert (found["map_at_r"]["intervals"]["i2t"]["n"], found["map_at_r"]["i2t"]) == (3, pytest.approx(2 / 3))
+    shown = capsys.readouterr().out
+    assert "66.7%" in shown and "names" not in shown
     report.main([str(root)])  # what it writes, `report` reads
     assert "### Beyond recall" in (root / "report.md").read_text()
     assert json.loads((root / "report.json").read_text())["encoder"]["retrieval"]["t2i_r1"] == found["t2i_r1"]
+
+
+def test_names_that_no_caption_contains_are_told_of(
+    world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, tree = world
+    dump(root / "test.json", tree)
+    (root / "names.txt").write_text("cat\nred\ndog\nsquare\nbus\nhat\ncup\nmoon\n")
+    found = run(root, "--objects", str(root / "names.txt"))
+    assert [row["object"] for row in found["by_object"]] == ["red", "square"]
+    told = "names.txt: 6 of its 8 names are in no caption and have no row (cat, dog, bus, hat, cup, ...)"
+    assert told in capsys.readouterr().out
+    (root / "names.txt").write_text("red\n")
+    run(root, "--objects", str(root / "names.txt"))
+    assert "in no caption" not in capsys.readouterr().out
 
 
 def test_another_split(world: tuple[Path, dict[str, Any]]) -> None:
