@@ -63,9 +63,10 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     for row in found["examples"]["text_to_image"]:
         assert all((root / "encoder" / name).is_file() for name in row["images"])
     assert found["format"] == 1 and found["by_object"] == []
-    # Three pictures are too few for an interval of the median rank; mAP@R is that of two captions for each picture.
+    # Three pictures are too few for an interval of the median rank; with one right answer mAP@R is recall@1.
     assert found["median_rank"]["intervals"]["t2i"] == {"low": None, "high": None, "n": 6, "clusters": 3}
-    assert (found["map_at_r"]["intervals"]["i2t"]["n"], found["map_at_r"]["i2t"]) == (3, pytest.approx(2 / 3))
+    assert found["map_at_r"]["t2i"] == pytest.approx(4 / 6)
+    assert found["map_at_r"]["intervals"]["t2i"] == found["intervals"]["t2i_r1"]
     shown = capsys.readouterr().out
     assert "66.7%" in shown and "names" not in shown
     report.main([str(root)])  # what it writes, `report` reads
@@ -86,6 +87,24 @@ def test_names_that_no_caption_contains_are_told_of(
     (root / "names.txt").write_text("red\n")
     run(root, "--objects", str(root / "names.txt"))
     assert "in no caption" not in capsys.readouterr().out
+
+
+def test_the_data_digest_covers_pictures_and_captions(world: tuple[Path, dict[str, Any]]) -> None:
+    root, tree = world
+    dump(root / "test.json", tree)
+    first = run(root)["data_sha256"]
+    assert run(root, "--batch_size", "1")["data_sha256"] == first
+    (root / "val" / "red.png").rename(root / "val" / "crimson.png")  # another name for the same picture
+    tree["images"][0]["filename"] = "crimson.png"
+    dump(root / "test.json", tree)
+    assert run(root)["data_sha256"] == first
+    picture = (root / "val" / "blue.png").read_bytes()
+    paint(root / "val" / "blue.png", "green")
+    assert run(root)["data_sha256"] != first
+    (root / "val" / "blue.png").write_bytes(picture)
+    tree["images"][1]["sentences"][0]["raw"] += "."
+    dump(root / "test.json", tree)
+    assert run(root)["data_sha256"] != first
 
 
 def test_another_split(world: tuple[Path, dict[str, Any]]) -> None:
@@ -174,7 +193,7 @@ def test_shards_equal_the_karpathy_json(
     options = write_shards(root, kind, rows_of(tree, root))
     capsys.readouterr()
     found = run_shards(root, options)
-    for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts", "n_skipped"):
+    for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts", "n_skipped", "data_sha256"):
         assert found[key] == wanted[key]
     assert found["examples"]["image_to_text"][0]["query"].startswith(f"{root}/s0.")
     assert "3/3" in capsys.readouterr().err  # the total is known, and so is the time left

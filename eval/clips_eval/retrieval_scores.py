@@ -7,6 +7,7 @@ torch among them would make `--help` take seconds.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -37,7 +38,7 @@ def score(encoder: Path, found: EmbeddedPairs) -> dict[str, float]:
 def trust(found: EmbeddedPairs) -> dict[str, Any]:
     """Intervals of the recalls by picture, and what they rest on: a 0 or 1 for each query, for comparisons.
 
-    `data_sha256` tells whether two runs were measured on the same captions, in the same order.
+    `data_sha256` tells whether two runs were measured on the same data, see `data_digest`.
     """
     from vision_tower.recall import hits_at_k
 
@@ -46,12 +47,20 @@ def trust(found: EmbeddedPairs) -> dict[str, Any]:
         for key, queries in hits_at_k(found.images, found.texts, found.owner, ks=KS).items()
     }
     told = {"hits": hits, "captions_per_image": found.owner.bincount(minlength=len(found.images)).tolist()}
-    digest = hashlib.sha256("\n".join(found.captions).encode())
     return {
         "intervals": {key: asdict(interval(hit_scores(text, query_clusters(told, key)))) for key, text in hits.items()},
-        "data_sha256": digest.hexdigest(),
+        "data_sha256": data_digest(found),
         **told,
     }
+
+
+def data_digest(found: EmbeddedPairs) -> str:
+    """SHA-256 over the bytes of the pictures, the captions and which belong together, all in their order.
+
+    File names and places are not in it, so the same data as a JSON, a CSV or shards are the same.
+    """
+    pairs = [found.digests, list(zip(found.owner.tolist(), found.captions, strict=True))]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def hit_scores(hits: str, clusters: list[str]) -> Scores:
