@@ -172,8 +172,8 @@ def test_zero_shot_is_shown_where_it_was_measured(run: Path, capsys: pytest.Capt
     tree, markdown, page = outputs(run)
     assert tree["encoder"]["zeroshot"] == {key: value for key, value in ZEROSHOT.items() if key != "n_texts"}
     low, high = wilson(0.437, 600)
-    assert f"| This run | 43.7 | {100 * low:.1f}–{100 * high:.1f} | 71.9 | 42.8 |" in markdown
-    assert "| Chance | 5.0 | – | 25.0 | 5.0 |" in markdown
+    assert "| This run | 43.7 | 71.9 | 42.8 |" in markdown and "| Chance | 5.0 | 25.0 | 5.0 |" in markdown
+    assert f"| 95 % | {100 * low:.1f}–{100 * high:.1f} | – | – |" in markdown and "Wilson interval" in markdown
     for text in (markdown, page):
         assert "600 images, 20 classes, 160 prompts (data/objects)" in text
     assert "top1 43.7%  top5 71.9%  mean_per_class 42.8%" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_zero_shot_below_five_classes_has_no_top_5(run: Path) -> None:
     dump(run / "encoder" / "zeroshot.json", ZEROSHOT | {"top5": None, "n_classes": 4})
     tree, markdown, _ = outputs(run)
     assert tree["encoder"]["zeroshot"]["top5"] is None
-    assert "| – | 42.8 |" in markdown and "| Chance | 25.0 | – | – | 25.0 |" in markdown
+    assert "| – | 42.8 |" in markdown and "| Chance | 25.0 | – | 25.0 |" in markdown
 
 
 def test_same_run_same_bytes(run: Path) -> None:

@@ -62,10 +62,49 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     assert found["preprocessing"]["image_mean"] == [0.485, 0.456, 0.406]
     for row in found["examples"]["text_to_image"]:
         assert all((root / "encoder" / name).is_file() for name in row["images"])
-    assert "66.7%" in capsys.readouterr().out
+    assert found["format"] == 1 and found["by_object"] == []
+    # Three pictures are too few for an interval of the median rank; with one right answer mAP@R is recall@1.
+    assert found["median_rank"]["intervals"]["t2i"] == {"low": None, "high": None, "n": 6, "clusters": 3}
+    assert found["map_at_r"]["t2i"] == pytest.approx(4 / 6)
+    assert found["map_at_r"]["intervals"]["t2i"] == found["intervals"]["t2i_r1"]
+    shown = capsys.readouterr().out
+    assert "66.7%" in shown and "names" not in shown
     report.main([str(root)])  # what it writes, `report` reads
     assert "### Beyond recall" in (root / "report.md").read_text()
     assert json.loads((root / "report.json").read_text())["encoder"]["retrieval"]["t2i_r1"] == found["t2i_r1"]
+
+
+def test_names_that_no_caption_contains_are_told_of(
+    world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, tree = world
+    dump(root / "test.json", tree)
+    (root / "names.txt").write_text("cat\nred\ndog\nsquare\nbus\nhat\ncup\nmoon\n")
+    found = run(root, "--objects", str(root / "names.txt"))
+    assert [row["object"] for row in found["by_object"]] == ["red", "square"]
+    told = "names.txt: 6 of its 8 names are in no caption and have no row (cat, dog, bus, hat, cup, ...)"
+    assert told in capsys.readouterr().out
+    (root / "names.txt").write_text("red\n")
+    run(root, "--objects", str(root / "names.txt"))
+    assert "in no caption" not in capsys.readouterr().out
+
+
+def test_the_data_digest_covers_pictures_and_captions(world: tuple[Path, dict[str, Any]]) -> None:
+    root, tree = world
+    dump(root / "test.json", tree)
+    first = run(root)["data_sha256"]
+    assert run(root, "--batch_size", "1")["data_sha256"] == first
+    (root / "val" / "red.png").rename(root / "val" / "crimson.png")  # another name for the same picture
+    tree["images"][0]["filename"] = "crimson.png"
+    dump(root / "test.json", tree)
+    assert run(root)["data_sha256"] == first
+    picture = (root / "val" / "blue.png").read_bytes()
+    paint(root / "val" / "blue.png", "green")
+    assert run(root)["data_sha256"] != first
+    (root / "val" / "blue.png").write_bytes(picture)
+    tree["images"][1]["sentences"][0]["raw"] += "."
+    dump(root / "test.json", tree)
+    assert run(root)["data_sha256"] != first
 
 
 def test_another_split(world: tuple[Path, dict[str, Any]]) -> None:
@@ -154,7 +193,7 @@ def test_shards_equal_the_karpathy_json(
     options = write_shards(root, kind, rows_of(tree, root))
     capsys.readouterr()
     found = run_shards(root, options)
-    for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts", "n_skipped"):
+    for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts", "n_skipped", "data_sha256"):
         assert found[key] == wanted[key]
     assert found["examples"]["image_to_text"][0]["query"].startswith(f"{root}/s0.")
     assert "3/3" in capsys.readouterr().err  # the total is known, and so is the time left

@@ -17,6 +17,8 @@ from open_clip import build_zero_shot_classifier
 from PIL import Image
 
 from clips_eval import report, zeroshot
+from clips_eval.uncertainty import wilson
+from clips_eval.zeroshot_intervals import intervals
 from vision_tower.encoder import Encoder, load_encoder
 from vision_tower.errors import NotFinite, UserError
 from vision_tower.evaluation import evaluate_retrieval, evaluate_zeroshot
@@ -66,7 +68,9 @@ def test_zeroshot(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert found["preprocessing"]["size"] == {"height": 24, "width": 24} and found["seconds"] > 0
     assert found["command"].startswith("clips-mllm zeroshot ")
-    assert "85.7%" in capsys.readouterr().out
+    assert "85.7%   95 %: " in capsys.readouterr().out
+    assert found["format"] == 1 and set(found["intervals"]) == {"top1", "mean_per_class"}
+    assert (found["intervals"]["top1"]["n"], found["intervals"]["top1"]["clusters"]) == (7, 7)
     report.main([str(world)])  # what it writes, `report` reads
     assert json.loads((world / "report.json").read_text())["encoder"]["zeroshot"]["top1"] == found["top1"]
 
@@ -196,6 +200,35 @@ def test_accuracies_equal_the_naive_computation() -> None:
     assert found.per_class == [sum(hits) / len(hits) if hits else None for hits in own]
     assert found.images_per_class == [len(hits) for hits in own] and found.per_class[11] is None
     assert found.mean_per_class == pytest.approx(np.mean([np.mean(hits) for hits in own if hits]))
+
+
+def test_intervals_draw_pictures() -> None:
+    """Against a loop over the same draws; the classes are large enough that none is ever empty."""
+    random = np.random.default_rng(0)
+    labels = torch.from_numpy(random.integers(0, 5, 150))
+    best = torch.from_numpy(np.array([random.permutation(6)[:5] for _ in range(150)]))  # the last has no picture
+    scores = accuracies(best, labels, classes=6)
+    told = intervals(scores)
+    assert set(told) == {"top1", "top5", "mean_per_class"} and scores.per_class[5] is None
+    drawn = np.random.default_rng([0, 0]).multinomial(150, np.full(150, 1 / 150), 2000)
+    # A name's place in the alphabet is its cluster's: "10" stands before "2".
+    order = np.argsort([str(place) for place in range(150)])
+    own, first, near = labels.numpy()[order], np.array(scores.first)[order], np.array(scores.near)[order]
+    per_class = [(drawn * first)[:, own == c].sum(1) / drawn[:, own == c].sum(1) for c in range(5)]
+    for key, values in (
+        ("top1", (drawn * first).sum(1) / 150),
+        ("top5", (drawn * near).sum(1) / 150),
+        ("mean_per_class", np.mean(per_class, axis=0)),
+    ):
+        low, high = np.quantile(values, (0.025, 0.975))
+        assert told[key] == pytest.approx({"low": low, "high": high, "n": 150, "clusters": 150})
+        assert low < getattr(scores, key) < high
+
+
+def test_intervals_where_all_are_right_are_wilsons() -> None:
+    scores = accuracies(torch.tensor([[0], [1], [2], [2]]), torch.tensor([0, 1, 2, 2]), classes=3)
+    low, high = wilson(1.0, 4)
+    assert intervals(scores)["top1"] == pytest.approx({"low": low, "high": high, "n": 4, "clusters": 4})
 
 
 def test_a_diverged_encoder_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ pairs --pictures.decoded--> Encoder.embed_images --> images (N, D)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,7 @@ class EmbeddedPairs:
     owner: torch.Tensor  # (M,) int64
     names: list[str]  # N
     captions: list[str]  # M
+    digests: list[str] = field(default_factory=list)  # N, SHA-256 of the pictures' bytes; empty where not known
 
 
 def embed_pairs(
@@ -43,8 +44,9 @@ def embed_pairs(
     names: list[str] = []
     captions: list[str] = []
     owner: list[int] = []
+    digests: list[str] = []
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
-        for batch, pictures in decoded(pairs, batch_size, skips):
+        for batch, pictures in decoded(pairs, batch_size, skips, digests):
             if pictures:
                 images.append(encoder.embed_images(pictures))
             for pair in batch:
@@ -56,7 +58,12 @@ def embed_pairs(
         raise UserError(f"{skips.source}: no readable picture to measure on; check the data")
     texts = embed_captions(encoder, captions, batch_size, progress=progress)
     return EmbeddedPairs(
-        images=torch.cat(images), texts=texts, owner=torch.tensor(owner), names=names, captions=captions
+        images=torch.cat(images),
+        texts=texts,
+        owner=torch.tensor(owner),
+        names=names,
+        captions=captions,
+        digests=digests,
     )
 
 

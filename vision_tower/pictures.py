@@ -5,6 +5,7 @@ Picture(name, content) --threads--> decoded batch --caller--> embeddings
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 from collections import deque
@@ -79,35 +80,41 @@ class Skips:
 
 
 def decoded(
-    pictures: Iterable[AnyPicture], batch_size: int, skips: Skips
+    pictures: Iterable[AnyPicture], batch_size: int, skips: Skips, digests: list[str] | None = None
 ) -> Iterator[tuple[list[AnyPicture], list[Image.Image]]]:
     """Batches of the readable pictures, in order; while one is in use the next is decoded in threads.
 
+    Args:
+        digests: if given, the SHA-256 of each readable picture's bytes is appended, for they are read here anyway.
     Raises:
         UserError: too many are unreadable.
     """
     rest = iter(pictures)
-    waiting: deque[list[tuple[AnyPicture, Future[Image.Image]]]] = deque()
+    waiting: deque[list[tuple[AnyPicture, Future[tuple[Image.Image, str]]]]] = deque()
+    hashed = digests is not None
     with ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(rest, batch_size)):
-            waiting.append([(picture, pool.submit(_decode, picture.content)) for picture in batch])
+            waiting.append([(picture, pool.submit(_decode, picture.content, hashed)) for picture in batch])
             if len(waiting) > 1:
-                yield _readable(waiting.popleft(), skips)
+                yield _readable(waiting.popleft(), skips, digests)
         while waiting:
-            yield _readable(waiting.popleft(), skips)
+            yield _readable(waiting.popleft(), skips, digests)
     skips.check()
 
 
 def _readable(
-    batch: list[tuple[AnyPicture, Future[Image.Image]]], skips: Skips
+    batch: list[tuple[AnyPicture, Future[tuple[Image.Image, str]]]], skips: Skips, digests: list[str] | None
 ) -> tuple[list[AnyPicture], list[Image.Image]]:
     from vision_tower.images import BadImage
 
     kept, images = [], []
     for picture, future in batch:
         try:
-            images.append(future.result())
+            image, digest = future.result()
+            images.append(image)
             kept.append(picture)
+            if digests is not None:
+                digests.append(digest)
             skips.seen += 1
         except BadImage as error:
             skips.skip(picture.name, str(error))
@@ -116,10 +123,11 @@ def _readable(
     return kept, images
 
 
-def _decode(content: Path | bytes) -> Image.Image:
+def _decode(content: Path | bytes, hashed: bool) -> tuple[Image.Image, str]:
     from vision_tower.images import BadImage, decode_image
 
     try:
-        return decode_image(content.read_bytes() if isinstance(content, Path) else content)
+        read = content.read_bytes() if isinstance(content, Path) else content
+        return decode_image(read), hashlib.sha256(read).hexdigest() if hashed else ""
     except OSError as error:  # of reading the file; those of decoding are BadImage already
         raise BadImage(error.strerror or str(error)) from error

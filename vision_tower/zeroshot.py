@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotScores:
-    """Fractions of the readable pictures; `top5` is None below five classes, a class without pictures likewise."""
+    """Fractions of the readable pictures; `top5` is None below five classes, a class without pictures likewise.
+
+    `labels`, `first` and `near` are of each picture: its class, whether that is the best, whether it is of the five.
+    """
 
     top1: float
     top5: float | None
     mean_per_class: float
     per_class: list[float | None]
     images_per_class: list[int]
+    labels: list[int]
+    first: list[bool]
+    near: list[bool]
 
 
 def classify(
@@ -99,6 +105,9 @@ def accuracies(best: torch.Tensor, labels: torch.Tensor, classes: int) -> ZeroSh
         mean_per_class=sum(known) / len(known),
         per_class=per_class,
         images_per_class=counts.tolist(),
+        labels=labels.tolist(),
+        first=hits[:, 0].tolist(),
+        near=hits.any(dim=1).tolist(),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_eval.retrieval_measures import Positives, several
+from clips_eval.retrieval_measures import Positives, Way, several
 from vision_tower.errors import UserError
 from vision_tower.files import read_object
 
@@ -36,11 +36,10 @@ def multi_positive(file: Path, data: Path, split: str, found: EmbeddedPairs) -> 
         raise UserError(f"{data}: some of its pictures cannot be read; mend them to measure with {file}")
     of_caption = _positives(file, "images_of_caption", tree, texts, images)
     of_image = _positives(file, "captions_of_image", tree, images, texts)
-    return {
-        "t2i": several(found.texts, found.images, of_caption),
-        "i2t": several(found.images, found.texts, of_image),
-        "source": str(file),
-    }
+    places, owner = range(len(found.images)), found.owner.tolist()
+    t2i = Way(queries=found.texts, candidates=found.images, positives=of_caption, pictures=owner)
+    i2t = Way(queries=found.images, candidates=found.texts, positives=of_image, pictures=places)
+    return {"t2i": several(t2i), "i2t": several(i2t), "source": str(file)}
 
 
 def _ids(data: Path, split: str) -> tuple[list[str], list[str]]:

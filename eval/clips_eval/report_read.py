@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from clips_eval.report_benchmarks import Benchmarks, read_benchmarks
+from clips_eval.report_encoder import check_breakdowns, check_geometry, check_hits, read_spans
 from clips_eval.report_files import count_in, number_in, read_lines
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, read_text
 
 CONTROLS = ("shuffled", "blank", "no_image")
 STAGES = ("encoder", "align", "finetune")
+FORMATS = (1,)  # of retrieval.json and zeroshot.json; a file without one counts as 1
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
 
 
@@ -57,6 +59,7 @@ class ZeroShot:
     n_classes: int
     n_texts: int
     data: str
+    intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)  # empty in older files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,16 +184,22 @@ def _read_retrieval(file: Path) -> Retrieval | None:
     if not file.exists():
         return None
     tree = read_object(file)
+    _check_format(file, tree, "retrieve")
     examples = tree.get("examples") or {}
     known = {"text_to_image": ("query", "images", "correct"), "image_to_text": ("query", "texts", "correct")}
     for way, keys in known.items():
         rows = examples.get(way, []) if isinstance(examples, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
             raise UserError(f"{file}: 'examples.{way}' is not as 'clips-mllm retrieve' writes it; run that again")
+    n_images = count_in(file, tree, "n_images")
+    n_texts = count_in(file, tree, "n_texts") if "n_texts" in tree else None
+    check_hits(file, tree, RECALLS, n_images, n_texts)
+    check_geometry(file, tree)
+    check_breakdowns(file, tree)
     return Retrieval(
         recalls={key: number_in(file, tree, key, fraction=True) for key in RECALLS},
-        n_images=count_in(file, tree, "n_images"),
-        n_texts=count_in(file, tree, "n_texts") if "n_texts" in tree else None,
+        n_images=n_images,
+        n_texts=n_texts,
         data=str(tree.get("data", "")),
         folder=file.parent,
         examples={way: examples.get(way, []) for way in known},
@@ -202,6 +211,7 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
     if not file.exists():
         return None
     tree = read_object(file)
+    _check_format(file, tree, "zeroshot")
     return ZeroShot(
         top1=number_in(file, tree, "top1", fraction=True),
         top5=None if tree.get("top5") is None else number_in(file, tree, "top5", fraction=True),
@@ -210,7 +220,16 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
         n_classes=count_in(file, tree, "n_classes"),
         n_texts=count_in(file, tree, "n_texts"),
         data=str(tree.get("data", "")),
+        intervals=read_spans(file, tree, ("top1", "top5", "mean_per_class")),
     )
+
+
+def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
+    if tree.get("format", 1) not in FORMATS:
+        raise UserError(
+            f"{file}: format {tree['format']!r}, of another version of clips-mllm (this one reads "
+            f"{' and '.join(map(str, FORMATS))}); run 'clips-mllm {command}' again"
+        )
 
 
 def _read_environment(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clips_eval.report_cells import MISSING, NONE, Column, Row, Table, duration, interval, number, percent
+from clips_eval.report_encoder import WAYS
 from clips_eval.report_numbers import OWN_TASKS, provenance, recall_chance, recall_span
 from clips_eval.report_read import RECALLS, STAGES, Retrieval, Run, ZeroShot
 from clips_eval.uncertainty import wilson
@@ -83,48 +84,61 @@ def embedding_table(found: Retrieval) -> Table | None:
     if "geometry" not in about:
         return None
     rows = [
-        _both("Median rank", about["median_rank"], lambda value: f"{value:,.0f}"),
-        _both("mAP@R, own captions", about["map_at_r"], percent),
+        Row(cells=["Median rank", *(_spanned(about["median_rank"], way, _rank) for way in WAYS)]),
+        Row(cells=["mAP@R, own captions", *(_spanned(about["map_at_r"], way, percent) for way in WAYS)]),
     ]
     if about.get("multi_positive"):
-        several = {way: about["multi_positive"][way] for way in ("i2t", "t2i")}
+        several = [about["multi_positive"][way] for way in WAYS]
+        counts = f"n = {several[0]['n']:,} pictures, {several[1]['n']:,} captions"
         for key, title in (
             ("r1", "R@1, any right answer"),
             ("r5", "R@5, any right answer"),
             ("map_at_r", "mAP@R, all"),
         ):
-            rows.append(_both(title, {way: scores[key] for way, scores in several.items()}, percent))
+            rows.append(Row(cells=[f"{title} ({counts})", *(_spanned(scores, key, percent) for scores in several)]))
     for group in about.get("by_length", []):
         title = f"R@5, captions of {group['words'][0]} to {group['words'][1]} words (n = {group['n']:,})"
-        rows.append(Row(cells=[title, NONE, percent(group["t2i_r5"])]))
+        rows.append(Row(cells=[title, NONE, _spanned(group, "t2i_r5", percent)]))
     for group in about.get("by_object", []):
         title = f"R@5, “{group['object']}” (n = {group['n_images']:,} pictures, {group['n_texts']:,} captions)"
-        rows.append(Row(cells=[title, percent(group["i2t_r5"]), percent(group["t2i_r5"])]))
+        rows.append(Row(cells=[title, *(_spanned(group, f"{way}_r5", percent) for way in WAYS)]))
     lies = about["geometry"]
     notes = [
         f"Embeddings: modality gap {lies['modality_gap']:.3f} (distance of the means of pictures and texts), alignment "
         f"{lies['alignment']:.3f}, uniformity {lies['uniformity_images']:.2f} of pictures and "
         f"{lies['uniformity_texts']:.2f} of texts (Wang & Isola 2020; lower is better).",
     ]
+    if "intervals" in about["median_rank"]:
+        notes.insert(0, "In brackets: 95 %, by a bootstrap that draws pictures with all their captions.")
     return Table(columns=[Column(name=name) for name in ("Measure", "I→T", "T→I")], rows=rows, notes=notes)
 
 
-def _both(title: str, values: dict[str, float], show: Callable[[float], str]) -> Row:
-    return Row(cells=[title, show(values["i2t"]), show(values["t2i"])])
+def _rank(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _spanned(values: dict[str, Any], key: str, show: Callable[[float], str]) -> str:
+    """The number, with its interval in brackets where it is known: 41.2 (39.8–42.7)."""
+    span = values.get("intervals", {}).get(key) or {"low": None}
+    return show(values[key]) + ("" if span["low"] is None else f" ({show(span['low'])}–{show(span['high'])})")
 
 
 def zeroshot_table(found: ZeroShot) -> Table:
-    """Zero-shot accuracies of this run and of a guess."""
-    columns = [Column(name=name) for name in ("Encoder", "Top-1", "95 %", "Top-5", "Mean per class")]
+    """Zero-shot accuracies of this run, how far they can be trusted, and those of a guess."""
+    columns = [Column(name=name) for name in ("Encoder", "Top-1", "Top-5", "Mean per class")]
     chance, near = percent(1 / found.n_classes), percent(min(1.0, 5 / found.n_classes))
     top5 = NONE if found.top5 is None else percent(found.top5)
-    ours = [percent(found.top1), interval(wilson(found.top1, found.n_images)), top5, percent(found.mean_per_class)]
+    # An older file has no intervals; that of a plain share of pictures can be told from the number of pictures.
+    spans = found.intervals or {"top1": wilson(found.top1, found.n_images)}
+    ends = [interval(spans.get(key)) for key in ("top1", "top5", "mean_per_class")]
     rows = [
-        Row(cells=["This run", *ours]),
-        Row(cells=["Chance", chance, NONE, NONE if found.top5 is None else near, chance], kind="control"),
+        Row(cells=["This run", percent(found.top1), top5, percent(found.mean_per_class)]),
+        Row(cells=["95 %", *ends], kind="control"),
+        Row(cells=["Chance", chance, NONE if found.top5 is None else near, chance], kind="control"),
     ]
+    how = "bootstrap that draws pictures" if found.intervals else "Wilson interval"
     notes = [
-        "Accuracy in %. An image gets the class whose prompts' mean embedding is nearest; 95 %: Wilson interval.",
+        f"Accuracy in %. An image gets the class whose prompts' mean embedding is nearest; 95 %: {how}.",
         f"{found.n_images:,} images, {found.n_classes:,} classes, {found.n_texts:,} prompts ({found.data}).",
     ]
     return Table(columns=columns, rows=rows, notes=notes)

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from clips_eval.median import median_interval
+from clips_eval.retrieval_scores import spans_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,73 +25,109 @@ PAIRS = 4000  # rows of a modality that uniformity looks at; all pairs of them
 Positives = list[list[int]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One direction: Q queries (Q, D) among candidates (C, D), and the picture that each query is or describes."""
+
+    queries: Tensor
+    candidates: Tensor
+    positives: Positives
+    pictures: Sequence[int]
+
+    @property
+    def clusters(self) -> list[str]:
+        """Of the queries that have a positive."""
+        return [str(picture) for picture, own in zip(self.pictures, self.positives, strict=True) if own]
+
+
 def measures(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that needs no further annotation, for retrieval.json.
+
+    Beside numbers over queries stand their 95 % `intervals`, by the same keys. `geometry` has none: it describes how
+    this set's embeddings lie to one another, and is no mean over queries that another draw would give anew.
 
     Args:
         hits: `retrieval_scores.trust`'s, a 0 or 1 for each query.
         objects: names to break the recalls down by.
     """
+    owner = found.owner.tolist()
     own_texts: Positives = [[] for _ in range(len(found.images))]
-    for text, image in enumerate(found.owner.tolist()):
+    for text, image in enumerate(owner):
         own_texts[image].append(text)
-    own_image = [[image] for image in found.owner.tolist()]
+    ways = {
+        "i2t": Way(
+            queries=found.images, candidates=found.texts, positives=own_texts, pictures=range(len(found.images))
+        ),
+        "t2i": Way(
+            queries=found.texts, candidates=found.images, positives=[[image] for image in owner], pictures=owner
+        ),
+    }
     return {
-        "median_rank": {
-            "i2t": median_rank(found.images, found.texts, own_texts),
-            "t2i": median_rank(found.texts, found.images, own_image),
-        },
-        "map_at_r": {
-            "i2t": several(found.images, found.texts, own_texts)["map_at_r"],
-            "t2i": several(found.texts, found.images, own_image)["map_at_r"],
-        },
+        "median_rank": _median_ranks(ways),
+        "map_at_r": _own_map_at_r(ways),
         "geometry": geometry(found),
         "by_length": by_length(found, hits),
         "by_object": by_object(found, hits, objects),
     }
 
 
-def median_rank(queries: Tensor, candidates: Tensor, positives: Positives) -> float:
-    """Median over the queries of the place of the best positive, 1 at best; of equal scores the positive comes last.
+def _median_ranks(ways: dict[str, Way]) -> dict[str, Any]:
+    ranks = {name: best_ranks(way) for name, way in ways.items()}
+    spans = {name: asdict(median_interval(ranks[name], way.clusters)) for name, way in ways.items()}
+    return {name: float(median(some)) for name, some in ranks.items()} | {"intervals": spans}
+
+
+def _own_map_at_r(ways: dict[str, Way]) -> dict[str, Any]:
+    parts = {name: answers(way)["map_at_r"] for name, way in ways.items()}
+    spans = {name: spans_of({name: parts[name]}, way.clusters)[name] for name, way in ways.items()}
+    return {name: sum(part) / len(part) for name, part in parts.items()} | {"intervals": spans}
+
+
+def best_ranks(way: Way) -> list[int]:
+    """The place of each query's best positive, 1 at best; of equal scores the positive comes last.
 
     Equal scores count against the query: an encoder that has collapsed to one point has the last rank, not the first.
     """
-    import torch
-
     ranks = []
-    for start in range(0, len(queries), QUERIES):
-        scores = queries[start : start + QUERIES] @ candidates.T
-        for row, own in zip(scores, positives[start : start + QUERIES], strict=True):
+    for start in range(0, len(way.queries), QUERIES):
+        scores = way.queries[start : start + QUERIES] @ way.candidates.T
+        for row, own in zip(scores, way.positives[start : start + QUERIES], strict=True):
             best = row[own].max()
             ranks.append(int((row >= best).sum()) - int((row[own] >= best).sum()) + 1)
-    return float(torch.tensor(ranks, dtype=torch.float64).quantile(0.5))
+    return ranks
 
 
-def several(queries: Tensor, candidates: Tensor, positives: Positives) -> dict[str, float]:
+def several(way: Way) -> dict[str, Any]:
+    """The means of `answers`, `n` queries that they are over, and the `intervals` of the means by the same keys."""
+    parts = answers(way)
+    n = len(parts["r1"])
+    means = {key: sum(values) / max(n, 1) for key, values in parts.items()}
+    return means | {"n": n, "intervals": spans_of(parts, way.clusters)}
+
+
+def answers(way: Way) -> dict[str, list[float]]:
     """Recall@k where any positive counts, R-precision and mAP@R (Musgrave et al. 2020, as ECCV Caption uses them).
 
     mAP@R of a query with R positives: the mean over places i <= R of precision at i where place i holds a positive, and
-    0 where it does not. Queries without a positive are left out; `n` counts the others.
+    0 where it does not. A number for each query that has a positive; the others are left out.
     """
     import torch
 
-    deepest = min(max(*KS, *(len(own) for own in positives)), len(candidates))
-    totals = dict.fromkeys((*(f"r{k}" for k in KS), "r_precision", "map_at_r"), 0.0)
-    n = 0
-    for start in range(0, len(queries), QUERIES):
-        best = (queries[start : start + QUERIES] @ candidates.T).topk(deepest, dim=1).indices
-        for places, own in zip(best, positives[start : start + QUERIES], strict=True):
+    deepest = min(max(*KS, *(len(own) for own in way.positives)), len(way.candidates))
+    found: dict[str, list[float]] = {key: [] for key in (*(f"r{k}" for k in KS), "r_precision", "map_at_r")}
+    for start in range(0, len(way.queries), QUERIES):
+        best = (way.queries[start : start + QUERIES] @ way.candidates.T).topk(deepest, dim=1).indices
+        for places, own in zip(best, way.positives[start : start + QUERIES], strict=True):
             if not own:
                 continue
             right = torch.isin(places, torch.tensor(own, device=places.device)).double().cpu()
             first = right[: len(own)]
             precision = first.cumsum(0) / torch.arange(1, len(first) + 1)
             for k in KS:
-                totals[f"r{k}"] += float(right[:k].any())
-            totals["r_precision"] += float(first.sum()) / len(own)
-            totals["map_at_r"] += float((precision * first).sum()) / len(own)
-            n += 1
-    return {key: total / max(n, 1) for key, total in totals.items()} | {"n": n}
+                found[f"r{k}"].append(float(right[:k].any()))
+            found["r_precision"].append(float(first.sum()) / len(own))
+            found["map_at_r"].append(float((precision * first).sum()) / len(own))
+    return found
 
 
 def geometry(found: EmbeddedPairs) -> dict[str, float]:
@@ -123,18 +164,20 @@ def by_length(found: EmbeddedPairs, hits: dict[str, str]) -> list[dict[str, Any]
     groups: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
         groups.setdefault(sum(length > edge for edge in edges), []).append(place)
-    return [
-        {
-            "words": [min(lengths[place] for place in places), max(lengths[place] for place in places)],
-            "n": len(places),
-            **_shares(hits, places, "t2i"),
-        }
-        for _, places in sorted(groups.items())
-    ]
+    owner = found.owner.tolist()
+    rows = []
+    for _, places in sorted(groups.items()):
+        words = [lengths[place] for place in places]
+        means, spans = _shares(hits, places, "t2i", owner)
+        rows.append({"words": [min(words), max(words)], "n": len(places), **means, "intervals": spans})
+    return rows
 
 
 def by_object(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str]) -> list[dict[str, Any]]:
-    """For each name: the captions that contain it as a word, and the pictures of which any caption does."""
+    """For each name: the captions that contain it as a word, and the pictures of which any caption does.
+
+    A name that no caption contains has no row.
+    """
     owner = found.owner.tolist()
     rows = []
     for name in objects:
@@ -143,9 +186,16 @@ def by_object(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str]
         images = sorted({owner[place] for place in texts})
         if texts:
             counts = {"object": name, "n_texts": len(texts), "n_images": len(images)}
-            rows.append(counts | _shares(hits, texts, "t2i") | _shares(hits, images, "i2t"))
+            means, spans = _shares(hits, texts, "t2i", owner)
+            more, wider = _shares(hits, images, "i2t", range(len(found.images)))
+            rows.append(counts | means | more | {"intervals": spans | wider})
     return rows
 
 
-def _shares(hits: dict[str, str], places: list[int], way: str) -> dict[str, float]:
-    return {key: sum(text[place] == "1" for place in places) / len(places) for key, text in hits.items() if way in key}
+def _shares(
+    hits: dict[str, str], places: list[int], way: str, pictures: Sequence[int]
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Recalls of the queries at `places`, and their intervals; `pictures` are those of all queries."""
+    parts = {key: [float(text[place]) for place in places] for key, text in hits.items() if way in key}
+    means = {key: sum(part) / len(part) for key, part in parts.items()}
+    return means, spans_of(parts, [str(pictures[place]) for place in places])

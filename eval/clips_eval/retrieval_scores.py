@@ -7,7 +7,10 @@ torch among them would make `--help` take seconds.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +38,7 @@ def score(encoder: Path, found: EmbeddedPairs) -> dict[str, float]:
 def trust(found: EmbeddedPairs) -> dict[str, Any]:
     """Intervals of the recalls by picture, and what they rest on: a 0 or 1 for each query, for comparisons.
 
-    `data_sha256` tells whether two runs were measured on the same captions, in the same order.
+    `data_sha256` tells whether two runs were measured on the same data, see `data_digest`.
     """
     from vision_tower.recall import hits_at_k
 
@@ -44,19 +47,39 @@ def trust(found: EmbeddedPairs) -> dict[str, Any]:
         for key, queries in hits_at_k(found.images, found.texts, found.owner, ks=KS).items()
     }
     told = {"hits": hits, "captions_per_image": found.owner.bincount(minlength=len(found.images)).tolist()}
-    spans = {key: interval(hit_scores(text, query_clusters(told, key))) for key, text in hits.items()}
-    digest = hashlib.sha256("\n".join(found.captions).encode())
     return {
-        "intervals": {key: {"low": span.low, "high": span.high} for key, span in spans.items()},
-        "data_sha256": digest.hexdigest(),
+        "intervals": {key: asdict(interval(hit_scores(text, query_clusters(told, key)))) for key, text in hits.items()},
+        "data_sha256": data_digest(found),
         **told,
     }
 
 
+def data_digest(found: EmbeddedPairs) -> str:
+    """SHA-256 over the bytes of the pictures, the captions and which belong together, all in their order.
+
+    File names and places are not in it, so the same data as a JSON, a CSV or shards are the same.
+    """
+    pairs = [found.digests, list(zip(found.owner.tolist(), found.captions, strict=True))]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
 def hit_scores(hits: str, clusters: list[str]) -> Scores:
     """A string of 0 and 1, a character for each query, as a metric by document."""
-    right = [float(hit) for hit in hits]
-    return Scores(numerators=right, denominators=[1.0] * len(right), clusters=clusters)
+    return mean_scores([float(hit) for hit in hits], clusters)
+
+
+def mean_scores(values: Sequence[float], clusters: Sequence[str]) -> Scores:
+    """The mean of a value for each query, as a metric by document."""
+    return Scores(numerators=values, denominators=[1.0] * len(values), clusters=clusters)
+
+
+def spans_of(parts: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The interval of each mean as JSON has it: low, high, n queries, clusters; none where nothing was asked.
+
+    Of a group of queries only these are given: pictures without one of them say nothing of the group, and would make
+    Wilson's interval, where all are right or all wrong, as narrow as that of the whole set.
+    """
+    return {key: asdict(interval(mean_scores(values, clusters))) for key, values in parts.items() if values}
 
 
 def query_clusters(told: dict[str, Any], key: str) -> list[str]:

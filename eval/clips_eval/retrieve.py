@@ -17,6 +17,9 @@ from vision_tower.files import read_text
 from vision_tower.pictures import Pair, Skips
 from vision_tower.recipe import parse_recipe
 
+FORMAT = 1  # of retrieval.json
+SHOWN = 5  # names that no caption contains, on the screen
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveRecipe:
@@ -93,6 +96,7 @@ def main(argv: list[str]) -> None:
     output = recipe.output or recipe.encoder / "retrieval.json"
     recalls, told = score(recipe.encoder, found), trust(found)
     result = {
+        "format": FORMAT,
         **recalls,
         "n_images": len(found.images),
         "n_texts": len(found.texts),
@@ -108,6 +112,8 @@ def main(argv: list[str]) -> None:
     }
     write_json(output, result)
     print(_table(result, output))
+    if unseen := _unseen(objects, result["by_object"]):
+        print(f"{recipe.objects}: {unseen}")
 
 
 def _pairs(recipe: RetrieveRecipe, skips: Skips) -> tuple[Iterable[Pair], int | None]:
@@ -148,6 +154,16 @@ def _names(file: Path | None) -> list[str]:
     if not names:
         raise UserError(f"{file}: no names in it; write one a line")
     return list(dict.fromkeys(names))
+
+
+def _unseen(objects: list[str], rows: list[dict[str, Any]]) -> str:
+    """What is to be said of the names that no caption contains; nothing if there are none."""
+    seen = {row["object"] for row in rows}
+    missing = [name for name in objects if name not in seen]
+    if not missing:
+        return ""
+    named = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    return f"{len(missing)} of its {len(objects)} names are in no caption and have no row ({named})"
 
 
 def _table(result: dict[str, Any], output: Path) -> str:

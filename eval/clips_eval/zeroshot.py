@@ -14,6 +14,8 @@ from typing import Any
 from vision_tower.errors import NotFinite, UserError, run_command
 from vision_tower.recipe import parse_recipe
 
+FORMAT = 1  # of zeroshot.json
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotRecipe:
@@ -64,6 +66,7 @@ def main(argv: list[str]) -> None:
 
     from clips_eval.provenance import diverged, provenance
     from clips_eval.report_files import write_json
+    from clips_eval.zeroshot_intervals import intervals
     from vision_tower.encoder import load_encoder
     from vision_tower.pictures import Skips
     from vision_tower.zeroshot import classify
@@ -76,9 +79,11 @@ def main(argv: list[str]) -> None:
         raise diverged(recipe.encoder) from error
     per_class = zip(task.folders, task.names, scores.images_per_class, scores.per_class, strict=True)
     result = {
+        "format": FORMAT,
         "top1": scores.top1,
         "top5": scores.top5,
         "mean_per_class": scores.mean_per_class,
+        "intervals": intervals(scores),
         "n_images": sum(scores.images_per_class),
         "n_texts": len(task.names) * len(task.templates),
         "n_classes": len(task.names),
@@ -96,10 +101,18 @@ def main(argv: list[str]) -> None:
 
 def _table(result: dict[str, Any], output: Path) -> str:
     names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
-    body = [f"{name:16}{result[key]:8.1%}" for key, name in names.items() if result[key] is not None]
+    body = [
+        f"{name:16}{result[key]:8.1%}   95 %: {_ends(result['intervals'][key])}"
+        for key, name in names.items()
+        if result[key] is not None
+    ]
     left_out = f" ({result['n_skipped']} unreadable pictures left out)" if result["n_skipped"] else ""
     counts = f"{result['n_images']} images{left_out}, {result['n_classes']} classes, {result['n_texts']} prompts"
     return "\n".join([*body, f"{counts}; {result['seconds']:.0f} s; written to {output}"])
+
+
+def _ends(span: dict[str, Any]) -> str:
+    return "–" if span["low"] is None else f"{100 * span['low']:.1f}–{100 * span['high']:.1f}"
 
 
 if __name__ == "__main__":
