@@ -98,6 +98,8 @@ class EvaluateRecipe:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UserError(f"--{name} {number}: at least 1 is needed")
+        if self.output is not None and self.output.is_dir():
+            raise UserError(f"--output {self.output}: a folder; name the file, such as {self.output / 'lmms.json'}")
         if self.model != "clips_mllm" and self.control != "none":
             raise UserError(
                 f"--control {self.control}: only for --model clips_mllm; {self.model} shows what it is given"
