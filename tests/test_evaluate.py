@@ -286,6 +286,7 @@ def test_a_smaller_run_does_not_replace_a_result(
     pope = f"[{{task: clips_pope_random, data: {checkpoint.parent / 'data' / 'clips_pope_random.parquet'}}}]"
     main([*words, "--limit", "3"])
     kept = output.read_bytes()
+    capsys.readouterr()
     for options, message in (
         (["--limit", "2"], f"{output}: measured with --limit 3, this run has --limit 2; give --output"),
         (["--tasks", pope, "--limit", "3"], f"{output}: holds clips_easy_vqa, clips_mmbench, which this run would not"),
@@ -481,7 +482,7 @@ def test_what_a_run_cannot_measure_is_said_before_it_starts(
     bad, given = tmp_path / "bad.yaml", recipe.read_text()
     for text, message in (
         (f"{given}control: all\n", "bad.yaml: control 'all': not measured inside a run; take control out"),
-        (f"{given}wording: 1\n", "wording '1': not measured"),
+        (f"{given}wording: '1'\n", "wording '1': not measured"),
         (f"{given}mode: simple\n", "mode 'simple': not measured"),
         (f"{given}model: llava_hf\n", "model 'llava_hf': not measured"),
         (given.replace("tasks:", "tasks:\n  - {task: gqqa}"), "unknown task 'gqqa'; nearest names: gqa"),
