@@ -221,6 +221,8 @@ def test_four_bits_are_another_precision(
     main([*words, "--quantize", "4bit"])
     rounded, others = read(tmp_path / "lmms.json")
     assert rounded["recipe"]["quantize"] == "4bit"
+    plugin = ClipsMllm(str(talker), device="cpu", quantize="4bit").mllm
+    assert type(plugin.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert [row["answer"] for row in others] != [row["answer"] for row in rows]
 
 
@@ -485,8 +487,8 @@ def test_what_a_run_cannot_measure_is_said_before_it_starts(
         (f"{given}wording: '1'\n", "wording '1': not measured"),
         (f"{given}mode: simple\n", "mode 'simple': not measured"),
         (f"{given}model: llava_hf\n", "model 'llava_hf': not measured"),
-        (given.replace("tasks:", "tasks:\n  - {task: gqqa}"), "unknown task 'gqqa'; nearest names: gqa"),
-        (given.replace("tasks:", "tasks:\n  - {task: gqa}"), "cannot run here .gqa: data set lmms-lab/GQA"),
+        (given.replace("tasks:", "tasks:\n  - {task: gqqa}"), "bad.yaml: tasks: unknown task 'gqqa'; nearest"),
+        (given.replace("tasks:", "tasks:\n  - {task: gqa}"), "bad.yaml: tasks that cannot run here .gqa: data set"),
     ):
         bad.write_text(text)
         with pytest.raises(UserError, match=message):

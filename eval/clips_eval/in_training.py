@@ -48,8 +48,11 @@ def load_scorer(recipe: str) -> TaskScorer:
     with untouched_randomness():
         from clips_eval.lmms_run import quiet_libraries, survey_tasks
 
-        with quiet_libraries():
-            _, skipped, manager = survey_tasks(parsed)
+        try:
+            with quiet_libraries():
+                _, skipped, manager = survey_tasks(parsed)
+        except UserError as error:
+            raise UserError(f"{recipe}: {error}") from error
     if skipped:  # a score that is there at no step is noticed days later
         told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
         raise UserError(f"{recipe}: tasks that cannot run here ({told}); mend the cause, or take them out")
