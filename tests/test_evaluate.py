@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +121,23 @@ def test_every_control_and_its_intervals(checkpoint: Path, recipe: Path, tmp_pat
     assert not list(tmp_path.glob(".lmms*"))
 
 
+def test_a_result_tells_its_data_and_which_way_is_better(
+    checkpoint: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms_run import table
+
+    main([str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")])
+    result, _ = read(tmp_path / "lmms.json")
+    files = {task: checkpoint.parent / "data" / f"{task}.parquet" for task in ROWS}
+    assert result["data_sha256"] == {
+        task: hashlib.sha256(file.read_bytes()).hexdigest() for task, file in files.items()
+    }
+    assert result["lower_is_better"] == {"clips_pope_random": ["yes_ratio"]}
+    result["intervals"]["clips_pope_random"]["precision"] = {"low": None, "high": None, "n": 0, "clusters": 0}
+    (line,) = [line for line in table(result, tmp_path).splitlines() if "precision" in line]
+    assert line.split() == ["clips_pope_random", "precision", "–", "–", "0"]
+
+
 def test_blank_and_no_image_show_what_they_say(mllm: SimpleNamespace) -> None:
     from PIL import Image
 
@@ -201,6 +221,8 @@ def test_four_bits_are_another_precision(
     main([*words, "--quantize", "4bit"])
     rounded, others = read(tmp_path / "lmms.json")
     assert rounded["recipe"]["quantize"] == "4bit"
+    plugin = ClipsMllm(str(talker), device="cpu", quantize="4bit").mllm
+    assert type(plugin.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert [row["answer"] for row in others] != [row["answer"] for row in rows]
 
 
@@ -258,6 +280,90 @@ def test_a_failed_task_fails_the_command_and_keeps_the_others(
     assert result["answers_from_before"] == 10 and set(result["tasks"]) == set(ROWS) and not result["failed"]
 
 
+def test_a_smaller_run_does_not_replace_a_result(
+    checkpoint: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "lmms.json"
+    words = [str(checkpoint), "--config", str(recipe), "--output", str(output)]
+    pope = f"[{{task: clips_pope_random, data: {checkpoint.parent / 'data' / 'clips_pope_random.parquet'}}}]"
+    main([*words, "--limit", "3"])
+    kept = output.read_bytes()
+    capsys.readouterr()
+    for options, message in (
+        (["--limit", "2"], f"{output}: measured with --limit 3, this run has --limit 2; give --output"),
+        (["--tasks", pope, "--limit", "3"], f"{output}: holds clips_easy_vqa, clips_mmbench, which this run would not"),
+        (["--control", "all", "--limit", "2"], f"{output}: measured with --limit 3"),
+    ):
+        assert run_command(main, [*words, *options]) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert error.startswith(f"error: {message}") and output.read_bytes() == kept
+    main([*words, "--limit", "3"])
+    main(words)
+    assert read(output)[0]["tasks"]["clips_pope_random"]["n"] == 6, "the same again and a larger one may"
+    capsys.readouterr()
+    assert run_command(main, [*words, "--limit", "6"]) == 2
+    assert "measured without --limit" in capsys.readouterr().err
+    failed = read(output)[0] | {"failed": {"clips_easy_vqa": "broke"}, "skipped": {"clips_mmbench": "cannot"}}
+    output.write_text(json.dumps(failed))
+    main([*words, "--tasks", pope])
+    for text in ('{"format": 1}', '{"format": 2}', "[]"):
+        output.write_text(text)
+        assert run_command(main, words) == 2 and output.read_text() == text
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {output}: ")
+
+
+def test_sigterm_keeps_the_answers_and_leaves_no_folder(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms_model import ClipsMllm
+
+    answer = ClipsMllm._answer
+    asked: list[int] = []
+
+    def stopped(self: ClipsMllm, batch: Any) -> list[str]:
+        asked.append(len(batch))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(self, batch)
+
+    monkeypatch.setattr(ClipsMllm, "_answer", stopped)
+    words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    assert run_command(main, words) == 0
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("SIGTERM: evaluate stopped")
+    assert [file.name for file in tmp_path.iterdir()] == [".lmms_answers.0.jsonl"]
+    main(words)
+    assert read(tmp_path / "lmms.json")[0]["answers_from_before"] == asked[0]
+
+
+@pytest.mark.parametrize("mode", ["chat", "simple"])
+def test_a_picture_that_cannot_be_decoded_is_named(
+    checkpoint: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (0, 4):
+        rows = pope_rows()
+        rows[place]["image"] = {"bytes": b"no picture", "path": None}
+        data = write_parquet(tmp_path / f"{place}.parquet", rows)
+        tasks = f"[{{task: clips_pope_random, data: {data}}}]"
+        words = [str(checkpoint), "--tasks", tasks, "--mode", mode, "--output", str(tmp_path / "lmms.json")]
+        assert run_command(main, [*words, "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert f"task clips_pope_random, document {place}: its image cannot be read" in said.splitlines()[-1]
+        assert "Traceback" not in said
+
+
+def test_tasks_without_the_wordings_line_are_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval import lmms_run
+
+    monkeypatch.setattr(lmms_run, "reword", lambda task, wording: False)
+    tasks = f"[{{task: clips_pope_random, data: {write_parquet(tmp_path / 'pope.parquet', pope_rows())}}}]"
+    main([str(checkpoint), "--tasks", tasks, "--wording", "1", "--output", str(tmp_path / "lmms.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "skipped: clips_pope_random: its prompt has no line that other words are known for" in lines
+    assert lines[-1] == "nothing written"
+
+
 def test_a_picture_that_one_process_cannot_read_ends_all(
     checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,8 +406,9 @@ def test_bad_options_are_said_in_one_line(
     cases = [
         (["--model", "vllm", "--control", "blank"], "only for --model clips_mllm"),
         (["--data.clips_mmbnch=x.parquet"], "did you mean 'clips_mmbench'"),
-        (["--model", "vllm"], "cannot be used here"),
+        (["--model", "vllm"], "--model vllm: package vllm is missing; pip install vllm"),
         (["--limit", "0"], "at least 1"),
+        (["--output", str(tmp_path)], f"--output {tmp_path}: a folder; name the file"),
     ]
     for options, message in cases:
         words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json"), *options]
@@ -311,7 +418,7 @@ def test_bad_options_are_said_in_one_line(
     twice = [*pope_rows(), pope_rows()[2]]
     data = write_parquet(checkpoint.parent / "twice.parquet", twice)
     spec = EvaluateRecipe(checkpoint="m", tasks=[TaskSpec(task="clips_pope_random", data=str(data))])
-    with pytest.raises(UserError, match="row 6: id 2 is that of row 2 too"):
+    with pytest.raises(UserError, match=r"row 6: id 2 is that of \S+twice.parquet: row 2 too"):
         spec.check()
 
 
@@ -363,7 +470,31 @@ def test_measuring_inside_a_run_leaves_its_losses_alone(mllm: SimpleNamespace, r
     assert measured == without
     assert len(scores) == 2 and {"pope_random_accuracy", "mmbench_accuracy", "easy_vqa_open_accuracy"} <= set(scores[0])
     assert all(0 <= value <= 1 for value in scores[1].values())
-    bad = tmp_path / "bad.yaml"
-    bad.write_text(recipe.read_text() + "control: all\n")
-    with pytest.raises(UserError, match="inside a run one control"):
-        load_scorer(str(bad))
+
+
+def test_what_a_run_cannot_measure_is_said_before_it_starts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from clips_eval import lmms_needs
+    from clips_eval.in_training import load_scorer
+
+    monkeypatch.setattr(lmms_needs, "_reachable", lambda dataset: False)
+    bad, given = tmp_path / "bad.yaml", recipe.read_text()
+    for text, message in (
+        (f"{given}control: all\n", "bad.yaml: control 'all': not measured inside a run; take control out"),
+        (f"{given}wording: '1'\n", "wording '1': not measured"),
+        (f"{given}mode: simple\n", "mode 'simple': not measured"),
+        (f"{given}model: llava_hf\n", "model 'llava_hf': not measured"),
+        (given.replace("tasks:", "tasks:\n  - {task: gqqa}"), "bad.yaml: tasks: unknown task 'gqqa'; nearest"),
+        (given.replace("tasks:", "tasks:\n  - {task: gqa}"), "bad.yaml: tasks that cannot run here .gqa: data set"),
+    ):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_scorer(str(bad))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    bad.write_text(given + "seed: 7\nlimit: 2\n")
+    assert load_scorer(str(bad)).recipe.seed == 7 and torch.rand(1) == expected

@@ -166,6 +166,8 @@ def test_bad_arguments_of_the_model_are_said(mllm: SimpleNamespace) -> None:
         ClipsMllm(mllm=mllm, batch_size="auto")
     with pytest.raises(UserError, match="no checkpoint"):
         ClipsMllm()
+    with pytest.raises(UserError, match="quantize '5bit' is unknown; choose from none, 4bit, 8bit"):
+        ClipsMllm("m", quantize="5bit")
     with pytest.raises(UserError, match="control 'mixed' is unknown"):
         ClipsMllm(mllm=mllm, control="mixed")
 
@@ -270,6 +272,21 @@ def test_bad_data_is_said_in_one_line(tmp_path: Path) -> None:
     letter = write_parquet(tmp_path / "letter.parquet", [{**mmbench_rows()[0], "answer": "C"}])
     with pytest.raises(UserError, match="row 0: answer 'C' should be one of A, B"):
         check_data(str(letter), "clips_mmbench")
+    for task, change, message in (
+        ("clips_pope_random", {"question": None}, "row 1: has no question"),
+        ("clips_pope_random", {"question_id": None}, "row 1: has no id"),
+        ("clips_easy_vqa", {"image": None}, "row 1: has no image"),
+        ("clips_mmbench", {"image": {"bytes": None, "path": None}}, "row 1: has no image"),
+        ("clips_mmbench", {"B": None}, "row 1: has fewer than two options"),
+    ):
+        good = ROWS[task]()
+        data = write_parquet(tmp_path / "null.parquet", [good[0], good[1] | change])
+        with pytest.raises(UserError, match=f"null.parquet: {message}"):
+            check_data(str(data), task)
+    for name in ("part0", "part1"):
+        write_parquet(tmp_path / f"{name}.parquet", [rows[1], {**rows[2], "question_id": name}])
+    with pytest.raises(UserError, match=r"part1.parquet: row 0: id 1 is that of \S+part0.parquet: row 0 too"):
+        check_data(str(tmp_path / "part*.parquet"), "clips_pope_random")
     for specs, message in (
         ([], "list is empty"),
         ([TaskSpec(task="gqa"), TaskSpec(task="gqa")], "twice"),

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from clips_eval.children import sigterm_stops
+from clips_eval.lmms_earlier import refuse_smaller
 from clips_eval.lmms_recipe import EvaluateRecipe
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import check_model_exists
@@ -26,20 +28,28 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: an unknown task, data that a task cannot use, an unusable checkpoint, or tasks that failed.
+        UserError: an unknown task, data that a task cannot use, a finished result that this run would make smaller, an
+            unusable checkpoint, or tasks that failed.
+        Stopped: SIGTERM; the answers that there are stay.
     """
     recipe = parse_recipe(EvaluateRecipe, argv, command="evaluate", positional=("checkpoint",))
     if recipe.model == "clips_mllm":
         check_model_exists(recipe.checkpoint, "checkpoint")
     recipe.check()
+    refuse_smaller(recipe)
     command = shlex.join(["clips-mllm", "evaluate", *argv])
     _say("loading lmms-eval and the tasks")
 
     from clips_eval.lmms_run import quiet_libraries, run_variant, survey_tasks, table
 
-    recipe.results.parent.mkdir(parents=True, exist_ok=True)
+    folder = recipe.results.parent
+    folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
-    with quiet_libraries(), tempfile.TemporaryDirectory(prefix=".lmms-", dir=recipe.results.parent) as cache:
+    with (
+        sigterm_stops("evaluate"),
+        quiet_libraries(),
+        tempfile.TemporaryDirectory(prefix=".lmms-", dir=folder) as cache,
+    ):
         ready, skipped, manager = survey_tasks(recipe)
         for task, reason in skipped.items():
             _say(f"skipped: {task}: {reason}")
@@ -50,7 +60,7 @@ def main(argv: list[str]) -> None:
         for variant in recipe.variants:
             result = run_variant(recipe, variant, loaded, ready, skipped, manager, Path(cache), command)
             if os.environ.get("RANK", "0") == "0":
-                print(table(result, recipe.result_of(variant)))
+                print(table(result, recipe.result_of(variant), told=skipped))
             failed |= result["failed"]
     if failed:
         told = "; ".join(f"{task}: {reason}" for task, reason in failed.items())

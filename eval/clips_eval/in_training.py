@@ -19,29 +19,52 @@ from vision_tower.errors import UserError
 from vision_tower.recipe import parse_recipe
 
 if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
+
     from clips_mllm.checkpoint import Mllm
+
+# What a run can measure: its own model, with the tasks' pictures and words.
+MEASURED = {"model": "clips_mllm", "control": "none", "wording": "0", "mode": "chat", "quantize": "none"}
 
 
 def load_scorer(recipe: str) -> TaskScorer:
-    """The scorer of a recipe of `clips-mllm evaluate`; of it the tasks, limit, batch size and control count.
+    """The scorer of a recipe of `clips-mllm evaluate`; of it the tasks, their data, limit, batch size and seed count.
+
+    Device and precision are the run's, and no result file is written.
 
     Raises:
-        UserError: a recipe or data that cannot be used, said before the training starts.
+        UserError: an unknown task or one that cannot run here, data that cannot be used, or a recipe of another
+            measurement than the run can make; said before the training starts.
     """
+    from vision_tower.randomness import untouched_randomness
+
     parsed = parse_recipe(
         EvaluateRecipe, ["in-training", "--config", recipe], command="evaluate", positional=("checkpoint",)
     )
     parsed.check()
-    if parsed.model != "clips_mllm" or len(parsed.variants) > 1:
-        raise UserError(f"{recipe}: inside a run one control of our own model is measured; take model and 'all' out")
-    return TaskScorer(parsed)
+    for name, only in MEASURED.items():
+        if (value := getattr(parsed, name)) != only:
+            raise UserError(f"{recipe}: {name} '{value}': not measured inside a run; take {name} out of this recipe")
+    with untouched_randomness():
+        from clips_eval.lmms_run import quiet_libraries, survey_tasks
+
+        try:
+            with quiet_libraries():
+                _, skipped, manager = survey_tasks(parsed)
+        except UserError as error:
+            raise UserError(f"{recipe}: {error}") from error
+    if skipped:  # a score that is there at no step is noticed days later
+        told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
+        raise UserError(f"{recipe}: tasks that cannot run here ({told}); mend the cause, or take them out")
+    return TaskScorer(parsed, manager)
 
 
 class TaskScorer:
     """Measures the recipe's tasks whenever it is asked to."""
 
-    def __init__(self, recipe: EvaluateRecipe) -> None:
+    def __init__(self, recipe: EvaluateRecipe, manager: TaskManager) -> None:
         self.recipe = recipe
+        self.manager = manager
 
     def evaluate(self, mllm: Mllm, step: int) -> dict[str, float]:
         """`{task}_{metric}` of the model as it is; our tasks without their "clips_".
@@ -54,8 +77,8 @@ class TaskScorer:
         from clips_eval.lmms_model import ClipsMllm
         from clips_eval.lmms_run import evaluate_task, quiet_libraries
         from clips_eval.lmms_scores import task_scores
-        from clips_eval.lmms_tasks import index_tasks, load_task
-        from vision_tower.scoring import untouched_randomness
+        from clips_eval.lmms_tasks import load_task
+        from vision_tower.randomness import untouched_randomness
 
         recipe, scores, rank = self.recipe, {}, int(os.environ.get("RANK", "0"))
         training = mllm.model.training
@@ -67,13 +90,12 @@ class TaskScorer:
                 alone(),
                 tempfile.TemporaryDirectory(prefix="lmms-") as folder,
             ):
-                manager = index_tasks(recipe.specs)
-                model = ClipsMllm(mllm=mllm, batch_size=recipe.batch_size, control=recipe.variants[0].control)
+                model = ClipsMllm(mllm=mllm, batch_size=recipe.batch_size, seed=recipe.seed)
                 model.accelerator = None  # the run has one; lmms-eval would make another
                 model._rank = rank  # only the first draws progress bars
                 for spec in recipe.specs:
-                    for name, task in load_task(spec, manager, Path(folder)).items():
-                        found = evaluate_task(model, task, manager, recipe, Path(folder) / "lmms.json")
+                    for name, task in load_task(spec, self.manager, Path(folder)).items():
+                        found = evaluate_task(model, task, self.manager, recipe, Path(folder) / "lmms.json")
                         count = min(recipe.limit or len(task.eval_docs), len(task.eval_docs))
                         for metric, value in task_scores(name, found, count).items():
                             if metric != "n":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from vision_tower.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
+BATCH = 64  # rows whose pictures are read together
 MAKE = "correct 'data' in the recipe, or make the sample files with 'clips-mllm data sample'"
 
 
@@ -31,12 +34,27 @@ def data_files(data: str, task: str) -> list[str]:
     return [str(Path(file).resolve()) for file in files]
 
 
+def data_digest(data: str, task: str) -> str:
+    """SHA-256 of the bytes of all files of `data`, in the order of `data_files`.
+
+    Raises:
+        UserError: there is none.
+    """
+    digest = hashlib.sha256()
+    for name in data_files(data, task):
+        with open(name, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def check_data(data: str, task: str) -> None:
-    """Check rows, columns, and for our own tasks the answers.
+    """Check rows, columns, and for our own tasks what each row holds, and that no id comes twice in all files.
 
     Raises:
         UserError: naming the file, the column or row, and the remedy.
     """
+    seen: dict[str, str] = {}  # id -> its place
     for name in data_files(data, task):
         file = Path(name)
         schema = _schema(file, task)
@@ -51,7 +69,8 @@ def check_data(data: str, task: str) -> None:
                 f"{file}: column 'image' is not a datasets.Image feature; save it with Features(image=Image())"
             )
         if task in OWN_TASKS:
-            _check_answers(file, task)
+            _check_answers(file, task, seen)
+            _check_pictures(file)
 
 
 def _schema(file: Path, task: str) -> pa.Schema:
@@ -74,23 +93,56 @@ def _is_image(schema: pa.Schema) -> bool:
     return features.get("image", {}).get("_type") == "Image"
 
 
-def _check_answers(file: Path, task: str) -> None:
+def _check_answers(file: Path, task: str, seen: dict[str, str]) -> None:
     import pyarrow.parquet as pq
 
     columns = [column for column in OWN_TASKS[task] if column != "image"]
-    seen: dict[str, int] = {}
     for number, row in enumerate(pq.read_table(file, columns=columns).to_pylist()):
+        if not str(row["question"] or "").strip():
+            raise UserError(f"{file}: row {number}: has no question; mend the row")
         allowed = _allowed(row, OWN_TASKS[task])
-        answer = row["answer"] if OWN_TASKS[task] is MMBENCH_COLUMNS else plain_word(row["answer"] or "")
+        if len(allowed) < 2 and OWN_TASKS[task] is not EASY_VQA_COLUMNS:
+            raise UserError(f"{file}: row {number}: has fewer than two options in A to D; mend the row")
+        given = row["answer"] if isinstance(row["answer"], str) else ""
+        answer = given if OWN_TASKS[task] is MMBENCH_COLUMNS else plain_word(given)
         if not answer or (allowed and answer not in allowed):
             choices = f"one of {', '.join(allowed)}" if allowed else "a word"
             raise UserError(f"{file}: row {number}: answer {row['answer']!r} should be {choices}; mend the row")
-        name = str(row.get("question_id", row.get("index")))
-        if name in seen:
-            raise UserError(f"{file}: row {number}: id {name} is that of row {seen[name]} too; give each row its own")
-        seen[name] = number
+        name = row.get("question_id", row.get("index"))
+        if name is None:
+            raise UserError(f"{file}: row {number}: has no id; give each row its own")
+        if str(name) in seen:
+            raise UserError(f"{file}: row {number}: id {name} is that of {seen[str(name)]} too; give each row its own")
+        seen[str(name)] = f"{file}: row {number}"
         if "kind" in row and row["kind"] not in ("open", "yes_no"):
             raise UserError(f"{file}: row {number}: kind {row['kind']!r} should be open or yes_no; mend the row")
+
+
+def _check_pictures(file: Path) -> None:
+    """Only whether each row has one: row groups that by their statistics have no null are not read."""
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file)
+    first = 0
+    for group in range(parquet.num_row_groups):
+        number = first
+        for batch in parquet.iter_batches(BATCH, [group], ["image"]) if _may_lack(parquet, group) else ():
+            for place, picture in enumerate(batch.column(0).to_pylist(), start=number):
+                if picture is None or (picture["bytes"] is None and picture["path"] is None):
+                    raise UserError(f"{file}: row {place}: has no image; mend the row, or leave it out")
+            number += batch.num_rows
+        first += parquet.metadata.row_group(group).num_rows
+
+
+def _may_lack(parquet: pq.ParquetFile, group: int) -> bool:
+    """Whether the group has a row without a picture's bytes, as far as its statistics tell."""
+    columns = parquet.metadata.row_group(group)
+    for place in range(columns.num_columns):
+        column = columns.column(place)
+        if column.path_in_schema == "image.bytes":
+            known = column.is_stats_set and column.statistics.has_null_count
+            return not known or column.statistics.null_count > 0
+    return True
 
 
 def _allowed(row: dict[str, Any], columns: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clips_eval.lmms_journal import Journal
     from clips_eval.lmms_recipe import Variant
     from clips_mllm.checkpoint import Mllm
+    from clips_mllm.quantize import Quantize
 
 
 def load(recipe: EvaluateRecipe) -> Mllm | lmms:
@@ -23,11 +24,21 @@ def load(recipe: EvaluateRecipe) -> Mllm | lmms:
         UserError: a checkpoint that cannot be loaded, or a package that an engine needs.
     """
     if recipe.model == "clips_mllm":
-        from clips_mllm.checkpoint import load_mllm
-
-        place = own_device(recipe.device)
-        return load_mllm(recipe.checkpoint, device=place, dtype=recipe.dtype, quantize=recipe.quantize)
+        return load_own(recipe.checkpoint, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
     return _stock(recipe)
+
+
+def load_own(checkpoint: str, *, device: str, dtype: str, quantize: Quantize) -> Mllm:
+    """For our engine, under this command and under lmms-eval's own.
+
+    Args:
+        device, dtype, quantize: as `clips_mllm.checkpoint.load_mllm` takes them; auto is this process's own GPU.
+    Raises:
+        UserError: a checkpoint that cannot be loaded.
+    """
+    from clips_mllm.checkpoint import load_mllm
+
+    return load_mllm(checkpoint, device=own_device(device), dtype=dtype, quantize=quantize)
 
 
 def model_for(recipe: EvaluateRecipe, loaded: Mllm | lmms, variant: Variant, journal: Journal) -> lmms:
@@ -63,6 +74,11 @@ def own_device(device: str) -> str:
     return device
 
 
+def one_line(error: BaseException) -> str:
+    """What it says: the hub's errors are several lines, of which the last give the remedy."""
+    return " ".join(str(error).split())
+
+
 def _stock(recipe: EvaluateRecipe) -> lmms:
     """One of lmms-eval's. `llava_hf` wants its device map spelled out and takes one document at a time."""
     from lmms_eval.models import get_model
@@ -79,9 +95,14 @@ def _stock(recipe: EvaluateRecipe) -> lmms:
     try:
         kind = get_model(recipe.model, force_simple=recipe.mode == "simple")
         model: lmms = kind.create_from_arg_string(words, {"batch_size": batch, "device": place})
-    except (ImportError, NameError, TypeError) as error:  # vLLM absent: lmms-eval's module imports, its names are None
-        raise UserError(f"--model {recipe.model}: cannot be used here ({error}); install its package") from error
+    except (ImportError, NameError, TypeError) as error:
+        raise UserError(
+            f"--model {recipe.model}: cannot be used here ({one_line(error)}); check --model_args and its package"
+        ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {recipe.model}: {recipe.checkpoint} cannot be loaded: {error}") from error
+        raise UserError(
+            f"--model {recipe.model}: {recipe.checkpoint} cannot be loaded ({one_line(error)}); check its name and the "
+            "network"
+        ) from error
     model.clean = lambda: None  # type: ignore[method-assign]  # it would delete the weights after the first task
     return model

@@ -19,6 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from clips_eval.lmms_batches import Document, batches, cut, expand, generation_options, left_pad, shuffle_images
+from clips_eval.lmms_engines import load_own
 from clips_eval.lmms_images import FeatureCache, pixel_digest
 from clips_eval.lmms_journal import Journal
 from clips_eval.lmms_prefix import continued, shared_beginnings
@@ -34,6 +35,7 @@ from clips_eval.lmms_requests import (
 )
 from clips_mllm.data import IMAGE_INPUTS
 from clips_mllm.prompts import EMPTY_THOUGHTS
+from clips_mllm.quantize import Quantize
 from vision_tower.errors import UserError
 from vision_tower.heap import keep_freed_memory
 
@@ -55,7 +57,7 @@ class ClipsMllm(lmms):
     Args:
         pretrained: folder of the checkpoint or a hub id; or give a live `mllm`.
         batch_size: documents at a time.
-        device, dtype: as `clips_mllm.checkpoint.load_mllm` takes them.
+        device, dtype, quantize: as `clips_mllm.checkpoint.load_mllm` takes them.
         control: what is shown in place of a document's pictures, which tells how much of a score is language prior:
             "shuffled" another document's, "blank" one of the mean colour, "no_image" none.
         seed: of the shuffled control.
@@ -75,17 +77,19 @@ class ClipsMllm(lmms):
         batch_size: int | str = 1,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: Quantize = "none",
         control: Control = "none",
         seed: int = 0,
         cache_gb: float = 2.0,
         journal: Journal | None = None,
     ) -> None:
         super().__init__()
-        if control not in get_args(Control):
-            raise UserError(f"model_args: control '{control}' is unknown; choose from {', '.join(get_args(Control))}")
+        for name, value, known in (("control", control, get_args(Control)), ("quantize", quantize, get_args(Quantize))):
+            if value not in known:
+                raise UserError(f"model_args: {name} '{value}' is unknown; choose from {', '.join(known)}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size: '{batch_size}' is not a number of documents; give 1 or more")
-        self.mllm = mllm or _load(pretrained, device, dtype)
+        self.mllm = mllm or _load(pretrained, device, dtype, quantize)
         if not self.mllm.processor.chat_template:
             raise UserError(
                 f"{pretrained}: the processor has no chat template; add the LLM's own as chat_template.jinja"
@@ -261,9 +265,7 @@ def _encoder_output(features: list[torch.Tensor]) -> Any:
     return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
 
-def _load(pretrained: str | None, device: str, dtype: str) -> Mllm:
-    from clips_mllm.checkpoint import load_mllm
-
+def _load(pretrained: str | None, device: str, dtype: str, quantize: Quantize) -> Mllm:
     if pretrained is None:
         raise UserError("model_args: no checkpoint; give pretrained=FOLDER")
-    return load_mllm(pretrained, device=device, dtype=dtype)
+    return load_own(pretrained, device=device, dtype=dtype, quantize=quantize)

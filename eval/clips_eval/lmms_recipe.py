@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from vision_tower.errors import UserError
 
 ControlName = Literal["none", "shuffled", "blank", "no_image"]
 Engine = Literal["clips_mllm", "llava_hf", "vllm", "openai"]
+PACKAGES: dict[str, str] = {"vllm": "vllm", "openai": "openai"}  # lmms-eval names none that it lacks
 CONTROLS: tuple[ControlName, ...] = ("shuffled", "blank", "no_image")
 WORDINGS = 3  # of the line that asks for the answer's form; the first is the task's own
 
@@ -98,6 +100,8 @@ class EvaluateRecipe:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UserError(f"--{name} {number}: at least 1 is needed")
+        if self.output is not None and self.output.is_dir():
+            raise UserError(f"--output {self.output}: a folder; name the file, such as {self.output / 'lmms.json'}")
         if self.model != "clips_mllm" and self.control != "none":
             raise UserError(
                 f"--control {self.control}: only for --model clips_mllm; {self.model} shows what it is given"
@@ -106,6 +110,9 @@ class EvaluateRecipe:
             raise UserError(
                 f"--quantize {self.quantize}: only for --model clips_mllm; {self.model} has its own --model_args"
             )
+        package = PACKAGES.get(self.model)
+        if package is not None and find_spec(package) is None:
+            raise UserError(f"--model {self.model}: package {package} is missing; pip install {package}")
         check_specs(self.specs)
 
     @property

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vision_tower.errors import UserError
+from vision_tower.errors import UserError, disk_is_full
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -47,9 +47,14 @@ def options_of(request: Instance, *, simple: bool) -> Mapping[str, Any]:
 
 
 def document_of(request: Instance, documents: Mapping[str, Any]) -> Any:
-    """The task's row that the request asks about; `documents` is the model's `task_dict`."""
+    """The task's row that the request asks about; `documents` is the model's `task_dict`.
+
+    Raises:
+        UserError: its picture cannot be decoded, which `datasets` does as the row is read.
+    """
     _, _, _, doc_id, task, split = request.args
-    return documents[task][split][doc_id]
+    with readable(place_of(request)):
+        return documents[task][split][doc_id]
 
 
 def ask_chat(request: Instance, document: Any, processor: LlavaProcessor, control: Control) -> Asked:
@@ -111,6 +116,8 @@ def readable(place: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError) as error:
+        if disk_is_full(error):
+            raise
         raise UserError(f"{place}: its image cannot be read ({error}); mend the data file") from error
 
 

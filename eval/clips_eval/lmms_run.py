@@ -7,32 +7,33 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from clips_eval.lmms_data import data_digest
+from clips_eval.lmms_earlier import FORMAT
 from clips_eval.lmms_engines import model_for
 from clips_eval.lmms_images import pixel_digest
 from clips_eval.lmms_journal import Journal, weights_of
 from clips_eval.lmms_needs import survey
 from clips_eval.lmms_recipe import EvaluateRecipe, TaskSpec, Variant
-from clips_eval.lmms_scores import add_intervals, sample_rows, save_gallery, task_scores
+from clips_eval.lmms_requests import readable
+from clips_eval.lmms_scores import add_intervals, lower_is_better, sample_rows, save_gallery, task_scores
 from clips_eval.lmms_tasks import index_tasks, load_task
 from clips_eval.lmms_wordings import reword
 from clips_eval.provenance import checkpoint_digest, hardware, versions
 from clips_eval.report_files import write_json
-from vision_tower.errors import UserError, disk_is_full
+from vision_tower.errors import Stopped, UserError, disk_is_full
 from vision_tower.files import write_text
 
 if TYPE_CHECKING:
     from lmms_eval.api.model import lmms
     from lmms_eval.api.task import Task
     from lmms_eval.tasks import TaskManager
-
-FORMAT = 2  # of lmms.json; 1 had no intervals and no parts of single documents
 
 
 def survey_tasks(recipe: EvaluateRecipe) -> tuple[list[TaskSpec], dict[str, str], TaskManager]:
@@ -63,6 +64,10 @@ def run_variant(
     journal = Journal(output.with_name(f".{output.stem}_answers"), _source(recipe), rank)
     model = model_for(recipe, loaded, variant, journal)
     result: dict[str, Any] = {"tasks": {}, "intervals": {}, "failed": {}, "skipped": dict(skipped)}
+    result["lower_is_better"] = {}
+    # The paths alone would not tell whether two results are of the same documents.
+    local = {} if rank else {spec.task: spec.data for spec in specs if spec.data is not None}
+    result["data_sha256"] = {task: data_digest(data, task) for task, data in local.items()}
     rows: list[dict[str, Any]] = []
     for spec in specs:
         asked = False
@@ -83,7 +88,11 @@ def run_variant(
                 if variant == Variant():  # under a control the model saw other pictures than the document's
                     save_gallery(answers, task, output.with_name(f"{output.stem}_images"), recipe.gallery)
                 result["tasks"][name], result["intervals"][name] = scores, intervals
+                if lower := lower_is_better(name, task.config.metric_list):
+                    result["lower_is_better"][name] = lower
                 rows += answers
+        except Stopped:
+            raise
         except UserError as error:
             if asked and "RANK" in os.environ:  # it may be of this process's documents alone: end all, as below
                 raise
@@ -153,8 +162,9 @@ def _clusters(name: str, task: Task, count: int, model: lmms) -> dict[int, str]:
     for doc_id in range(count):
         digests = known.get((name, doc_id))
         if digests is None:
-            visuals = task.doc_to_visual(task.eval_docs[doc_id]) or []
-            digests = [pixel_digest(visual.convert("RGB")) for visual in visuals if hasattr(visual, "convert")]
+            with readable(f"task {name}, document {doc_id}"):
+                visuals = task.doc_to_visual(task.eval_docs[doc_id]) or []
+                digests = [pixel_digest(visual.convert("RGB")) for visual in visuals if hasattr(visual, "convert")]
         found[doc_id] = " ".join(digests) or f"document {doc_id}"
     return found
 
@@ -222,16 +232,22 @@ class _SilentBar:
         """Nothing to draw."""
 
 
-def table(result: dict[str, Any], output: Path) -> str:
-    """The scores for the terminal, with their intervals."""
+def table(result: dict[str, Any], output: Path, told: Collection[str] = ()) -> str:
+    """The scores for the terminal, with their intervals.
+
+    Args:
+        told: skipped tasks that the user has been told of.
+    """
     lines = [f"{'task':<24}{'metric':<18}{'value':>8}{'95 %':>16}{'n':>8}"]
     for task, scores in result["tasks"].items():
         for metric, score in scores.items():
             if metric != "n":
                 found = result["intervals"][task][metric]
                 span = "–" if found["low"] is None else f"{found['low']:.3f}–{found['high']:.3f}"
-                lines.append(f"{task:<24}{metric:<18}{score:>8.3f}{span:>16}{found['n']:>8}")
-    notes = [f"failed: {task}: {reason}" for task, reason in result["failed"].items()]
+                value = f"{score:.3f}" if found["n"] else "–"  # a precision without a "yes" is no score
+                lines.append(f"{task:<24}{metric:<18}{value:>8}{span:>16}{found['n']:>8}")
+    notes = [f"skipped: {task}: {reason}" for task, reason in result["skipped"].items() if task not in told]
+    notes += [f"failed: {task}: {reason}" for task, reason in result["failed"].items()]
     if result["control"] != "none":
         notes.append(f"control: {result['control'].replace('_', ' ')}")
     if result["wording"]:

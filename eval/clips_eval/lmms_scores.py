@@ -100,6 +100,15 @@ def add_intervals(
     return found
 
 
+def lower_is_better(task: str, metrics: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """The metrics whose smaller value is the better one, by their names in lmms.json.
+
+    Args:
+        metrics: the task's own `metric_list`.
+    """
+    return [_own_name(task, entry["metric"]) for entry in metrics or () if entry.get("higher_is_better") is False]
+
+
 def _in_order(task: str, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
 

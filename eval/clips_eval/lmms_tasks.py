@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clips_eval.lmms_data import data_files
 from clips_eval.lmms_recipe import TaskSpec
+from clips_eval.lmms_requests import readable
 from clips_eval.tasks import OWN_TASKS, TASKS_DIR
 from vision_tower.errors import UserError
 
@@ -47,7 +48,7 @@ def load_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mode 
     Args:
         cache_dir: where `datasets` may put the local files that it converts.
     Raises:
-        UserError: data that cannot be loaded, or twice the same question_id in data of ours.
+        UserError: data that cannot be loaded, or a picture in it that cannot be decoded.
     """
     return _stock_task(spec.task, manager, mode) if spec.data is None else _local_task(spec, manager, cache_dir, mode)
 
@@ -61,7 +62,7 @@ def _stock_task(name: str, manager: TaskManager, mode: Mode) -> dict[str, Task]:
     try:
         outputs = get_task_list(get_task_dict([name], manager, mode))
     except RetryError as error:
-        cause = error.last_attempt.exception()
+        cause = " ".join(str(error.last_attempt.exception()).split())
         raise UserError(
             f"task {name}: its data set cannot be loaded ({cause}); check the network, or give a local copy by 'data'"
         ) from error
@@ -91,8 +92,11 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mod
     }
     if spec.task in PICTURES_APART:
         config.pop("process_docs", None)
+    kind = ConfigurableMessagesTask if mode == "chat" else ConfigurableTask
+    # lmms-eval looks at the first document as it builds the task, and a task's own process_docs may look at any.
+    place = "one of its documents" if "process_docs" in config else "document 0"
     try:
-        kind = ConfigurableMessagesTask if mode == "chat" else ConfigurableTask
-        return {spec.task: kind(config=config, model_name=manager.model_name)}
+        with readable(f"task {spec.task}, {place}"):
+            return {spec.task: kind(config=config, model_name=manager.model_name)}
     except KeyError as error:
         raise UserError(f"{spec.data}: no column {error}, which task {spec.task} needs; add it") from error
