@@ -21,8 +21,11 @@ class NotFinite(ValueError):
     """An embedding holds NaN or infinity: it loses no comparison, or wins all, and scores would mean nothing."""
 
 
-class Stopped(Exception):
-    """A signal ended the command early, and nothing is lost. The message says how to go on, in one line."""
+class Stopped(BaseException):
+    """A signal ended the command early, and nothing is lost. The message says how to go on, in one line.
+
+    As KeyboardInterrupt no Exception: libraries that try again after one would swallow it.
+    """
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from clips_eval.lmms_tasks import index_tasks, load_task
 from clips_eval.lmms_wordings import reword
 from clips_eval.provenance import checkpoint_digest, hardware, versions
 from clips_eval.report_files import write_json
-from vision_tower.errors import Stopped, UserError, disk_is_full
+from vision_tower.errors import UserError, disk_is_full
 from vision_tower.files import write_text
 
 if TYPE_CHECKING:
@@ -91,8 +91,6 @@ def run_variant(
                 if lower := lower_is_better(name, task.config.metric_list):
                     result["lower_is_better"][name] = lower
                 rows += answers
-        except Stopped:
-            raise
         except UserError as error:
             if asked and "RANK" in os.environ:  # it may be of this process's documents alone: end all, as below
                 raise

@@ -62,10 +62,12 @@ def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _intervals(run: Run) -> dict[str, Any]:
-    """{"retrieval": {metric: [low, high]}, task: ...}, by the names of the scores above."""
+    """{"retrieval": {metric: [low, high]}, "zeroshot": ..., task: ...}, by the names of the scores above."""
     found: dict[str, Any] = {}
     if run.retrieval is not None:
         found["retrieval"] = {key: list(recall_span(run.retrieval, key)) for key in RECALLS}
+    if run.zeroshot is not None and run.zeroshot.intervals:
+        found["zeroshot"] = {key: None if ends is None else list(ends) for key, ends in run.zeroshot.intervals.items()}
     names = {task_of(name): name for name in OWN_TASKS}
     for task, metrics in (run.lmms.tasks if run.lmms else {}).items():
         name = names.get(task, task)
