@@ -23,6 +23,7 @@ from clips_eval import children, compare, compare_report
 from clips_eval.children import sigterm_stops
 from clips_eval.compare import main
 from clips_eval.compare_recipe import CompareRecipe, jobs
+from clips_eval.uncertainty import Scores, value
 from vision_tower.errors import Stopped, UserError, run_command
 from vision_tower.recipe import parse_recipe
 
@@ -129,7 +130,7 @@ def test_a_terminal_shows_the_bars_of_what_runs(tmp_path: Path, monkeypatch: pyt
 def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
     fill(tmp_path / "out")
     recipe = parse_recipe(CompareRecipe, [*files, "--seeds=[0,1]"], command="compare", positional=("runs",))
-    rows = {row.metric: row for row in compare_report.compare_towers(recipe)}
+    rows = {row.metric: row for row in compare_report.compare_towers(recipe)[0]}
     row = rows["accuracy"]
     right = {}
     for tower in "ab":
@@ -152,6 +153,27 @@ def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
             assert f'<th scope="row">{name}</th>' in page and all(f">{cell}</td>" in page for cell in cells)
     assert "<h2>b</h2>" in page and "<code>the command</code>" in page and "would another training" in page
     assert "<script" not in page and not re.search(r"https?://|(src|href)=", page), "one file, without a request"
+
+
+def test_a_ratio_is_averaged_over_the_seeds_and_not_pooled(files: list[str], tmp_path: Path) -> None:
+    """A precision of 1 of 1 and one of 1 of 3 are 2/3 in the mean, and 2 of 4 together."""
+    clusters = ["p", "p", "q", "r"]
+    seeds = [
+        Scores(numerators=[1, 0, 0, 0], denominators=[1, 0, 0, 0], clusters=clusters),
+        Scores(numerators=[0, 1, 0, 0], denominators=[0, 1, 1, 1], clusters=clusters),
+    ]
+    assert value(compare_report._over_seeds(seeds)) == pytest.approx(2 / 3)
+    fill(tmp_path / "out")
+    samples = tmp_path / "out" / "b-seed1" / "finetune" / "lmms_samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    for row in rows:  # as if this seed had no open question
+        row["scores"]["open_accuracy"] = [0.0, 0.0]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = parse_recipe(CompareRecipe, [*files, "--seeds=[0,1]"], command="compare", positional=("runs",))
+    text = compare_report.write_report(recipe, "the command")
+    assert "Not compared: easy_vqa: open_accuracy has no value in some run." in text
+    assert "Not compared: easy_vqa: yes_no_accuracy is not known document by document in some run." in text
+    assert "| easy_vqa: accuracy |" in text and "| easy_vqa: open_accuracy |" not in text
 
 
 def test_bad_recipes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,19 @@
 """compare.json, compare.md and compare.html: towers against the first one, over documents and over seeds.
 
-Two questions, two tests. Would other questions give the same sign? The documents' scores are averaged over the seeds
-and compared in pairs (`uncertainty.paired`, Holm over all rows). Would another training? The difference of each seed,
+Two questions, two tests. Would other questions give the same sign? Each metric's mean over the seeds is compared on the
+same documents (`uncertainty.paired`, Holm over all rows). Would another training? The difference of each seed,
 and Student's interval of their mean; the towers themselves are not trained again, and that spread is not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from clips_eval import report_html, report_markdown
 from clips_eval.ablate_results import judge, mean
 from clips_eval.compare_recipe import CompareRecipe, cell
-from clips_eval.report_against import NEITHER_WAY, lower_is_better, scores_of
+from clips_eval.report_against import NEITHER_WAY, lower_is_better, scores_of, shown_p
 from clips_eval.report_cells import Table, plain_table
 from clips_eval.report_files import write_json
 from clips_eval.report_read import RECALLS, Run, read_run
@@ -25,7 +24,7 @@ from vision_tower.errors import UserError
 from vision_tower.files import write_text
 
 FOOT = (
-    "Over documents: permutation test by picture on scores averaged over the seeds, Holm-corrected over all rows; "
+    "Over documents: permutation test by picture of the mean over the seeds, Holm-corrected over all rows; "
     "would other questions give the same sign? Over seeds: Student's 95 % interval of the mean of the seeds' "
     "differences; would another training of the two stages? The towers were trained once each."
 )
@@ -50,24 +49,35 @@ class Row:
         return [ours - theirs for ours, theirs in zip(self.values, self.first, strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A metric of a tower that cannot be held against the first's."""
+
+    tower: str
+    task: str
+    metric: str
+    reason: str
+
+
 def write_report(recipe: CompareRecipe, command: str) -> str:
     """Write all three files; returns the Markdown.
 
     Raises:
         UserError: runs that do not answer the same documents.
     """
-    rows = compare_towers(recipe)
+    rows, rest = compare_towers(recipe)
     first, *others = (run.name for run in recipe.runs)
     seeds = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
     title = "Towers compared"
     lead = f"Same LLM, data and steps; {seeds} of both stages. In % or points, the mean over seeds; against `{first}`."
-    parts = [Section(title=name, table=_table(first, [row for row in rows if row.tower == name])) for name in others]
+    parts = [Section(title=name, table=_table(first, name, rows, rest)) for name in others]
     text = report_markdown.render([f"# {title}", lead, f"`{command}`"], parts, [FOOT])
     tree = {
         "first": recipe.runs[0].name,
         "seeds": recipe.seeds,
         "command": command,
         "rows": [{**asdict(row), "verdict": row.documents.verdict, "gain": row.gain} for row in rows],
+        "not_compared": [asdict(one) for one in rest],
     }
     write_json(recipe.output_dir / "compare.json", tree)
     write_text(recipe.output_dir / "compare.md", text)
@@ -76,43 +86,50 @@ def write_report(recipe: CompareRecipe, command: str) -> str:
     return text
 
 
-def compare_towers(recipe: CompareRecipe) -> list[Row]:
-    """Every metric of every other tower; p-values adjusted over all of them."""
+def compare_towers(recipe: CompareRecipe) -> tuple[list[Row], list[LeftOut]]:
+    """Every metric of every other tower, p-values adjusted over all of them; and what cannot be compared."""
     runs = {run: [read_run(cell(recipe, run, seed)) for seed in recipe.seeds] for run in recipe.runs}
     first, *others = recipe.runs
-    rows = [row for other in others for row in _against(runs[first], runs[other], other)]
+    found = [row for other in others for row in _against(runs[first], runs[other], other.name)]
+    rows = [row for row in found if isinstance(row, Row)]
     if not rows:
         raise UserError(f"{recipe.output_dir}: no metric whose single answers are known; see the runs' lmms.json")
     adjusted = holm([row.documents for row in rows])
-    return [replace(row, documents=documents) for row, documents in zip(rows, adjusted, strict=True)]
+    rows = [replace(row, documents=documents) for row, documents in zip(rows, adjusted, strict=True)]
+    return rows, [row for row in found if isinstance(row, LeftOut)]
 
 
-def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: Path) -> list[Row]:
-    keys = _metrics(ours[0])
-    rows = []
-    for task, metric in keys:
+def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: str) -> Iterator[Row | LeftOut]:
+    for task, metric in _metrics(ours[0]):
         a, b = ([_scores(run, task, metric) for run in runs] for runs in (ours, theirs))
-        if any(one is None for one in (*a, *b)):
-            continue
         left, right = ([one for one in some if one is not None] for some in (a, b))
-        lower = task != "retrieval" and ours[0].lmms is not None and lower_is_better(ours[0].lmms, task, metric)
+        if len(left) < len(a) or len(right) < len(b):
+            yield LeftOut(tower=tower, task=task, metric=metric, reason="is not known document by document in some run")
+            continue
         try:
-            documents = replace(paired(_mean(left), _mean(right)), lower=lower)
+            found = paired(_over_seeds(left), _over_seeds(right))
         except Undefined:
-            continue  # such as a precision where no run says "yes"
+            yield LeftOut(tower=tower, task=task, metric=metric, reason="has no value in some run")
+            continue
         except ValueError as error:
-            raise UserError(f"{tower.name}: {task}: {error}; measure all runs on the same data") from error
+            raise UserError(f"{tower}: {task}: {error}; measure all runs on the same data") from error
+        lower = task != "retrieval" and ours[0].lmms is not None and lower_is_better(ours[0].lmms, task, metric)
         values, first = [value(one) for one in left], [value(one) for one in right]
-        gains = [(y - x if lower else x - y) for x, y in zip(values, first, strict=True)]
-        seeds = "one seed" if len(values) < 2 else OVER_SEEDS[judge(gains)]
-        if task == "retrieval":
-            seeds = "–"  # the tower is the same for every seed
-        rows.append(
-            Row(
-                tower=tower.name, task=task, metric=metric, first=first, values=values, documents=documents, seeds=seeds
-            )
+        yield Row(
+            tower=tower,
+            task=task,
+            metric=metric,
+            first=first,
+            values=values,
+            documents=replace(found, n=round(found.n / len(left)), lower=lower),
+            # The tower is the same for every seed.
+            seeds="–" if task == "retrieval" else _over_trainings(values, first, lower),
         )
-    return rows
+
+
+def _over_trainings(values: Sequence[float], first: Sequence[float], lower: bool) -> str:
+    gains = [(y - x if lower else x - y) for x, y in zip(values, first, strict=True)]
+    return "one seed" if len(gains) < 2 else OVER_SEEDS[judge(gains)]
 
 
 def _metrics(run: Run) -> list[tuple[str, str]]:
@@ -130,25 +147,35 @@ def _scores(run: Run, task: str, metric: str) -> Scores | None:
     return scores_of(run.lmms, task, metric) if run.lmms else None
 
 
-def _mean(seeds: Sequence[Scores]) -> Scores:
-    """Document by document over the seeds.
+def _over_seeds(seeds: Sequence[Scores]) -> Scores:
+    """Every seed's documents, whose value is the mean of the seeds' values: of ratios too, such as a precision.
+
+    A seed is a stratum that counts by one over their number; a picture stands for its documents in all of them.
 
     Raises:
         ValueError: the seeds answer different documents.
     """
-    if any(one.clusters != seeds[0].clusters or one.strata != seeds[0].strata for one in seeds):
+    first, *others = seeds
+    if any(one.clusters != first.clusters or one.strata != first.strata for one in others):
         raise ValueError("the seeds answer different documents")
+    strata = first.strata or [""] * len(first.clusters)
+    return Scores(
+        numerators=[part / len(seeds) for one in seeds for part in one.numerators],
+        denominators=[part for one in seeds for part in one.denominators],
+        clusters=[name for one in seeds for name in one.clusters],
+        strata=[f"{seed} {name}" for seed in range(len(seeds)) for name in strata],
+    )
 
-    def over(name: str) -> list[float]:
-        return [sum(parts) / len(seeds) for parts in zip(*(getattr(one, name) for one in seeds), strict=True)]
 
-    return replace(seeds[0], numerators=over("numerators"), denominators=over("denominators"))
-
-
-def _table(first: str, rows: Sequence[Row]) -> Table:
+def _table(first: str, tower: str, rows: Sequence[Row], rest: Sequence[LeftOut]) -> Table:
     """One tower against the first."""
-    names = ["metric", first, "tower", "difference", "95 %, documents", "p", "over documents", "by seed", "over seeds"]
-    return plain_table(names, map(_cells, rows))
+    names = ["metric", first, tower, "difference", "95 %, documents", "p", "over documents", "by seed", "over seeds"]
+    notes = [
+        f"Not compared: {one.task.removeprefix('clips_')}: {one.metric} {one.reason}."
+        for one in rest
+        if one.tower == tower
+    ]
+    return plain_table(names, [_cells(row) for row in rows if row.tower == tower], notes)
 
 
 def _cells(row: Row) -> list[str]:
@@ -161,7 +188,7 @@ def _cells(row: Row) -> list[str]:
         f"{scale * sum(row.values) / len(row.values):.1f}",
         f"{scale * found.value:+.1f}",
         f"{scale * found.low:+.1f} to {scale * found.high:+.1f}",
-        f"{found.adjusted:.3f}",
+        shown_p(found.adjusted),
         found.verdict,
         ", ".join(f"{scale * gain:+.1f}" for gain in row.gain) + (f" (± {scale * spread:.1f})" if spread else ""),
         row.seeds,

@@ -152,6 +152,13 @@ def as_tree(compared: list[Compared], rest: list[NotCompared], other: Run) -> di
     return {"run": str(other.root), "metrics": rows, "not_compared": [asdict(one) for one in rest]}
 
 
+def shown_p(p: float | None) -> str:
+    """With three decimals; never as 0, which no number of exchanges can show."""
+    if p is None:
+        return NONE
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+
+
 def against_table(tree: dict[str, Any]) -> Table:
     """Better, worse or no difference, metric by metric."""
     names = ("Metric", "Verdict", "This run", "Other", "Difference", "95 %", "p")
@@ -168,7 +175,7 @@ def against_table(tree: dict[str, Any]) -> Table:
             f"{scale * row['theirs']:.1f}",
             f"{scale * found['value']:+.1f}",
             f"{scale * found['low']:+.1f} to {scale * found['high']:+.1f}",
-            f"{found['adjusted']:.3f}" if found["adjusted"] is not None else NONE,
+            shown_p(found["adjusted"]),
         ]
         rows.append(cells)
     notes = [
