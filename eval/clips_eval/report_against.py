@@ -156,7 +156,7 @@ def shown_p(p: float | None) -> str:
     """With three decimals; never as 0, which no number of exchanges can show."""
     if p is None:
         return NONE
-    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+    return f"{p:.3f}" if p > 0.001 else "≤ 0.001"
 
 
 def against_table(tree: dict[str, Any]) -> Table:
