@@ -259,3 +259,5 @@ def test_the_whole_swap_in_small(
     assert found["retrieval", "i2t_r1"]["gain"] == [0.0], "the encoders differ in their stock towers alone"
     assert all(row["verdict"] in ("better", "worse", "no difference") for row in tree["rows"])
     assert (tmp_path / "out" / "two-seed0" / "finetune" / "lmms.json").is_file()
+    assert not list((tmp_path / "out").rglob("checkpoint-*")), "a finished stage needs nothing to go on from"
+    assert list((tmp_path / "out").rglob("align/model*.safetensors"))

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,9 @@ def _run_all(waiting: list[Job], launcher: list[str]) -> None:
             )
         took[job.step] = time.monotonic() - started
         write_text(job.done, job.order)
+        if job.output is not None:  # nobody goes on from them, and they are most of what many cells take of a disk
+            for checkpoint in job.output.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
 
 
 def _run(words: list[str], log: Path) -> int:

@@ -83,6 +83,7 @@ class Job:
     arguments: list[str]
     folder: Path
     launched: bool = False
+    output: Path | None = None  # of a stage: its checkpoints to go on from lie there
 
     @property
     def title(self) -> str:
@@ -135,8 +136,18 @@ def _cell_jobs(recipe: CompareRecipe, run: Path, seed: int) -> list[Job]:
     ]
     words = [str(finetune), "--config", str(recipe.evaluate)]
     found = [
-        Job(step="align", of=of, module="clips_mllm.train", arguments=first, folder=folder, launched=True),
-        Job(step="finetune", of=of, module="clips_mllm.train", arguments=second, folder=folder, launched=True),
+        Job(
+            step="align", of=of, module="clips_mllm.train", arguments=first, folder=folder, launched=True, output=align
+        ),
+        Job(
+            step="finetune",
+            of=of,
+            module="clips_mllm.train",
+            arguments=second,
+            folder=folder,
+            launched=True,
+            output=finetune,
+        ),
         Job(step="evaluate", of=of, module="clips_eval.evaluate", arguments=words, folder=folder),
     ]
     if recipe.retrieval is not None:
