@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -135,19 +136,10 @@ def _cell_jobs(recipe: CompareRecipe, run: Path, seed: int) -> list[Job]:
         *common,
     ]
     words = [str(finetune), "--config", str(recipe.evaluate)]
+    stage = partial(Job, of=of, module="clips_mllm.train", folder=folder, launched=True)
     found = [
-        Job(
-            step="align", of=of, module="clips_mllm.train", arguments=first, folder=folder, launched=True, output=align
-        ),
-        Job(
-            step="finetune",
-            of=of,
-            module="clips_mllm.train",
-            arguments=second,
-            folder=folder,
-            launched=True,
-            output=finetune,
-        ),
+        stage(step="align", arguments=first, output=align),
+        stage(step="finetune", arguments=second, output=finetune),
         Job(step="evaluate", of=of, module="clips_eval.evaluate", arguments=words, folder=folder),
     ]
     if recipe.retrieval is not None:
