@@ -69,6 +69,8 @@ def write_result(folder: Path, suffix: str, share: float, seed: int, n: int, **a
         "model": "m",
         "sha256": "ab" * 32,
         "command": "clips-mllm evaluate m",
+        "seconds": 4005.0,
+        "recipe": {"seed": 11},
         "versions": {"python": "3"},
         "hardware": {"cpus": 2, "gpus": []},
         "control": "none",
@@ -193,6 +195,8 @@ def test_controls_wordings_baselines_and_provenance_are_shown(runs: tuple[Path, 
     assert cells["m"].startswith(f"{100 * (accuracy - 0.15):.0f}"[:1]) and "(" in cells["m"]
     low, high = tree["intervals"]["easy_vqa"]["accuracy"]
     assert cells["95 %"] == f"{100 * low:.1f}–{100 * high:.1f}"
+    measured = next(line for line in markdown.splitlines() if line.startswith("| benchmarks |"))
+    assert "| 11 |" in measured and "| 1 h 06 min |" in measured
     for text in (markdown, page):
         assert "abababababababab" in text and "needs a judge" in text and "draws pictures" in text
     assert "Inverse effect" in page

@@ -80,7 +80,8 @@ def provenance(run: Run) -> dict[str, Any]:
     """With what each part was made and measured: commands, digests, versions, seeds, hardware."""
     parts: dict[str, Any] = dict(run.environments)
     keys = ("command", "sha256", "data_sha256", "engine", "mode", "recipe", "versions", "hardware", "seconds")
-    measured: dict[str, Benchmarks | Retrieval | None] = {"retrieval": run.retrieval, "benchmarks": run.lmms}
+    measured: dict[str, Benchmarks | Retrieval | ZeroShot | None] = {"retrieval": run.retrieval}
+    measured |= {"zeroshot": run.zeroshot, "benchmarks": run.lmms}
     measured |= run.controls
     measured |= {f"wording {wording}": found for wording, found in run.wordings.items()}
     measured |= {f"baseline {title}": found for title, found in (run.baselines | run.encoders).items()}

@@ -60,6 +60,7 @@ class ZeroShot:
     n_texts: int
     data: str
     intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)  # empty in older files
+    about: dict[str, Any] = field(default_factory=dict)  # the whole file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,7 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
         n_texts=count_in(file, tree, "n_texts"),
         data=str(tree.get("data", "")),
         intervals=read_spans(file, tree, ("top1", "top5", "mean_per_class")),
+        about=tree,
     )
 
 

@@ -165,7 +165,8 @@ def steps_table(run: Run) -> Table:
 def provenance_table(run: Run) -> Table:
     """What each part was made or measured with."""
     columns = [
-        Column(name=name) for name in ("Part", "Weights or recipe, SHA-256", "Seed", "Versions", "Hardware", "Command")
+        Column(name=name)
+        for name in ("Part", "Weights or recipe, SHA-256", "Seed", "Versions", "Hardware", "Time", "Command")
     ]
     rows = []
     for part, told in provenance(run).items():
@@ -178,6 +179,7 @@ def provenance_table(run: Run) -> Table:
             str(told.get("seed", told.get("recipe", {}).get("seed", NONE))),
             ", ".join(f"{name} {version}" for name, version in versions.items()) or NONE,
             f"{hardware['cpus']} CPUs{', ' + gpus if gpus else ''}" if hardware else NONE,
+            duration(told["seconds"]) if "seconds" in told else NONE,
             told.get("command", NONE),
         ]
         rows.append(Row(cells=cells))
