@@ -76,8 +76,7 @@ def mean_scores(values: Sequence[float], clusters: Sequence[str]) -> Scores:
 def spans_of(parts: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The interval of each mean as JSON has it: low, high, n queries, clusters; none where nothing was asked.
 
-    Of a group of queries only these are given: pictures without one of them say nothing of the group, and would make
-    Wilson's interval, where all are right or all wrong, as narrow as that of the whole set.
+    Of a group of queries only these are given: the others say nothing of it.
     """
     return {key: asdict(interval(mean_scores(values, clusters))) for key, values in parts.items() if values}
 
