@@ -55,6 +55,8 @@ STOCK: dict[type, tuple[type[AnyModel], type[AnyProcessor]]] = {
     LlavaNextConfig: (LlavaNextForConditionalGeneration, LlavaNextProcessor),
 }
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
+# Of towers and LLMs only, read as tensors only: Vicuna 1.5 and CLIP L/14 at 336 pixels are published in no other form.
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass
@@ -102,7 +104,7 @@ def build_mllm(
 
 def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProcessor]:
     """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
-    config = read_pretrained(AutoConfig, _existing(tower, "model.tower"))
+    config = read_pretrained(AutoConfig, _existing(tower, "model.tower", SHARD_FILES + PICKLES))
     if half := VISION_HALVES.get(config.model_type):
         vision, info = read_pretrained(half, tower, dtype=dtype, output_loading_info=True)
         refuse_partial_load(tower, info | {"unexpected_keys": ()})  # the text tower
@@ -114,7 +116,7 @@ def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProc
 
 def read_llm(llm: str, dtype: str | torch.dtype) -> tuple[Any, PreTrainedTokenizerFast]:
     """A causal LM and its tokenizer. Raises UserError where either is missing or does not fit."""
-    language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm"), dtype)
+    language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm", SHARD_FILES + PICKLES), dtype)
     return language, read_pretrained(AutoTokenizer, llm)
 
 
@@ -285,15 +287,15 @@ def _tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return state
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` itself holds a whole checkpoint."""
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in SHARD_FILES)
+def is_complete(folder: Path, files: tuple[str, ...] = SHARD_FILES) -> bool:
+    """Whether `folder` itself holds a whole checkpoint, with its weights in one of `files`."""
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in files)
 
 
-def _existing(name: str, key: str) -> str:
+def _existing(name: str, key: str, files: tuple[str, ...] = SHARD_FILES) -> str:
     """A folder with a checkpoint, or a hub id. Anything that looks like a path must exist."""
     path = Path(name)
-    if path.is_dir() and not is_complete(path):
+    if path.is_dir() and not is_complete(path, files):
         raise UserError(
             f"{name}: no finished checkpoint here (config.json and safetensors); run the stage before first"
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clips_mllm.doctor_recipe import RenderRecipe
 from clips_mllm.llava_json import BadRow, Example, picture_bytes, to_example
 from clips_mllm.prompts import IGNORED, Unsupervised
-from clips_mllm.row_checks import MISSING, find_pictures
+from clips_mllm.row_checks import MISSING, find_pictures, row_name
 from vision_tower.images import BadImage, decode_image
 from vision_tower.pairs_recipe import SourceRecipe
 
@@ -79,7 +79,7 @@ def check_chunk(chunk: tuple[Path, int, Sequence[Any]]) -> list[Verdict]:
 
 
 def _check_row(row: Any, number: int, folder: Path) -> Verdict:
-    verdict = Verdict(number, str(row.get("id", "")) if isinstance(row, dict) else "")
+    verdict = Verdict(number, row_name(row))
     try:
         example = to_example(row)
         found = find_pictures(example, folder)

@@ -44,7 +44,8 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
             table.select([at for at in range(len(table)) if at not in bad]).to_parquet(str(work))
         return
     lines = copy.suffix == ".jsonl"
-    with _whole(copy) as work, work.open("w", encoding="utf-8") as out:
+    # Half a character makes a row bad where it is read; elsewhere, as in an id, it becomes "?".
+    with _whole(copy) as work, work.open("w", encoding="utf-8", errors="replace") as out:
         between = "" if lines else "[\n"
         for number, row in enumerate(read_rows(Path(source.file))):
             if number not in bad:

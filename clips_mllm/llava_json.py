@@ -111,7 +111,8 @@ def _turns(row: dict[str, Any], images: int) -> Any:
         case {"messages": list() as messages}:
             return [_as_turn(message) for message in messages]
         case {"texts": list() as texts}:
-            pairs = [[("human", text.get("user")), ("gpt", text.get("assistant"))] for text in texts]
+            asked = [text if isinstance(text, dict) else {} for text in texts]
+            pairs = [[("human", text.get("user")), ("gpt", text.get("assistant"))] for text in asked]
             turns = [{"from": speaker, "value": value} for speaker, value in itertools.chain(*pairs)]
             if turns and isinstance(turns[0]["value"], str) and IMAGE not in turns[0]["value"]:
                 turns[0]["value"] = f"{IMAGE}\n" * images + turns[0]["value"]  # these sets have no placeholders
@@ -125,7 +126,8 @@ def _as_turn(message: Any) -> Any:
     content = message.get("content")
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
-        content = "".join(f"{IMAGE}\n" if part.get("type") == "image" else part.get("text") or "" for part in parts)
+        texts = [f"{IMAGE}\n" if part.get("type") == "image" else part.get("text") or "" for part in parts]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return {"from": message.get("role"), "value": content}
 
 

@@ -48,9 +48,14 @@ class Checked:
 
     def drop(self, cause: str, number: int, row: Any, detail: str = "") -> None:
         """Count a row that cannot be used."""
-        name = row.get("id", "") if isinstance(row, dict) else ""
-        self.first.setdefault(cause, f"row {number} ({name}): {cause}{detail}")
+        self.first.setdefault(cause, f"row {number} ({row_name(row)}): {cause}{detail}")
         self.dropped[cause] += 1
+
+
+def row_name(row: Any) -> str:
+    """A row's id for messages; half a character in it, which no file takes, becomes "?"."""
+    name = str(row.get("id", "")) if isinstance(row, dict) else ""
+    return name.encode(errors="replace").decode()
 
 
 def check_rows(chunk: tuple[Path, int, Sequence[Any]]) -> Checked:
@@ -105,7 +110,7 @@ def find_pictures(example: Example, folder: Path) -> Example:
 
 def _renamed(folder: Path, name: str) -> str:
     """OCR-VQA's pictures, for one, are named .jpg in the file and have the endings of what they are on disk."""
-    for ending in ENDINGS:
+    for ending in ENDINGS if Path(name).name else ():
         if (folder / Path(name).with_suffix(ending)).is_file():
             return str(Path(name).with_suffix(ending))
     raise FileNotFoundError(2, "no such picture", str(folder / name))

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from clips_mllm.checkpoint import build_mllm, is_complete, load_mllm, save_mllm
 from clips_mllm.train import main
@@ -124,6 +126,25 @@ def test_save_and_load_give_the_same_logits(sample_world: Path, encoder_dir: Pat
     assert torch.equal(logits(tmp_path / "twice"), before)
     assert is_complete(tmp_path / "twice")
     assert not list(tmp_path.rglob("partial"))
+
+
+def test_towers_and_llms_that_are_published_as_pickles(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
+    """As Vicuna 1.5 and CLIP L/14 at 336 pixels; one that would run code is refused."""
+    built = []
+    for folder in (encoder_dir / "tower", sample_world / "llm"):
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(load_file(folder / "model.safetensors"), copy / "pytorch_model.bin")
+        built.append((str(folder), str(copy)))
+    options: dict[str, Any] = {"feature_layer": -2, "feature_select": "full", "dtype": torch.float32}
+    states = []
+    for tower, llm in zip(*built, strict=True):
+        torch.manual_seed(0)
+        states.append(build_mllm(tower, llm, **options)[0].state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    torch.save({"weight": Path}, tmp_path / "llm" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"llm: its weights are damaged, or hold more than plain tensors"):
+        build_mllm(built[0][1], built[1][1], **options)
 
 
 def test_processor_is_ready_for_batched_generation(mllm_dir: Path) -> None:

@@ -334,6 +334,27 @@ def test_a_recipe_says_once_where_the_pairs_are() -> None:
         PairsRecipe(mixture=(SourceRecipe(shards="b.tar", weight=0),)).check()
 
 
+def test_grey_of_16_bits_keeps_its_shades() -> None:
+    """Medical pictures and depth maps; as whites alone they would teach nothing."""
+    import numpy as np
+    from PIL import Image
+
+    from vision_tower.images import BadImage, decode_image
+
+    def encoded(pixels: np.ndarray, form: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, form)
+        return buffer.getvalue()
+
+    shades = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    for form in ("PNG", "TIFF"):
+        decoded = np.asarray(decode_image(encoded(shades, form)))
+        assert (decoded == (shades // 256)[..., None]).all()
+    for kind, most in (("float32", 1), ("int32", 1 << 20)):
+        with pytest.raises(BadImage, match="grey of 32 bits"):
+            decode_image(encoded((shades / 65535 * most).astype(kind), "TIFF"))
+
+
 def test_damaged_pictures_never_escape_as_other_errors() -> None:
     from PIL import Image
 

@@ -309,7 +309,13 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize(("row", "cause"), [(HALF, "half a character"), (LONG, "too long for a path")])
+NAMELESS = LONG | {"image": "."}
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [(HALF, "half a character"), (LONG, "too long for a path"), (NAMELESS, "missing image")],
+)
 def test_rows_that_no_file_system_or_tokenizer_takes(row: dict[str, Any], cause: str, tmp_path: Path) -> None:
     """Both are what JSON can hold; in training as for the doctor they are rows to drop, and not the end."""
     from clips_mllm.doctor_checks import check_chunk
@@ -320,6 +326,17 @@ def test_rows_that_no_file_system_or_tokenizer_takes(row: dict[str, Any], cause:
     assert checked.number == [1] and len(checked.dropped) == 1 and cause in next(iter(checked.dropped))
     found = check_chunk((tmp_path, 0, [row, good]))
     assert cause in str(found[0].cause) and not found[1].cause
+
+
+def test_half_a_character_in_an_id(tmp_path: Path) -> None:
+    """Of a good row and of a bad one: neither report nor copy can hold it."""
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"id": "x\ud83d", "conversations": talk}, {"id": "y\ud83d", "conversations": []}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out, copy = tmp_path / "doctor.json", tmp_path / "copy.json"
+    doctor.main([str(tmp_path / "rows.json"), "--output", str(out), "--fix", str(copy)])
+    assert "y?" in out.read_text(encoding="utf-8")
+    assert json.loads(copy.read_text(encoding="utf-8")) == [rows[0] | {"id": "x?"}]
 
 
 def test_copies_of_the_same_name_are_refused() -> None:

@@ -88,6 +88,8 @@ def test_outer_blanks_of_an_answer_go() -> None:
         ({"conversations": [{"from": "robot", "value": "x"}]}, "without 'from'"),
         ({"conversations": [{"from": "human", "value": None}]}, "without 'from'"),
         ({"conversations": ["x"]}, "without 'from'"),
+        ({"texts": ["x"]}, "without 'from'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "without 'from'"),
     ],
 )
 def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:

@@ -41,13 +41,25 @@ def decode_image(content: bytes, least: int | None = None, formats: tuple[str, .
         if least is not None:
             picture.draft("RGB", (least, least))
         picture.load()
-        return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
+        return picture if picture.mode == "RGB" else _as_rgb(picture)  # which would copy it
     except UnidentifiedImageError as error:
         raise BadImage("not an image, by its first bytes") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
         raise BadImage(str(error) or type(error).__name__) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper eight: Pillow's own conversion makes white of all above 255."""
+    if picture.mode.startswith("I"):
+        picture = picture.convert("I")
+        most = picture.getextrema()[1]
+        if isinstance(most, (int, float)) and most < 1 << 16:
+            return picture.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise BadImage("grey of 32 bits, whose white it does not tell; save it with 8 or 16")
+    return picture.convert("RGB")
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     try:
         with without_load_report() if options.get("output_loading_info") else contextlib.nullcontext():
             return kind.from_pretrained(name, **options)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{name}: its weights are damaged, or hold more than plain tensors, and loading that could run code; fetch "
+            "it again, or save its weights as safetensors first"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{name}: cannot be read as {kind.__name__} ({error}); save or fetch the checkpoint again"
