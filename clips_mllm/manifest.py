@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips_mllm.fingerprints import ends_hash, file_hash, module_hash, value_hash
+from vision_tower.errors import UserError
 from vision_tower.files import read_object, write_text
 
 if TYPE_CHECKING:
@@ -61,6 +63,33 @@ def write_manifest(
         "recipe": dataclasses.asdict(recipe),
     }
     write_text(folder / FILE, json.dumps(manifest, indent=1, default=str))
+
+
+def compare_manifest(folder: Path, recipe: TrainRecipe, parts: dict[str, Any]) -> None:
+    """Before a run goes on, on the main process: warn where its data has changed since it began, as where a bad row was
+    mended.
+
+    Raises:
+        UserError: the base of an adapter has changed, which the adapter's checkpoints do not hold.
+    """
+    if not (folder / FILE).is_file():
+        return
+    before = read_object(folder / FILE)
+    if recipe.stage.adapter.kind != "none":
+        for name in ("tower", "llm"):
+            if before["parts"][name] != parts[name]:
+                raise UserError(
+                    f"{folder}: the {name} of {recipe.model.checkpoint} has changed since this run began, and its "
+                    "adapter belongs to the old one; put that back, or take another output_dir"
+                )
+    known = {source["file"]: source for source in before["data"]["sources"]}
+    for source in recipe.data.sources:
+        if known.get(source.file) != _source(source.file, source.images):
+            print(
+                f"warning: {source.file} has changed since this run began; it goes on with other samples",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def finish_manifest(folder: Path) -> None:

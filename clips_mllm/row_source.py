@@ -36,11 +36,11 @@ def image_folder(source: InstructionSource) -> Path:
     return Path(source.images) if source.images is not None else Path(source.file).parent
 
 
-def require_file(source: InstructionSource) -> None:
+def require_file(source: InstructionSource, key: str = "data.file") -> None:
     """Before a model is loaded for minutes: raise UserError where a source's file is not there."""
     found = glob.glob(source.file) if glob.has_magic(source.file) else [source.file]
     if not source.file.startswith(HUB) and not any(Path(name).exists() for name in found):
-        raise UserError(f"{source.file}: no such file (data.file); build the sample world or mend the path")
+        raise UserError(f"{source.file}: no such file ({key}); build the sample world or mend the path")
 
 
 def open_table(source: InstructionSource) -> Dataset:

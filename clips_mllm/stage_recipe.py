@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from vision_tower.errors import UserError
@@ -57,6 +58,12 @@ class StageRecipe:
             raise UserError("stage: nothing trains; set at least one of projector, llm and tower to true")
         if self.tower_from_layer and not self.tower:
             raise UserError("stage.tower_from_layer: the tower is frozen; set stage.tower=true")
+        for name in ("projector", "llm", "tower"):
+            rate = getattr(self, f"{name}_learning_rate")
+            if rate is not None and not getattr(self, name):
+                raise UserError(f"stage.{name}_learning_rate={rate}: the {name} is frozen; set stage.{name}=true")
+            if rate is not None and not 0 <= rate < math.inf:
+                raise UserError(f"stage.{name}_learning_rate={rate}: a number from 0")
         adapter = self.adapter
         if adapter.kind == "none":
             return
@@ -111,6 +118,8 @@ class TrainEvaluationRecipe:
             raise UserError(f"evaluation.batch_size={self.batch_size}: at least 1")
         if self.best_by == "loss" and (self.keep_best or self.patience) and self.file is None and not self.share:
             raise UserError("evaluation.best_by=loss: no held-out loss; give evaluation.file or .share")
+        if self.best_by != "loss" and self.tasks is None:
+            raise UserError(f"evaluation.best_by={self.best_by}: a score of tasks; give evaluation.tasks, or take loss")
         if self.keep_best and (not save_every or save_every % self.every):
             raise UserError(
                 f"evaluation.keep_best: training.save_every={save_every} must be a multiple of "

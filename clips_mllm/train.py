@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips_mllm.row_source import require_file
-from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
+from clips_mllm.train_recipe import InstructionRecipe, InstructionSource, MllmRecipe, TrainRecipe
 from vision_tower.errors import UserError, run_command
 from vision_tower.files import read_object
 from vision_tower.precision import computes_bf16, settle_precision
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     check_zero(recipe)
     for source in recipe.data.sources:
         require_file(source)
+    if recipe.evaluation.every and recipe.evaluation.file is not None:
+        require_file(InstructionSource(file=recipe.evaluation.file), "evaluation.file")
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from clips_mllm.data import Examples
-    from clips_mllm.manifest import finish_manifest, part_hashes, write_manifest
+    from clips_mllm.manifest import compare_manifest, finish_manifest, part_hashes, write_manifest
     from clips_mllm.preflight import preflight, show_data
     from vision_tower.resume import refuse_other_recipe
     from vision_tower.sigterm import end_if_stopped
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> None:
     examples = Examples(recipe.data)  # before the model too: bad rows are told of before minutes of loading
     model, processor = load_or_build(recipe, weight_dtype(recipe))
     parts = part_hashes(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
+    if checkpoint is not None and is_main_process():
+        compare_manifest(folder, recipe, parts)
     trainer, line = build_trainer(recipe, model, processor, examples, arguments)
     preflight(trainer, folder)
     show_data(trainer, recipe.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from clips_mllm.prompts import TemplateName
@@ -50,6 +51,15 @@ class MllmRecipe:
             raise UserError("model.tiles: a checkpoint brings its own; choose them in stage 1, with 'tower' and 'llm'")
         if self.tiles is not None and self.tiles < 2:
             raise UserError(f"model.tiles={self.tiles}: at least 2; leave it out to show pictures whole")
+        for name, given, own in (
+            ("image_size", self.image_size, None),
+            ("feature_layer", self.feature_layer, -2),
+            ("feature_select", self.feature_select, "auto"),
+        ):
+            if given != own and self.checkpoint is not None:
+                raise UserError(
+                    f"model.{name}={given}: a checkpoint brings its own; choose it in stage 1, with 'tower' and 'llm'"
+                )
         if self.word_steps < 0:
             raise UserError(f"model.word_steps={self.word_steps}: 0 (none) or a number of steps")
         if self.word_steps and (self.tiles is not None or self.checkpoint is not None):
@@ -134,8 +144,8 @@ class InstructionRecipe:
             raise UserError("data.file: say where the conversations are, or give several sources as data.mixture")
         for number, source in enumerate(self.mixture):
             place = f"data.mixture[{number}]"
-            if source.weight <= 0:
-                raise UserError(f"{place}.weight={source.weight}: must be above 0; leave the source out")
+            if not 0 < source.weight < math.inf:
+                raise UserError(f"{place}.weight={source.weight}: must be a number above 0; or leave the source out")
             if source.cap < 0:
                 raise UserError(f"{place}.cap={source.cap}: 0 (no limit) or a number of samples")
         if not 0 <= self.most_bad <= 1:

@@ -135,6 +135,21 @@ def test_values_that_do_not_fit_together(run: Run, sample_world: Path, mllm_dir:
     assert "'checkpoint', or both 'tower' and 'llm'" in run(both)
     extra = arguments(out, sample_world, mllm_dir, **{"training.extra": '{"optm": "sgd"}'})
     assert "training.extra.optm" in run(extra, alone=False)
+    evaluation = {"evaluation.every": 1, "evaluation.share": 0.1}
+    for values, said in (
+        ({"model.image_size": 64}, "model.image_size=64: a checkpoint brings its own"),
+        ({"model.feature_layer": -1}, "model.feature_layer=-1: a checkpoint brings its own"),
+        ({"model.feature_select": "full"}, "model.feature_select=full: a checkpoint brings its own"),
+        ({"stage.tower_learning_rate": 1e-5}, "stage.tower_learning_rate=1e-05: the tower is frozen"),
+        ({"stage.projector_learning_rate": -1}, "stage.projector_learning_rate=-1.0: a number from 0"),
+        ({"training.learning_rate": -1}, "training.learning_rate=-1.0: a number from 0"),
+        ({"training.beta2": 1}, "training.beta2=1.0: from 0 to below 1"),
+        ({"training.max_steps": 0, "training.epochs": 0}, "training.epochs=0.0: above 0"),
+        ({"training.keep_checkpoints": 0}, "training.keep_checkpoints=0: at least 1"),
+        (evaluation | {"evaluation.best_by": "pope"}, "evaluation.best_by=pope: a score of tasks"),
+        ({"evaluation.every": 1, "evaluation.file": "no.json"}, "no.json: no such file (evaluation.file)"),
+    ):
+        assert said in run(arguments(out, sample_world, mllm_dir, **values))
     assert not out.exists()
 
 

@@ -289,6 +289,7 @@ def test_a_mixture_reads_the_right_rows_and_lengths(tmp_path: Path) -> None:
         ({}, "data.file: say where"),
         ({"file": "a.json", "mixture": (source(),)}, "data.file: say where"),
         ({"mixture": (source(), source(weight=0))}, r"data\.mixture\[1\]\.weight=0"),
+        ({"mixture": (source(weight=float("nan")),)}, r"data\.mixture\[0\]\.weight=nan"),
         ({"mixture": (source(cap=-1),)}, r"data\.mixture\[0\]\.cap=-1"),
         ({"file": "a.json", "most_bad": 2}, "most_bad=2"),
         ({"file": "a.json", "max_length": 1}, "max_length=1"),

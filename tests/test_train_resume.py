@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from train_runs import losses, stop_after, weights, words
 
 from clips_mllm.checkpoint import load_mllm
@@ -144,6 +145,36 @@ def test_other_data_is_refused(mllm_dir: Path, sample_world: Path, tmp_path: Pat
     assert run_command(main, words(tmp_path / "run", sample_world, **given)) == 2
     (line,) = errors(capfd.readouterr().err)
     assert f"the checkpoint was written with samples={len(rows)}, now it is {len(rows) - 1}" in line
+
+
+def test_changed_data_of_as_many_rows_is_told(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:
+    """It may be a row that was mended after a NaN."""
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    given = {"model.checkpoint": mllm_dir, "training.save_every": 2, "data.file": file}
+    main(words(tmp_path / "run", sample_world, **given))
+    main(words(tmp_path / "run", sample_world, **given))
+    assert "has changed" not in capfd.readouterr().err
+    file.write_text(json.dumps(rows[::-1]))
+    main(words(tmp_path / "run", sample_world, **given))
+    assert f"warning: {file} has changed since this run began" in capfd.readouterr().err
+
+
+def test_another_base_below_an_adapter_is_refused(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """Stage 1 was run again, to the same folder: the adapter's checkpoint does not hold the base's weights."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(mllm_dir, base)
+    given = words(run, sample_world, **LORA, **{"model.checkpoint": base, "training.save_every": 2})
+    main(given)
+    state = load_file(base / "model.safetensors")
+    next(weights for name, weights in state.items() if "language_model" in name).add_(1)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    assert run_command(main, given) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{run}: the llm of {base} has changed since this run began" in line
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

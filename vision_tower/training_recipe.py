@@ -7,6 +7,7 @@ jsonargparse runs such a block in the module of every recipe, and torch there wo
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from vision_tower.errors import UserError
@@ -74,10 +75,20 @@ class TrainingRecipe:
             "max_steps": 0,
             "save_every": 0,
             "workers": 0,
+            "warmup_steps": 0,
+            "keep_checkpoints": 1,
         }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"training.{name}={getattr(self, name)}: at least {value}")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"training.{name}={getattr(self, name)}: a number from 0")
+        for name in ("beta1", "beta2", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"training.{name}={getattr(self, name)}: from 0 to below 1")
+        if not self.max_steps and not 0 < self.epochs < math.inf:
+            raise UserError(f"training.epochs={self.epochs}: above 0, where training.max_steps does not decide")
 
     def accumulation(self, world: int) -> int:
         """Forward passes per optimiser step. Raises UserError where the numbers do not divide."""
