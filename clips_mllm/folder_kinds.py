@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.original_config import is_original
+from clips_mllm.quantize import QUANTIZATION_FILE
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, read_text
 
@@ -111,7 +112,8 @@ def _adapter(folder: Path) -> Kind | None:
         return None
     config = read_object(file)
     base, rank = config.get("base_model_name_or_path"), config.get("r")
-    method = "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT"))
+    four_bits = (folder / QUANTIZATION_FILE).is_file()
+    method = "QLoRA" if four_bits else "DoRA" if config.get("use_dora") else str(config.get("peft_type", "PEFT"))
     facts = {"base": base, "rank": rank, "method": method}
     return Kind("adapter", f"{method} adapter of rank {rank} on {base}; `merge` makes a plain checkpoint of it", facts)
 

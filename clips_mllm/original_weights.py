@@ -109,7 +109,7 @@ def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
 
 
 def write_projector(source: Path, folder: Path, tower: str | None) -> None:
-    """mm_projector.bin and the config.json that belongs to it, from a stock checkpoint.
+    """mm_projector.bin and the config.json that belongs to it, from a stock checkpoint or an adapter.
 
     Args:
         tower: name that the original code shall find the vision tower by.
@@ -118,24 +118,28 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
     """
     from transformers import AutoConfig, LlavaConfig
 
+    from clips_mllm.adapters import is_adapter, read_config
     from vision_tower.loading import read_pretrained
 
-    config = read_pretrained(AutoConfig, source)
+    adapter = is_adapter(source)
+    base = Path(str(read_config(source).base_model_name_or_path)) if adapter else source
+    config = read_pretrained(AutoConfig, base)
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{source}: a '{config.model_type}' checkpoint, not a stock LLaVA model; give a `train` run")
     names = {stock: f"{PROJECTOR}{original}" for original, stock in LINEAR.items()}
-    found = {names[name]: value for name, value in _stock_projector(source)}
+    own = dict(_stock_projector([source / "adapter_model.safetensors"])) if adapter else {}  # none where it was frozen
+    found = {names[name]: value for name, value in (own or dict(_stock_projector(weight_files(base)))).items()}
     if set(found) != set(names.values()):
         raise UserError(f"{source}: its projector has {len(found)} of 4 weights; save the checkpoint again")
     torch.save(found, folder / "mm_projector.bin")
     _write_config(config, folder / "config.json", source, tower)
 
 
-def _stock_projector(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _stock_projector(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """The projector's weights alone, without reading the LLM's."""
     from safetensors import safe_open
 
-    for file in weight_files(source):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 _, found, part = name.rpartition("multi_modal_projector.")

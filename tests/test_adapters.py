@@ -17,6 +17,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from clips_mllm.chat import main as chat
 from clips_mllm.checkpoint import load_mllm
+from clips_mllm.convert import main as convert
+from clips_mllm.inspect import main as inspect
 from clips_mllm.merge import main as merge
 from clips_mllm.train import main
 from vision_tower.errors import UserError, run_command
@@ -103,6 +105,21 @@ def test_merged_checkpoint_answers_as_the_adapter(
     assert [answer(untrained, processor, picture) for picture in pictures] != answers
     state, loaded = stock.state_dict(), ours.model.state_dict()
     assert set(state) == set(loaded) and all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+def test_its_projector_goes_to_the_original_code(run: Path, tmp_path: Path) -> None:
+    convert([str(run), str(tmp_path / "out"), "--to", "llava_projector"])
+    found = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
+    with safe_open(run / "adapter_model.safetensors", "pt") as file:
+        wanted = file.get_tensor("base_model.model.model.multi_modal_projector.linear_1.weight")
+    assert len(found) == 4 and torch.equal(found["model.mm_projector.0.weight"], wanted)
+
+
+def test_inspect_tells_its_kind(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect([str(run)])
+    assert {"lora": "LORA", "dora": "DoRA", "qlora": "QLoRA"}[
+        run.name
+    ] + " adapter of rank 4" in capsys.readouterr().out
 
 
 def test_an_adapter_folder_chats_as_its_merged_checkpoint(
