@@ -187,6 +187,10 @@ class FeatureStore:
     def _read(self, place: np.void) -> torch.Tensor | None:
         size = int(place["rows"]) * self.width * self.dtype.itemsize
         shard = list(self._shards.values())[int(place["shard"])]
+        if (
+            not 0 < size <= os.fstat(shard.features).st_size - int(place["offset"])
+        ):  # the index is damaged, or the file cut
+            return None
         data = os.pread(shard.features, size, int(place["offset"]))
         if len(data) != size or zlib.crc32(data) != place["checksum"]:
             return None

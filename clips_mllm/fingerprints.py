@@ -40,6 +40,11 @@ def module_hash(module: nn.Module) -> str:
     return _combined(found)
 
 
+def shapes_hash(module: nn.Module) -> str:
+    """Of the names and shapes of a module's parameters, also where ZeRO-3 divides them."""
+    return value_hash([(name, list(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters()])
+
+
 def _tensor_digest(value: torch.Tensor) -> bytes:
     import torch
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_mllm.fingerprints import ends_hash, file_hash, module_hash, value_hash
+from clips_mllm.fingerprints import ends_hash, file_hash, module_hash, shapes_hash, value_hash
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, write_text
 
@@ -34,9 +34,8 @@ def part_hashes(model: LlavaForConditionalGeneration) -> dict[str, dict[str, Any
     inner = model.model
     parts = {"tower": inner.vision_tower, "projector": inner.multi_modal_projector, "llm": inner.language_model}
     found = {
-        name: {"class": type(part).__name__, "hash": module_hash(part), "dtype": str(part.dtype).removeprefix("torch.")}
-        if name != "projector"
-        else {"class": type(part).__name__, "hash": module_hash(part)}
+        name: {"class": type(part).__name__, "hash": module_hash(part), "shapes": shapes_hash(part)}
+        | ({"dtype": str(part.dtype).removeprefix("torch.")} if name != "projector" else {})
         for name, part in parts.items()
     }
     if not model.config.tie_word_embeddings:
@@ -70,18 +69,26 @@ def compare_manifest(folder: Path, recipe: TrainRecipe, parts: dict[str, Any]) -
     mended.
 
     Raises:
-        UserError: the base of an adapter has changed, which the adapter's checkpoints do not hold.
+        UserError: a part has other shapes than the checkpoints, or the base of an adapter, which its checkpoints do not
+            hold, has changed.
     """
     if not (folder / FILE).is_file():
         return
     before = read_object(folder / FILE)
-    if recipe.stage.adapter.kind != "none":
-        for name in ("tower", "llm"):
-            if before["parts"][name] != parts[name]:
-                raise UserError(
-                    f"{folder}: the {name} of {recipe.model.checkpoint} has changed since this run began, and its "
-                    "adapter belongs to the old one; put that back, or take another output_dir"
-                )
+    adapter = recipe.stage.adapter.kind != "none"
+    for name, part in parts.items():
+        old, source = before["parts"][name], recipe.model.checkpoint or getattr(recipe.model, name, "the recipe")
+        if any(old.get(what, part[what]) != part[what] for what in ("class", "shapes")):
+            raise UserError(
+                f"{folder}: holds checkpoints with a {name} of other shapes ({old['class']}) than that of {source} "
+                f"({part['class']}), which has changed since; put the old one back, or take another output_dir"
+            )
+        changed = any(old.get(what) != part.get(what) for what in ("hash", "vocabulary_layer"))
+        if adapter and name != "projector" and changed:
+            raise UserError(
+                f"{folder}: the {name} of {source} has changed since this run began, and its adapter belongs to the "
+                "old one; put that back, or take another output_dir"
+            )
     known = {source["file"]: source for source in before["data"]["sources"]}
     for source in recipe.data.sources:
         if known.get(source.file) != _source(source.file, source.images):

@@ -84,6 +84,21 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
     assert second.summary() == "feature cache: 0 read, 1 computed, 1 corrupt"
 
 
+@pytest.mark.parametrize(("field", "value"), [("rows", 2**31), ("rows", 0), ("offset", 2**63), ("offset", 10**12)])
+def test_a_damaged_index_is_an_entry_to_compute_again(tmp_path: Path, field: str, value: int) -> None:
+    first = store(tmp_path)
+    for number in range(2):
+        first.put(digest(number), features(number))
+    file = next(tmp_path.glob("*.index"))
+    entries = np.frombuffer(bytearray(file.read_bytes()), dtype=ENTRY)
+    entries[field][1] = value
+    entries["checksum"][1] = 0
+    file.write_bytes(entries.tobytes())
+    second = store(tmp_path)
+    assert second.get(digest(0)) is not None and second.get(digest(1)) is None
+    assert second.corrupt.value == 1
+
+
 def test_what_a_killed_writer_left_is_never_read(tmp_path: Path) -> None:
     first = store(tmp_path)
     for number in range(3):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from train_runs import losses, stop_after, weights, words
 
-from clips_mllm.checkpoint import load_mllm
+from clips_mllm.checkpoint import build_mllm, load_mllm, save_mllm
 from clips_mllm.train import main
 from vision_tower.errors import run_command
 
@@ -159,6 +159,29 @@ def test_changed_data_of_as_many_rows_is_told(mllm_dir: Path, sample_world: Path
     file.write_text(json.dumps(rows[::-1]))
     main(words(tmp_path / "run", sample_world, **given))
     assert f"warning: {file} has changed since this run began" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [{"stage.llm": "true"}, LORA])
+def test_another_tower_is_refused(
+    mllm_dir: Path, encoder_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any, stage: dict[str, Any]
+) -> None:
+    """Stage 1 was run again with another tower, to the same folder."""
+    from transformers import AutoImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    base, tower = tmp_path / "base", tmp_path / "tower"
+    shutil.copytree(mllm_dir, base)
+    given = words(tmp_path / "run", sample_world, **stage, **{"model.checkpoint": base, "training.save_every": 2})
+    main(given)
+    config = SiglipVisionConfig.from_pretrained(encoder_dir / "tower", intermediate_size=40)
+    SiglipVisionModel(config).save_pretrained(tower)
+    AutoImageProcessor.from_pretrained(encoder_dir / "tower").save_pretrained(tower)
+    joined = build_mllm(
+        str(tower), str(sample_world / "llm"), feature_layer=-2, feature_select="auto", dtype=torch.float32
+    )
+    save_mllm(*joined, base)
+    assert run_command(main, given) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{tmp_path / 'run'}: holds checkpoints with a tower of other shapes (SiglipVisionModel) than" in line
 
 
 def test_another_base_below_an_adapter_is_refused(
