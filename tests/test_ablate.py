@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,16 @@ def test_a_run_that_fails_is_named_with_its_log(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     log = Path(line.removeprefix("error: ").partition(": 2 of 2 runs failed")[0])
     assert "no shard matches this pattern" in log.read_text()
+
+
+def test_a_run_whose_loader_process_finds_the_fault_ends(sample_world: Path, tmp_path: Path) -> None:
+    """Its error reaches the run while loader processes still wait to be told, and they forgive one SIGTERM."""
+    named = {"shards": str(sample_world / "pretrain" / "*.tar"), "web_caption": "nowhere"}
+    run = RUN | {"data": named, "training": {**RUN["training"], "workers": 2}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    words = [f"--output_dir={tmp_path}", f"--pretrain={tmp_path / 'run.yaml'}", "--reductions=[]", "--seeds=[0,1]"]
+    words += [f"--data={sample_world / 'retrieval' / 'test.json'}", "--objectives=[clips]"]
+    command = [sys.executable, "-m", "clips_eval.ablate", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2 and "2 of 2 runs failed" in ended.stderr
+    assert "no 'nowhere'" in (tmp_path / "runs" / "clips-seed0" / "log.txt").read_text()

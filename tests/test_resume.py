@@ -18,7 +18,7 @@ import torch
 from test_pretrain import arguments, metrics
 from train_runs import launch_several, torchrun_launcher
 
-from vision_tower.errors import run_command
+from vision_tower.errors import Stopped, run_command
 from vision_tower.pretrain import main
 from vision_tower.training import latest_checkpoint
 
@@ -157,11 +157,32 @@ def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step(sample_world: Path, 
     assert [reader["places"][0]["seen"] for reader in readers] == [STEPS * 8] * 2
 
 
-def test_a_finished_run_is_not_trained_further(whole: Path, sample_world: Path, tmp_path: Path) -> None:
-    folder = tmp_path / whole.name
-    shutil.copytree(whole, folder)
-    main(arguments(sample_world, folder, **GIVEN | {"training.workers": int(whole.name)}))
-    assert weights(folder) == weights(whole) and curve(folder) == curve(whole)
+def test_a_finished_run_is_not_trained_further(sample_world: Path, tmp_path: Path) -> None:
+    """Whatever the schedule: at the end of a cosine a further step would change no weight, and hide itself."""
+    folder = tmp_path / "run"
+    given = arguments(sample_world, folder, **{"training.max_steps": 4, "training.save_every": 4})
+    main(given)
+    before, log = weights(folder), metrics(folder)
+    main(given)
+    assert weights(folder) == before and metrics(folder) == log
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_tower_with_class_token_goes_on_from_its_weights(
+    sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ViTModel's weights have other names in files than in the model."""
+    from vision_tower.sigterm import StopOnSigterm
+
+    values = {"model.class_token": "true", "training.max_steps": 6, "training.save_every": 4}
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    main(arguments(sample_world, whole, **values))
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSigterm, "_agreed", lambda self, world: (folder / "checkpoint-4").exists())
+        with pytest.raises(Stopped):
+            main(arguments(sample_world, folder, **values))
+    main(arguments(sample_world, folder, **values))
+    assert curve(folder) == curve(whole) and weights(folder) == weights(whole)
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(

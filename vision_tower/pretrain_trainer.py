@@ -14,6 +14,7 @@ from vision_tower.average import WeightAverage
 from vision_tower.bad_step import refuse
 from vision_tower.flops import known_peak, training_flops
 from vision_tower.images import normalize
+from vision_tower.loading import load_model
 from vision_tower.modeling import MAX_SCALE
 from vision_tower.pretrain_recipe import EncoderTraining
 from vision_tower.sigterm import leave_signals_to_the_trainer
@@ -99,6 +100,14 @@ class PretrainTrainer(StreamTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.average is not None:
             self.average.save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Weights of a checkpoint, by `from_pretrained`, which knows the names that files use for ViTModel.
+
+        Trainer's own version compares the file's names with the model's, warns, and goes on from the weights that the
+        run began with.
+        """
+        self.model.load_state_dict(load_model(resume_from_checkpoint).state_dict())
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The fp32 state dict on the main process, None elsewhere; to be called on all ranks."""

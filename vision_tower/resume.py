@@ -87,6 +87,13 @@ class ResumableTrainer(Trainer):
         self.stop = StopOnSigterm()
         self.add_callback(self.stop)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that is done is not trained further: transformers looks for the end only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # --- what a checkpoint holds besides weights and optimiser
 
     def own_state(self) -> dict[str, Any]:

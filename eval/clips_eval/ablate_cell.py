@@ -43,7 +43,10 @@ def run_cell(folder: Path, threads: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(threads)
-    sys.exit(run_command(_pretrain_and_retrieve, [str(folder)]))
+    code = run_command(_pretrain_and_retrieve, [str(folder)])
+    for loader in multiprocessing.active_children():  # they forgive one SIGTERM; multiprocessing sends that, and waits
+        loader.kill()
+    sys.exit(code)
 
 
 def _end_with_the_command() -> None:
