@@ -55,7 +55,7 @@ def start(world: Path, folder: Path, ranks: int = 1, **values: Any) -> subproces
     if ranks > 1:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *words]
     # The other runs are in this process: as many threads, or sums come in another order.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if ranks == 1 else 1)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
