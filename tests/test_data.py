@@ -17,13 +17,16 @@ from shard_files import counted, numbered, pair, png, write_parquet, write_tar
 from torch.utils.data import DataLoader
 
 from vision_tower.captions import split_sentences
-from vision_tower.data import CaptionSample, PairStream, read_texts
+from vision_tower.data import CaptionSample, PairStream, read_captions, read_texts
 from vision_tower.errors import UserError
+from vision_tower.objectives import CaptionRecipe, LossWeights, ObjectiveName, choose_objective
 from vision_tower.pairs_recipe import Augmentation, PairsRecipe, SourceRecipe
 from vision_tower.pretrain_recipe import PretrainRecipe
 from vision_tower.readers import Cursor
 from vision_tower.recipe import parse_recipe
 from vision_tower.shards import Row
+from vision_tower.texts import TextDrawer
+from vision_tower.tokenizer import ClipsTokenizer
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
 
@@ -212,16 +215,47 @@ def test_unreadable_samples_are_skipped_and_counted(tmp_path: Path, capfd: pytes
         ("x7.json", json.dumps({"web_caption": "", "synthetic_caption": " "}).encode()),
         ("x7.png", png()),
         ("x8.json", json.dumps({"web_caption": "w", "synthetic_caption": "f"}).encode()),
+        ("x9.json", json.dumps({"web_caption": "w", "synthetic_caption": 9}).encode()),
+        ("x9.png", png()),
     ]
     write_tar(tmp_path / "a.tar", good + bad)
     source = stream(str(tmp_path / "a.tar"), most_bad=0.5, shuffle_buffer=0)
     samples = take(source, 15)  # the 15th is past the bad ones
     assert sorted(int(sample.web) for sample in samples[:14]) == list(range(14))
     causes = {"corrupt image": 2, "malformed json": 2, "no 'web_caption'": 2, "no caption": 1}
-    assert samples[-1].cursor.places[0].bad == causes | {"no image": 1}
+    causes |= {"no image": 1, "'synthetic_caption' is no text": 1}
+    assert samples[-1].cursor.places[0].bad == causes
     lines = capfd.readouterr().err.strip().splitlines()
-    assert len(lines) == 5 and all(str(tmp_path / "a.tar") in line for line in lines)  # one a cause
+    assert len(lines) == 6 and all(str(tmp_path / "a.tar") in line for line in lines)  # one a cause
     assert len(read_texts(source.recipe, 100)) == 2 * 18  # the vocabulary does not stumble over them
+
+
+@pytest.mark.parametrize("objective", ["clips", "clip-web", "clip-synthetic", "clipa-mix"])
+def test_a_pair_is_skipped_where_the_objective_lacks_a_caption(tmp_path: Path, objective: ObjectiveName) -> None:
+    """Empty texts would be each other's false negatives. A synthetic caption that is missing is the web caption."""
+    web = [pair(f"{n}", web=None if n % 2 else f"web {n}") for n in range(10)]
+    write_tar(tmp_path / "a.tar", [member for row in web for member in row])
+    tokenizer = ClipsTokenizer.train(["a web caption 0 1 2 3 4 5 6 7 8 9", "One. Two."], 60)
+    draw = TextDrawer(tokenizer, choose_objective(objective, LossWeights()), CaptionRecipe(), 20)
+    recipe = PairsRecipe(shards=str(tmp_path / "a.tar"), most_bad=0.9, shuffle_buffer=0, augmentation=PLAIN)
+    samples = take(PairStream(recipe, 8, 0, 0, 1, draw), 6)  # in clips and clip-web the last one is of the second pass
+    wanted = {"no web caption": 5} if objective in ("clips", "clip-web") else {}
+    assert samples[-1].cursor.places[0].bad == wanted
+    assert all(pieces for sample in samples for pieces in sample.texts.values())
+
+
+def test_a_vocabulary_from_columns_that_are_not_there_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counting(row: Row, *rest: Any) -> tuple[str, str]:
+        asked.append(row.key)
+        return read_captions(row, *rest)
+
+    monkeypatch.setattr("vision_tower.data.read_captions", counting)
+    assert read_texts(PairsRecipe(shards=numbered(tmp_path, 4, 50), web_caption="caption"), 20) == []
+    assert len(asked) == 20
 
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:

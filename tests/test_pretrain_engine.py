@@ -21,6 +21,7 @@ from test_pretrain import arguments, losses, metrics
 from train_runs import deepspeed_launcher, launch_several, subprocess_environment
 
 from vision_tower.errors import UserError, run_command
+from vision_tower.loading import load_model
 from vision_tower.pretrain import main
 from vision_tower.training import _take_one_device
 
@@ -280,11 +281,28 @@ def test_a_locked_tower_keeps_its_weights(averaged: Path, tiny_world: Path, tmp_
     assert tokens[0] == tokens[1]
 
 
+def test_a_locked_tower_keeps_what_no_recipe_says(averaged: Path, tiny_world: Path, tmp_path: Path) -> None:
+    """Published towers have other epsilons than ours: the embeddings are the checkpoint's all the same."""
+    given = tmp_path / "given"
+    shutil.copytree(averaged, given)
+    config = json.loads((given / "config.json").read_text())
+    config["vision_config"]["layer_norm_eps"] = 1e-2
+    (given / "config.json").write_text(json.dumps(config))
+    values = {"lock.tower": "image", "lock.checkpoint": given, "training.max_steps": 1}
+    main(arguments(tiny_world, tmp_path / "run", **values))
+    pixels = torch.rand(2, 3, *[config["vision_config"]["image_size"]] * 2, generator=torch.Generator().manual_seed(0))
+    before, after = (load_model(folder).eval().embed_images(pixels) for folder in (given, tmp_path / "run"))
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"lock.tower": "image"}, "lock: tower and checkpoint belong together"),
-        ({"lock.tower": "image", "model.image.width": 64}, "its image tower is of another shape than model.image"),
+        ({"lock.tower": "image", "model.image.width": 64}, "model.image: TowerRecipe(width=64, "),
+        ({"lock.tower": "image", "model.class_token": "true"}, "model.class_token: True in the recipe, False in"),
+        ({"lock.tower": "image", "model.positions": "learned"}, "model.positions: learned in the recipe, sincos in"),
+        ({"lock.tower": "text", "model.padding": "masked"}, "model.padding: masked in the recipe, attended in"),
         ({"lock.tower": "text", "model.vocabulary": "vocab.txt"}, "lock.tower=text: brings its own vocabulary"),
         ({"training.ema_decay": 1}, "training.ema_decay=1.0: from 0 to below 1"),
         ({"training.peak_tflops": 0}, "training.peak_tflops=0.0: a positive number"),

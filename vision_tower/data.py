@@ -5,8 +5,10 @@ Reader -> rows -> CaptionSample -> PairCollator -> {pixel_values, web_ids, ..., 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -48,7 +50,7 @@ class BadSample(ValueError):
 def read_captions(row: Row, source: SourceRecipe, rng: random.Random) -> tuple[str, str]:
     """(web caption, synthetic caption) of a row, one at random where there are several, empty where it is null.
 
-    Raises BadSample on malformed json and on a missing caption.
+    Raises BadSample on malformed json, on a missing field and on one that is no text.
     """
     fields = read_fields(row)
     web, full = (_one_of(fields, name, rng) for name in (source.web_caption, source.synthetic_caption))
@@ -73,7 +75,9 @@ def _one_of(fields: dict[str, Any], name: str, rng: random.Random) -> str:
     text = rng.choice(given) if isinstance(given, list) and given else given
     if isinstance(text, bytes):  # a member of its own
         text = text.decode("utf-8", errors="replace")
-    return str(text or "").strip()
+    if text and not isinstance(text, str):  # a number, or a picture's struct: another column is meant
+        raise BadSample(f"'{name}' is no text")
+    return (text or "").strip()
 
 
 def read_image(row: Row, source: SourceRecipe) -> bytes:
@@ -94,15 +98,10 @@ def read_texts(recipe: PairsRecipe, most: int) -> list[str]:
     texts: list[str] = []
     for source in recipe.sources:
         rng = random.Random(0)
-        found: list[str] = []
-        for row in _readable_rows(find_shards(source.shards), source.text_names):
-            try:
-                found += read_captions(row, source, rng)
-            except BadSample:
-                continue
-            if len(found) >= 2 * most // len(recipe.sources):
-                break
-        texts += found
+        rows = _readable_rows(find_shards(source.shards), source.text_names)
+        for row in itertools.islice(rows, max(1, most // len(recipe.sources))):
+            with contextlib.suppress(BadSample):
+                texts += read_captions(row, source, rng)
     return texts
 
 
@@ -164,11 +163,19 @@ class PairStream(IterableDataset[CaptionSample]):
             rng = random.Random(f"{self.seed}/{source.place.epoch}/{os.path.basename(row.shard)}/{row.key}")
             try:
                 pixels, web, full = self._decode(row, source.source, transform, least, rng)
+                texts = self._draw(web, full, rng)
             except (BadSample, BadImage) as error:
                 source.skip("corrupt image" if isinstance(error, BadImage) else str(error), row)
                 continue
             key = f"{row.shard}: {row.key}"
-            yield CaptionSample(pixels, web, full, self.draw_texts(web, full, rng), key, reader.cursor())
+            yield CaptionSample(pixels, web, full, texts, key, reader.cursor())
+
+    def _draw(self, web: str, full: str, rng: random.Random) -> dict[str, list[int]]:
+        """Empty texts are all alike: to the contrastive loss each would be a false negative of the others."""
+        texts = self.draw_texts(web, full, rng)
+        if empty := [stream for stream, pieces in texts.items() if not pieces]:
+            raise BadSample("no web caption" if "web" in empty else "no caption")
+        return texts
 
     @staticmethod
     def _decode(

@@ -159,7 +159,7 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
         UserError: no encoder there, or a size that differs.
     """
     model = load_model(folder, config.vision_config.image_size)
-    found = _recipe_words(model.config)
+    found = recipe_words(model.config)
     same = bool(model.config.captioner_layers) == bool(config.captioner_layers)
     same = same and model.config.teacher_forced == config.teacher_forced
     if not same or not config.captioner_layers:
@@ -180,7 +180,7 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
     return with_weights(ClipsModel, towers, state, folder, fresh=("captioner",))
 
 
-def _recipe_words(config: ClipsConfig) -> dict[str, object]:
+def recipe_words(config: ClipsConfig) -> dict[str, object]:
     """What a recipe would say of a model, but for its image size and vocabulary file."""
     image, text = config.vision_config, config.text_config
     return {
