@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -275,7 +276,10 @@ def test_pretraining_goes_on_from_a_converted_model(tmp_path: Path) -> None:
         ("vision_cfg.ls_init_value", 1e-5, "vision_cfg.ls_init_value is 1e-05"),
         ("vision_cfg.qk_norm", True, "vision_cfg.qk_norm is True"),
         ("vision_cfg.depth", 3, "vision_cfg.depth is not a field of open_clip's vision_cfg"),
-        ("vision_cfg.image_size", [28, 28], "vision_cfg.image_size is [28, 28], where a positive number is needed"),
+        ("vision_cfg.image_size", [28, 28], "vision_cfg.image_size is [28, 28], where a positive whole number"),
+        ("vision_cfg.layers", 2.5, "vision_cfg.layers is 2.5, where a positive whole number is needed"),
+        ("text_cfg.mlp_ratio", "4", "text_cfg.mlp_ratio is '4', where a positive number is needed"),
+        ("vision_cfg.norm_kwargs", {"eps": "x"}, "norm_kwargs.eps is 'x', where a small positive number is needed"),
         ("vision_cfg.head_width", 24, "vision_cfg.head_width does not divide the width 32"),
         ("vision_cfg.norm_kwargs", {"epsilon": 1}, "norm_kwargs is {'epsilon': 1}"),
         ("text_cfg.act_kwargs", None, "text_cfg.act_kwargs is None"),  # CLIPA
@@ -351,6 +355,7 @@ class Payload:
         ("cut bin", "not a readable file of weights"),
         ("empty bin", "not a readable file of weights"),
         ("list", "not a mapping of names to tensors"),
+        ("nan", "visual.proj holds NaN or infinity"),
         ("tokenizer", "tokenizer.json: not a WordPiece tokenizer"),
         ("vocabulary", "its vocabulary has 201 pieces, more than text_cfg.vocab_size=200"),
     ],
@@ -389,6 +394,8 @@ def test_damaged_files_are_refused(damage: str, message: str, small: tuple[Any, 
             pickled.write_bytes(b"")
         case "list":
             torch.save([1, 2], pickled)
+        case "nan":
+            save_file(state | {"visual.proj": torch.full_like(state["visual.proj"], math.nan)}, file)
         case "tokenizer":
             file.write_bytes(content)
             (source / "vocab.txt").unlink()

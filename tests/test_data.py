@@ -315,6 +315,26 @@ def test_shards_without_any_sample(tmp_path: Path) -> None:
         assert str(caught.value).startswith(file) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "data.shards: say where the pairs are"),
+        (
+            {"shards": "a.tar", "mixture": (SourceRecipe(shards="b.tar"),)},
+            "data.shards=a.tar: data.mixture has its own",
+        ),
+        ({"mixture": (SourceRecipe(shards="b.tar", weight=0),)}, "data.mixture[0].weight=0: must be"),
+        ({"mixture": (SourceRecipe(shards="b.tar", weight=float("nan")),)}, "data.mixture[0].weight=nan: must be"),
+        ({"shards": "a.tar", "most_bad": 2}, "data.most_bad=2: a share is from 0 to 1"),
+        ({"shards": "a.tar", "shuffle_buffer": -1}, "data.shuffle_buffer=-1: 0 (as they lie in the shards) or"),
+    ],
+)
+def test_values_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        PairsRecipe(**values).check()
+    assert str(caught.value).startswith(message)
+
+
 def test_a_mixture_draws_by_weight_and_each_source_once_a_pass(tmp_path: Path) -> None:
     """Names of columns are the sources' own: json keys and a text member in tars, columns and lists in Parquet."""
     members = [[(f"{n}.jpg", png()), (f"{n}.txt", f"tar {n}".encode())] for n in range(30)]
@@ -358,14 +378,6 @@ def test_a_mixture_in_yaml(tmp_path: Path) -> None:
     file.write_text("data: {mixture: [{shards: a.tar, wieght: 3}]}")
     with pytest.raises(UserError, match=r"'data\.mixture\[0\]\.wieght'; did you mean 'data\.mixture\[0\]\.weight'"):
         parse_recipe(PretrainRecipe, words, command="pretrain")
-
-
-def test_a_recipe_says_once_where_the_pairs_are() -> None:
-    for recipe in (PairsRecipe(), PairsRecipe(shards="a.tar", mixture=(SourceRecipe(shards="b.tar"),))):
-        with pytest.raises(UserError, match=r"data\.shards: say where the pairs are"):
-            recipe.check()
-    with pytest.raises(UserError, match=r"data\.mixture\[0\]\.weight=0"):
-        PairsRecipe(mixture=(SourceRecipe(shards="b.tar", weight=0),)).check()
 
 
 def test_grey_of_16_bits_keeps_its_shades() -> None:

@@ -57,8 +57,10 @@ class Section:
                 )
         found = {key: given.get(key, default) for key, default in self.sizes.items()}
         for key, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise UserError(f"{file}: {self.name}.{key} is {value!r}, where a positive number is needed")
+            whole = isinstance(self.sizes[key], int)
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
+                kind = "positive whole number" if whole else "positive number"
+                raise UserError(f"{file}: {self.name}.{key} is {value!r}, where a {kind} is needed")
         return found
 
 
@@ -219,7 +221,10 @@ def _eps(file: Path, section: dict[str, Any]) -> float:
     norm = section.get("norm_kwargs") or {}
     if not isinstance(norm, dict) or set(norm) - {"eps"}:
         raise UserError(f"{file}: norm_kwargs is {norm!r}, where only 'eps' is known")
-    return float(norm.get("eps", 1e-5))
+    eps = norm.get("eps", 1e-5)
+    if not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise UserError(f"{file}: norm_kwargs.eps is {eps!r}, where a small positive number is needed")
+    return float(eps)
 
 
 def _ratio(width: int, mlp: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from vision_tower.errors import UserError
 
@@ -80,7 +81,7 @@ class PairsRecipe:
         synthetic_caption: the synthetic caption's column, likewise.
         mixture: several sources with shards, weight, image, web_caption and synthetic_caption each, instead of the four
             values above.
-        shuffle_buffer: samples that are shuffled together, per loader process.
+        shuffle_buffer: samples that are shuffled together, per loader process; 0 leaves them as they lie in a shard.
         most_bad: share of unreadable samples, or of unreadable shards, above which the run stops.
         augmentation: what happens to pictures in training.
     """
@@ -110,9 +111,22 @@ class PairsRecipe:
 
     def check(self) -> None:
         """Raise UserError where it does not say what to read."""
-        if (self.shards is None) == (not self.mixture):
-            raise UserError("data.shards: say where the pairs are, or give several sources as data.mixture; not both")
+        if self.shards is None and not self.mixture:
+            raise UserError("data.shards: say where the pairs are, or give several sources as data.mixture")
+        if self.shards is not None and self.mixture:
+            raise UserError(
+                f"data.shards={self.shards}: data.mixture has its own; take one out (data.shards=null where a recipe "
+                "brings it)"
+            )
         for number, source in enumerate(self.mixture):
-            if source.weight <= 0:
-                raise UserError(f"data.mixture[{number}].weight={source.weight}: must be above 0; leave the source out")
+            if not 0 < source.weight < math.inf:
+                raise UserError(
+                    f"data.mixture[{number}].weight={source.weight}: must be a number above 0; or leave the source out"
+                )
+        if self.shuffle_buffer < 0:
+            raise UserError(
+                f"data.shuffle_buffer={self.shuffle_buffer}: 0 (as they lie in the shards) or a number of samples"
+            )
+        if not 0 <= self.most_bad <= 1:
+            raise UserError(f"data.most_bad={self.most_bad}: a share is from 0 to 1")
         self.augmentation.check()

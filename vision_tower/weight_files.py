@@ -16,13 +16,16 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     Of a training checkpoint that is its `state_dict`, and DistributedDataParallel's `module.` is taken off the names.
 
     Raises:
-        UserError: a damaged file, one that wants to run code, or one that holds no tensors.
+        UserError: a damaged file, one that wants to run code, one without tensors, or with a weight that is not finite.
     """
     tree = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
     if not (isinstance(tree, dict) and tree and all(isinstance(value, torch.Tensor) for value in tree.values())):
         raise UserError(f"{file}: not a mapping of names to tensors; give a file of weights")
+    for name, value in tree.items():
+        if not value.isfinite().all():
+            raise UserError(f"{file}: {name} holds NaN or infinity; its training has diverged, give another checkpoint")
     return {str(name).removeprefix("module."): value for name, value in tree.items()}
 
 
