@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from clips_mllm.feature_store import DIGESTS, IS_KNOWN, KNOWN, FeatureStore
 from clips_mllm.fingerprints import module_hash, value_hash
 from vision_tower.errors import UserError
+from vision_tower.images import DECODING
 
 
 def open_cached_tower(
@@ -54,6 +55,7 @@ def open_cached_tower(
         "feature_layer": layers,
         "feature_select": config.vision_feature_select_strategy,
         "image_processor": processor.image_processor.to_dict(),
+        "decoding": DECODING,
         "precision": f"{tower.dtype}{' under bf16 autocast' if autocast else ''} on {arguments.device.type}",
     }
     width = tower.config.hidden_size * (1 if isinstance(layers, int) else len(layers))

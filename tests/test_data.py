@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from shard_files import counted, numbered, pair, png, write_parquet, write_tar
 from torch.utils.data import DataLoader
 
 from vision_tower.captions import split_sentences
 from vision_tower.data import CaptionSample, PairStream, read_captions, read_texts
 from vision_tower.errors import UserError
+from vision_tower.images import BadImage, decode_image
 from vision_tower.objectives import CaptionRecipe, LossWeights, ObjectiveName, choose_objective
 from vision_tower.pairs_recipe import Augmentation, PairsRecipe, SourceRecipe
 from vision_tower.pretrain_recipe import PretrainRecipe
@@ -383,9 +385,6 @@ def test_a_mixture_in_yaml(tmp_path: Path) -> None:
 def test_grey_of_16_bits_keeps_its_shades() -> None:
     """Medical pictures and depth maps; as whites alone they would teach nothing."""
     import numpy as np
-    from PIL import Image
-
-    from vision_tower.images import BadImage, decode_image
 
     def encoded(pixels: np.ndarray, form: str) -> bytes:
         buffer = io.BytesIO()
@@ -402,10 +401,6 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
 
 
 def test_damaged_pictures_never_escape_as_other_errors() -> None:
-    from PIL import Image
-
-    from vision_tower.images import BadImage, decode_image
-
     rng = random.Random(0)
     picture = Image.effect_noise((40, 40), 80).convert("RGB")
     refused = 0
@@ -421,3 +416,21 @@ def test_damaged_pictures_never_escape_as_other_errors() -> None:
             except BadImage:
                 refused += 1
     assert refused > 200
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_photograph_stands_upright(kind: str) -> None:
+    """Phones store pictures as the sensor lies, with a note of how it was held. A damaged note says nothing."""
+    tall = Image.new("RGB", (32, 64), "red")
+    tall.paste("blue", (0, 0, 32, 16))  # sky
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    tall.transpose(Image.Transpose.ROTATE_90).save(out, kind, exif=exif)
+    for picture in (decode_image(out.getvalue()), decode_image(out.getvalue(), least=16)):
+        wide, high = picture.size
+        assert high == 2 * wide
+        assert picture.getpixel((wide // 2, 1))[2] > 200 > 100 > picture.getpixel((wide // 2, high - 2))[2]
+    out = io.BytesIO()
+    tall.save(out, kind, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode_image(out.getvalue()).size == (32, 64)

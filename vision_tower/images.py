@@ -7,7 +7,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet
 STD = (0.229, 0.224, 0.225)
+DECODING = 2  # raised where `decode_image` gives other pixels: features kept on disk belong to one of its versions
 
 # What Pillow's decoders raise on damaged files, besides its own errors.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
@@ -25,7 +26,7 @@ class BadImage(ValueError):
 
 
 def decode_image(content: bytes, least: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """RGB picture of encoded bytes.
+    """RGB picture of encoded bytes, upright by its EXIF orientation, as `datasets` and transformers give it.
 
     Args:
         least: pixels a side that are enough. JPEG is then decoded at a half, a quarter or an eighth, whichever is the
@@ -41,13 +42,22 @@ def decode_image(content: bytes, least: int | None = None, formats: tuple[str, .
         if least is not None:
             picture.draft("RGB", (least, least))
         picture.load()
-        return picture if picture.mode == "RGB" else _as_rgb(picture)  # which would copy it
+        return _upright(picture if picture.mode == "RGB" else _as_rgb(picture))  # each would copy it
     except UnidentifiedImageError as error:
         raise BadImage("not an image, by its first bytes") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
         raise BadImage(str(error) or type(error).__name__) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned by its EXIF orientation; one that cannot be read says nothing about the pixels."""
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(picture) if turned else picture  # which would copy it
+    except _BROKEN:
+        return picture
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
