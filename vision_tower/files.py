@@ -24,6 +24,8 @@ def read_object(path: Path) -> dict[str, Any]:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}); make the file again") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid JSON (nested too deeply); make the file again") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a JSON object is expected, this is {type(tree).__name__}; make the file again")
     return tree
