@@ -29,7 +29,7 @@ import torch
 
 from clips_mllm.fingerprints import picture_digest
 from vision_tower.errors import disk_is_full
-from vision_tower.files import write_text
+from vision_tower.files import make_folder, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +80,7 @@ class FeatureStore:
         self.found = multiprocessing.Value("l", 0)
         self.added = multiprocessing.Value("l", 0)
         self.corrupt = multiprocessing.Value("l", 0)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not (folder / "about.json").is_file():
             write_text(folder / "about.json", json.dumps(about, indent=1, default=str))
         self._writer: tuple[BinaryIO, BinaryIO] | None = None

@@ -45,6 +45,10 @@ def _lines(file: Path, stream: TextIO) -> Iterator[Any]:
                 raise UserError(
                     f"{file}: line {number}: not valid JSON ({error.msg}); mend or remove the line"
                 ) from error
+            except RecursionError as error:
+                raise UserError(
+                    f"{file}: line {number}: not valid JSON (nested too deeply); mend or remove the line"
+                ) from error
     if blank:
         raise UserError(f"{file}: empty; expected a JSON list of conversations")
 
@@ -101,6 +105,8 @@ class _ListReader:
             except json.JSONDecodeError as error:
                 if not self._more(len(self.text)):
                     raise self._error(error.msg, error.pos) from error
+            except RecursionError as error:
+                raise self._error("nested too deeply", self.at) from error
 
     def _more(self, least: int = 0) -> bool:
         """Read on; doubling, so that an element longer than a block costs no square."""

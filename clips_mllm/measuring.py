@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,7 +35,9 @@ FILE = "evaluation.jsonl"
 
 
 class Scorer(Protocol):
-    """What measures tasks on a model that is being trained."""
+    """What measures tasks on a model that is being trained. `names` are those of the scores that it can give."""
+
+    names: Collection[str]
 
     def evaluate(self, mllm: Mllm, step: int) -> dict[str, float]:
         """Scores by name, of the model as it is. Called on every rank."""
@@ -76,6 +78,7 @@ class Measuring(TrainerCallback):
         self.held = held
         self.collate = collate
         self.scorer = load_scorer(recipe)
+        self._require_best(() if self.scorer is None else self.scorer.names)  # before step 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop the lines that a resumed run will write again."""
@@ -93,12 +96,18 @@ class Measuring(TrainerCallback):
             if self.scorer is not None:
                 scores |= self._task_scores(trainer)
         trainer.model.train(was_training)
-        if (self.recipe.keep_best or self.recipe.patience) and self.recipe.best_by not in scores:
-            raise UserError(f"evaluation.best_by={self.recipe.best_by}: not measured; there are {', '.join(scores)}")
+        self._require_best(scores)  # a task may come out without a score that it could have given
         if trainer.is_world_process_zero():
             with (self.folder / FILE).open("a") as stream:
                 stream.write(json.dumps({"step": trainer.state.global_step, **scores}) + "\n")
         return scores
+
+    def _require_best(self, names: Collection[str]) -> None:
+        """Raise UserError where what tells the best is neither the held-out loss nor one of `names`."""
+        recipe = self.recipe
+        there = dict.fromkeys(["loss", *names] if self.held is not None else names)
+        if (recipe.keep_best or recipe.patience) and recipe.best_by not in there:
+            raise UserError(f"evaluation.best_by={recipe.best_by}: not measured; there are {', '.join(there)}")
 
     def _task_scores(self, trainer: MllmTrainer) -> dict[str, float]:
         """On all ranks in step, as weights that are divided need; rank 0's scores count."""

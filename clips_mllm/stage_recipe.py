@@ -87,7 +87,7 @@ class TrainEvaluationRecipe:
         batch_size: samples in one forward pass of one device.
         tasks: recipe of `clips-mllm evaluate` (configs/eval/): its lmms-eval tasks are measured too.
         scorer: with `tasks`, what measures them: MODULE:FUNCTION, called with the recipe's path, returns an object
-            with `evaluate(mllm, step) -> dict[str, float]`.
+            with `evaluate(mllm, step) -> dict[str, float]` and those scores' `names`.
         best_by: which number tells the best: "loss", or a score of `tasks`, larger is better.
         keep_best: end with the best weights instead of the last; their checkpoint is never removed.
         patience: stop after so many measurements without a better one; 0 never stops early.

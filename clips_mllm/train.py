@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from clips_mllm.row_source import require_file
 from clips_mllm.train_recipe import InstructionRecipe, InstructionSource, MllmRecipe, TrainRecipe
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import read_object
 from vision_tower.precision import computes_bf16, settle_precision
 from vision_tower.recipe import parse_recipe
 from vision_tower.training import (
@@ -41,7 +40,6 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(TrainRecipe, drop_launcher_arguments(argv), command="train")
     recipe.check()
     recipe = dataclasses.replace(recipe, training=settle_precision(recipe.training, computes_bf16))
-    check_zero(recipe)
     for source in recipe.data.sources:
         require_file(source)
     if recipe.evaluation.every and recipe.evaluation.file is not None:
@@ -189,18 +187,6 @@ def further_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "restore_callback_states_from_checkpoint": bool(evaluation.patience),
         "save_total_limit": max(kept, 2) if evaluation.keep_best else kept,  # the newest to go on from, and the best
     }
-
-
-def check_zero(recipe: TrainRecipe) -> None:
-    """Raise UserError where ZeRO-3 would have to divide 4-bit weights."""
-    if recipe.stage.adapter.kind != "qlora" or recipe.training.deepspeed is None:
-        return
-    zero = read_object(Path(recipe.training.deepspeed)).get("zero_optimization", {})
-    if zero.get("stage") == 3:
-        raise UserError(
-            f"training.deepspeed={recipe.training.deepspeed}: ZeRO-3 cannot divide 4-bit weights; take "
-            "configs/deepspeed/zero2.json, or stage.adapter.kind=lora"
-        )
 
 
 def masters_in_fp32(model: torch.nn.Module) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 from clips_mllm.prompts import TemplateName
 from clips_mllm.stage_recipe import MllmTraining, StageRecipe, TrainEvaluationRecipe
 from vision_tower.errors import UserError
+from vision_tower.files import read_object
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
@@ -189,4 +191,16 @@ class TrainRecipe:
             raise UserError(
                 "model.checkpoint: an adapter is saved without its base, which must be a checkpoint; give a run of "
                 "stage 1 (configs/mllm/*_align.yaml) instead of tower and llm"
+            )
+        self._check_zero()
+
+    def _check_zero(self) -> None:
+        """Raise UserError where ZeRO-3 would have to divide 4-bit weights."""
+        if self.stage.adapter.kind != "qlora" or self.training.deepspeed is None:
+            return
+        zero = read_object(Path(self.training.deepspeed)).get("zero_optimization", {})
+        if zero.get("stage") == 3:
+            raise UserError(
+                f"training.deepspeed={self.training.deepspeed}: ZeRO-3 cannot divide 4-bit weights; take "
+                "configs/deepspeed/zero2.json, or stage.adapter.kind=lora"
             )

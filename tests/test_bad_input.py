@@ -161,6 +161,19 @@ def test_an_image_size_that_the_patch_does_not_divide(run: Run, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_that_cannot_be_made(
+    run: Run, sample_world: Path, mllm_dir: Path, encoder_dir: Path, tmp_path: Path
+) -> None:
+    retrieval = str(sample_world / "retrieval" / "test.json")
+    for argv, place in (
+        (["convert", str(encoder_dir), "/proc/x/y", "--to", "clips"], "/proc/x/.y.partial: cannot be made"),
+        (["retrieve", str(encoder_dir), "--data", retrieval, "--output", "/proc/x/y.json"], "/proc/x: cannot be made"),
+        (arguments(tmp_path, sample_world, mllm_dir, **{"data.feature_cache": "/proc/x"}), "/proc/x/"),
+    ):
+        line = run(argv, alone=False)
+        assert line.startswith(place) and line.endswith("; give another folder")
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 

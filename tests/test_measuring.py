@@ -31,6 +31,8 @@ def scorer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {"scores": iter([0.1, 0.5, 0.3, 0.2, 0.1, 0.1])}
 
     class Scorer:
+        names = ("pope",)
+
         def evaluate(self, mllm: Mllm, step: int) -> dict[str, float]:
             torch.rand(3)
             assert not mllm.model.training and mllm.tokenizer.padding_side == "left"
@@ -151,6 +153,22 @@ def test_early_stop_and_the_best_weights(
     assert any(not torch.equal(last[name], final[name]) for name in best)
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
+
+
+def test_a_best_that_no_task_measures_is_said_before_step_1(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """Of lmms-eval's tasks by the names that its own metrics have here, not after hours at the first measurement."""
+    data = write_parquet(tmp_path / "pope.parquet", pope_rows())
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(f"tasks: [{{task: clips_pope_random, data: {data}}}]\n")
+    values = {"evaluation.every": 2, "evaluation.tasks": tasks, "evaluation.patience": 1, "training.max_steps": 2}
+    given = {"model.checkpoint": mllm_dir, "evaluation.best_by": "pope_random_acuracy"} | values
+    assert run_command(main, words(tmp_path / "run", sample_world, **given)) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    measured_names = [f"pope_random_{metric}" for metric in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
+    assert f"evaluation.best_by=pope_random_acuracy: not measured; there are {', '.join(measured_names)}" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from clips_mllm.sampler import LengthGroupedSampler
 from clips_mllm.train_recipe import InstructionRecipe
 from clips_mllm.trainer import supervised_loss
 from vision_tower.errors import UserError
+from vision_tower.files import read_object
 
 IMAGE_PART = {"type": "image"}
 
@@ -106,12 +107,20 @@ def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:
         ("a.json", "[]", "a.json: expected a non-empty JSON list"),
         ("a.json", '{"id": 1}', "a.json: expected a non-empty JSON list of conversations, found dict"),
         ("a.jsonl", '{"id": 1}\n\n{"id": \n', "a.jsonl: line 3: not valid JSON"),
+        ("a.json", "[" * 100_000, "a.json: line 1: not valid JSON .nested too deeply"),
+        ("a.jsonl", '{"id": 1}\n' + "[" * 100_000, "a.jsonl: line 2: not valid JSON .nested too deeply"),
     ],
 )
 def test_malformed_files_name_the_line(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_rows(tmp_path / name))
+
+
+def test_an_object_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"a\.json: not valid JSON \(nested too deeply\)"):
+        read_object(tmp_path / "a.json")
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

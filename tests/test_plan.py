@@ -37,6 +37,7 @@ from vision_tower.recipe import parse_recipe
 from vision_tower.training import compile_blocks
 
 ROOT = Path(__file__).parents[1]
+QLORA = ["--config", "configs/mllm/vicuna_7b_finetune_qlora.yaml"]
 SHAPE = Shape(tower=CLIP_L336, llm=VICUNA_7B)
 
 
@@ -327,6 +328,10 @@ def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeyp
         (
             ["--config", "configs/mllm/vicuna_7b_align.yaml", "--model.feature_layer", "25"],
             "model.feature_layer=25: the tower has hidden states 0 to 24",
+        ),
+        (
+            [*QLORA, "--training.deepspeed", "configs/deepspeed/zero3.json"],
+            "training.deepspeed=configs/deepspeed/zero3.json: ZeRO-3 cannot divide 4-bit weights",
         ),
     ],
 )

@@ -24,6 +24,8 @@ def read_object(path: Path) -> dict[str, Any]:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}); make the file again") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid JSON (nested too deeply); make the file again") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a JSON object is expected, this is {type(tree).__name__}; make the file again")
     return tree
@@ -52,9 +54,20 @@ def check_model_exists(name: str, key: str) -> None:
         raise UserError(f"{name}: no such folder ({key}); run the stage before first, or give a hub id like owner/name")
 
 
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, where they are not there. Raises UserError where nothing can be made, as in /proc.
+
+    A place without permission is an OSError, of which `run_command` makes a line too.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError) as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); give another folder") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     work = path.with_name(f".{path.name}.{os.getpid()}.partial")  # ranks may write the same file
     try:
         work.write_text(text, encoding="utf-8")
@@ -68,13 +81,13 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `destination` at the end and is gone where an error ends it.
 
     Raises:
-        UserError: a destination that exists and is not an empty folder.
+        UserError: a destination that exists and is not an empty folder, or cannot be made.
     """
     if not destination.name or (destination.exists() and (not destination.is_dir() or any(destination.iterdir()))):
         raise UserError(f"{destination}: not an empty folder; give a new one")
     work = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    make_folder(work)
     try:
         yield work
     except BaseException:

@@ -47,6 +47,8 @@ def load_scorer(recipe: str) -> TaskScorer:
             raise UserError(f"{recipe}: {name} '{value}': not measured inside a run; take {name} out of this recipe")
     with untouched_randomness():
         from clips_eval.lmms_run import quiet_libraries, survey_tasks
+        from clips_eval.lmms_scores import metric_names
+        from clips_eval.lmms_tasks import load_task
 
         try:
             with quiet_libraries():
@@ -56,15 +58,22 @@ def load_scorer(recipe: str) -> TaskScorer:
     if skipped:  # a score that is there at no step is noticed days later
         told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
         raise UserError(f"{recipe}: tasks that cannot run here ({told}); mend the cause, or take them out")
-    return TaskScorer(parsed, manager)
+    with untouched_randomness(), quiet_libraries(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
+        try:
+            tasks = [load_task(spec, manager, Path(folder)) for spec in parsed.specs]
+        except UserError as error:
+            raise UserError(f"{recipe}: {error}") from error
+        names = [_score_name(name, key) for some in tasks for name, task in some.items() for key in metric_names(task)]
+    return TaskScorer(parsed, manager, names)
 
 
 class TaskScorer:
-    """Measures the recipe's tasks whenever it is asked to."""
+    """Measures the recipe's tasks whenever it is asked to; `names` are those of the scores."""
 
-    def __init__(self, recipe: EvaluateRecipe, manager: TaskManager) -> None:
+    def __init__(self, recipe: EvaluateRecipe, manager: TaskManager, names: list[str]) -> None:
         self.recipe = recipe
         self.manager = manager
+        self.names = names
 
     def evaluate(self, mllm: Mllm, step: int) -> dict[str, float]:
         """`{task}_{metric}` of the model as it is; our tasks without their "clips_".
@@ -99,12 +108,16 @@ class TaskScorer:
                         count = min(recipe.limit or len(task.eval_docs), len(task.eval_docs))
                         for metric, value in task_scores(name, found, count).items():
                             if metric != "n":
-                                scores[f"{name.removeprefix('clips_')}_{metric}"] = value
+                                scores[_score_name(name, metric)] = value
         except UserError as error:
             raise UserError(f"step {step}: {error}") from error
         finally:
             mllm.model.train(training)
         return scores
+
+
+def _score_name(task: str, metric: str) -> str:
+    return f"{task.removeprefix('clips_')}_{metric}"
 
 
 @contextlib.contextmanager

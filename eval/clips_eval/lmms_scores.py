@@ -100,6 +100,11 @@ def add_intervals(
     return found
 
 
+def metric_names(task: Task) -> list[str]:
+    """The metrics that a task can have in lmms.json, by their names there."""
+    return [_own_name(task.config.task, metric) for metric in task.aggregation()]
+
+
 def lower_is_better(task: str, metrics: Sequence[Mapping[str, Any]] | None) -> list[str]:
     """The metrics whose smaller value is the better one, by their names in lmms.json.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vision_tower.errors import UserError, run_command
-from vision_tower.files import read_text
+from vision_tower.files import make_folder, read_text
 from vision_tower.pictures import Pair, Skips
 from vision_tower.recipe import parse_recipe
 
@@ -92,8 +92,9 @@ def main(argv: list[str]) -> None:
     skips = Skips(recipe.data, recipe.most_bad)
     pairs, total = _pairs(recipe, skips)
     encoder = load_encoder(recipe.encoder, recipe.device)
-    found = embed_pairs(encoder, pairs, recipe.batch_size, skips, total=total)
     output = recipe.output or recipe.encoder / "retrieval.json"
+    make_folder(output.parent)  # before the work, not after it
+    found = embed_pairs(encoder, pairs, recipe.batch_size, skips, total=total)
     recalls, told = score(recipe.encoder, found), trust(found)
     result = {
         "format": FORMAT,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_tower.errors import NotFinite, UserError, run_command
+from vision_tower.files import make_folder
 from vision_tower.recipe import parse_recipe
 
 FORMAT = 1  # of zeroshot.json
@@ -72,6 +73,8 @@ def main(argv: list[str]) -> None:
     from vision_tower.zeroshot import classify
 
     encoder = load_encoder(recipe.encoder, recipe.device)
+    output = recipe.output or recipe.encoder / "zeroshot.json"
+    make_folder(output.parent)  # before the work, not after it
     skips = Skips(str(recipe.data), recipe.most_bad)
     try:
         scores = classify(encoder, task, recipe.batch_size, skips)
@@ -94,7 +97,6 @@ def main(argv: list[str]) -> None:
         **provenance(recipe.encoder, encoder, "zeroshot", argv),
         "seconds": round(time.perf_counter() - start, 2),
     }
-    output = recipe.output or recipe.encoder / "zeroshot.json"
     write_json(output, result)
     print(_table(result, output))
 
