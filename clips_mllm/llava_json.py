@@ -1,6 +1,7 @@
 """A row of LLaVA JSON, or of the forms that hub data sets use, as a conversation in chat-template form.
 
     {"image": path | [paths], "conversations": [{"from": "human" | "gpt" | "system", "value"}]}     LLaVA
+    the same with the list as text, in JSON                                                         tables on the hub
     {"images": [...], "messages": [{"role", "content"}]}                                            TRL and others
     {"images": [...], "texts": [{"user", "assistant"}]}                                             FineVision
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 from clips_mllm.prompts import IMAGE, Message
@@ -106,6 +108,11 @@ def _images(row: dict[str, Any]) -> list[str] | list[int]:
 def _turns(row: dict[str, Any], images: int) -> Any:
     """Turns as LLaVA has them, of whichever form."""
     match row:
+        case {"conversations": str() as text}:
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError):
+                raise BadRow("'conversations' is text that is no JSON") from None
         case {"conversations": turns} if turns is not None:
             return turns
         case {"messages": list() as messages}:

@@ -23,6 +23,7 @@ HUB = "hf://datasets/"
 JSON_ENDINGS = (".json", ".jsonl")
 CHUNK = 2000  # rows that a worker checks at a time
 CHUNK_WITH_PICTURES = 100
+NO_ROWS = "holds no rows; make it again, or take the source out"
 HERE = b"\0"  # in the place of a picture's bytes
 
 
@@ -47,9 +48,10 @@ def open_table(source: InstructionSource) -> Dataset:
     """The rows of a source that is no JSON, memory-mapped; its pictures stay encoded.
 
     Raises:
-        UserError: no such file or data set, or none that `datasets` can read.
+        UserError: no such file or data set, none that `datasets` can read, or one without rows.
     """
     import datasets
+    import pyarrow.parquet as pq
 
     try:
         match source.file:
@@ -58,6 +60,9 @@ def open_table(source: InstructionSource) -> Dataset:
             case name if Path(name).suffix == ".parquet":
                 require_file(source)
                 files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+                files = [file for file in files if pq.read_metadata(file).num_rows]  # `datasets` fails on one without
+                if not files:
+                    raise UserError(f"{name}: {NO_ROWS}")
                 table = datasets.load_dataset("parquet", data_files=files, split="train")
             case name if Path(name).is_dir():
                 saved = (Path(name) / "state.json").is_file()
@@ -68,11 +73,15 @@ def open_table(source: InstructionSource) -> Dataset:
                 )
     except UserError:
         raise
+    except IndexError as error:  # from `load_from_disk`, where nothing was saved
+        raise UserError(f"{source.file}: {NO_ROWS}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(
             f"{source.file}: cannot be read as a data set ({words}); check the path and the file"
         ) from error
+    if not len(table):
+        raise UserError(f"{source.file}: {NO_ROWS}")
     return _encoded(table)
 
 

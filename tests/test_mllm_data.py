@@ -64,6 +64,12 @@ def test_an_opening_answer_is_dropped_and_text_only_is_fine() -> None:
     )
 
 
+def test_conversations_as_text() -> None:
+    """As tables on the hub often have them."""
+    plain = row("2 plus 2?", "Four.")
+    assert to_example(plain | {"conversations": json.dumps(plain["conversations"])}) == to_example(plain)
+
+
 def test_outer_blanks_of_an_answer_go() -> None:
     """They would merge with the prompt's last token, so that training saw another prompt than inference."""
     assert to_example(row("2 plus 2?", "\n Four. \n")).messages[1]["content"] == [text("Four.")]
@@ -85,6 +91,9 @@ def test_outer_blanks_of_an_answer_go() -> None:
         (row("Hello!", first="gpt"), "no answer"),
         ({"id": 1}, "no 'conversations'"),
         ({"id": 1, "conversations": []}, "no 'conversations'"),
+        ({"id": 1, "conversations": "null"}, "no 'conversations'"),
+        ({"id": 1, "conversations": "What? Cat."}, "'conversations' is text that is no JSON"),
+        ({"id": 1, "conversations": "[" * 100_000}, "'conversations' is text that is no JSON"),
         ("a string", "no 'conversations'"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "without 'from'"),
         ({"conversations": [{"from": "human", "value": None}]}, "without 'from'"),

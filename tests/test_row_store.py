@@ -138,6 +138,7 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
         file = tmp_path / "set"
     else:
         table.to_parquet(str(file))
+        table.select([]).to_parquet(str(tmp_path / "none.parquet"))  # which a glob may find, too
     source = InstructionSource(file=str(tmp_path / "*.parquet" if kind == "glob" else file), images=str(tmp_path))
     found = RowStore(source)
     assert answers(map(found.example, range(3))) == ["Answer 0.", "Answer 1.", "Answer 2."]
@@ -155,12 +156,17 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
         ("rows.txt", "none of .json, .jsonl, .parquet"),
         ("bad.parquet", "cannot be read as a data set"),
         ("empty", "cannot be read as a data set"),
+        ("none.parquet", "none.parquet: holds no rows; make it again"),
+        ("saved", "saved: holds no rows; make it again"),
     ],
 )
 def test_sources_that_cannot_be_read(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     (tmp_path / "empty").mkdir()
+    none = datasets.Dataset.from_dict({"conversations": []})
+    none.to_parquet(str(tmp_path / "none.parquet"))
+    none.save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match=message) as error:
         RowStore(InstructionSource(file=str(tmp_path / name)))
     assert "\n" not in str(error.value)
