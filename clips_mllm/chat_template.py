@@ -53,9 +53,11 @@ def own_format(tokenizer: PreTrainedTokenizerFast) -> OwnFormat:
     return OwnFormat(own, bos is not None and tokenizer("")["input_ids"][:1] == [bos])
 
 
-def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName) -> str:
+def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: str = "data.template") -> str:
     """The Jinja text that training renders with and the checkpoint carries.
 
+    Args:
+        key: where the name was given, for messages.
     Raises:
         UserError: `tokenizer` is asked for and the LLM has none of its own.
     """
@@ -64,7 +66,7 @@ def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName) -> str:
         return (WRITES_BOS if own.adds_bos else "") + load_template(name)
     if not own.chat_template:
         raise UserError(
-            f"data.template=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own; choose "
+            f"{key}=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own; choose "
             f"another (plain, {', '.join(END_TOKENS)})"
         )
     preamble = "" if own.chat_template.startswith(_preamble()) else _preamble()
@@ -72,20 +74,25 @@ def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName) -> str:
 
 
 def adopt_template(
-    processor: LlavaProcessor, name: TemplateName, model: LlavaForConditionalGeneration | None = None
+    processor: LlavaProcessor,
+    name: TemplateName,
+    model: LlavaForConditionalGeneration | None = None,
+    key: str = "data.template",
 ) -> str:
     """Make a template the checkpoint's: processor, tokenizer, BOS, and where the model's answers end.
 
+    Args:
+        key: where the name was given, for messages.
     Returns:
         The Jinja text.
     Raises:
         UserError: the template does not suit the tokenizer, or labels cannot be told with it.
     """
     tokenizer = processor.tokenizer
-    text = template_for(tokenizer, name)
+    text = template_for(tokenizer, name, key)
     tokenizer.init_kwargs[KEY] = dataclasses.asdict(own_format(tokenizer))
     _leave_bos_to_the_template(tokenizer)
-    end = _end_of_answer(tokenizer, name, text)
+    end = _end_of_answer(tokenizer, name, text, key)
     if model is not None and end is not None:
         _stop_at(model.generation_config, end)
     processor.chat_template = tokenizer.chat_template = text
@@ -104,19 +111,19 @@ def _leave_bos_to_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     assert not tokenizer("")["input_ids"], "the tokenizer still adds special tokens"
 
 
-def _end_of_answer(tokenizer: PreTrainedTokenizerFast, name: TemplateName, text: str) -> int | None:
+def _end_of_answer(tokenizer: PreTrainedTokenizerFast, name: TemplateName, text: str, key: str) -> int | None:
     """The id of the token that ends an answer, found in a rendered conversation."""
     if name == "plain":
         return None
     try:
         rendered, spans = render_text(PROBE, text, tokenizer)
     except Unsupervised as error:
-        raise UserError(f"data.template={name}: {error}; choose another, chatml suits most LLMs") from error
+        raise UserError(f"{key}={name}: {error}; choose another, chatml suits most LLMs") from error
     for piece in special_pieces(tokenizer):
         if rendered[: spans[-1][1]].endswith(piece):
             return int(tokenizer.convert_tokens_to_ids(piece))
     raise UserError(
-        f"data.template={name}: it ends answers with {END_TOKENS.get(name, rendered[-20:])!r}, which is not one "
+        f"{key}={name}: it ends answers with {END_TOKENS.get(name, rendered[-20:])!r}, which is not one "
         "special piece of this LLM's tokenizer; choose the template of its family, or 'tokenizer'"
     )
 

@@ -52,7 +52,7 @@ def import_llava(recipe: ConvertRecipe) -> None:
     with new_folder(recipe.destination) as work:
         model, processor, line = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
         print(f"{recipe.source}: {line}", flush=True)
-        adopt_template(processor, recipe.template, model)
+        adopt_template(processor, recipe.template, model, key="--template")
         save_mllm(model, processor, work)
         note_origin(work, made_by="convert", source=str(recipe.source), tower=recipe.tower, llm=recipe.llm)
     print(f"{recipe.destination}: written as a stock LLaVA checkpoint; conversations as {recipe.template}")

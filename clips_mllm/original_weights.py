@@ -116,7 +116,7 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
     Raises:
         UserError: no stock LLaVA checkpoint there, or one that reads its tower in a way the original code cannot.
     """
-    from transformers import AutoConfig, LlavaConfig
+    from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
 
     from clips_mllm.adapters import is_adapter, read_config
     from vision_tower.loading import read_pretrained
@@ -124,6 +124,11 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
     adapter = is_adapter(source)
     base = Path(str(read_config(source).base_model_name_or_path)) if adapter else source
     config = read_pretrained(AutoConfig, base)
+    if isinstance(config, LlavaNextConfig):
+        raise UserError(
+            f"{source}: shows pictures in tiles (LLaVA-NeXT), and mm_projector.bin has no place for the end of their "
+            "rows; give a run without model.tiles"
+        )
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{source}: a '{config.model_type}' checkpoint, not a stock LLaVA model; give a `train` run")
     names = {stock: f"{PROJECTOR}{original}" for original, stock in LINEAR.items()}
