@@ -9,6 +9,7 @@ Source: `CLIPVisionCfg` and `CLIPTextCfg` of open_clip 3.3, and the JSON files o
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ class Section:
         found = {key: given.get(key, default) for key, default in self.sizes.items()}
         for key, value in found.items():
             whole = isinstance(self.sizes[key], int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if whole else (int, float))
+                or not 0 < value < math.inf
+            ):
                 kind = "positive whole number" if whole else "positive number"
                 raise UserError(f"{file}: {self.name}.{key} is {value!r}, where a {kind} is needed")
         return found
