@@ -408,6 +408,14 @@ def test_damaged_files_are_refused(damage: str, message: str, small: tuple[Any, 
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_diverged_run_is_not_converted(encoder_dir: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(encoder_dir, tmp_path / "source"))
+    state = load_file(source / "model.safetensors")
+    state["visual_projection.weight"][0, 0] = math.inf
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    refuse(source, tmp_path, "visual_projection.weight holds NaN or infinity")
+
+
 def test_masked_padding_has_no_open_clip_form(encoder_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(encoder_dir, source)

@@ -63,11 +63,14 @@ def read_source(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     from vision_tower.loading import load_model
     from vision_tower.open_clip_config import FILE
     from vision_tower.tokenizer import ClipsTokenizer
+    from vision_tower.weight_files import refuse_not_finite
 
     if (folder / FILE).is_file():
         return read_open_clip(folder)
     if (folder / "config.json").is_file():
-        return load_model(folder), ClipsTokenizer.from_pretrained(folder)
+        model = load_model(folder)
+        refuse_not_finite(folder, model.state_dict())
+        return model, ClipsTokenizer.from_pretrained(folder)
     raise UserError(f"{folder}: neither {FILE} nor config.json here; give a folder of open_clip or of `pretrain`")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,10 +24,17 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         tree = tree["state_dict"]
     if not (isinstance(tree, dict) and tree and all(isinstance(value, torch.Tensor) for value in tree.values())):
         raise UserError(f"{file}: not a mapping of names to tensors; give a file of weights")
-    for name, value in tree.items():
-        if not value.isfinite().all():
-            raise UserError(f"{file}: {name} holds NaN or infinity; its training has diverged, give another checkpoint")
+    refuse_not_finite(file, tree)
     return {str(name).removeprefix("module."): value for name, value in tree.items()}
+
+
+def refuse_not_finite(source: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where a weight is NaN or infinite, naming it."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{source}: {name} holds NaN or infinity; its training has diverged, give another checkpoint"
+            )
 
 
 def _read_safetensors(file: Path) -> object:
