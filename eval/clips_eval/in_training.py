@@ -45,7 +45,7 @@ def load_scorer(recipe: str) -> TaskScorer:
     for name, only in MEASURED.items():
         if (value := getattr(parsed, name)) != only:
             raise UserError(f"{recipe}: {name} '{value}': not measured inside a run; take {name} out of this recipe")
-    with untouched_randomness():
+    with untouched_randomness(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
         from clips_eval.lmms_run import quiet_libraries, survey_tasks
         from clips_eval.lmms_scores import metric_names
         from clips_eval.lmms_tasks import load_task
@@ -53,17 +53,13 @@ def load_scorer(recipe: str) -> TaskScorer:
         try:
             with quiet_libraries():
                 _, skipped, manager = survey_tasks(parsed)
+                if skipped:  # a score that is there at no step is noticed days later
+                    told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
+                    raise UserError(f"tasks that cannot run here ({told}); mend the cause, or take them out")
+                tasks = [load_task(spec, manager, Path(folder)) for spec in parsed.specs]
         except UserError as error:
             raise UserError(f"{recipe}: {error}") from error
-    if skipped:  # a score that is there at no step is noticed days later
-        told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
-        raise UserError(f"{recipe}: tasks that cannot run here ({told}); mend the cause, or take them out")
-    with untouched_randomness(), quiet_libraries(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
-        try:
-            tasks = [load_task(spec, manager, Path(folder)) for spec in parsed.specs]
-        except UserError as error:
-            raise UserError(f"{recipe}: {error}") from error
-        names = [_score_name(name, key) for some in tasks for name, task in some.items() for key in metric_names(task)]
+    names = [_score_name(name, key) for some in tasks for name, task in some.items() for key in metric_names(task)]
     return TaskScorer(parsed, manager, names)
 
 
