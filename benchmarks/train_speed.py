@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -185,10 +184,16 @@ def child(args: argparse.Namespace) -> None:
     found = {
         "rate": rate(times[WARM_STEPS : args.steps], args.batch),
         "later": rate(times[args.steps + WARM_STEPS :], args.batch),
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory": peak_memory(),
         "losses": [json.loads(line)["loss"] for line in lines][: args.steps],
     }
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most; `ru_maxrss` would begin with what the process that started it has held."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
 def rate(times: list[float], batch: int) -> float | None:
