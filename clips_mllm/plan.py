@@ -131,7 +131,7 @@ class Plan:
             f"             of which {setup.trainable / 1e6:,.1f} M train"
             + ("" if setup.adapter == "none" else f" ({setup.adapter}, rank {setup.rank})"),
             f"samples      {self.lengths.samples or 'unknown number'}, longest {self.lengths.longest} tokens, mean "
-            f"{self.lengths.mean:.0f} ({'from the data' if self.lengths.measured else 'assumed, no file to look at'})",
+            f"{self.lengths.mean:.0f} ({'from the data' if self.lengths.measured else 'assumed: no JSON to look at'})",
             f"batch        {self.global_batch} = {setup.batch} x {setup.devices} {setup.kind} x {self.accumulation} "
             "accumulation",
             f"memory       of one {setup.kind}, at its peak (in the {memory.moment}); GB are 10^9 bytes",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clips_mllm.json_rows import read_rows
+from clips_mllm.llava_json import BadRow, Example, to_example
 from clips_mllm.mixture import mix, share
+from clips_mllm.prompts import Message
+from clips_mllm.row_source import JSON_ENDINGS
 from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe
 from vision_tower.errors import UserError
 
 LOOKED_AT = 5000  # samples, spread over the file
 TOKENS_A_WORD = 1.4  # where no tokenizer is at hand
 AROUND_A_TURN = {  # what a template writes around a question and an answer; "tokenizer" is taken to be like ChatML
-    "plain": ("", ""),
+    "plain": ("", "\n"),
     "vicuna_v1": ("USER: ", " ASSISTANT: </s>"),
     "llama_2": ("<s>[INST]  [/INST]", "  </s>"),
     "llama_3": tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n<|eot_id|>" for role in ("user", "assistant")),
@@ -51,7 +56,7 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
         UserError: a file that is no LLaVA JSON.
     """
     files = [Path(source.file) for source in data.sources]
-    if not all(file.is_file() and file.suffix in (".json", ".jsonl") for file in files):
+    if not all(file.is_file() and file.suffix in JSON_ENDINGS for file in files):
         sizes = [SAMPLES.get(file.name, 0) for file in files]
         known = sum(share(source, size) for source, size in zip(data.sources, sizes, strict=True) if size)
         mean = min(data.max_length, patches + 300)
@@ -63,45 +68,44 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
             pictures=1.0,
             measured=False,
         )
-    found = [_rows(file) for file in files]
+    found = [list(read_rows(file)) for file in files]
     rows = [row for part in found for row in part]
     chosen = mix(data.sources, [len(part) for part in found], data.seed)
     rows = rows if chosen is None else [rows[place] for place in chosen]
-    looked = [row for row in rows[:: max(1, len(rows) // LOOKED_AT)] if row.get("conversations")]
+    looked = list(_examples(rows[:: max(1, len(rows) // LOOKED_AT)]))
     if not looked:
         raise UserError(f"{files[0]}: no conversations; `clips-mllm data doctor` tells more")
     count = _counter(model)
-    spoken = [[count(turn["value"]) for turn in row["conversations"]] for row in looked]
-    learnt = [
-        sum(tokens + 1 for tokens, turn in zip(counts, row["conversations"], strict=True) if turn["from"] == "gpt")
-        for counts, row in zip(spoken, looked, strict=True)
-    ]
-    pictures = [sum(turn["value"].count("<image>") for turn in row["conversations"]) for row in looked]
     around = [count(text) for text in AROUND_A_TURN.get(data.template, AROUND_A_TURN["chatml"])]
-    written = [sum(around[turn["from"] == "gpt"] for turn in row["conversations"]) for row in looked]
-    whole = [
-        min(data.max_length, sum(counts) + template + patches * seen)
-        for counts, template, seen in zip(spoken, written, pictures, strict=True)
-    ]
+    whole, learnt = [], []
+    for example in looked:
+        spoken = [(turn["role"] == "assistant", _text(turn, data.template)) for turn in example.messages]
+        tokens = [(answer, count(text)) for answer, text in spoken]
+        pictures = patches * len(example.images)
+        whole.append(min(data.max_length, pictures + sum(around[answer] + length for answer, length in tokens)))
+        learnt.append(sum(length + 1 for answer, length in tokens if answer))
     return Lengths(
         samples=len(rows),
         longest=max(whole),
         mean=sum(whole) / len(whole),
         supervised=sum(learnt) / len(learnt),
-        pictures=sum(pictures) / len(pictures),
+        pictures=sum(len(example.images) for example in looked) / len(looked),
         measured=True,
     )
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    text = file.read_text(encoding="utf-8")
-    try:
-        rows = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}: not valid JSON ({error.msg}); make the file again") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: a list of samples is expected; give LLaVA JSON")
-    return [row for row in rows if isinstance(row, dict)]
+def _examples(rows: list[Any]) -> Iterator[Example]:
+    """Without the bad rows, which the doctor tells of and training leaves out."""
+    for row in rows:
+        with contextlib.suppress(BadRow):
+            yield to_example(row)
+
+
+def _text(turn: Message, template: str) -> str:
+    """What of a turn is written: `plain` shows the pictures of a question alone."""
+    if template == "plain" and turn["role"] != "assistant":
+        return ""
+    return "".join(part.get("text", "") for part in turn["content"])
 
 
 def _counter(model: MllmRecipe) -> Any:
@@ -113,4 +117,4 @@ def _counter(model: MllmRecipe) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
-    return lambda text: len(tokenizer.encode(text.replace("<image>", ""), add_special_tokens=False).ids)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -237,6 +237,36 @@ def test_lengths_come_from_the_data(words: list[str], mllm_dir: Path, capsys: py
     assert plan["steps"] == round(len(dataset) / 8)
 
 
+def test_every_form_of_a_row_is_read(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that training leaves out, for want of its picture's placeholder, does not stand in the way."""
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red square"}]
+    spoken = [{"role": "user", "content": said[0]["value"]}, {"role": "assistant", "content": said[1]["value"]}]
+    forms: list[dict[str, Any]] = [
+        {"image": "a.png", "conversations": said},
+        {"image": "a.png", "conversations": json.dumps(said)},
+        {"images": ["a.png"], "messages": spoken},
+        {"images": ["a.png"], "texts": [{"user": "What is it?", "assistant": "a red square"}]},
+    ]
+    found = []
+    for rows in ([form] for form in forms):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"image": "a.png"}]))
+        found.append(planned(capsys, *words, f"--data.file={tmp_path / 'rows.jsonl'}")["lengths"])
+    assert all(one == found[0] for one in found[1:]) and found[0]["pictures"] == 1
+
+
+def test_plain_writes_no_question(words: list[str], mllm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from clips_mllm.data import InstructionDataset
+
+    words = [*words, "--data.template=plain"]
+    found = planned(capsys, *words)["lengths"]
+    recipe = parse_recipe(PlanRecipe, words, command="plan")
+    assert recipe.data is not None
+    dataset = InstructionDataset(recipe.data, load_mllm(mllm_dir, device="cpu").processor)
+    lengths = [len(dataset.load(at)[1].ids) for at in range(len(dataset))]
+    assert found["longest"] == pytest.approx(max(lengths), rel=0.1)
+    assert found["mean"] == pytest.approx(sum(lengths) / len(lengths), rel=0.1)
+
+
 def test_weights_and_caps_of_a_mixture_are_counted(
     words: list[str], sample_world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
