@@ -135,6 +135,8 @@ def test_values_that_do_not_fit_together(run: Run, sample_world: Path, mllm_dir:
     assert "'checkpoint', or both 'tower' and 'llm'" in run(both)
     extra = arguments(out, sample_world, mllm_dir, **{"training.extra": '{"optm": "sgd"}'})
     assert "training.extra.optm" in run(extra, alone=False)
+    extra = arguments(out, sample_world, mllm_dir, **{"training.extra": '{"optim": "adamx"}'})
+    assert "training.extra: adamx is not" in run(extra, alone=False)
     evaluation = {"evaluation.every": 1, "evaluation.share": 0.1}
     for values, said in (
         ({"model.image_size": 64}, "model.image_size=64: a checkpoint brings its own"),

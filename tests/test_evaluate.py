@@ -153,6 +153,21 @@ def test_blank_and_no_image_show_what_they_say(mllm: SimpleNamespace) -> None:
     assert none.pictures == [] and none.prompt == blank.prompt.replace("<image>", "")
 
 
+def test_a_picture_given_by_path_is_upright(mllm: SimpleNamespace, tmp_path: Path) -> None:
+    from PIL import ExifTags, Image
+
+    from clips_eval.lmms_model import ClipsMllm
+    from clips_eval.lmms_requests import ask_chat
+
+    lying = Image.new("RGB", (40, 20))
+    lying.getexif()[ExifTags.Base.Orientation] = 6
+    lying.save(tmp_path / "lying.jpg", exif=lying.getexif())
+    document = ([str(tmp_path / "lying.jpg")], "What?")
+    (request,) = make_requests([document], ClipsMllm(mllm=mllm))
+    (shown,) = ask_chat(request, document, mllm.processor, "none").pictures
+    assert shown.size == (20, 40)
+
+
 def test_wordings_change_the_line_and_nothing_else(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
     main([str(checkpoint), "--config", str(recipe), "--wording", "all", "--output", str(tmp_path / "lmms.json")])
     prompts = [

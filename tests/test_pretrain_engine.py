@@ -201,6 +201,16 @@ def test_a_cpu_without_bf16_trains_in_fp32(tiny_world: Path, tmp_path: Path, mon
         main(own)
 
 
+def test_a_warm_up_that_outlasts_the_run_is_told(
+    tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = FULL_BATCH | {"training.max_steps": 2}
+    main(arguments(tiny_world, tmp_path / "short", **options, **{"training.warmup_steps": 2}))
+    assert "the warm-up takes 2 steps and the run 2: training.learning_rate is never" in capsys.readouterr().err
+    main(arguments(tiny_world, tmp_path / "long", **options, **{"training.warmup_steps": 1}))
+    assert "warm-up" not in capsys.readouterr().err
+
+
 def test_compiled_blocks_train_the_same(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated by the compiler; its last stage, machine code, would take half a minute."""
     from torch._dynamo.utils import counters

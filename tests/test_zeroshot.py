@@ -85,6 +85,14 @@ def test_names_and_templates_from_files(world: Path) -> None:
     assert found["templates"] == ["a {} thing", "{a} {} thing"] and found["n_texts"] == 6
 
 
+def test_classes_of_one_name_are_told(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "names.txt").write_text("cold\ncold\nred\n")
+    run(world, "--classes", str(world / "names.txt"))
+    assert "note: blue, green: all named 'cold'; no encoder can" in capsys.readouterr().err
+    run(world)
+    assert "note:" not in capsys.readouterr().err
+
+
 def test_underscores_in_folders_are_spaces(world: Path) -> None:
     (world / "data" / "red").rename(world / "data" / "deep_red")
     assert [row["name"] for row in run(world)["classes"]] == ["blue", "deep red", "green"]

@@ -25,6 +25,14 @@ class ZeroShotTask:
     templates: list[str]
     pictures: list[Labelled]
 
+    @property
+    def twins(self) -> dict[str, list[str]]:
+        """Names that several folders have, as two of ImageNet's in some lists; an encoder cannot tell them apart."""
+        found: dict[str, list[str]] = {}
+        for folder, name in zip(self.folders, self.names, strict=True):
+            found.setdefault(name, []).append(folder)
+        return {name: folders for name, folders in found.items() if len(folders) > 1}
+
 
 def load_task(root: Path, templates: Path | None = None, classes: Path | None = None) -> ZeroShotTask:
     """Read an ImageFolder, its templates and its class names.

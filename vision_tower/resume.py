@@ -94,6 +94,17 @@ class ResumableTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """And tell of a run that ends before its learning rate has risen."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup >= num_training_steps and self.is_world_process_zero():
+            print(
+                f"warning: the warm-up takes {warmup} steps and the run {num_training_steps}: "
+                "training.learning_rate is never reached",
+                file=sys.stderr,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # --- what a checkpoint holds besides weights and optimiser
 
     def own_state(self) -> dict[str, Any]:

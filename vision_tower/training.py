@@ -54,8 +54,8 @@ def become_the_only_rank() -> None:
 
 
 def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) -> TrainingArguments:
-    """The recipe in transformers' words, and `more` of them. Unknown names in `extra` and a missing DeepSpeed file are
-    UserErrors."""
+    """The recipe in transformers' words, and `more` of them. What it does not take of `extra`, and a missing DeepSpeed
+    file, are UserErrors."""
     import torch
     from transformers import TrainingArguments
 
@@ -96,7 +96,12 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     }
     if recipe.gradient_checkpointing:  # transformers 5.23 warns of the name even where it is off
         values["gradient_checkpointing"] = True
-    arguments = TrainingArguments(**(values | more | recipe.extra))
+    try:
+        arguments = TrainingArguments(**(values | more | recipe.extra))
+    except (ValueError, TypeError) as error:
+        if not recipe.extra:
+            raise
+        raise UserError(f"training.extra: {' '.join(str(error).split())}") from error
     _join_ranks(arguments)
     _take_one_device(arguments)
     check_one_precision(recipe.precision)

@@ -123,9 +123,10 @@ def readable(place: str) -> Iterator[None]:
 
 def _shown(source: Image | str, control: Control, processor: LlavaProcessor) -> Image:
     """The picture, or under the blank control one of its size in the mean colour, which is zero to the tower."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    picture = Image.open(source) if isinstance(source, str) else source
+    # Upright, as `datasets` gives a task the pictures of its documents.
+    picture = ImageOps.exif_transpose(Image.open(source)) if isinstance(source, str) else source
     if control != "blank":
         return picture.convert("RGB")
     mean = processor.image_processor.image_mean or [0.5] * 3

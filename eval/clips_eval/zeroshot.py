@@ -64,6 +64,9 @@ def main(argv: list[str]) -> None:
     from vision_tower.image_folder import load_task
 
     task = load_task(recipe.data, recipe.templates, recipe.classes)
+    for name, folders in task.twins.items():
+        said = f"note: {', '.join(folders)}: all named '{name}'; no encoder can tell their pictures apart"
+        print(said, file=sys.stderr)
 
     from clips_eval.provenance import diverged, provenance
     from clips_eval.report_files import write_json
