@@ -118,6 +118,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     [
         (["--stepz", "4"], "did you mean '--steps'?"),
         (["--part.weigths=4"], "did you mean '--part.weights'?"),
+        (['--parts=[{"nam": "b"}]'], "parts: unknown key 'nam'; did you mean 'name'?; see"),
+        (['--parts=[{"name": "b", "weights": ["c"]}]'], "parts.weights: expected a list (each: a number), not 'c'"),
+        (['--parts=[{"weights": [1]}]'], "parts: without name; give it"),
+        (["--part.weights=[c]"], "part.weights: expected a list (each: a number), not 'c'"),
+        (["--part=3"], "part: expected a section of keys, not '3'"),
         (["--steps", "x"], "steps: expected a whole number, not 'x'"),
         (["--rate", "fast"], "rate: expected a number, not 'fast'"),
         (["--config"], "--config"),

@@ -146,12 +146,20 @@ def _check_mapping(file: Path, tree: Mapping[str, Any], kind: type, prefix: str)
     hints = get_type_hints(kind)
     for key, value in tree.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
-            remedy = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys: {', '.join(sorted(hints))}"
-            raise UserError(f"{file}: unknown key '{prefix}{key}'; {remedy}")
-        for section in (hints[key], *get_args(hints[key])):
-            if dataclasses.is_dataclass(section) and isinstance(section, type):
-                _check_section(file, value, section, prefix=f"{prefix}{key}")
+            raise UserError(f"{file}: {_unknown_key(str(key), list(hints), prefix)}")
+        for section in _sections(hints[key]):
+            _check_section(file, value, section, prefix=f"{prefix}{key}")
+
+
+def _unknown_key(key: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key '{prefix}{key}'; {remedy}"
+
+
+def _sections(hint: Any) -> list[type]:
+    """The dataclasses of a field's type: of `Part`, `Part | None`, `tuple[Part, ...]`."""
+    return [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part) and isinstance(part, type)]
 
 
 def _check_section(file: Path, value: Any, section: type, prefix: str) -> None:
@@ -165,28 +173,42 @@ def _check_section(file: Path, value: Any, section: type, prefix: str) -> None:
 
 def _expected(message: str, kind: type) -> str | None:
     """What jsonargparse says of a wrong value, in the words of a recipe's reader; None for other messages."""
-    wrong = re.match(r'Parser key "([\w.]+)":', message.strip())
-    value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config ['\"](.*?)['\"]", message)
-    if wrong is None or value is None:
+    # A section in a list names itself and its key; a message within a message repeats its own.
+    place = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)":', message)))
+    hint = _type_of(place, kind) if message.strip().startswith("Parser key") else None
+    if hint is None:
         return None
+    if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
+        known = [name for part in _sections(hint) for name in get_type_hints(part)]
+        return f"{place}: {_unknown_key(unknown[1], known)}"
+    if missing := re.search(r"arguments are required: (.*)", message):
+        return f"{place}: without {missing[1]}; give it"
+    value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config ['\"](.*?)['\"]", message)
+    return None if value is None else f"{place}: expected {_type_name(hint)}, not '{value[1] or value[2]}'"
+
+
+def _type_of(place: str, kind: type) -> Any:
+    """The type of a field by its dotted name; None where there is none."""
     hint: Any = kind
-    for name in wrong[1].split("."):
-        sections = [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)]
+    for name in place.split("."):
+        sections = _sections(hint)
         hint = get_type_hints(sections[0]).get(name) if sections else None
-    return None if hint is None else f"{wrong[1]}: expected {_type_name(hint)}, not '{value[1] or value[2]}'"
+    return hint
 
 
 def _type_name(hint: Any) -> str:
     """`int | None` is "a whole number or null"."""
     if dataclasses.is_dataclass(hint):
         return "a section of keys"
-    origin = get_origin(hint)
+    origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
+        return "one of " + ", ".join(map(str, parts))
     if origin in (Union, UnionType):
-        return " or ".join(map(_type_name, get_args(hint)))
+        return " or ".join(map(_type_name, parts))
+    if origin in (list, tuple):
+        return f"a list (each: {_type_name(parts[0])})"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    return names.get(hint) or {list: "a list", tuple: "a list", dict: "a mapping"}.get(origin or hint, str(hint))
+    return names.get(hint) or {dict: "a mapping"}.get(origin or hint, str(hint))
 
 
 def _nearest_option(message: str, kind: type) -> str:
@@ -208,7 +230,7 @@ def _flat_keys(kind: type, prefix: str = "") -> list[str]:
 def _one_line(command: str, argv: list[str], message: str) -> str:
     words = " ".join(message.split())
     key = words.partition(":")[0]
-    given_here = any(word.partition("=")[0] == f"--{key}" for word in argv)
+    given_here = any(f"--{key}.".startswith(f"{word.partition('=')[0]}.") for word in argv)
     files = "" if given_here else ", ".join(map(str, _config_files(argv)))
     place = f"{files}: " if files else ""
     return f"{place}{words}; see 'clips-mllm {command} --help'"
