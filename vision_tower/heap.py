@@ -30,28 +30,33 @@ def keep_freed_memory() -> bool:
 
 
 class TrimHeap(TrainerCallback):
-    """Trims the heap of a run on a CPU when a step leaves it larger than the first step since the last trim did.
+    """Trims the heap of a run on a CPU that has grown beyond what its steps need.
 
-    Not after every step: trimmed pages come back zeroed, those of the activations too, which every step needs.
+    What they need is learnt from the first ones, and again from those after a trim: batches differ in length, and pages
+    that were trimmed for nothing come back zeroed, a fifth of a step's time.
 
     Args:
         growth: share by which resident memory may grow.
+        settling: steps that say what is needed.
     """
 
-    def __init__(self, growth: float = 0.05) -> None:
+    def __init__(self, growth: float = 0.05, settling: int = 20) -> None:
         self.growth = growth
-        self.usual: int | None = None
+        self.settling = settling
+        self.usual = 0
+        self.steps = 0  # since the last trim
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer."""
         if args.device.type != "cpu":
             return
         resident = psutil.Process().memory_info().rss
-        if self.usual is None:
-            self.usual = resident
+        self.steps += 1
+        if self.steps <= self.settling:
+            self.usual = max(self.usual, resident)
         elif resident > (1 + self.growth) * self.usual:
             trim_heap()
-            self.usual = None
+            self.usual = self.steps = 0
 
 
 def trim_heap() -> bool:
