@@ -178,6 +178,13 @@ def test_options_may_be_written_with_hyphens() -> None:
     assert recipe.batch_size == 4 and recipe.data == {"my-task": "a-b.parquet"}
 
 
+def test_a_path_at_home(write: Callable[[str], str]) -> None:
+    text = "output_dir: ~/run\nmodel: {checkpoint: a~/b}\ndata: {template: plain, mixture: [{file: ~/rows.json}]}"
+    recipe = parse_recipe(TrainRecipe, ["--config", write(text)], command="train")
+    assert recipe.output_dir == f"{Path.home()}/run" and recipe.model.checkpoint == "a~/b"
+    assert recipe.data.mixture[0].file == f"{Path.home()}/rows.json"
+
+
 def test_a_wrong_word_is_not_blamed_on_the_file(write: Callable[[str], str]) -> None:
     file = write("{file: a.txt, part: {name: given}}")
     with pytest.raises(UserError, match=r"^steps: expected a whole number"):
