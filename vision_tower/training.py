@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -15,12 +16,14 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_tower.errors import UserError
-from vision_tower.files import read_object, write_text
+from vision_tower.files import make_folder, read_object, write_text
 from vision_tower.recipe import dump_recipe
 from vision_tower.training_recipe import TrainingRecipe
 
@@ -184,6 +187,41 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Within this context no other run writes into the folder; on the main process. A killed run holds nothing.
+
+    Raises:
+        UserError: another one does.
+    """
+    import fcntl
+
+    if not is_main_process():
+        yield
+        return
+    make_folder(folder)
+    file = folder / ".run.lock"
+    with file.open("a+") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: loader processes do not inherit it
+        except (BlockingIOError, PermissionError) as error:
+            handle.seek(0)
+            raise UserError(
+                f"{folder}: another run is writing here ({handle.read() or 'just begun'}); wait for its end, or take "
+                "another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise  # some network file systems have no locks
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 def start_run_folder(folder: Path, recipe: Any) -> None:
     """Leave the resolved recipe and what it ran on, before anything is trained."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,8 +259,14 @@ def _version(package: str) -> str | None:
 
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint below `folder`: transformers writes `trainer_state.json` last."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    steps = checkpoint_steps(folder)
+    return str(folder / f"checkpoint-{steps[-1]}") if steps else None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints below `folder`, rising; a copy by another name is the user's own."""
+    names = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def keep_lines(file: Path, step: int) -> None:
