@@ -11,6 +11,7 @@ import pytest
 
 from clips_mllm.inspect import main
 from clips_mllm.train import main as train
+from vision_tower import training
 from vision_tower.errors import UserError
 from vision_tower.training import latest_checkpoint
 
@@ -70,6 +71,13 @@ def test_a_checkpoint_is_told_by_its_state(runs: Path, capsys: pytest.CaptureFix
     found = told(runs / "align" / "checkpoint-2", capsys)
     assert (found["kind"], found["facts"]["step"], found["facts"]["holds"]) == ("checkpoint", 2, "llava")
     assert found["origin"][0]["role"] == "tower"
+
+
+def test_the_revision_is_this_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a command is run in another repository, or in none."""
+    here = training._git_revision()
+    monkeypatch.chdir(tmp_path)
+    assert training._git_revision() == here
 
 
 def test_a_copy_of_a_checkpoint_is_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,7 +246,9 @@ def command_line() -> str:
 
 
 def _git_revision() -> str | None:
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """Of this code, not of the project that a command may be run in."""
+    here, words = Path(__file__).parent, ["git", "rev-parse", "HEAD"]
+    answer = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None
 
 
