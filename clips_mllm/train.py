@@ -45,6 +45,9 @@ def main(argv: list[str]) -> None:
         require_file(source)
     if recipe.evaluation.every and recipe.evaluation.file is not None:
         require_file(InstructionSource(file=recipe.evaluation.file), "evaluation.file")
+    evaluation = recipe.evaluation
+    if not evaluation.every and (evaluation.file or evaluation.share or evaluation.tasks) and is_main_process():
+        print("warning: evaluation.every=0, so nothing is measured or held out; set it", file=sys.stderr, flush=True)
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 
