@@ -201,6 +201,16 @@ def test_an_answer_that_occurs_in_the_templates_own_words() -> None:
     assert [text[a:b] for a, b in spans] == ["A cat.<|im_end|>", "<think>\n\n</think>\n\ni<|im_end|>"]
 
 
+@pytest.mark.parametrize(("family", "name"), [("llama_2", "vicuna_v1"), ("llama_2", "llama_2"), ("llama_3", "llama_3")])
+def test_the_words_after_bos_are_what_the_llm_knows(family: str, name: Any) -> None:
+    """Vicuna read `▁A` there, and not `A`, when it was trained: its tokenizer puts BOS before a text that begins."""
+    tokenizer, fresh = tiny_tokenizer(family), tiny_tokenizer(family)
+    template = template_for(tokenizer, name)
+    text, _ = render_text(TALKS["text"], template, tokenizer)
+    sample = render(TALKS["text"], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000)
+    assert sample.ids == fresh(text.removeprefix(fresh.bos_token).removeprefix(" "))["input_ids"]
+
+
 def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
     """As Vicuna brings it, with the packages that are pinned: sentencepiece and protobuf have to fit each other."""
     import sentencepiece
