@@ -292,6 +292,8 @@ def test_extra_fields_of_the_engine_are_checked_by_name(tmp_path: Path) -> None:
     assert arguments.adam_epsilon == 1e-6 and arguments.get_warmup_steps(200) == 20
     with pytest.raises(UserError, match=r"training\.extra\.adam_epsilom.*did you mean 'adam_epsilon'"):
         training_arguments(TrainingRecipe(extra={"adam_epsilom": 1.0}), tmp_path)
+    with pytest.raises(UserError, match=r"training\.extra\.gradient_accumulation_steps: .* set training\.global_batch"):
+        training_arguments(TrainingRecipe(extra={"gradient_accumulation_steps": 4}), tmp_path)
     with pytest.raises(UserError, match=r"none\.json: no such DeepSpeed configuration"):
         training_arguments(TrainingRecipe(deepspeed="none.json"), tmp_path)
 

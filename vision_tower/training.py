@@ -44,6 +44,32 @@ PACKAGES = (
     "lmms-eval",
 )
 
+# Fields of TrainingArguments that a recipe says in its own words; said twice, batch and resolved recipe would disagree.
+OWN_FIELDS = {
+    "output_dir": "output_dir",
+    "per_device_train_batch_size": "training.device_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "learning_rate": "training.learning_rate",
+    "warmup_steps": "training.warmup_steps",
+    "warmup_ratio": "training.warmup_ratio",
+    "max_steps": "training.max_steps",
+    "num_train_epochs": "training.epochs",
+    "weight_decay": "training.weight_decay",
+    "adam_beta1": "training.beta1",
+    "adam_beta2": "training.beta2",
+    "max_grad_norm": "training.clip_norm",
+    "bf16": "training.precision",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "deepspeed": "training.deepspeed",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.keep_checkpoints",
+    "logging_steps": "training.log_every",
+    "dataloader_num_workers": "training.workers",
+    "report_to": "training.report_to",
+    "seed": "training.seed",
+    "resume_from_checkpoint": "output_dir, from whose newest checkpoint a run goes on by itself",
+}
+
 
 def become_the_only_rank() -> None:
     """DeepSpeed asks for a group of processes; without a launcher it is a group of one."""
@@ -161,6 +187,8 @@ def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
     import difflib
 
     for name in recipe.extra:
+        if name in OWN_FIELDS:
+            raise UserError(f"training.extra.{name}: a recipe has its own field for it; set {OWN_FIELDS[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean '{near[0]}'?" if near else "see transformers.TrainingArguments"
