@@ -64,6 +64,7 @@ def add_adapter(model: AnyModel, stage: StageRecipe, modules: list[str]) -> Peft
     from peft import LoraConfig, get_peft_model
 
     name = model.name_or_path
+    base = os.path.abspath(name) if Path(name).is_dir() else name  # an adapter is read from any working directory
     config = LoraConfig(
         r=stage.adapter.rank,
         lora_alpha=stage.adapter.alpha,
@@ -71,11 +72,11 @@ def add_adapter(model: AnyModel, stage: StageRecipe, modules: list[str]) -> Peft
         use_dora=stage.adapter.kind == "dora",
         target_modules=modules,
         modules_to_save=[PROJECTOR] if stage.projector else None,
-        base_model_name_or_path=os.path.abspath(name) if Path(name).is_dir() else name,
     )
     if stage.projector:
         lend_row_end(model)
     joined = get_peft_model(model, config, autocast_adapter_dtype=False)
+    config.base_model_name_or_path = base  # only now: PEFT puts the model's own name there, as it was given
     if stage.projector:
         follow_row_end(model)
     return joined  # type: ignore[return-value]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # What ends an answer; `plain` ends with a line break, and a model trained with it is not for talking.
 END_TOKENS = {"vicuna_v1": "</s>", "llama_2": "</s>", "llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
-WRITES_BOS = "{{- bos_token -}}"
+WRITES_BOS = {"": "{{- bos_token -}}", " ": "{{- bos_token + ' ' -}}"}  # by what stands between it and the words
 KEY = "clips_mllm_llm"  # in tokenizer_config.json, where transformers keeps what it does not know
 
 PROBE = [
@@ -37,10 +37,13 @@ class OwnFormat:
     Attributes:
         chat_template: its chat template, if it has one.
         adds_bos: whether its tokenizer puts BOS in front of every text.
+        gap: what stands between a written BOS and the words, so that they become the ids that they are after one that
+            the tokenizer adds: Vicuna's begins a text with `▁A`, but goes on after `<s>` with `A`.
     """
 
     chat_template: str | None
     adds_bos: bool
+    gap: str = ""
 
 
 def own_format(tokenizer: PreTrainedTokenizerFast) -> OwnFormat:
@@ -50,7 +53,16 @@ def own_format(tokenizer: PreTrainedTokenizerFast) -> OwnFormat:
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     bos = tokenizer.bos_token_id
-    return OwnFormat(own, bos is not None and tokenizer("")["input_ids"][:1] == [bos])
+    adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+    return OwnFormat(own, adds_bos, _gap(tokenizer) if adds_bos else "")
+
+
+def _gap(tokenizer: PreTrainedTokenizerFast) -> str:
+    def ids(text: str, **options: bool) -> list[int]:
+        return list(tokenizer(text, **options)["input_ids"])
+
+    written = (gap for gap in WRITES_BOS if ids(f"{tokenizer.bos_token}{gap}A", add_special_tokens=False) == ids("A"))
+    return next(written, "")
 
 
 def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: str = "data.template") -> str:
@@ -63,7 +75,8 @@ def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: st
     """
     own = own_format(tokenizer)
     if name != "tokenizer":
-        return (WRITES_BOS if own.adds_bos else "") + load_template(name)
+        gap = "" if name == "plain" else own.gap  # which begins with a picture
+        return (WRITES_BOS[gap] if own.adds_bos else "") + load_template(name)
     if not own.chat_template:
         raise UserError(
             f"{key}=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own; choose "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -54,6 +55,8 @@ STOCK: dict[type, tuple[type[AnyModel], type[AnyProcessor]]] = {
     LlavaConfig: (LlavaForConditionalGeneration, LlavaProcessor),
     LlavaNextConfig: (LlavaNextForConditionalGeneration, LlavaNextProcessor),
 }
+# What some causal LMs (Gemma 2, Cohere, Granite) do to the logits, and LLaVA's class does not.
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 # Of towers and LLMs only, read as tensors only: Vicuna 1.5 and CLIP L/14 at 336 pixels are published in no other form.
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -105,18 +108,32 @@ def build_mllm(
 def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProcessor]:
     """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
     config = read_pretrained(AutoConfig, _existing(tower, "model.tower", SHARD_FILES + PICKLES))
+    if config.model_type not in VISION_HALVES:
+        check_tower(tower, config)
     if half := VISION_HALVES.get(config.model_type):
         vision, info = read_pretrained(half, tower, dtype=dtype, output_loading_info=True)
         refuse_partial_load(tower, info | {"unexpected_keys": ()})  # the text tower
     else:
         vision = _read_weights(AutoModel, tower, dtype)
-    check_tower(tower, vision.config)
     return vision, read_pretrained(AutoImageProcessor, tower)
 
 
 def read_llm(llm: str, dtype: str | torch.dtype) -> tuple[Any, PreTrainedTokenizerFast]:
     """A causal LM and its tokenizer. Raises UserError where either is missing or does not fit."""
-    language = _read_weights(AutoModelForCausalLM, _existing(llm, "model.llm", SHARD_FILES + PICKLES), dtype)
+    config = read_pretrained(AutoConfig, _existing(llm, "model.llm", SHARD_FILES + PICKLES))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{llm}: a '{config.model_type}' checkpoint, not a causal LM; give one of the LLaMA family, or a stage's "
+            "checkpoint as model.checkpoint"
+        )
+    language = _read_weights(AutoModelForCausalLM, llm, dtype)
+    scaled = next((name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)), None)
+    if scaled is not None or not hasattr(getattr(language, "model", None), "embed_tokens"):
+        why = f"its '{scaled}' would be lost" if scaled is not None else "it is built in another way"
+        raise UserError(
+            f"{llm}: a '{config.model_type}' model does not fit into stock LLaVA ({why}); give an LLM of the LLaMA "
+            "family: LLaMA, Mistral, Qwen2, Qwen3, SmolLM"
+        )
     return language, read_pretrained(AutoTokenizer, llm)
 
 

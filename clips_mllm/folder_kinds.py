@@ -17,6 +17,7 @@ from clips_mllm.original_config import is_original
 from clips_mllm.quantize import QUANTIZATION_FILE
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, read_text
+from vision_tower.training import checkpoint_steps
 
 PARTS = {  # marks in the names of weights
     "vision_tower.": "tower",
@@ -168,7 +169,7 @@ def _llm(folder: Path) -> Kind | None:
 def _unfinished(folder: Path) -> Kind | None:
     if not (folder / "recipe.yaml").is_file():
         return None
-    steps = sorted(int(path.parent.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*/trainer_state.json"))
+    steps = checkpoint_steps(folder)
     last = f"its last checkpoint is of step {steps[-1]}" if steps else "it has no checkpoint yet"
     line = f"unfinished run; {last}; the same command goes on from there"
     return Kind("unfinished_run", line, {"checkpoints": steps})

@@ -131,6 +131,11 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
         )
     if not isinstance(config, LlavaConfig):
         raise UserError(f"{source}: a '{config.model_type}' checkpoint, not a stock LLaVA model; give a `train` run")
+    if not isinstance(config.vision_feature_layer, int):
+        raise UserError(
+            f"{source}: its projector reads the hidden states {config.vision_feature_layer} of the tower, the original "
+            "code one; give a run with a single model.feature_layer"
+        )
     names = {stock: f"{PROJECTOR}{original}" for original, stock in LINEAR.items()}
     own = dict(_stock_projector([source / "adapter_model.safetensors"])) if adapter else {}  # none where it was frozen
     found = {names[name]: value for name, value in (own or dict(_stock_projector(weight_files(base)))).items()}
@@ -155,20 +160,25 @@ def _stock_projector(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 def _write_config(config: Any, file: Path, source: Path, tower: str | None) -> None:
     import json
 
+    from transformers import LlavaProcessor
+
     from clips_mllm.original_config import FEATURES, LLMS
     from vision_tower.files import write_text
+    from vision_tower.loading import read_pretrained
 
     classes = {llm: name for name, llm in LLMS.items() if name != "llava"}
     own = classes.get(config.text_config.model_type)
     if own is None:
         raise UserError(f"{source}: the original code has no class for the LLM '{config.text_config.model_type}'")
     selects = {ours: theirs for theirs, ours in FEATURES.items()}
+    pads = getattr(read_pretrained(LlavaProcessor, source).image_processor, "do_pad", False)
     values = config.text_config.to_dict() | {
         "model_type": own,
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": selects[config.vision_feature_select_strategy],
+        "image_aspect_ratio": "pad" if pads else "square",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,

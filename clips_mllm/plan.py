@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -154,8 +155,8 @@ class Plan:
 def make_plan(recipe: PlanRecipe, setup: Setup, lengths: Lengths) -> Plan:
     """Everything about a recipe on its devices. Raises UserError where the global batch does not divide."""
     available, training = recipe.available, recipe.training
-    epochs = training.epochs * lengths.samples / training.global_batch_size
-    steps = training.max_steps or round(epochs)
+    epoch = math.ceil(lengths.samples / training.global_batch_size)  # the last step of an epoch may be a smaller one
+    steps = training.max_steps or math.ceil(training.epochs * epoch)
     sizes = [
         size
         for size in range(1, training.global_batch_size + 1)

@@ -156,6 +156,7 @@ def read_shape(*, tower: str | None, llm: str | None, checkpoint: str | None) ->
         UserError: a folder without config.json that is in no list either, a config of another kind, or tiles.
     """
     if checkpoint is not None:
+        checkpoint = _base(checkpoint)
         values = _config(checkpoint)
         if values is None:
             return _listed(CHECKPOINTS, checkpoint, "model.checkpoint")
@@ -207,6 +208,12 @@ def tower_shape(values: dict[str, Any], place: str) -> TowerShape:
         )
     except KeyError as error:
         raise UserError(f"{place}: its config has no {error.args[0]}; not a vision tower") from error
+
+
+def _base(checkpoint: str) -> str:
+    """The base of an adapter, into which `train` merges it; any other checkpoint itself."""
+    file = Path(checkpoint) / "adapter_config.json"
+    return str(read_object(file).get("base_model_name_or_path")) if file.is_file() else checkpoint
 
 
 def _config(name: str) -> dict[str, Any] | None:

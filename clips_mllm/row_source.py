@@ -39,9 +39,15 @@ def image_folder(source: InstructionSource) -> Path:
 
 def require_file(source: InstructionSource, key: str = "data.file") -> None:
     """Before a model is loaded for minutes: raise UserError where a source's file is not there."""
-    found = glob.glob(source.file) if glob.has_magic(source.file) else [source.file]
-    if not source.file.startswith(HUB) and not any(Path(name).exists() for name in found):
+    if not source.file.startswith(HUB) and not matching(source.file):
         raise UserError(f"{source.file}: no such file ({key}); build the sample world or mend the path")
+
+
+def matching(name: str) -> list[str]:
+    """The files or folders of a name, or of a glob; brackets in the name of a file that is there are no glob."""
+    if Path(name).exists():
+        return [name]
+    return sorted(glob.glob(name)) if glob.has_magic(name) else []
 
 
 def open_table(source: InstructionSource) -> Dataset:
@@ -59,11 +65,13 @@ def open_table(source: InstructionSource) -> Dataset:
                 table = datasets.load_dataset(name.removeprefix(HUB), split=source.split)
             case name if Path(name).suffix == ".parquet":
                 require_file(source)
-                files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-                files = [file for file in files if pq.read_metadata(file).num_rows]  # `datasets` fails on one without
+                files = [
+                    file for file in matching(name) if pq.read_metadata(file).num_rows
+                ]  # `datasets` fails on one without
                 if not files:
                     raise UserError(f"{name}: {NO_ROWS}")
-                table = datasets.load_dataset("parquet", data_files=files, split="train")
+                exactly = [glob.escape(file) for file in files]  # `datasets` takes them for globs
+                table = datasets.load_dataset("parquet", data_files=exactly, split="train")
             case name if Path(name).is_dir():
                 saved = (Path(name) / "state.json").is_file()
                 table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=source.split)

@@ -21,6 +21,7 @@ from vision_tower.training import (
     drop_launcher_arguments,
     is_main_process,
     latest_checkpoint,
+    only_run_in,
     start_run_folder,
     training_arguments,
 )
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> None:
         require_file(source)
     if recipe.evaluation.every and recipe.evaluation.file is not None:
         require_file(InstructionSource(file=recipe.evaluation.file), "evaluation.file")
+    evaluation = recipe.evaluation
+    if not evaluation.every and (evaluation.file or evaluation.share or evaluation.tasks) and is_main_process():
+        print("warning: evaluation.every=0, so nothing is measured or held out; set it", file=sys.stderr, flush=True)
     folder = Path(recipe.output_dir)
     checkpoint = latest_checkpoint(folder)
 
@@ -56,6 +60,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.resume import refuse_other_recipe
     from vision_tower.sigterm import end_if_stopped
 
+    refuse_output(folder, recipe)
     if checkpoint is not None:
         refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
     # Before the model: ZeRO-3 shards it as it is built.
@@ -67,23 +72,41 @@ def main(argv: list[str]) -> None:
     if checkpoint is not None and is_main_process():
         compare_manifest(folder, recipe, parts)
     trainer, line = build_trainer(recipe, model, processor, examples, arguments)
-    preflight(trainer, folder)
-    show_data(trainer, recipe.data)
-    if is_main_process():
-        start_run_folder(folder, recipe)
-        write_manifest(folder, recipe, processor, parts, len(trainer.train_dataset))  # type: ignore[arg-type]
-        samples = f"{len(trainer.train_dataset):,} samples in {recipe.training.precision}"  # type: ignore[arg-type]
-        print(f"{samples}; {line}", file=sys.stderr, flush=True)
-    add_metrics_file(trainer, folder / "metrics.jsonl")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    end_if_stopped(trainer)
-    trainer.save_model(str(folder))
-    if is_main_process():
-        finish_manifest(folder)
-        print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
-        if trainer.tower is not None:
-            print(trainer.tower.store.summary(), file=sys.stderr, flush=True)
-    trainer.accelerator.wait_for_everyone()
+    with only_run_in(folder):
+        preflight(trainer, folder)
+        show_data(trainer, recipe.data)
+        if is_main_process():
+            start_run_folder(folder, recipe)
+            write_manifest(folder, recipe, processor, parts, len(trainer.train_dataset))  # type: ignore[arg-type]
+            samples = f"{len(trainer.train_dataset):,} samples in {recipe.training.precision}"  # type: ignore[arg-type]
+            print(f"{samples}; {line}", file=sys.stderr, flush=True)
+        add_metrics_file(trainer, folder / "metrics.jsonl")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        end_if_stopped(trainer)
+        trainer.save_model(str(folder))
+        if is_main_process():
+            finish_manifest(folder)
+            print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
+            if trainer.tower is not None:
+                print(trainer.tower.store.summary(), file=sys.stderr, flush=True)
+        trainer.accelerator.wait_for_everyone()
+
+
+def refuse_output(folder: Path, recipe: TrainRecipe) -> None:
+    """Raise UserError where the run would overwrite what it begins from, or leave an adapter and a plain checkpoint in
+    one folder, of which readers would take the adapter."""
+    from clips_mllm.adapters import is_adapter
+    from clips_mllm.checkpoint import is_complete
+
+    base, adapts = recipe.model.checkpoint, recipe.stage.adapter.kind != "none"
+    if base is not None and Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+        raise UserError(f"output_dir={recipe.output_dir}: is model.checkpoint, which it would overwrite; take another")
+    if is_complete(folder) if adapts else is_adapter(folder):
+        there = "a plain checkpoint" if adapts else "an adapter"
+        raise UserError(
+            f"output_dir={recipe.output_dir}: holds {there} of another run, beside which this one's would be taken for "
+            "a part of it; take another, or remove it"
+        )
 
 
 def build_trainer(

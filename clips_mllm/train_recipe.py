@@ -195,12 +195,19 @@ class TrainRecipe:
         self._check_zero()
 
     def _check_zero(self) -> None:
-        """Raise UserError where ZeRO-3 would have to divide 4-bit weights."""
-        if self.stage.adapter.kind != "qlora" or self.training.deepspeed is None:
+        """Raise UserError where ZeRO-3 would have to divide 4-bit weights, or has divided what starts by words."""
+        four_bits = self.stage.adapter.kind == "qlora"
+        if self.training.deepspeed is None or not (four_bits or self.model.word_steps):
             return
         zero = read_object(Path(self.training.deepspeed)).get("zero_optimization", {})
-        if zero.get("stage") == 3:
+        if zero.get("stage") != 3:
+            return
+        if self.model.word_steps:
             raise UserError(
-                f"training.deepspeed={self.training.deepspeed}: ZeRO-3 cannot divide 4-bit weights; take "
-                "configs/deepspeed/zero2.json, or stage.adapter.kind=lora"
+                f"model.word_steps={self.model.word_steps}: under ZeRO-3 the projector is in pieces before it can "
+                "start; take configs/deepspeed/zero2.json, or leave it out"
             )
+        raise UserError(
+            f"training.deepspeed={self.training.deepspeed}: ZeRO-3 cannot divide 4-bit weights; take "
+            "configs/deepspeed/zero2.json, or stage.adapter.kind=lora"
+        )

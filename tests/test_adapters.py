@@ -66,6 +66,19 @@ def test_loss_falls_and_base_is_not_written(run: Path, mllm_dir: Path) -> None:
     assert told["base_model_name_or_path"] == str(mllm_dir) and told["use_dora"] == (run.name == "dora")
 
 
+def test_a_base_that_was_given_by_a_relative_path_is_found_from_anywhere(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mllm_dir.parent)
+    values = ADAPTER | {"model.checkpoint": mllm_dir.name, "stage.adapter.kind": "lora", "training.max_steps": 1}
+    main(words(tmp_path / "run", sample_world, **values))
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        mllm_dir
+    )
+    load_mllm(tmp_path / "run", device="cpu")
+
+
 def test_projector_and_tower_are_in_the_adapter(run: Path) -> None:
     with safe_open(run / "adapter_model.safetensors", "pt") as file:
         keys = list(file.keys())

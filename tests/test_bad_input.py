@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from clips_mllm import cli
 from clips_mllm.llava_json import to_example
 from vision_tower.errors import run_command
+from vision_tower.training import only_run_in
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., str]
@@ -302,6 +303,43 @@ def test_models(run: Run, sample_world: Path, mllm_dir: Path, encoder_dir: Path,
         line = run(["chat", str(folder), "--question", "?"], alone=False)
         assert line.startswith(str(folder)) and chat in line, line
     assert not out.exists()
+
+
+def test_an_output_folder_that_holds_something_else(
+    run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path
+) -> None:
+    """The base itself; an adapter beside a plain checkpoint, of which readers take the adapter."""
+    base = shutil.copytree(mllm_dir, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    line = run(arguments(tmp_path / "." / "base", sample_world, base))
+    assert line == f"output_dir={base}: is model.checkpoint, which it would overwrite; take another"
+    adapter = {"stage.llm": "true", "stage.adapter.kind": "lora"}
+    assert "holds a plain checkpoint of another run" in run(arguments(base, sample_world, mllm_dir, **adapter))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "holds an adapter of another run" in run(arguments(tmp_path / "adapter", sample_world, mllm_dir))
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_an_output_folder_in_which_another_run_writes(
+    run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path
+) -> None:
+    code = "import pathlib, sys\nfrom vision_tower.training import only_run_in\n"
+    code += "with only_run_in(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        line = run(arguments(tmp_path, sample_world, mllm_dir), alone=False)
+        assert line.startswith(f"{tmp_path}: another run is writing here (process {other.pid} on ")
+        assert not list(tmp_path.glob("[!.]*"))
+    finally:
+        other.kill()  # and a run that was killed is in nobody's way
+        other.communicate()
+    with only_run_in(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

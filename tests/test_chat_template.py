@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_llms import FAMILIES, tiny_tokenizer, write_tiny_llm
+from tiny_llms import FAMILIES, TEXT, tiny_tokenizer, write_sentencepiece, write_tiny_llm
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from clips_mllm.chat_template import adopt_template, own_format, template_for
-from clips_mllm.checkpoint import build_mllm, load_parts, save_mllm
+from clips_mllm.checkpoint import build_mllm, load_parts, read_llm, save_mllm
 from clips_mllm.data import InstructionCollator
 from clips_mllm.prompts import IGNORED, IMAGE, Unsupervised, render, render_text
 from clips_mllm.trainer import supervised_loss
@@ -199,3 +199,27 @@ def test_an_answer_that_occurs_in_the_templates_own_words() -> None:
     tokenizer = tiny_tokenizer("qwen3")
     text, spans = render_text(TALKS["images"], template_for(tokenizer, "tokenizer"), tokenizer)
     assert [text[a:b] for a, b in spans] == ["A cat.<|im_end|>", "<think>\n\n</think>\n\ni<|im_end|>"]
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama_2", "vicuna_v1"), ("llama_2", "llama_2"), ("llama_3", "llama_3")])
+def test_the_words_after_bos_are_what_the_llm_knows(family: str, name: Any) -> None:
+    """Vicuna read `▁A` there, and not `A`, when it was trained: its tokenizer puts BOS before a text that begins."""
+    tokenizer, fresh = tiny_tokenizer(family), tiny_tokenizer(family)
+    template = template_for(tokenizer, name)
+    text, _ = render_text(TALKS["text"], template, tokenizer)
+    sample = render(TALKS["text"], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000)
+    assert sample.ids == fresh(text.removeprefix(fresh.bos_token).removeprefix(" "))["input_ids"]
+
+
+def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
+    """As Vicuna brings it, with the packages that are pinned: sentencepiece and protobuf have to fit each other."""
+    import sentencepiece
+
+    llm = write_tiny_llm("llama_2", tmp_path / "llm")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (llm / name).unlink(missing_ok=True)
+    write_sentencepiece(llm)
+    _, tokenizer = read_llm(str(llm), "auto")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(llm / "tokenizer.model"))
+    for text in (TEXT, "two  blanks\nnaïve 日本"):
+        assert tokenizer(text)["input_ids"] == [own.bos_id(), *own.encode(text)]

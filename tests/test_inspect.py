@@ -11,7 +11,9 @@ import pytest
 
 from clips_mllm.inspect import main
 from clips_mllm.train import main as train
+from vision_tower import training
 from vision_tower.errors import UserError
+from vision_tower.training import latest_checkpoint
 
 
 def told(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -69,6 +71,22 @@ def test_a_checkpoint_is_told_by_its_state(runs: Path, capsys: pytest.CaptureFix
     found = told(runs / "align" / "checkpoint-2", capsys)
     assert (found["kind"], found["facts"]["step"], found["facts"]["holds"]) == ("checkpoint", 2, "llava")
     assert found["origin"][0]["role"] == "tower"
+
+
+def test_the_revision_is_this_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a command is run in another repository, or in none."""
+    here = training._git_revision()
+    monkeypatch.chdir(tmp_path)
+    assert training._git_revision() == here
+
+
+def test_a_copy_of_a_checkpoint_is_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("checkpoint-20", "checkpoint-3", "checkpoint-20-backup", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("{}")
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    assert told(tmp_path, capsys)["facts"] == {"checkpoints": [3, 20]}
 
 
 def test_what_has_changed_since_is_told(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

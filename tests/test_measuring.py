@@ -193,6 +193,12 @@ def test_what_cannot_be_measured_is_one_line(
     assert message in line
 
 
+def test_what_is_never_measured_is_told(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:
+    given = {"model.checkpoint": mllm_dir, "evaluation.share": 0.1, "training.max_steps": 1}
+    main(words(tmp_path / "run", sample_world, **given))
+    assert "warning: evaluation.every=0, so nothing is measured or held out" in capfd.readouterr().err
+
+
 # --- before step 1 ----------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conversations import open_rows, picture, row
@@ -19,8 +21,10 @@ from clips_mllm.data import InstructionCollator, InstructionDataset, image_token
 from clips_mllm.json_rows import read_rows
 from clips_mllm.llava_json import BadRow, Example, to_example
 from clips_mllm.prompts import IGNORED
+from clips_mllm.row_source import require_file
+from clips_mllm.row_store import RowStore
 from clips_mllm.sampler import LengthGroupedSampler
-from clips_mllm.train_recipe import InstructionRecipe
+from clips_mllm.train_recipe import InstructionRecipe, InstructionSource
 from clips_mllm.trainer import supervised_loss
 from vision_tower.errors import UserError
 from vision_tower.files import read_object
@@ -136,6 +140,18 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(UserError, match=r"a\.json: .*UTF-8"):
         list(read_rows(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["rows [v2].json", "rows [v2].parquet"])
+def test_brackets_in_a_name_are_no_glob(name: str, tmp_path: Path) -> None:
+    rows = [row("What?", "A cat.")]
+    if name.endswith(".json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    source = InstructionSource(file=str(tmp_path / name))
+    require_file(source)
+    assert len(RowStore(source)) == 1
 
 
 def test_json_and_jsonl_are_the_same_rows(tmp_path: Path) -> None:

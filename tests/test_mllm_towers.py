@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoProcessor,
     BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
     Dinov2Config,
+    Gemma2Config,
+    GPT2Config,
     LlavaForConditionalGeneration,
     Siglip2VisionConfig,
     SiglipConfig,
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from clips_mllm.chat_template import adopt_template
-from clips_mllm.checkpoint import build_mllm, save_mllm
+from clips_mllm.checkpoint import build_mllm, read_llm, save_mllm
 from clips_mllm.data import InstructionCollator, image_tokens, make_square
 from clips_mllm.prompts import render
 from clips_mllm.towers import at_size
@@ -40,6 +43,17 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "image_size": 64,
     "patch_size": 16,
+}
+LLM: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
 }
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -180,6 +194,27 @@ def test_what_does_not_fit(towers: dict[str, str], sample_world: Path, tmp_path:
     processor("vit").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'siglip2_vision_model' model cannot be the tower"):
         build(str(tmp_path), sample_world)
+    with pytest.raises(UserError, match="'llama' model cannot be the tower"):
+        build(str(sample_world / "llm"), sample_world)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Gemma2Config(**LLM, head_dim=16), "'gemma2' model does not fit .* 'final_logit_softcapping' would be lost"),
+        (
+            GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100),
+            "'gpt2' model does not fit .*built in another way",
+        ),
+        (SiglipVisionConfig(**SIZES), "a 'siglip_vision_model' checkpoint, not a causal LM"),
+    ],
+)
+def test_an_llm_that_does_not_fit(config: Any, message: str, tmp_path: Path) -> None:
+    """Of Gemma 2 the stock class would take all weights and say something else."""
+    kind = AutoModel if isinstance(config, SiglipVisionConfig) else AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_llm(str(tmp_path), "auto")
 
 
 @pytest.mark.parametrize("square", ["squash", "pad", "crop"])

@@ -21,11 +21,13 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaForCausalLM,
+    LlavaConfig,
     LlavaNextConfig,
 )
 
-from clips_mllm.checkpoint import load_mllm
+from clips_mllm.checkpoint import build_mllm, load_mllm, save_mllm
 from clips_mllm.convert import main
+from clips_mllm.data import make_square
 from vision_tower.errors import UserError
 
 SIDE, PATCH, WIDTH = 56, 14, 48
@@ -226,6 +228,25 @@ def test_a_projector_goes_in_and_out(original: Original, clip: Path, sample_worl
     compare(tmp_path / "again", original)
 
 
+@pytest.mark.parametrize("square", ["pad", "crop"])
+def test_how_pictures_become_square_goes_in_and_out(
+    square: Any, original: Original, clip: Path, sample_world: Path, tmp_path: Path
+) -> None:
+    original.llm.save_pretrained(tmp_path / "llm")
+    AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(tmp_path / "llm")
+    model, processor = build_mllm(
+        str(clip), str(tmp_path / "llm"), feature_layer=-2, feature_select="auto", dtype=torch.float32
+    )
+    make_square(processor, square)
+    save_mllm(model, processor, tmp_path / "stock")
+    main([str(tmp_path / "stock"), str(tmp_path / "out"), "--to", "llava_projector", "--tower", str(clip)])
+    main([str(tmp_path / "out"), str(tmp_path / "again"), "--to", "llava", "--llm", str(tmp_path / "llm"), *CHATML])
+    again = load_mllm(tmp_path / "again", device="cpu").processor.image_processor
+    picture = Image.linear_gradient("L").resize((90, 40)).convert("RGB")
+    pixels = [one(images=picture, return_tensors="pt")["pixel_values"] for one in (again, processor.image_processor)]
+    assert torch.equal(*pixels)
+
+
 # --- refused --------------------------------------------------------------------------------------------------------
 
 
@@ -322,3 +343,6 @@ def test_options_that_belong_elsewhere(encoder_dir: Path, whole: Path, tmp_path:
     LlavaNextConfig().save_pretrained(tmp_path / "tiles")
     with pytest.raises(UserError, match=r"tiles: shows pictures in tiles .*; give a run without model\.tiles"):
         main([str(tmp_path / "tiles"), str(tmp_path / "out"), "--to", "llava_projector"])
+    LlavaConfig(vision_feature_layer=[-2, -5]).save_pretrained(tmp_path / "several")
+    with pytest.raises(UserError, match=r"reads the hidden states \[-2, -5\] of the tower, the original code one"):
+        main([str(tmp_path / "several"), str(tmp_path / "out"), "--to", "llava_projector"])

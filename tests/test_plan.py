@@ -234,7 +234,17 @@ def test_lengths_come_from_the_data(words: list[str], mllm_dir: Path, capsys: py
     assert found["longest"] == pytest.approx(max(len(one.ids) for one in rendered), rel=0.1)
     learnt = [sum(label != -100 for label in one.labels) for one in rendered]
     assert found["supervised"] == pytest.approx(sum(learnt) / len(learnt), rel=0.15)
-    assert plan["steps"] == round(len(dataset) / 8)
+    assert plan["steps"] == len(dataset) // 8
+    smaller = planned(capsys, *words, "--training.global_batch_size", "36", "--training.device_batch_size", "4")
+    assert smaller["steps"] == -(-len(dataset) // 36), "an epoch ends with a smaller step, as the engine counts"
+
+
+def test_an_adapter_has_the_sizes_of_its_base(
+    words: list[str], mllm_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(mllm_dir)}))
+    adapter = planned(capsys, *words, f"--model.checkpoint={tmp_path}")
+    assert adapter["parameters"] == planned(capsys, *words)["parameters"]
 
 
 def test_every_form_of_a_row_is_read(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,13 @@ def test_options_may_be_written_with_hyphens() -> None:
     assert recipe.batch_size == 4 and recipe.data == {"my-task": "a-b.parquet"}
 
 
+def test_a_path_at_home(write: Callable[[str], str]) -> None:
+    text = "output_dir: ~/run\nmodel: {checkpoint: a~/b}\ndata: {template: plain, mixture: [{file: ~/rows.json}]}"
+    recipe = parse_recipe(TrainRecipe, ["--config", write(text)], command="train")
+    assert recipe.output_dir == f"{Path.home()}/run" and recipe.model.checkpoint == "a~/b"
+    assert recipe.data.mixture[0].file == f"{Path.home()}/rows.json"
+
+
 def test_a_wrong_word_is_not_blamed_on_the_file(write: Callable[[str], str]) -> None:
     file = write("{file: a.txt, part: {name: given}}")
     with pytest.raises(UserError, match=r"^steps: expected a whole number"):
@@ -290,6 +297,8 @@ def test_extra_fields_of_the_engine_are_checked_by_name(tmp_path: Path) -> None:
     assert arguments.adam_epsilon == 1e-6 and arguments.get_warmup_steps(200) == 20
     with pytest.raises(UserError, match=r"training\.extra\.adam_epsilom.*did you mean 'adam_epsilon'"):
         training_arguments(TrainingRecipe(extra={"adam_epsilom": 1.0}), tmp_path)
+    with pytest.raises(UserError, match=r"training\.extra\.gradient_accumulation_steps: .* set training\.global_batch"):
+        training_arguments(TrainingRecipe(extra={"gradient_accumulation_steps": 4}), tmp_path)
     with pytest.raises(UserError, match=r"none\.json: no such DeepSpeed configuration"):
         training_arguments(TrainingRecipe(deepspeed="none.json"), tmp_path)
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from train_runs import weights, words
 
+from clips_mllm.stage_recipe import MllmTraining
 from clips_mllm.train import main
-from clips_mllm.train_recipe import MllmRecipe
+from clips_mllm.train_recipe import InstructionRecipe, MllmRecipe, TrainRecipe
 from clips_mllm.word_start import PULL, SHARPNESS, Captioned, fit_to_words, rare_words, read_captions, word_loss
 from vision_tower.errors import UserError
 
@@ -115,4 +116,15 @@ def test_stage_1_starts_from_it(sample_world: Path, encoder_dir: Path, tmp_path:
 )
 def test_it_is_for_stage_1_without_tiles(recipe: MllmRecipe) -> None:
     with pytest.raises(UserError, match="word_steps: a start of stage 1 without tiles"):
+        recipe.check()
+
+
+def test_no_start_by_words_under_zero_3() -> None:
+    recipe = TrainRecipe(
+        output_dir="o",
+        model=MllmRecipe(tower="t", llm="l", word_steps=5),
+        data=InstructionRecipe(file="f", template="plain"),
+        training=MllmTraining(deepspeed=str(Path(__file__).parent.parent / "configs" / "deepspeed" / "zero3.json")),
+    )
+    with pytest.raises(UserError, match=r"model\.word_steps=5: under ZeRO-3"):
         recipe.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,27 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=special[-1])
     tokenizer.chat_template = template
     return tokenizer
+
+
+def write_sentencepiece(folder: Path) -> None:
+    """The tokenizer as Vicuna and LLaVA-1.5 were published: a tokenizer.model, and no tokenizer.json."""
+    import sentencepiece
+
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 3),
+            model_writer=file,
+            vocab_size=340,
+            hard_vocab_limit=False,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    told = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
+    pieces = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | pieces))
 
 
 def write_tiny_llm(family: str, folder: Path) -> Path:

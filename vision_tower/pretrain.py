@@ -21,6 +21,7 @@ from vision_tower.training import (
     drop_launcher_arguments,
     is_main_process,
     latest_checkpoint,
+    only_run_in,
     start_run_folder,
     training_arguments,
 )
@@ -90,17 +91,18 @@ def main(argv: list[str]) -> None:
         training=recipe.training,
         checkpoint=checkpoint,
     )
-    if is_main_process():
-        start_run_folder(folder, recipe)
-    add_metrics_file(trainer, folder / "metrics.jsonl")
-    if recipe.evaluation.every:
-        from vision_tower.scoring import Scoring
+    with only_run_in(folder):
+        if is_main_process():
+            start_run_folder(folder, recipe)
+        add_metrics_file(trainer, folder / "metrics.jsonl")
+        if recipe.evaluation.every:
+            from vision_tower.scoring import Scoring
 
-        trainer.add_callback(Scoring(recipe.evaluation, trainer, tokenizer))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    report_skipped(trainer)
-    end_if_stopped(trainer)
-    save_weights(trainer, tokenizer, folder)
+            trainer.add_callback(Scoring(recipe.evaluation, trainer, tokenizer))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        report_skipped(trainer)
+        end_if_stopped(trainer)
+        save_weights(trainer, tokenizer, folder)
 
 
 def save_weights(trainer: PretrainTrainer, tokenizer: ClipsTokenizer, folder: Path) -> None:

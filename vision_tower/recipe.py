@@ -51,10 +51,27 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
     try:
         namespace = parser.parse_args(argv)
         namespace.pop("config", None)
-        return kind(**vars(parser.instantiate(namespace)))
+        return kind(**{name: _at_home(value) for name, value in vars(parser.instantiate(namespace)).items()})
     except (ArgumentError, TypeError) as error:
         message = _expected(str(error), kind) or str(error)
         raise UserError(_one_line(command, argv, message) + _nearest_option(str(error), kind)) from error
+
+
+def _at_home(value: Any) -> Any:
+    """Paths that begin with `~/`, which no shell has expanded in a YAML or behind a `=`."""
+    match value:
+        case str() if value.startswith("~/"):
+            return str(Path(value).expanduser())
+        case Path():
+            return value.expanduser()
+        case list() | tuple():
+            return type(value)(map(_at_home, value))
+        case dict():
+            return {key: _at_home(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _at_home(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def _with_underscores(argv: list[str], kind: type) -> list[str]:

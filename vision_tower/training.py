@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -15,12 +16,14 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_tower.errors import UserError
-from vision_tower.files import read_object, write_text
+from vision_tower.files import make_folder, read_object, write_text
 from vision_tower.recipe import dump_recipe
 from vision_tower.training_recipe import TrainingRecipe
 
@@ -40,6 +43,32 @@ PACKAGES = (
     "tokenizers",
     "lmms-eval",
 )
+
+# Fields of TrainingArguments that a recipe says in its own words; said twice, batch and resolved recipe would disagree.
+OWN_FIELDS = {
+    "output_dir": "output_dir",
+    "per_device_train_batch_size": "training.device_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "learning_rate": "training.learning_rate",
+    "warmup_steps": "training.warmup_steps",
+    "warmup_ratio": "training.warmup_ratio",
+    "max_steps": "training.max_steps",
+    "num_train_epochs": "training.epochs",
+    "weight_decay": "training.weight_decay",
+    "adam_beta1": "training.beta1",
+    "adam_beta2": "training.beta2",
+    "max_grad_norm": "training.clip_norm",
+    "bf16": "training.precision",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "deepspeed": "training.deepspeed",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.keep_checkpoints",
+    "logging_steps": "training.log_every",
+    "dataloader_num_workers": "training.workers",
+    "report_to": "training.report_to",
+    "seed": "training.seed",
+    "resume_from_checkpoint": "output_dir, from whose newest checkpoint a run goes on by itself",
+}
 
 
 def become_the_only_rank() -> None:
@@ -158,6 +187,8 @@ def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
     import difflib
 
     for name in recipe.extra:
+        if name in OWN_FIELDS:
+            raise UserError(f"training.extra.{name}: a recipe has its own field for it; set {OWN_FIELDS[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean '{near[0]}'?" if near else "see transformers.TrainingArguments"
@@ -184,6 +215,41 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Within this context no other run writes into the folder; on the main process. A killed run holds nothing.
+
+    Raises:
+        UserError: another one does.
+    """
+    import fcntl
+
+    if not is_main_process():
+        yield
+        return
+    make_folder(folder)
+    file = folder / ".run.lock"
+    with file.open("a+") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: loader processes do not inherit it
+        except (BlockingIOError, PermissionError) as error:
+            handle.seek(0)
+            raise UserError(
+                f"{folder}: another run is writing here ({handle.read() or 'just begun'}); wait for its end, or take "
+                "another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise  # some network file systems have no locks
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 def start_run_folder(folder: Path, recipe: Any) -> None:
     """Leave the resolved recipe and what it ran on, before anything is trained."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +274,9 @@ def command_line() -> str:
 
 
 def _git_revision() -> str | None:
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """Of this code, not of the project that a command may be run in."""
+    here, words = Path(__file__).parent, ["git", "rev-parse", "HEAD"]
+    answer = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None
 
 
@@ -221,8 +289,14 @@ def _version(package: str) -> str | None:
 
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint below `folder`: transformers writes `trainer_state.json` last."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    steps = checkpoint_steps(folder)
+    return str(folder / f"checkpoint-{steps[-1]}") if steps else None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints below `folder`, rising; a copy by another name is the user's own."""
+    names = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def keep_lines(file: Path, step: int) -> None:

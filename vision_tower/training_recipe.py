@@ -40,7 +40,7 @@ class TrainingRecipe:
         workers: loader processes per device.
         report_to: where the log goes besides metrics.jsonl; nowhere unless asked.
         seed: of initialisation, data order and augmentation.
-        extra: any other field of transformers.TrainingArguments.
+        extra: any other field of transformers.TrainingArguments, for which a recipe has none of its own.
     """
 
     global_batch_size: int = 128
