@@ -40,7 +40,7 @@ def _lines(file: Path, stream: TextIO) -> Iterator[Any]:
         if line.strip():
             blank = False
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{file}: line {number}: not valid JSON ({error.msg}); mend or remove the line"
@@ -49,6 +49,9 @@ def _lines(file: Path, stream: TextIO) -> Iterator[Any]:
                 raise UserError(
                     f"{file}: line {number}: not valid JSON (nested too deeply); mend or remove the line"
                 ) from error
+            if isinstance(row, list) and number == 1:
+                raise UserError(f"{file}: line {number}: a list, where a .jsonl has a row; name the file .json")
+            yield row
     if blank:
         raise UserError(f"{file}: empty; expected a JSON list of conversations")
 
@@ -69,7 +72,8 @@ class _ListReader:
             raise UserError(f"{self.file}: empty; expected a JSON list of conversations")
         if first != "[":
             found = type(self._element()).__name__
-            raise UserError(f"{self.file}: expected a non-empty JSON list of conversations, found {found}")
+            lines = "; rows on lines of their own belong into a .jsonl" if self._next_sign() == "{" else ""
+            raise UserError(f"{self.file}: expected a non-empty JSON list of conversations, found {found}{lines}")
         self.at += 1
         if self._next_sign() == "]":
             return

@@ -2,7 +2,7 @@
 
     {"image": path | [paths], "conversations": [{"from": "human" | "gpt" | "system", "value"}]}     LLaVA
     the same with the list as text, in JSON                                                         tables on the hub
-    {"images": [...], "messages": [{"role", "content"}]}                                            TRL and others
+    {"images": [...], "messages": [{"role", "content"}]}, also as "conversations"                   TRL and others
     {"images": [...], "texts": [{"user", "assistant"}]}                                             FineVision
 
 A picture is a path, or lies in the row: bytes, or a struct with bytes.
@@ -113,9 +113,9 @@ def _turns(row: dict[str, Any], images: int) -> Any:
                 return json.loads(text)
             except (ValueError, RecursionError):
                 raise BadRow("'conversations' is text that is no JSON") from None
-        case {"conversations": turns} if turns is not None:
+        case {"conversations": turns} if turns is not None and not _are_messages(turns):
             return turns
-        case {"messages": list() as messages}:
+        case {"conversations": list() as messages} | {"messages": list() as messages}:
             return [_as_turn(message) for message in messages]
         case {"texts": list() as texts}:
             asked = [text if isinstance(text, dict) else {} for text in texts]
@@ -125,6 +125,13 @@ def _turns(row: dict[str, Any], images: int) -> Any:
                 turns[0]["value"] = f"{IMAGE}\n" * images + turns[0]["value"]  # these sets have no placeholders
             return turns
     return None
+
+
+def _are_messages(turns: Any) -> bool:
+    """Whether they have the fields of messages; some sets keep those under LLaVA's name."""
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and turn.get("role") and not turn.get("from") for turn in turns
+    )
 
 
 def _as_turn(message: Any) -> Any:

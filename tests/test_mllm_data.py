@@ -119,6 +119,8 @@ def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:
         ("a.json", '[\n{"id": 1},\n{"id": 2\n]', "a.json: line 4: not valid JSON"),
         ("a.json", "[]", "a.json: expected a non-empty JSON list"),
         ("a.json", '{"id": 1}', "a.json: expected a non-empty JSON list of conversations, found dict"),
+        ("a.json", '{"id": 1}\n{"id": 2}', "found dict; rows on lines of their own belong into a .jsonl"),
+        ("a.jsonl", '[{"id": 1}]', "a.jsonl: line 1: a list, where a .jsonl has a row; name the file .json"),
         ("a.jsonl", '{"id": 1}\n\n{"id": \n', "a.jsonl: line 3: not valid JSON"),
         ("a.json", "[" * 100_000, "a.json: line 1: not valid JSON .nested too deeply"),
         ("a.jsonl", '{"id": 1}\n' + "[" * 100_000, "a.jsonl: line 2: not valid JSON .nested too deeply"),

@@ -78,6 +78,10 @@ FORMS = {
         "images": [image],
         "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Red."}],
     },
+    "messages by LLaVA's name": lambda image: {
+        "images": [image],
+        "conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Red."}],
+    },
     "parts": lambda image: {
         "images": [image],
         "messages": [

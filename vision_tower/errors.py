@@ -55,7 +55,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         return _fail("interrupted; what was saved stays, and the same command goes on from there", 128 + signal.SIGINT)
     except Exception as error:
         if another_rank_died(error):
-            return _fail("another rank of this run died, see above; run the same command again to go on", 1)
+            return _fail("another rank of this run died, see above; once that is mended, the same command goes on", 1)
         where = getattr(error, "filename", None) or "the output folder"
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             return _fail(f"{where}: {error.strerror}; check the path and its permissions, or take another folder", 2)
