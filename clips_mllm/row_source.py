@@ -65,9 +65,7 @@ def open_table(source: InstructionSource) -> Dataset:
                 table = datasets.load_dataset(name.removeprefix(HUB), split=source.split)
             case name if Path(name).suffix == ".parquet":
                 require_file(source)
-                files = [
-                    file for file in matching(name) if pq.read_metadata(file).num_rows
-                ]  # `datasets` fails on one without
+                files = [file for file in matching(name) if pq.read_metadata(file).num_rows]  # others make it fail
                 if not files:
                     raise UserError(f"{name}: {NO_ROWS}")
                 exactly = [glob.escape(file) for file in files]  # `datasets` takes them for globs
@@ -84,7 +82,8 @@ def open_table(source: InstructionSource) -> Dataset:
     except IndexError as error:  # from `load_from_disk`, where nothing was saved
         raise UserError(f"{source.file}: {NO_ROWS}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        words = " ".join(str(error).split())[:300]
+        told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        words = " ".join(str(told or error).split())[:300]
         raise UserError(
             f"{source.file}: cannot be read as a data set ({words}); check the path and the file"
         ) from error

@@ -160,6 +160,7 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
         ("rows.txt", "none of .json, .jsonl, .parquet"),
         ("bad.parquet", "cannot be read as a data set"),
         ("empty", "cannot be read as a data set"),
+        ("part*.parquet", "because column names don't match"),
         ("none.parquet", "none.parquet: holds no rows; make it again"),
         ("saved", "saved: holds no rows; make it again"),
     ],
@@ -171,6 +172,8 @@ def test_sources_that_cannot_be_read(name: str, message: str, tmp_path: Path) ->
     none = datasets.Dataset.from_dict({"conversations": []})
     none.to_parquet(str(tmp_path / "none.parquet"))
     none.save_to_disk(str(tmp_path / "saved"))
+    for column in ("conversations", "questions"):
+        datasets.Dataset.from_dict({column: ["a"]}).to_parquet(str(tmp_path / f"part_{column}.parquet"))
     with pytest.raises(UserError, match=message) as error:
         RowStore(InstructionSource(file=str(tmp_path / name)))
     assert "\n" not in str(error.value)
