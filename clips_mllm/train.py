@@ -140,6 +140,8 @@ def build_trainer(
     trained, line = apply_stage(model, recipe.stage)
     if recipe.training.deepspeed is None:
         masters_in_fp32(trained)
+    if recipe.stage.llm and recipe.stage.adapter.kind == "none":
+        leave_the_file(model)
     if recipe.training.compile:
         compile_blocks(model)
     if is_main_process():
@@ -217,6 +219,14 @@ def masters_in_fp32(model: torch.nn.Module) -> None:
     for weights in model.parameters():
         if weights.requires_grad:
             weights.data = weights.data.float()
+
+
+def leave_the_file(model: AnyModel) -> None:
+    """Copy what is frozen beside an LLM that trains: weights are mapped from their file, and the engine copies what
+    trains, but for a small frozen tower the whole file would stay in memory."""
+    for weights in model.parameters():
+        if not weights.requires_grad:
+            weights.data = weights.data.clone()
 
 
 def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, AnyProcessor]:

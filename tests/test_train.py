@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from clips_mllm.checkpoint import load_mllm
 from clips_mllm.data import InstructionCollator, InstructionDataset
 from clips_mllm.prompts import IGNORED
 from clips_mllm.stages import apply_stage, optimizer_groups
-from clips_mllm.train import main
+from clips_mllm.train import leave_the_file, main
 from clips_mllm.train_recipe import InstructionRecipe, StageRecipe
 from clips_mllm.trainer import supervised_loss
 from vision_tower.errors import UserError
@@ -101,6 +103,24 @@ def test_every_trainable_parameter_is_in_one_group(mllm_dir: Path, own: float | 
             assert group.get("lr") == (own if part(name) == "projector" else None), name
             norm_or_bias = parameter.ndim == 1
             assert not (norm_or_bias and group["weight_decay"]), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_frozen_tower_does_not_keep_the_file_in_memory(mllm_dir: Path) -> None:
+    """The engine takes what trains out of the file that it is mapped from; what is left would pin all of it."""
+
+    def mapped() -> bool:
+        return str(mllm_dir.resolve() / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    model = load_mllm(mllm_dir, device="cpu").model
+    apply_stage(model, StageRecipe(llm=True))
+    for leave in (lambda model: None, leave_the_file):
+        leave(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.clone()
+        gc.collect()
+        assert mapped() == (leave is not leave_the_file)
 
 
 def test_a_stage_that_trains_nothing(mllm_dir: Path) -> None:
