@@ -302,6 +302,7 @@ def test_weights_and_caps_of_a_mixture_are_counted(
 def test_cpus_are_those_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = ["--config", "configs/mllm/quickstart_finetune.yaml", "--training.precision", "fp32", "--device", "cpu"]
+    words += ["--training.device_batch_size", "2"]
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     own, said = planned(capsys, *words), planned(capsys, *words, "--tflops", "0.17", "--utilisation", "0.3")
     assert own["memory"]["available"] == psutil.virtual_memory().total
