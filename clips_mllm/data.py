@@ -29,7 +29,7 @@ from clips_mllm.tiles import AnyProcessor, tiled_tokens
 from clips_mllm.train_recipe import InstructionRecipe
 from vision_tower.errors import UserError
 from vision_tower.images import BadImage, decode_image
-from vision_tower.training import is_main_process
+from vision_tower.launcher import is_main_process
 
 IMAGE_INPUTS = ("pixel_values", "image_sizes")  # sizes where pictures have tiles
 SETTLED = 200  # samples seen before the share of unusable ones may stop a run

@@ -17,7 +17,7 @@ from clips_mllm.original_config import is_original
 from clips_mllm.quantize import QUANTIZATION_FILE
 from vision_tower.errors import UserError
 from vision_tower.files import read_object, read_text
-from vision_tower.training import checkpoint_steps
+from vision_tower.run_folder import checkpoint_steps
 
 PARTS = {  # marks in the names of weights
     "vision_tower.": "tower",

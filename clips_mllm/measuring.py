@@ -26,7 +26,7 @@ from clips_mllm.prompts import IGNORED
 from clips_mllm.stage_recipe import TrainEvaluationRecipe
 from vision_tower.errors import UserError
 from vision_tower.randomness import untouched_randomness
-from vision_tower.training import keep_lines
+from vision_tower.run_folder import keep_lines
 
 if TYPE_CHECKING:
     from clips_mllm.trainer import MllmTrainer

@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clips_mllm.projector import read_features
 from clips_mllm.prompts import IGNORED
-from vision_tower.training import is_main_process
+from vision_tower.launcher import is_main_process
 
 if TYPE_CHECKING:
     from clips_mllm.data import InstructionCollator, InstructionDataset

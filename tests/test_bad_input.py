@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from clips_mllm import cli
 from clips_mllm.llava_json import to_example
 from vision_tower.errors import run_command
-from vision_tower.training import only_run_in
+from vision_tower.run_folder import only_run_in
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., str]
@@ -324,7 +324,7 @@ def test_an_output_folder_that_holds_something_else(
 def test_an_output_folder_in_which_another_run_writes(
     run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path
 ) -> None:
-    code = "import pathlib, sys\nfrom vision_tower.training import only_run_in\n"
+    code = "import pathlib, sys\nfrom vision_tower.run_folder import only_run_in\n"
     code += "with only_run_in(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT

@@ -78,6 +78,9 @@ def test_a_heap_that_grows_is_trimmed_and_one_that_does_not_is_left(
     memory = type("Memory", (), {"memory_info": lambda self: type("Info", (), {"rss": next(residents)})})
     monkeypatch.setattr(heap.psutil, "Process", memory)
     callback = TrimHeap(growth=0.05, settling=3)
+    callback.on_train_begin(arguments, state, TrainerControl())
+    assert at == [0], "what loading has left"
+    at.clear()
     for state.global_step in range(1, 11):
         callback.on_step_end(arguments, state, TrainerControl())
     assert at == [5, 10]

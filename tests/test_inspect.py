@@ -11,9 +11,9 @@ import pytest
 
 from clips_mllm.inspect import main
 from clips_mllm.train import main as train
-from vision_tower import training
+from vision_tower import run_folder
 from vision_tower.errors import UserError
-from vision_tower.training import latest_checkpoint
+from vision_tower.run_folder import latest_checkpoint
 
 
 def told(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def test_a_checkpoint_is_told_by_its_state(runs: Path, capsys: pytest.CaptureFix
 
 def test_the_revision_is_this_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a command is run in another repository, or in none."""
-    here = training._git_revision()
+    here = run_folder._git_revision()
     monkeypatch.chdir(tmp_path)
-    assert training._git_revision() == here
+    assert run_folder._git_revision() == here
 
 
 def test_a_copy_of_a_checkpoint_is_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from vision_tower.pairs_recipe import Augmentation
 from vision_tower.pretrain import main
 from vision_tower.pretrain_recipe import PretrainRecipe
 from vision_tower.recipe import parse_recipe
-from vision_tower.training import command_line
+from vision_tower.run_folder import command_line
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
 

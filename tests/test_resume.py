@@ -20,7 +20,7 @@ from train_runs import launch_several, torchrun_launcher
 
 from vision_tower.errors import Stopped, run_command
 from vision_tower.pretrain import main
-from vision_tower.training import latest_checkpoint
+from vision_tower.run_folder import latest_checkpoint
 
 STEPS = 40
 TIMING = {"samples_per_second", "data_wait", "tflops", "mfu"}

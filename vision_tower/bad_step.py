@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vision_tower.errors import UserError
 from vision_tower.files import write_text
 from vision_tower.ranks import rank, world
-from vision_tower.training import latest_checkpoint
+from vision_tower.run_folder import latest_checkpoint
 
 FILE = "bad_step.json"
 

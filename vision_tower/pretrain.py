@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tower.errors import UserError, run_command
+from vision_tower.launcher import drop_launcher_arguments, is_main_process
 from vision_tower.objectives import OBJECTIVES, Objective, choose_objective
 from vision_tower.precision import computes_bf16, settle_precision
 from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
 from vision_tower.recipe import parse_recipe
-from vision_tower.training import (
-    add_metrics_file,
-    compile_blocks,
-    drop_launcher_arguments,
-    is_main_process,
-    latest_checkpoint,
-    only_run_in,
-    start_run_folder,
-    training_arguments,
-)
+from vision_tower.run_folder import add_metrics_file, latest_checkpoint, only_run_in, start_run_folder
+from vision_tower.training import compile_blocks, training_arguments
 
 if TYPE_CHECKING:
     from vision_tower.modeling import ClipsConfig, ClipsModel

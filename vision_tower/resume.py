@@ -29,9 +29,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from vision_tower.errors import UserError, disk_is_full
 from vision_tower.files import write_text
 from vision_tower.recipe import parse_recipe
+from vision_tower.run_folder import latest_checkpoint
 from vision_tower.sigterm import StopOnSigterm
 from vision_tower.space import expected_bytes, folder_bytes, free_bytes, gigabytes
-from vision_tower.training import latest_checkpoint
 
 # A resumed run may write elsewhere or more often; everything else would make it another run.
 MAY_DIFFER = frozenset(

@@ -28,8 +28,8 @@ from vision_tower.karpathy import load_pairs
 from vision_tower.pretrain_recipe import EvaluationRecipe
 from vision_tower.pretrain_trainer import PretrainTrainer
 from vision_tower.randomness import untouched_randomness
+from vision_tower.run_folder import keep_lines
 from vision_tower.tokenizer import ClipsTokenizer
-from vision_tower.training import keep_lines
 
 FILE = "evaluation.jsonl"
 BEST = "best"
