@@ -5,7 +5,8 @@
     {"images": [...], "messages": [{"role", "content"}]}, also as "conversations"                   TRL and others
     {"images": [...], "texts": [{"user", "assistant"}]}                                             FineVision
 
-A picture is a path, or lies in the row: bytes, or a struct with bytes.
+A picture is a path, or lies in the row: bytes, or a struct with bytes. Where the row names none, a message's parts can:
+`{"type": "image", "image": ...}`, also as "path" or "url", as Qwen's tools and chat templates have them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 from clips_mllm.prompts import IMAGE, Message
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+
+PICTURE_KEYS = ("image", "path", "url")  # of a message's part
 
 OPENING = "opening answer dropped"
 MOVED = "placeholder moved to the front"
@@ -82,8 +85,19 @@ def picture_bytes(row: dict[str, Any], place: int) -> bytes:
     return bytes(found["bytes"] if isinstance(found, dict) else found)
 
 
+def picture_parts(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Parts of messages that have a picture with them, and the key it has there."""
+    turns = row.get("messages") or row.get("conversations")
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    keyed = [(part, next((key for key in PICTURE_KEYS if part.get(key)), "")) for part in parts]
+    return [(part, key) for part, key in keyed if part.get("type") == "image" and key]
+
+
 def _listed(row: dict[str, Any]) -> list[Any]:
-    given: Any = next((row[key] for key in ("image", "images") if row.get(key)), [])
+    given: Any = next((row[key] for key in ("image", "images") if row.get(key)), None)
+    if given is None:
+        return [part[key] for part, key in picture_parts(row)]
     return given if isinstance(given, list) else [given]
 
 
@@ -139,10 +153,20 @@ def _as_turn(message: Any) -> Any:
         return message
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        texts = [f"{IMAGE}\n" if part.get("type") == "image" else part.get("text") or "" for part in parts]
+        texts = [_part_text(part) for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return {"from": message.get("role"), "value": content}
+
+
+def _part_text(part: Any) -> Any:
+    match part:
+        case {"type": "image"}:
+            return f"{IMAGE}\n"
+        case {"type": "text"}:
+            return part.get("text")
+        case {"type": kind}:  # a video, a tool's call: what is left would be another conversation
+            raise BadRow(f"a part of type {kind!r}, which is neither text nor image")
+    return None
 
 
 def _message(turn: Any, mended: list[str]) -> Message:

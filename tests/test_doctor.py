@@ -179,6 +179,31 @@ def test_processes_find_the_same(world: Path, found: dict[str, Any], tmp_path: P
     assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == told["usable"]
 
 
+def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
+    """Under either name; a renamed picture where the row has it, in a part of a message too."""
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    asked = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
+
+    def seen(name: str) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]}
+
+    rows = [
+        {"messages": [answer, asked, answer]},
+        {"conversations": [answer, asked, answer]},
+        {"messages": [seen("a.jpg"), answer]},
+        {"messages": [seen("b.jpg"), answer]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    told = examine(tmp_path / "rows.json", tmp_path, "--fix", str(tmp_path / "clean.json"))
+    assert {cause: about["rows"] for cause, about in told["dropped"].items()} == {"missing image": 1}
+    assert json.loads((tmp_path / "clean.json").read_text()) == [
+        {"messages": [asked, answer]},
+        {"conversations": [asked, answer]},
+        {"messages": [seen("a.png"), answer]},
+    ]
+
+
 def test_parquet_with_pictures_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = [encoded("PNG"), b"no picture", encoded("JPEG")]
     table = datasets.Dataset.from_list(

@@ -104,6 +104,8 @@ def test_outer_blanks_of_an_answer_go() -> None:
         ({"conversations": ["x"]}, "without 'from'"),
         ({"texts": ["x"]}, "without 'from'"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "without 'from'"),
+        ({"messages": [{"role": "user", "content": ["What?"]}]}, "without 'from'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video', which is neither"),
     ],
 )
 def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:

@@ -89,6 +89,12 @@ FORMS = {
             {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
         ],
     },
+    "parts with their pictures": lambda image: {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+        ],
+    },
     "texts": lambda image: {"images": [image], "texts": [{"user": "What?", "assistant": "Red."}]},
 }
 
