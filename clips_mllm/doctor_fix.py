@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.json_rows import read_rows
-from clips_mllm.llava_json import ROLES, picture_parts
+from clips_mllm.llava_json import ROLES, opening_answers, picture_parts
 from clips_mllm.row_source import is_json, open_table
 from clips_mllm.train_recipe import InstructionSource
 from vision_tower.errors import UserError
@@ -58,14 +58,14 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
 def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
     for key in ("conversations", "messages"):
         if isinstance(row.get(key), list):
-            roles = [ROLES[turn.get("from") or turn["role"]] for turn in row[key]]
-            begin = next(at for at, role in enumerate(roles) if role != "assistant")
-            row = row | {key: row[key][begin:]}
+            opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in row[key]])
+            if opening:
+                del row[key][opening]
     if files is None:
         return row
-    key = next((key for key in ("image", "images") if row.get(key)), None)
-    if key is not None:
-        return row | {key: files[0] if isinstance(row[key], str) else files}
+    for key in ("image", "images"):
+        if row.get(key):
+            return row | {key: files[0] if isinstance(row[key], str) else files}
     for (part, name), file in zip(picture_parts(row), files, strict=True):
         part[name] = file
     return row

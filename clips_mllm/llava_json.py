@@ -56,8 +56,9 @@ def to_example(row: dict[str, Any]) -> Example:
         raise BadRow("no 'conversations'")
     mended: list[str] = []
     messages = [_message(turn, mended) for turn in turns]
-    while messages and messages[0]["role"] == "assistant":
-        messages.pop(0)  # LLaVA drops an opening answer to nothing
+    opening = opening_answers([message["role"] for message in messages])
+    if opening:
+        del messages[opening]
         mended.append(OPENING)
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders != len(images):
@@ -69,6 +70,13 @@ def to_example(row: dict[str, Any]) -> Example:
         raise BadRow("empty answer")
     _check_unicode([part.get("text", "") for message in messages for part in message["content"]], images)
     return Example(messages, images, tuple(dict.fromkeys(mended)))
+
+
+def opening_answers(roles: list[str]) -> slice | None:
+    """Places of answers to nothing, which LLaVA drops: those before any question, behind a system message too."""
+    begin = next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+    end = next((at for at in range(begin, len(roles)) if roles[at] != "assistant"), len(roles))
+    return slice(begin, end) if end > begin else None
 
 
 def _check_unicode(texts: list[str], images: list[str] | list[int]) -> None:

@@ -16,7 +16,7 @@ from vision_tower.errors import UserError, run_command
 from vision_tower.launcher import drop_launcher_arguments, is_main_process
 from vision_tower.precision import computes_bf16, settle_precision
 from vision_tower.recipe import parse_recipe
-from vision_tower.run_folder import add_metrics_file, latest_checkpoint, only_run_in, start_run_folder
+from vision_tower.run_folder import add_metrics_file, holds_run, latest_checkpoint, only_run_in, start_run_folder
 from vision_tower.training import compile_blocks, training_arguments
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.sigterm import end_if_stopped
 
     refuse_output(folder, recipe)
-    if checkpoint is not None:
+    if holds_run(folder):
         refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
     # Before the model: ZeRO-3 shards it as it is built.
     arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))

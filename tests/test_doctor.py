@@ -184,13 +184,14 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     asked = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
+    system = {"role": "system", "content": "Be brief."}
 
     def seen(name: str) -> dict[str, Any]:
         return {"role": "user", "content": [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]}
 
     rows = [
         {"messages": [answer, asked, answer]},
-        {"conversations": [answer, asked, answer]},
+        {"conversations": [system, answer, asked, answer]},
         {"messages": [seen("a.jpg"), answer]},
         {"messages": [seen("b.jpg"), answer]},
     ]
@@ -199,7 +200,7 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
     assert {cause: about["rows"] for cause, about in told["dropped"].items()} == {"missing image": 1}
     assert json.loads((tmp_path / "clean.json").read_text()) == [
         {"messages": [asked, answer]},
-        {"conversations": [asked, answer]},
+        {"conversations": [system, asked, answer]},
         {"messages": [seen("a.png"), answer]},
     ]
 

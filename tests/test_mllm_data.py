@@ -68,6 +68,16 @@ def test_an_opening_answer_is_dropped_and_text_only_is_fine() -> None:
     )
 
 
+def test_an_opening_answer_behind_a_system_message_is_dropped() -> None:
+    plain = row("2 plus 2?", "Four.")["conversations"]
+    system, greeting = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello!"}
+    example = to_example({"conversations": [system, greeting, greeting, *plain]})
+    assert example.messages == to_example({"conversations": [system, *plain]}).messages
+    assert example.mended == ("opening answer dropped",)
+    with pytest.raises(BadRow, match="no answer"):
+        to_example({"conversations": [system, greeting]})
+
+
 def test_conversations_as_text() -> None:
     """As tables on the hub often have them."""
     plain = row("2 plus 2?", "Four.")

@@ -232,7 +232,16 @@ def test_another_recipe_is_refused(
     given = GIVEN | {"training.workers": int(whole.name)} | values
     assert run_command(main, arguments(sample_world, whole, **given)) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: {whole}: holds checkpoints of another recipe: {message}")
+    assert line.startswith(f"error: {whole}: holds a run of another recipe: {message}")
+
+
+def test_a_result_without_checkpoints_is_not_overwritten(
+    sample_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = GIVEN | {"training.max_steps": 2, "training.save_every": 0}
+    main(arguments(sample_world, tmp_path / "run", **given))
+    assert run_command(main, arguments(sample_world, tmp_path / "run", **given | {"training.seed": 7})) == 2
+    assert "holds a run of another recipe: training.seed=7 (was " in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_other_shards_are_refused(sample_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

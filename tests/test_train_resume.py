@@ -131,7 +131,22 @@ def test_another_recipe_is_refused(
     given = {"model.checkpoint": mllm_dir, "training.save_every": 1, "stage.llm": "true"} | values
     assert run_command(main, words(finished, sample_world, **given)) == 2
     (line,) = errors(capfd.readouterr().err)
-    assert f"{finished}: holds checkpoints of another recipe: {message}" in line
+    assert f"{finished}: holds a run of another recipe: {message}" in line
+
+
+def test_a_result_without_checkpoints_is_not_overwritten(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """By another recipe; the same one makes it again."""
+    folder, given = tmp_path / "run", {"model.checkpoint": mllm_dir, "training.save_every": 0}
+    main(words(folder, sample_world, **given))
+    before = weights(folder)
+    assert run_command(main, words(folder, sample_world, **given, **{"training.seed": 1})) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{folder}: holds a run of another recipe: training.seed=1 (was 0); give it back, take another" in line
+    assert weights(folder).keys() == before.keys()
+    main(words(folder, sample_world, **given))
+    assert all(torch.equal(weights(folder)[name], before[name]) for name in before)
 
 
 def test_other_data_is_refused(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:

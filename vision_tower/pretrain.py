@@ -16,7 +16,7 @@ from vision_tower.objectives import OBJECTIVES, Objective, choose_objective
 from vision_tower.precision import computes_bf16, settle_precision
 from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
 from vision_tower.recipe import parse_recipe
-from vision_tower.run_folder import add_metrics_file, latest_checkpoint, only_run_in, start_run_folder
+from vision_tower.run_folder import add_metrics_file, holds_run, latest_checkpoint, only_run_in, start_run_folder
 from vision_tower.training import compile_blocks, training_arguments
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.stream_trainer import report_skipped
     from vision_tower.texts import TextDrawer
 
-    if checkpoint is not None:
+    if holds_run(folder):
         refuse_other_recipe(folder / "recipe.yaml", recipe, "pretrain")
     objective = choose_objective(recipe.objective, recipe.loss)
     tokenizer = load_tokenizer(recipe, checkpoint)

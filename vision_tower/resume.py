@@ -55,7 +55,7 @@ def refuse_other_recipe(file: Path, recipe: Any, command: str) -> None:
     if changed:
         said = ", ".join(f"{name}={now.get(name)} (was {before.get(name)})" for name in changed)
         raise UserError(
-            f"{file.parent}: holds checkpoints of another recipe: {said}; give it back, or take another output_dir"
+            f"{file.parent}: holds a run of another recipe: {said}; give it back, take another output_dir, or remove it"
         )
 
 

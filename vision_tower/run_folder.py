@@ -115,6 +115,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left something here that another recipe's would overwrite: a checkpoint, or its result."""
+    results = ("config.json", "adapter_config.json")
+    done = (folder / "recipe.yaml").is_file() and any((folder / name).is_file() for name in results)
+    return done or latest_checkpoint(folder) is not None
+
+
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint below `folder`: transformers writes `trainer_state.json` last."""
     steps = checkpoint_steps(folder)
