@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What ends an answer; `plain` ends with a line break, and a model trained with it is not for talking.
 END_TOKENS = {"vicuna_v1": "</s>", "llama_2": "</s>", "llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
 WRITES_BOS = {"": "{{- bos_token -}}", " ": "{{- bos_token + ' ' -}}"}  # by what stands between it and the words
+GAP = "{{%- set gap = '{}' -%}}"  # begins every template of ours
 KEY = "clips_mllm_llm"  # in tokenizer_config.json, where transformers keeps what it does not know
 
 PROBE = [
@@ -37,8 +38,9 @@ class OwnFormat:
     Attributes:
         chat_template: its chat template, if it has one.
         adds_bos: whether its tokenizer puts BOS in front of every text.
-        gap: what stands between a written BOS and the words, so that they become the ids that they are after one that
-            the tokenizer adds: Vicuna's begins a text with `▁A`, but goes on after `<s>` with `A`.
+        gap: what stands between a written BOS or picture and the words, so that they become the ids that they are at
+            the beginning of a text: Vicuna's begins one with `▁A`, but goes on after `<s>` or `<image>` with `A`. The
+            original LLaVA tokenizes what stands between pictures piece by piece, each as a beginning.
     """
 
     chat_template: str | None
@@ -76,14 +78,14 @@ def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: st
     own = own_format(tokenizer)
     if name != "tokenizer":
         gap = "" if name == "plain" else own.gap  # which begins with a picture
-        return (WRITES_BOS[gap] if own.adds_bos else "") + load_template(name)
+        return (WRITES_BOS[gap] if own.adds_bos else "") + _with_gap(load_template(name), own.gap)
     if not own.chat_template:
         raise UserError(
             f"{key}=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own; choose "
             f"another (plain, {', '.join(END_TOKENS)})"
         )
-    preamble = "" if own.chat_template.startswith(_preamble()) else _preamble()
-    return preamble + own.chat_template
+    preamble = load_template("flatten")
+    return own.chat_template if own.chat_template.startswith(preamble) else preamble + own.chat_template
 
 
 def adopt_template(
@@ -112,8 +114,8 @@ def adopt_template(
     return text
 
 
-def _preamble() -> str:
-    return load_template("flatten")  # type: ignore[arg-type]
+def _with_gap(template: str, gap: str) -> str:
+    return template.replace(GAP.format(""), GAP.format(gap))
 
 
 def _leave_bos_to_the_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,6 +26,7 @@ IMAGE = "<image>"
 # end before it; readers and scorers want the answer.
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
 TemplateName = Literal["plain", "vicuna_v1", "llama_2", "llama_3", "chatml", "tokenizer"]
+TemplateFile = Literal[TemplateName, "flatten"]
 Message = dict[str, Any]
 
 
@@ -47,7 +48,7 @@ class Rendered:
 
 
 @functools.cache
-def load_template(name: TemplateName) -> str:
+def load_template(name: TemplateFile) -> str:
     """The Jinja text of a template that ships; `chat_template.template_for` completes it for a tokenizer."""
     return (resources.files("clips_mllm") / "templates" / f"{name}.jinja").read_text().rstrip("\n")
 

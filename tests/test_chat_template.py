@@ -12,9 +12,9 @@ from tiny_llms import FAMILIES, TEXT, tiny_tokenizer, write_sentencepiece, write
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from clips_mllm.chat_template import adopt_template, own_format, template_for
-from clips_mllm.checkpoint import build_mllm, load_parts, read_llm, save_mllm
+from clips_mllm.checkpoint import add_image_token, build_mllm, load_parts, read_llm, save_mllm
 from clips_mllm.data import InstructionCollator
-from clips_mllm.prompts import IGNORED, IMAGE, Unsupervised, render, render_text
+from clips_mllm.prompts import IGNORED, IMAGE, Unsupervised, load_template, render, render_text
 from clips_mllm.trainer import supervised_loss
 from vision_tower.errors import UserError
 
@@ -209,6 +209,31 @@ def test_the_words_after_bos_are_what_the_llm_knows(family: str, name: Any) -> N
     text, _ = render_text(TALKS["text"], template, tokenizer)
     sample = render(TALKS["text"], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000)
     assert sample.ids == fresh(text.removeprefix(fresh.bos_token).removeprefix(" "))["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "plain"])
+@pytest.mark.parametrize("family", ["llama_2", "llama_3", "sentencepiece"])
+def test_pieces_between_pictures_are_those_of_the_original(family: str, name: Any, tmp_path: Path) -> None:
+    """The original LLaVA tokenizes each by itself and drops its BOS; with sentencepiece `▁` begins them all."""
+    if family == "sentencepiece":
+        llm = write_tiny_llm("llama_2", tmp_path / "llm")
+        (llm / "tokenizer.json").unlink()
+        write_sentencepiece(llm)
+        tokenizer, fresh = (read_llm(str(llm), "auto")[1] for _ in range(2))
+    else:
+        tokenizer, fresh = tiny_tokenizer(family), tiny_tokenizer(family)
+    image = add_image_token(tokenizer)
+    template = template_for(tokenizer, name)
+    talk = TALKS["images"][:2] if name == "plain" else TALKS["images"]
+    if name == "plain":  # the original has one picture there
+        talk = [{"role": "user", "content": [{"type": "image"}]}, talk[1]]
+    sample = render(talk, template=template, tokenizer=tokenizer, image_tokens=1, max_length=1000)
+    raw, _ = render_text(talk, load_template(name), tokenizer)
+    begin, *pieces = raw.split("<image>")
+    wanted = fresh(begin)["input_ids"]
+    for piece in pieces:
+        wanted += [image, *(fresh(piece)["input_ids"][1:] if piece else [])]
+    assert sample.ids == wanted
 
 
 def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
