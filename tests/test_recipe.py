@@ -289,6 +289,25 @@ def test_accumulation() -> None:
         recipe.accumulation(5)
 
 
+def test_wandb_without_a_login_is_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vision_tower.training import training_arguments
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    recipe = TrainingRecipe(max_steps=1, precision="fp32", report_to=("wandb",))
+    with pytest.raises(UserError, match=r"report_to: wandb is not logged in; `wandb login`, or set WANDB_MODE=off"):
+        training_arguments(recipe, tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert training_arguments(recipe, tmp_path).report_to == ["wandb"]
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert training_arguments(recipe, tmp_path).report_to == ["wandb"]
+
+
 def test_extra_fields_of_the_engine_are_checked_by_name(tmp_path: Path) -> None:
     from vision_tower.training import training_arguments
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vision_tower.errors import UserError
 from vision_tower.files import read_object
-from vision_tower.launcher import become_the_only_rank
+from vision_tower.launcher import become_the_only_rank, is_main_process
 from vision_tower.training_recipe import TrainingRecipe
 
 if TYPE_CHECKING:
@@ -170,7 +170,18 @@ def _back_ends(recipe: TrainingRecipe) -> list[str]:
     for name in recipe.report_to:
         if not any(find_spec(package) for package in packages[name]):
             raise UserError(f"training.report_to: {name} is not installed; pip install {packages[name][-1]}")
+    if "wandb" in recipe.report_to and is_main_process():
+        _require_login()
     return list(recipe.report_to)
+
+
+def _require_login() -> None:
+    """Else the first step would ask for a key, or raise."""
+    import wandb
+
+    sends = os.environ.get("WANDB_MODE", "online") in ("online", "run", "shared")
+    if sends and not wandb.api.api_key:
+        raise UserError("training.report_to: wandb is not logged in; `wandb login`, or set WANDB_MODE=offline")
 
 
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
