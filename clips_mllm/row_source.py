@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import itertools
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips_mllm.json_rows import read_rows
+from clips_mllm.llava_json import picture_parts
 from clips_mllm.train_recipe import InstructionSource
 from vision_tower.errors import UserError
 
@@ -51,7 +53,7 @@ def matching(name: str) -> list[str]:
 
 
 def open_table(source: InstructionSource) -> Dataset:
-    """The rows of a source that is no JSON, memory-mapped; its pictures stay encoded.
+    """The rows of a source that is no JSON, memory-mapped, as tables of Arrow.
 
     Raises:
         UserError: no such file or data set, none that `datasets` can read, or one without rows.
@@ -89,19 +91,7 @@ def open_table(source: InstructionSource) -> Dataset:
         ) from error
     if not len(table):
         raise UserError(f"{source.file}: {NO_ROWS}")
-    return _encoded(table)
-
-
-def _encoded(table: Dataset) -> Dataset:
-    """Pictures as bytes and path, not decoded."""
-    import datasets
-
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return table
+    return table.with_format("arrow")  # pictures of whatever column stay as they are encoded, and nothing is copied
 
 
 def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[Any]]:
@@ -114,13 +104,14 @@ def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[A
 def table_chunks(table: Dataset, size: int = CHUNK_WITH_PICTURES) -> Iterator[list[dict[str, Any]]]:
     """Rows of a table in chunks."""
     for begin in range(0, len(table), size):
-        columns = table[begin : begin + size]
-        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield table[begin : begin + size].to_pylist()
 
 
 def without_bytes(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose pictures are there, but no more than a byte: light to hand to another process."""
-    light = dict(row)
+    light = copy.deepcopy(row) if picture_parts(row) else dict(row)  # in messages, which the copy must not share
+    for part, key in picture_parts(light):
+        part[key] = _light(part[key])
     for key in ("image", "images"):
         found = light.get(key)
         if found:

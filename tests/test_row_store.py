@@ -120,6 +120,25 @@ def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
     assert table.picture(1, 0) == png("blue")
 
 
+def test_pictures_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path: Path) -> None:
+    """As `datasets` keeps messages with pictures in them: an Image deep in a column."""
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    messages = datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)})
+    rows = [FORMS["parts with their pictures"]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
+    for one in rows:
+        for message in one["messages"]:
+            message["content"] = [{"image": None, "text": None} | part for part in message["content"]]
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(messages=messages))
+    made.save_to_disk(str(tmp_path / "rows"))
+    table = RowStore(InstructionSource(file=str(tmp_path / "rows")))
+    assert len(table) == 2 and table.picture(1, 0) == png("blue")
+    assert {file.name for file in (tmp_path / "rows").iterdir()} == {
+        "data-00000-of-00001.arrow",
+        "dataset_info.json",
+        "state.json",
+    }
+
+
 @pytest.mark.parametrize("kind", ["image feature", "list of images", "bytes", "saved", "folder", "glob", "path"])
 def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
     """Hub data sets come by the same call as a folder; undecoded pictures either way."""
