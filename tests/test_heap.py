@@ -1,4 +1,4 @@
-"""Freed memory is given back although what was allocated around it stays."""
+"""What a run on a CPU keeps in memory, and what it gives back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from vision_tower import heap
 from vision_tower.heap import TrimHeap, trim_heap
+from vision_tower.precision import cpu_computes_bf16
 
 BLOCK, BLOCKS = 64 * 1024, 4_000
 
@@ -64,6 +65,39 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         )
         faults[way] = int(run.stdout)
     assert faults["kept"] < 1_000 and faults["returned"] > 10_000
+
+
+@pytest.mark.skipif(not cpu_computes_bf16(), reason="oneDNN computes bf16 where the CPU does")
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_products_of_many_shapes_leave_little_in_memory() -> None:
+    """By what malloc has given out and not got back, after 200 lengths of a batch; set after torch is imported."""
+    code = """
+import ctypes, sys, torch
+from vision_tower.heap import keep_few_primitives
+class Said(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used".split()]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("fordblks", "keepcost")]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Said
+if sys.argv[1] == "few":
+    keep_few_primitives()
+torch.set_num_threads(1)
+weights = torch.ones(256, 256, dtype=torch.bfloat16, requires_grad=True)
+def product(length):
+    torch.nn.functional.linear(torch.ones(length, 256, dtype=torch.bfloat16), weights).sum().backward()
+product(700)
+before = libc.mallinfo2().used
+for length in range(60, 260):
+    product(length)
+print(libc.mallinfo2().used - before)
+"""
+    left, environment = {}, {name: value for name, value in os.environ.items() if name not in heap.PRIMITIVES}
+    for way in ("few", "many"):
+        run = subprocess.run(
+            [sys.executable, "-c", code, way], env=environment, capture_output=True, text=True, check=True
+        )
+        left[way] = int(run.stdout)
+    assert left["few"] < 0.3 * left["many"]
 
 
 def test_a_heap_that_grows_is_trimmed_and_one_that_does_not_is_left(

@@ -1,4 +1,4 @@
-"""What a run on a CPU does with freed memory: it keeps it for the next tensors, and gives back what they do not need.
+"""What a run on a CPU does with memory: freed memory is kept for the next tensors, what they do not need given back.
 
 By itself glibc returns every large tensor to the system as soon as it is freed, and gets the next one in new pages,
 which the system zeroes: a fifth of a step's time. And batches of ever-changing length leave holes in the heap: a
@@ -8,12 +8,28 @@ process of 4 GB grows to 9 GB within an hour (docs/LOG.md). On GPUs the tensors 
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# By oneDNN, and by PyTorch's layer over it; a step in bf16 needs some thirty.
+PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def spare_memory() -> None:
+    """On a CPU, before the first product of matrices."""
+    keep_freed_memory()
+    keep_few_primitives()
+
+
+def keep_few_primitives() -> None:
+    """oneDNN makes a primitive for each shape of a product in 16 bits and keeps the last 1,024, each with memory of its
+    own: with batches of ever-changing length a run grows by 10 MB a step (docs/LOG.md)."""
+    for name, count in PRIMITIVES.items():
+        os.environ.setdefault(name, count)
 
 
 def keep_freed_memory() -> bool:

@@ -56,7 +56,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     import torch
     from transformers import TrainingArguments
 
-    from vision_tower.heap import keep_freed_memory
+    from vision_tower.heap import spare_memory
 
     _check_extra(recipe, {field.name for field in dataclasses.fields(TrainingArguments)})
     if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
@@ -103,7 +103,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     _take_one_device(arguments)
     check_one_precision(recipe.precision)
     if arguments.device.type == "cpu":
-        keep_freed_memory()
+        spare_memory()
     return arguments
 
 

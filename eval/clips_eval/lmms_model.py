@@ -37,7 +37,7 @@ from clips_mllm.data import IMAGE_INPUTS
 from clips_mllm.prompts import EMPTY_THOUGHTS
 from clips_mllm.quantize import Quantize
 from vision_tower.errors import UserError
-from vision_tower.heap import keep_freed_memory
+from vision_tower.heap import spare_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,7 +95,7 @@ class ClipsMllm(lmms):
                 f"{pretrained}: the processor has no chat template; add the LLM's own as chat_template.jinja"
             )
         if self.mllm.device.type == "cpu":
-            keep_freed_memory()
+            spare_memory()
         self.batch_size = int(batch_size)
         self.control: Control = control
         self.seed = seed
