@@ -1,9 +1,12 @@
 """Peak memory of a training step on one device, by component, from sizes alone. No torch.
 
-Two moments can be the peak; the larger counts:
+Two moments can be the peak; the larger counts on a GPU:
 
     backward   weights + optimiser + gradients so far + activations + logits + communication buffers
     step       weights + optimiser + gradients + their fp32 copy
+
+On a CPU both do: what the backward pass has freed is in pieces, and the step's copies, each as large as all that
+trains, find no room among them in malloc's heap.
 
 Sources: ZeRO's 2 + 2 + 12 bytes a parameter for bf16 training with AdamW (Rajbhandari et al., arXiv 1910.02054, section
 3.1) and what its stages divide; activations by counting what autograd keeps in transformers' LLaMA block, as
@@ -22,11 +25,10 @@ Adapter = Literal["none", "lora", "dora", "qlora"]
 Moment = Literal["backward", "step"]
 
 NF4 = 0.5 + 0.127 / 8  # bytes a parameter
-# Interpreter, libraries and mapped checkpoint on a CPU (resident, fitted: docs/LOG.md); context and NCCL on a GPU.
-PROCESS = {"cpu": 1.2e9, "gpu": 1.0e9}
-# Shares that the allocator holds beyond what is asked for: of what stays, and of what comes and goes within a step. The
-# second leaves holes in malloc's heap on a CPU, since no two batches are of one length (both fitted: docs/LOG.md).
-SLACK = {"cpu": (0.65, 0.55), "gpu": (0.05, 0.05)}
+# On a CPU interpreter, libraries, mapped checkpoint and the holes that any run makes in malloc's heap (fitted:
+# docs/LOG.md); context and NCCL on a GPU.
+PROCESS = {"cpu": 1.6e9, "gpu": 1.0e9}
+SLACK = {"cpu": 0.0, "gpu": 0.05}  # share that the allocator holds beyond what is asked for
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 
@@ -120,21 +122,21 @@ def estimate(setup: Setup) -> Memory:
     backward = activation_bytes(setup) + logit_bytes(setup) + buffer_bytes(setup)
     # At the step the gradients are flattened and copied to fp32, one group or sub-group after the other.
     step = step_bytes(setup)
-    host = optimiser * setup.offload_optimizer + weights * setup.offload_weights
-    on_device = weights * (not setup.offload_weights) + optimiser * (not setup.offload_optimizer)
-    gradients = 0.0 if setup.offload_optimizer else gradients
     moment: Moment = "backward" if backward >= step else "step"
-    staying, passing = SLACK[setup.kind]
+    counted = ("backward", "step") if setup.kind == "cpu" else (moment,)
+    parts = {
+        "weights": weights * (not setup.offload_weights),
+        "gradients": 0.0 if setup.offload_optimizer else gradients,
+        "optimiser": optimiser * (not setup.offload_optimizer),
+        "activations": activation_bytes(setup) * ("backward" in counted),
+        "logits": logit_bytes(setup) * ("backward" in counted),
+        "buffers": buffer_bytes(setup) * ("backward" in counted) + step * ("step" in counted),
+    }
     return Memory(
+        **parts,
         process=PROCESS[setup.kind],
-        weights=weights * (not setup.offload_weights),
-        gradients=gradients,
-        optimiser=optimiser * (not setup.offload_optimizer),
-        activations=activation_bytes(setup) if moment == "backward" else 0.0,
-        logits=logit_bytes(setup) if moment == "backward" else 0.0,
-        buffers=buffer_bytes(setup) if moment == "backward" else step,
-        slack=staying * (on_device + gradients) + passing * max(backward, step),
-        host=host,
+        slack=SLACK[setup.kind] * sum(parts.values()),
+        host=optimiser * setup.offload_optimizer + weights * setup.offload_weights,
         moment=moment,
     )
 
@@ -156,8 +158,11 @@ def weight_bytes(setup: Setup) -> float:
 
 
 def optimiser_bytes(setup: Setup) -> float:
-    """AdamW's two moments in fp32, and under DeepSpeed the fp32 master weights; ZeRO-1 and above divide them."""
-    each = 8 if setup.zero == 0 else 12 if setup.mixed else 8
+    """AdamW's two moments in fp32, and under DeepSpeed the fp32 master weights; ZeRO-1 and above divide them.
+
+    Of weights in fp32 ZeRO keeps such masters too, a second copy.
+    """
+    each = 8 if setup.zero == 0 else 12
     return each * setup.trainable / (setup.devices if setup.zero >= 1 else 1)
 
 

@@ -109,6 +109,9 @@ def test_what_zero_divides(zero: int, weights: float, optimiser: float) -> None:
     assert setup.trainable == SHAPE.parameters
     assert weight_bytes(setup) == pytest.approx(weights * SHAPE.parameters)
     assert optimiser_bytes(setup) == pytest.approx(optimiser * SHAPE.parameters)
+    assert optimiser_bytes(dataclasses.replace(setup, mixed=False)) == optimiser_bytes(setup), (
+        "ZeRO has masters of fp32"
+    )
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -183,6 +186,33 @@ def test_checkpointing_zero_and_offload_save_memory() -> None:
     assert plain.total == pytest.approx(
         sum(value for name, value in vars(plain).items() if name not in ("host", "moment"))
     )
+
+
+QUICKSTART_ALIGN = {"batch": 8, "tokens": 81, "supervised": 28, "pictures": 1.0}
+QUICKSTART_FINETUNE = {"train_llm": True, "batch": 4, "tokens": 333, "supervised": 15, "pictures": 0.81}
+FP32 = {"mixed": False, "eager": False}
+
+
+@pytest.mark.parametrize(
+    ("measured", "stage", "changed"),
+    [
+        (2.38e9, QUICKSTART_ALIGN, {}),
+        (2.95e9, QUICKSTART_ALIGN, FP32),
+        (6.70e9, QUICKSTART_FINETUNE, {}),
+        (6.85e9, QUICKSTART_FINETUNE, FP32),
+        (8.62e9, QUICKSTART_FINETUNE, {"batch": 8}),
+        (5.86e9, QUICKSTART_FINETUNE, {"zero": 0}),
+        (4.93e9, QUICKSTART_FINETUNE, {"checkpointing": True}),
+        (4.66e9, QUICKSTART_FINETUNE, {"adapter": "lora", "rank": 16}),
+    ],
+)
+def test_the_plan_of_the_quickstart_agrees_with_what_was_measured(
+    measured: float, stage: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    """The largest memory that the training process held, of docs/LOG.md; the commands stand there."""
+    shape = read_shape(tower=None, llm=None, checkpoint="runs/quickstart/align")
+    values = {"zero": 2, "bucket": 5e7, "eager": True, "kind": "cpu"} | stage | changed
+    assert estimate(Setup(shape=shape, **values)).total == pytest.approx(measured, rel=0.1)
 
 
 def test_operations_of_a_sample() -> None:
