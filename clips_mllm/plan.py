@@ -24,6 +24,12 @@ from vision_tower.files import read_object
 from vision_tower.precision import cpu_computes_bf16, settle_precision
 from vision_tower.recipe import parse_recipe
 
+MOMENTS = {
+    "backward": "in the backward pass",
+    "step": "at the optimiser's step",
+    "both": "backward pass and step together",
+}
+
 
 def main(argv: list[str]) -> None:
     """Print the plan.
@@ -135,7 +141,7 @@ class Plan:
             f"{self.lengths.mean:.0f} ({'from the data' if self.lengths.measured else 'assumed: no JSON to look at'})",
             f"batch        {self.global_batch} = {setup.batch} x {setup.devices} {setup.kind} x {self.accumulation} "
             "accumulation",
-            f"memory       of one {setup.kind}, at its peak (in the {memory.moment}); GB are 10^9 bytes",
+            f"memory       of one {setup.kind}, at its peak ({MOMENTS[memory.moment]}); GB are 10^9 bytes",
         ]
         for field in dataclasses.fields(Memory):
             value = getattr(memory, field.name)

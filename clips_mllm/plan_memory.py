@@ -22,7 +22,7 @@ from typing import Literal
 from clips_mllm.plan_shapes import Shape
 
 Adapter = Literal["none", "lora", "dora", "qlora"]
-Moment = Literal["backward", "step"]
+Moment = Literal["backward", "step", "both"]
 
 NF4 = 0.5 + 0.127 / 8  # bytes a parameter
 # On a CPU interpreter, libraries, mapped checkpoint and the holes that any run makes in malloc's heap (fitted:
@@ -122,15 +122,14 @@ def estimate(setup: Setup) -> Memory:
     backward = activation_bytes(setup) + logit_bytes(setup) + buffer_bytes(setup)
     # At the step the gradients are flattened and copied to fp32, one group or sub-group after the other.
     step = step_bytes(setup)
-    moment: Moment = "backward" if backward >= step else "step"
-    counted = ("backward", "step") if setup.kind == "cpu" else (moment,)
+    moment: Moment = "both" if setup.kind == "cpu" else "backward" if backward >= step else "step"
     parts = {
         "weights": weights * (not setup.offload_weights),
         "gradients": 0.0 if setup.offload_optimizer else gradients,
         "optimiser": optimiser * (not setup.offload_optimizer),
-        "activations": activation_bytes(setup) * ("backward" in counted),
-        "logits": logit_bytes(setup) * ("backward" in counted),
-        "buffers": buffer_bytes(setup) * ("backward" in counted) + step * ("step" in counted),
+        "activations": activation_bytes(setup) * (moment != "step"),
+        "logits": logit_bytes(setup) * (moment != "step"),
+        "buffers": buffer_bytes(setup) * (moment != "step") + step * (moment != "backward"),
     }
     return Memory(
         **parts,
