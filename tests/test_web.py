@@ -292,9 +292,9 @@ def test_upload_ask_stream_second_turn_side_by_side(page: Any, world: Path) -> N
     page.locator("#look").click()
     page.locator("#maps img").first.wait_for()
     page.locator("#retry").click()
-    page.wait_for_timeout(300)
+    maps = page.locator("#maps img").locator("visible=true")
+    wait_until(lambda: maps.count() == 0, page)  # they were of an answer that is gone
     wait_until(lambda: answers(page) == both, page)  # a greedy answer comes again
-    assert page.locator("#maps img").locator("visible=true").count() == 0, "the maps were of an answer that is gone"
     page.locator("#chat0 .user").first.hover()
     assert page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).locator("visible=true").count() == 0
     page.locator("#clear").click()
