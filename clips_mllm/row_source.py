@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import glob
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,40 @@ def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[A
 def table_chunks(table: Dataset, size: int = CHUNK_WITH_PICTURES) -> Iterator[list[dict[str, Any]]]:
     """Rows of a table in chunks."""
     for begin in range(0, len(table), size):
-        yield table[begin : begin + size].to_pylist()
+        yield table_rows(table, slice(begin, begin + size))
+
+
+def table_rows(table: Dataset, part: slice | int) -> list[dict[str, Any]]:
+    """Rows of a table; pictures as they are encoded."""
+    rows: list[dict[str, Any]] = table[part].to_pylist()
+    in_json = {name: feature for name, feature in table.features.items() if _holds_json(feature)}
+    return [row | {name: _decoded(row[name], feature) for name, feature in in_json.items()} for row in rows]
+
+
+def _holds_json(feature: Any) -> bool:
+    """`datasets` keeps what has no single type as JSON, such as contents of which some are text and some are parts."""
+    import datasets
+
+    match feature:
+        case dict():
+            return any(map(_holds_json, feature.values()))
+        case datasets.List() | datasets.LargeList():
+            return _holds_json(feature.feature)
+    return isinstance(feature, datasets.Json)
+
+
+def _decoded(value: Any, feature: Any) -> Any:
+    """A value whose JSON, however deep, is read."""
+    import datasets
+
+    match feature, value:
+        case dict(), dict():
+            return {name: _decoded(one, feature[name]) for name, one in value.items()}
+        case datasets.List() | datasets.LargeList(), list():
+            return [_decoded(one, feature.feature) for one in value]
+        case datasets.Json(), str():
+            return json.loads(value)
+    return value
 
 
 def without_bytes(row: dict[str, Any]) -> dict[str, Any]:

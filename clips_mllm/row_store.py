@@ -31,6 +31,7 @@ from clips_mllm.row_source import (
     open_table,
     require_file,
     table_chunks,
+    table_rows,
     without_bytes,
 )
 from clips_mllm.train_recipe import InstructionSource
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-RULES = 3  # raise when rows are checked or written in another way: caches of before are then not read
+RULES = 4  # raise when rows are checked or written in another way: caches of before are then not read
 REMEMBERED = 1000  # missing files that are looked for again when the cache is opened
 COLUMNS = ("number", "messages", "images", "inside", "length")
 
@@ -101,7 +102,7 @@ class RowStore:
         if isinstance(name, str):
             return (self.images / name).read_bytes()
         assert self.base is not None, "pictures lie in rows of tables only"
-        return picture_bytes(self.base[self.number(at)].to_pylist()[0], name)
+        return picture_bytes(table_rows(self.base, self.number(at))[0], name)
 
     def lengths(self) -> np.ndarray:
         """Rough lengths, int32; negative for text-only samples."""

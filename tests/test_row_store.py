@@ -139,6 +139,24 @@ def test_pictures_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_pa
     }
 
 
+@pytest.mark.parametrize("kind", ["folder", "saved", "parquet"])
+def test_contents_of_several_types_are_read(kind: str, tmp_path: Path) -> None:
+    """A system message as text beside parts: `datasets` keeps such a column as JSON."""
+    one = FORMS["parts with their pictures"]("a.png")
+    one["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    (tmp_path / "a.png").write_bytes(png("red"))
+    file = tmp_path / "set"
+    file.mkdir()
+    (file / "train.jsonl").write_text(json.dumps(one))
+    if kind != "folder":
+        table = datasets.load_dataset(str(file), split="train")
+        file = tmp_path / f"made.{kind}"
+        (table.save_to_disk if kind == "saved" else table.to_parquet)(str(file))
+    found = RowStore(InstructionSource(file=str(file), images=str(tmp_path)))
+    assert found.example(0) == store(tmp_path / "rows.json", [one]).example(0)
+    assert found.example(0).images == ["a.png"]
+
+
 @pytest.mark.parametrize("kind", ["image feature", "list of images", "bytes", "saved", "folder", "glob", "path"])
 def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
     """Hub data sets come by the same call as a folder; undecoded pictures either way."""
