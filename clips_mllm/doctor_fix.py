@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.json_rows import read_rows
-from clips_mllm.llava_json import ROLES, opening_answers, picture_parts
+from clips_mllm.llava_json import ROLES, opening_answers, picture_parts, turns_key
 from clips_mllm.row_source import is_json, open_table
 from clips_mllm.train_recipe import InstructionSource
 from vision_tower.errors import UserError
@@ -56,11 +56,11 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
 
 
 def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-    for key in ("conversations", "messages"):
-        if isinstance(row.get(key), list):
-            opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in row[key]])
-            if opening:
-                del row[key][opening]
+    turns = row.get(turns_key(row))
+    if isinstance(turns, list):
+        opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in turns])
+        if opening:
+            del turns[opening]
     if files is None:
         return row
     for key in ("image", "images"):

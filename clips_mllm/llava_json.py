@@ -93,9 +93,14 @@ def picture_bytes(row: dict[str, Any], place: int) -> bytes:
     return bytes(found["bytes"] if isinstance(found, dict) else found)
 
 
+def turns_key(row: dict[str, Any]) -> str:
+    """Where the row's turns are; some sets have both, and LLaVA's name comes first."""
+    return "conversations" if row.get("conversations") is not None else "messages"
+
+
 def picture_parts(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Parts of messages that have a picture with them, and the key it has there."""
-    turns = row.get("messages") or row.get("conversations")
+    turns = row.get(turns_key(row))
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     keyed = [(part, next((key for key in PICTURE_KEYS if part.get(key)), "")) for part in parts]

@@ -194,6 +194,7 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
         {"conversations": [system, answer, asked, answer]},
         {"messages": [seen("a.jpg"), answer]},
         {"messages": [seen("b.jpg"), answer]},
+        {"conversations": [answer, asked, answer], "messages": [answer, {"role": "tool"}, seen("b.jpg")]},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     told = examine(tmp_path / "rows.json", tmp_path, "--fix", str(tmp_path / "clean.json"))
@@ -202,6 +203,7 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
         {"messages": [asked, answer]},
         {"conversations": [system, asked, answer]},
         {"messages": [seen("a.png"), answer]},
+        {"conversations": [asked, answer], "messages": [answer, {"role": "tool"}, seen("b.jpg")]},  # not read
     ]
 
 
