@@ -103,8 +103,16 @@ def picture_parts(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     turns = row.get(turns_key(row))
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    keyed = [(part, next((key for key in PICTURE_KEYS if part.get(key)), "")) for part in parts]
-    return [(part, key) for part, key in keyed if part.get("type") == "image" and key]
+    return [(part, key) for part in parts if _kind(part) == "image" and (key := _picture_key(part))]
+
+
+def _picture_key(part: dict[str, Any]) -> str:
+    return next((key for key in PICTURE_KEYS if part.get(key)), "")
+
+
+def _kind(part: dict[str, Any]) -> Any:
+    """What a message's part says it is; without a word of it, as in Qwen's first format, what it holds."""
+    return part.get("type") or ("image" if _picture_key(part) and not part.get("text") else "text")
 
 
 def _listed(row: dict[str, Any]) -> list[Any]:
@@ -172,14 +180,15 @@ def _as_turn(message: Any) -> Any:
 
 
 def _part_text(part: Any) -> Any:
-    match part:
-        case {"type": "image"}:
+    if not isinstance(part, dict):
+        return None
+    match _kind(part):
+        case "image":
             return f"{IMAGE}\n"
-        case {"type": "text"}:
+        case "text":
             return part.get("text")
-        case {"type": kind}:  # a video, a tool's call: what is left would be another conversation
+        case kind:  # a video, a tool's call: what is left would be another conversation
             raise BadRow(f"a part of type {kind!r}, which is neither text nor image")
-    return None
 
 
 def _message(turn: Any, mended: list[str]) -> Message:

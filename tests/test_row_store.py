@@ -95,6 +95,12 @@ FORMS = {
             {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
         ],
     },
+    "parts without types": lambda image: {
+        "messages": [
+            {"role": "user", "content": [{"image": image}, {"text": "What?"}]},
+            {"role": "assistant", "content": [{"text": "Red."}]},
+        ],
+    },
     "texts": lambda image: {"images": [image], "texts": [{"user": "What?", "assistant": "Red."}]},
 }
 
