@@ -123,6 +123,7 @@ def test_every_checkpoint_is_complete_by_itself(finished: Path, sample_world: Pa
             "stage.llm_learning_rate=0.0001 (was None), training.learning_rate=0.001 (was 0.003);",
         ),
         ({"data.max_length": 300}, "data.max_length=300 (was 2048);"),
+        ({"evaluation.every": 1, "evaluation.share": 0.5}, "evaluation.share=0.5 (was 0.0);"),
     ],
 )
 def test_another_recipe_is_refused(
@@ -132,6 +133,14 @@ def test_another_recipe_is_refused(
     assert run_command(main, words(finished, sample_world, **given)) == 2
     (line,) = errors(capfd.readouterr().err)
     assert f"{finished}: holds a run of another recipe: {message}" in line
+
+
+def test_what_another_command_left_is_refused(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("objective: clips\n")
+    assert run_command(main, words(tmp_path, sample_world, **{"model.checkpoint": mllm_dir})) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert line.startswith(f"error: {tmp_path}: holds no run of this command ({tmp_path}/recipe.yaml: unknown key")
 
 
 def test_a_result_without_checkpoints_is_not_overwritten(
@@ -144,6 +153,10 @@ def test_a_result_without_checkpoints_is_not_overwritten(
     assert run_command(main, words(folder, sample_world, **given, **{"training.seed": 1})) == 2
     (line,) = errors(capfd.readouterr().err)
     assert f"{folder}: holds a run of another recipe: training.seed=1 (was 0); give it back, take another" in line
+    held = {"evaluation.every": 1, "evaluation.share": 0.5}
+    assert run_command(main, words(folder, sample_world, **given, **held)) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert "holds a run of another recipe: evaluation.every=1 (was 0), evaluation.share=0.5 (was 0.0)" in line
     assert weights(folder).keys() == before.keys()
     main(words(folder, sample_world, **given))
     assert all(torch.equal(weights(folder)[name], before[name]) for name in before)

@@ -49,9 +49,16 @@ STAGING = ".checkpoint.partial"
 
 def refuse_other_recipe(file: Path, recipe: Any, command: str) -> None:
     """Raise UserError where the run of `command` that left `file` (its recipe.yaml) had other values than `recipe`."""
-    before = _flat(parse_recipe(type(recipe), ["--config", str(file)], command=command))
-    now = _flat(recipe)
-    changed = sorted(name for name in before | now if before.get(name) != now.get(name) and not _may_differ(name))
+    try:
+        before = _flat(parse_recipe(type(recipe), ["--config", str(file)], command=command))
+    except UserError as error:  # of another command or version
+        raise UserError(
+            f"{file.parent}: holds no run of this command ({error}); take another output_dir, or remove it"
+        ) from error
+    now, goes_on = _flat(recipe), latest_checkpoint(file.parent) is not None
+    changed = sorted(
+        name for name in before | now if before.get(name) != now.get(name) and not _may_differ(name, goes_on)
+    )
     if changed:
         said = ", ".join(f"{name}={now.get(name)} (was {before.get(name)})" for name in changed)
         raise UserError(
@@ -59,8 +66,10 @@ def refuse_other_recipe(file: Path, recipe: Any, command: str) -> None:
         )
 
 
-def _may_differ(name: str) -> bool:
-    return name in MAY_DIFFER or name.partition(".")[0] == "evaluation"
+def _may_differ(name: str, goes_on: bool) -> bool:
+    """What is measured, too, but not what is held out for it; a run that begins anew may end with other weights."""
+    measures = name.startswith("evaluation.") and name != "evaluation.share"
+    return name in MAY_DIFFER or (measures and goes_on)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
