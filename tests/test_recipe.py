@@ -292,6 +292,8 @@ def test_accumulation() -> None:
 def test_wandb_without_a_login_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     from vision_tower.training import training_arguments
 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
@@ -301,9 +303,17 @@ def test_wandb_without_a_login_is_told_before_anything_is_loaded(
     recipe = TrainingRecipe(max_steps=1, precision="fp32", report_to=("wandb",))
     with pytest.raises(UserError, match=r"report_to: wandb is not logged in; `wandb login`, or set WANDB_MODE=off"):
         training_arguments(recipe, tmp_path)
+    wandb.teardown()  # else it does not look at the environment again
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert training_arguments(recipe, tmp_path).report_to == ["wandb"]
+    wandb.teardown()
     monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # `wandb offline`
+    monkeypatch.chdir(tmp_path)
+    assert training_arguments(recipe, tmp_path).report_to == ["wandb"]
+    wandb.teardown()
+    (tmp_path / "wandb" / "settings").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert training_arguments(recipe, tmp_path).report_to == ["wandb"]
 

@@ -179,8 +179,10 @@ def _require_login() -> None:
     """Else the first step would ask for a key, or raise."""
     import wandb
 
-    sends = os.environ.get("WANDB_MODE", "online") in ("online", "run", "shared")
-    if sends and not wandb.api.api_key:
+    if wandb.api.api_key:
+        return
+    settings = wandb.setup().settings  # of the environment and of the file that `wandb offline` writes
+    if settings.mode in ("online", "run", "shared") and not settings.identity_token_file:
         raise UserError("training.report_to: wandb is not logged in; `wandb login`, or set WANDB_MODE=offline")
 
 
