@@ -236,6 +236,19 @@ def test_pieces_between_pictures_are_those_of_the_original(family: str, name: An
     assert sample.ids == wanted
 
 
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "llama_3", "chatml", "plain"])
+def test_content_as_string_renders_like_parts_where_a_blank_follows_a_picture(name: Any) -> None:
+    tokenizer = tiny_tokenizer("llama_2")
+    template = template_for(tokenizer, name)
+    strings = [
+        message | {"content": "".join(f"{IMAGE}\n" if p["type"] == "image" else p["text"] for p in message["content"])}
+        for message in TALKS["images"]
+    ]
+    text, _ = render_text(TALKS["images"], template, tokenizer)
+    assert "<image> " in text
+    assert render_text(strings, template, tokenizer)[0] == text
+
+
 def test_a_tokenizer_model_alone(tmp_path: Path) -> None:
     """As Vicuna brings it, with the packages that are pinned: sentencepiece and protobuf have to fit each other."""
     import sentencepiece
