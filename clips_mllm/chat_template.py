@@ -56,14 +56,17 @@ def own_format(tokenizer: PreTrainedTokenizerFast) -> OwnFormat:
     own = own.get("default") if isinstance(own, dict) else own
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return OwnFormat(own, adds_bos, _gap(tokenizer) if adds_bos else "")
+    return OwnFormat(own, adds_bos, _gap(tokenizer))
 
 
 def _gap(tokenizer: PreTrainedTokenizerFast) -> str:
-    def ids(text: str, **options: bool) -> list[int]:
-        return list(tokenizer(text, **options)["input_ids"])
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    written = (gap for gap in WRITES_BOS if ids(f"{tokenizer.bos_token}{gap}A", add_special_tokens=False) == ids("A"))
+    special = tokenizer.bos_token or tokenizer.eos_token
+    if special is None:
+        return ""
+    written = (gap for gap in WRITES_BOS if ids(f"{special}{gap}A") == [*ids(special), *ids("A")])
     return next(written, "")
 
 

@@ -194,7 +194,7 @@ def _part_text(part: Any) -> Any:
 def _message(turn: Any, mended: list[str]) -> Message:
     role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
     if role is None or not isinstance(turn.get("value"), str):
-        raise BadRow("a turn without 'from' (human, gpt, system) and 'value'")
+        raise BadRow("a turn without 'from' (human, gpt, system) and 'value', or 'role' and 'content'")
     if role != "user":
         if IMAGE in turn["value"]:
             raise BadRow(f"{IMAGE} outside a question")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_llms import FAMILIES, TEXT, tiny_tokenizer, write_sentencepiece, write_tiny_llm
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from clips_mllm.chat_template import adopt_template, own_format, template_for
@@ -212,16 +213,24 @@ def test_the_words_after_bos_are_what_the_llm_knows(family: str, name: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "plain"])
-@pytest.mark.parametrize("family", ["llama_2", "llama_3", "sentencepiece"])
+@pytest.mark.parametrize("family", ["llama_2", "llama_3", "qwen2", "sentencepiece", "without BOS"])
 def test_pieces_between_pictures_are_those_of_the_original(family: str, name: Any, tmp_path: Path) -> None:
-    """The original LLaVA tokenizes each by itself and drops its BOS; with sentencepiece `▁` begins them all."""
+    """The original LLaVA tokenizes each by itself and drops its BOS; with sentencepiece `▁` begins them all.
+
+    Yi's, for one, is such a tokenizer that adds no BOS.
+    """
     if family == "sentencepiece":
         llm = write_tiny_llm("llama_2", tmp_path / "llm")
         (llm / "tokenizer.json").unlink()
         write_sentencepiece(llm)
         tokenizer, fresh = (read_llm(str(llm), "auto")[1] for _ in range(2))
+    elif family == "without BOS":
+        tokenizer, fresh = tiny_tokenizer("llama_2"), tiny_tokenizer("llama_2")
+        for one in (tokenizer, fresh):
+            one.backend_tokenizer.post_processor = processors.Sequence([])
     else:
         tokenizer, fresh = tiny_tokenizer(family), tiny_tokenizer(family)
+    own = len(fresh("")["input_ids"])
     image = add_image_token(tokenizer)
     template = template_for(tokenizer, name)
     talk = TALKS["images"][:2] if name == "plain" else TALKS["images"]
@@ -232,7 +241,7 @@ def test_pieces_between_pictures_are_those_of_the_original(family: str, name: An
     begin, *pieces = raw.split("<image>")
     wanted = fresh(begin)["input_ids"]
     for piece in pieces:
-        wanted += [image, *(fresh(piece)["input_ids"][1:] if piece else [])]
+        wanted += [image, *(fresh(piece)["input_ids"][own:] if piece else [])]
     assert sample.ids == wanted
 
 

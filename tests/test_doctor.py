@@ -79,7 +79,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "null image": ({"image": None, "conversations": turns("2?", "2.")}, "kept"),
     "unknown speaker": (
         {"conversations": [{"from": "robot", "value": "x"}]},
-        "dropped: a turn without 'from' (human, gpt, system) and 'value'",
+        "dropped: a turn without 'from' (human, gpt, system) and 'value', or 'role' and 'content'",
     ),
     "nothing": ({}, "dropped: no 'conversations'"),
 }
