@@ -1,8 +1,8 @@
 """A row of LLaVA JSON, or of the forms that hub data sets use, as a conversation in chat-template form.
 
     {"image": path | [paths], "conversations": [{"from": "human" | "gpt" | "system", "value"}]}     LLaVA
-    the same with the list as text, in JSON                                                         tables on the hub
     {"images": [...], "messages": [{"role", "content"}]}, also as "conversations"                   TRL and others
+    either with its list as text, in JSON                                                           tables on the hub
     {"images": [...], "texts": [{"user", "assistant"}]}                                             FineVision
 
 A picture is a path, or lies in the row: bytes, or a struct with bytes. Where the row names none, a message's parts can:
@@ -50,8 +50,11 @@ class Example:
 
 def to_example(row: dict[str, Any]) -> Example:
     """Raises BadRow with what is wrong. A lone `<image>` moves to the front of its turn, as in LLaVA."""
-    images = _images(row) if isinstance(row, dict) else []
-    turns = _turns(row, len(images)) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        raise BadRow("no 'conversations'")
+    row = _turns_read(row)
+    images = _images(row)
+    turns = _turns(row, len(images))
     if not isinstance(turns, list) or not turns:
         raise BadRow("no 'conversations'")
     mended: list[str] = []
@@ -129,10 +132,8 @@ def _images(row: dict[str, Any]) -> list[str] | list[int]:
         match found:
             case bytes() | {"bytes": bytes()}:
                 inside += 1
-            case str() as path:
-                paths.append(path)
-            case {"path": str() as path}:
-                paths.append(path)
+            case (str() as path) | {"path": str() as path}:
+                paths.append(path.removeprefix("file://"))  # Qwen's documents write them so
             case _:
                 raise BadRow("'image' is neither a path nor a list of paths")
     if paths and inside:
@@ -140,14 +141,20 @@ def _images(row: dict[str, Any]) -> list[str] | list[int]:
     return paths or list(range(inside))
 
 
+def _turns_read(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its turns as a list, where they are JSON as text."""
+    key = turns_key(row)
+    if not isinstance(row.get(key), str):
+        return row
+    try:
+        return row | {key: json.loads(row[key])}
+    except (ValueError, RecursionError):
+        raise BadRow(f"'{key}' is text that is no JSON") from None
+
+
 def _turns(row: dict[str, Any], images: int) -> Any:
     """Turns as LLaVA has them, of whichever form."""
     match row:
-        case {"conversations": str() as text}:
-            try:
-                return json.loads(text)
-            except (ValueError, RecursionError):
-                raise BadRow("'conversations' is text that is no JSON") from None
         case {"conversations": turns} if turns is not None and not _are_messages(turns):
             return turns
         case {"conversations": list() as messages} | {"messages": list() as messages}:

@@ -118,6 +118,8 @@ class Memory:
 
 def estimate(setup: Setup) -> Memory:
     """The peak of a training step."""
+    if setup.kind == "cpu":  # what is offloaded lies in the same memory
+        setup = dataclasses.replace(setup, offload_optimizer=False, offload_weights=False)
     weights, optimiser, gradients = weight_bytes(setup), optimiser_bytes(setup), gradient_bytes(setup)
     backward = activation_bytes(setup) + logit_bytes(setup) + buffer_bytes(setup)
     # At the step the gradients are flattened and copied to fp32, one group or sub-group after the other.

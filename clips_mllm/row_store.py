@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
-RULES = 4  # raise when rows are checked or written in another way: caches of before are then not read
+RULES = 5  # raise when rows are checked or written in another way: caches of before are then not read
 REMEMBERED = 1000  # missing files that are looked for again when the cache is opened
 COLUMNS = ("number", "messages", "images", "inside", "length")
 

@@ -82,6 +82,12 @@ def test_conversations_as_text() -> None:
     """As tables on the hub often have them."""
     plain = row("2 plus 2?", "Four.")
     assert to_example(plain | {"conversations": json.dumps(plain["conversations"])}) == to_example(plain)
+    spoken = [{"role": "user", "content": "2 plus 2?"}, {"role": "assistant", "content": "Four."}]
+    for name in ("conversations", "messages"):
+        assert to_example({name: json.dumps(spoken)}) == to_example(plain)
+    asked = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]}]
+    example = to_example({"messages": json.dumps([*asked, spoken[1]])})
+    assert example.images == ["a.png"] and example.messages[0]["content"] == [IMAGE_PART, text("What?")]
 
 
 def test_outer_blanks_of_an_answer_go() -> None:

@@ -183,6 +183,8 @@ def test_checkpointing_zero_and_offload_save_memory() -> None:
     assert estimate(dataclasses.replace(setup, zero=3)).weights == pytest.approx(plain.weights / 8)
     away = estimate(dataclasses.replace(setup, zero=3, offload_optimizer=True, offload_weights=True))
     assert away.weights == away.optimiser == 0 and away.host > 12 * setup.trainable / 8
+    here = dataclasses.replace(setup, kind="cpu", offload_optimizer=True)
+    assert estimate(here) == estimate(dataclasses.replace(here, offload_optimizer=False)), "the host is the device"
     assert plain.total == pytest.approx(
         sum(value for name, value in vars(plain).items() if name not in ("host", "moment"))
     )

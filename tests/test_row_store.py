@@ -119,6 +119,8 @@ def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
     found = store(tmp_path / "rows.json", [FORMS[form]("a.png")])
     assert found.example(0) == wanted
     assert found.picture(0, "a.png") == png("red")
+    by_address = store(tmp_path / "address.json", [FORMS[form](f"file://{tmp_path}/a.png")])
+    assert by_address.picture(0, by_address.example(0).images[0]) == png("red")
     inside = [FORMS[form]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
     datasets.Dataset.from_list(inside).to_parquet(str(tmp_path / "rows.parquet"))
     table = RowStore(InstructionSource(file=str(tmp_path / "rows.parquet")))
