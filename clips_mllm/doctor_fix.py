@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.json_rows import read_rows
-from clips_mllm.llava_json import ROLES, opening_answers, picture_parts, turns_key
+from clips_mllm.llava_json import ROLES, opening_answers, picture_parts, turns_key, turns_read
 from clips_mllm.row_source import is_json, open_table
 from clips_mllm.train_recipe import InstructionSource
 from vision_tower.errors import UserError
@@ -56,19 +56,21 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
 
 
 def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-    turns = row.get(turns_key(row))
+    read = turns_read(row)  # what is JSON as text stays text where nothing in it is to be mended
+    turns = read.get(turns_key(read))
     if isinstance(turns, list):
         opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in turns])
         if opening:
             del turns[opening]
+            row = read
     if files is None:
         return row
     for key in ("image", "images"):
         if row.get(key):
             return row | {key: files[0] if isinstance(row[key], str) else files}
-    for (part, name), file in zip(picture_parts(row), files, strict=True):
+    for (part, name), file in zip(picture_parts(read), files, strict=True):
         part[name] = file
-    return row
+    return read
 
 
 def refuse_same_names(shards: Iterable[str]) -> None:

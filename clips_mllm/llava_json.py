@@ -52,7 +52,7 @@ def to_example(row: dict[str, Any]) -> Example:
     """Raises BadRow with what is wrong. A lone `<image>` moves to the front of its turn, as in LLaVA."""
     if not isinstance(row, dict):
         raise BadRow("no 'conversations'")
-    row = _turns_read(row)
+    row = turns_read(row)
     images = _images(row)
     turns = _turns(row, len(images))
     if not isinstance(turns, list) or not turns:
@@ -141,7 +141,7 @@ def _images(row: dict[str, Any]) -> list[str] | list[int]:
     return paths or list(range(inside))
 
 
-def _turns_read(row: dict[str, Any]) -> dict[str, Any]:
+def turns_read(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its turns as a list, where they are JSON as text."""
     key = turns_key(row)
     if not isinstance(row.get(key), str):

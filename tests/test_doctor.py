@@ -180,7 +180,7 @@ def test_processes_find_the_same(world: Path, found: dict[str, Any], tmp_path: P
 
 
 def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
-    """Under either name; a renamed picture where the row has it, in a part of a message too."""
+    """Under either name, as JSON text too; a renamed picture where the row has it, or a part of a message."""
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     asked = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
@@ -195,6 +195,9 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
         {"messages": [seen("a.jpg"), answer]},
         {"messages": [seen("b.jpg"), answer]},
         {"conversations": [answer, asked, answer], "messages": [answer, {"role": "tool"}, seen("b.jpg")]},
+        {"messages": json.dumps([answer, asked, answer])},
+        {"messages": json.dumps([seen("a.jpg"), answer])},
+        {"messages": json.dumps([asked, answer])},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     told = examine(tmp_path / "rows.json", tmp_path, "--fix", str(tmp_path / "clean.json"))
@@ -204,6 +207,9 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
         {"conversations": [system, asked, answer]},
         {"messages": [seen("a.png"), answer]},
         {"conversations": [asked, answer], "messages": [answer, {"role": "tool"}, seen("b.jpg")]},  # not read
+        {"messages": [asked, answer]},
+        {"messages": [seen("a.png"), answer]},
+        {"messages": json.dumps([asked, answer])},
     ]
 
 
