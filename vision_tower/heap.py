@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# By oneDNN, and by PyTorch's layer over it; a step in bf16 needs some thirty.
+# By oneDNN, and by PyTorch's layer over it; with 16 a step in bf16 was no slower (docs/LOG.md).
 PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
