@@ -60,8 +60,9 @@ def build(tower: str, llm: str, folder: Path) -> Path:
     """A checkpoint with a random projector: the same work as a trained one, other answers."""
     import torch
 
-    from clips_mllm.checkpoint import build_mllm, save_mllm
-    from clips_mllm.prompts import load_template
+    from clips_mllm.model.build import build_mllm
+    from clips_mllm.model.checkpoint import save_mllm
+    from clips_mllm.prompts.render import load_template
 
     torch.manual_seed(0)
     folder.mkdir()
@@ -119,11 +120,11 @@ def measure(
     checkpoint: Path, data: Path, args: argparse.Namespace, mode: str, *, engine: str, batch_size: int
 ) -> tuple[Seconds, list[str]]:
     """Seconds from requests to scored answers, models loaded before; and the answers."""
-    from clips_eval.lmms_engines import load, model_for
-    from clips_eval.lmms_journal import Journal
-    from clips_eval.lmms_recipe import EvaluateRecipe, TaskSpec
-    from clips_eval.lmms_run import evaluate_task, quiet_libraries
-    from clips_eval.lmms_tasks import index_tasks, load_task
+    from clips_eval.lmms.engines import load, model_for
+    from clips_eval.lmms.journal import Journal
+    from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec
+    from clips_eval.lmms.run import evaluate_task, quiet_libraries
+    from clips_eval.lmms.tasks import index_tasks, load_task
 
     spec = TaskSpec(task="clips_pope_random", data=str(data))
     recipe: Any = EvaluateRecipe(

@@ -64,9 +64,9 @@ def open_set(file: Path) -> None:
 
     import datasets  # noqa: F401  its import is not the rows' memory
 
-    from clips_mllm.data import Examples
-    from clips_mllm.sampler import LengthGroupedSampler
-    from clips_mllm.train_recipe import InstructionRecipe
+    from clips_mllm.data.dataset import Examples
+    from clips_mllm.data.recipe import InstructionRecipe
+    from clips_mllm.data.sampler import LengthGroupedSampler
 
     before = private_megabytes()
     begin = time.perf_counter()

@@ -155,7 +155,7 @@ def train_theirs(args: argparse.Namespace, shards: Path, folder: Path) -> None:
 
 def load_ours(args: argparse.Namespace, shards: Path, folder: Path, around: Any = None) -> list[float]:
     """Times of batches from the loader that the command builds, within `around`; training is put off for good."""
-    from vision_tower import pretrain_trainer
+    from vision_tower.pretraining import trainer as pretrain_trainer
 
     found: list[float] = []
 

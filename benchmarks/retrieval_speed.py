@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from clip_benchmark.metrics import zeroshot_retrieval
 
-from vision_tower.recall import recall_at_k
+from vision_tower.evaluation.recall import recall_at_k
 
 Recalls = dict[str, float]
 

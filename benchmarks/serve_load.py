@@ -52,7 +52,7 @@ class Server:
     """`clips-mllm serve` as a process of its own."""
 
     def __init__(self, model: str, *options: str) -> None:
-        words = [sys.executable, "-m", "clips_mllm.talk.serve", model, "--port", "0", "--name", "model", *options]
+        words = [sys.executable, "-m", "clips_mllm.serve", model, "--port", "0", "--name", "model", *options]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- a line for each request
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=self.log, text=True)
         assert self.process.stdout is not None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from clips_mllm.checkpoint import load_mllm
+from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.conversation import question, statement
 from clips_mllm.talk.engine import Engine

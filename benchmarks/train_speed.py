@@ -40,8 +40,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     """A stock checkpoint of SmolLM2 and a random tower, and a JSON of samples with one picture for each stage."""
     import torch
 
-    from clips_mllm.checkpoint import build_mllm, save_mllm
-    from clips_mllm.prompts import load_template
+    from clips_mllm.model.build import build_mllm
+    from clips_mllm.model.checkpoint import save_mllm
+    from clips_mllm.prompts.render import load_template
     from clips_mllm.sample.build import main as build
 
     world = Path(args.world or folder / "world")
@@ -66,7 +67,7 @@ def save_tower(folder: Path) -> None:
     """The quickstart's sizes."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    from vision_tower.images import evaluation_processor
+    from vision_tower.data.images import evaluation_processor
 
     config = SiglipVisionConfig(
         hidden_size=128,

@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips_mllm.talk.examples import check_picture, read_examples
 from clips_mllm.talk.recipes import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import check_model, start_engine
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import read_text, write_text
-from vision_tower.recipe import parse_recipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import write_text
+from vision_tower.common.recipe import parse_recipe
 
 if TYPE_CHECKING:
     from clips_mllm.talk.terminal import Terminal
@@ -53,30 +54,6 @@ def main(argv: list[str]) -> None:
             terminal.answer(recipe.question)
         else:
             terminal.talk()
-
-
-def check_picture(file: str) -> None:
-    """Raise UserError, before the model is loaded, where the file is no readable picture."""
-    from clips_mllm.talk.pictures import read_picture
-
-    read_picture(Path(file))
-
-
-def read_examples(file: Path) -> list[dict[str, str]]:
-    """Questions about pictures; the pictures' paths are relative to the file. Raises UserError on bad input."""
-    try:
-        rows = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); mend the file") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f'{file}: expected a JSON list of {{"image", "question"}}, with one at least')
-    for at, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or "question" not in row:
-            raise UserError(f'{file}: entry {at}: expected {{"image": FILE, "question": TEXT}}; mend it')
-    examples = [{"image": str(file.parent / row["image"]), "question": str(row["question"])} for row in rows]
-    for example in examples:
-        check_picture(example["image"])
-    return examples
 
 
 def answer_examples(terminal: Terminal, examples: list[dict[str, str]], output: str | None) -> None:

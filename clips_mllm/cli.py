@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from vision_tower.errors import UserError, run_command
+from vision_tower.common.errors import UserError, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ COMMANDS = {
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
-    "inspect": Command("clips_mllm.inspect", "tell what a folder is and where it came from"),
+    "inspect": Command("clips_mllm.inspect_folder", "tell what a folder is and where it came from"),
     "plan": Command("clips_mllm.plan", "tell a recipe's memory, batch and time before it runs"),
     "merge": Command("clips_mllm.merge", "merge an adapter into its base: a plain checkpoint"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
@@ -35,8 +35,8 @@ COMMANDS = {
     "compare": Command("clips_eval.compare", "swap the vision tower and nothing else: several seeds, paired tests"),
     "report": Command("clips_eval.report", "write a run's report: Markdown, HTML with plots, JSON"),
     "chat": Command("clips_mllm.chat", "talk to a multimodal LLM in the terminal"),
-    "web": Command("clips_mllm.talk.web", "talk to a multimodal LLM in the browser"),
-    "serve": Command("clips_mllm.talk.serve", "serve a multimodal LLM to OpenAI clients"),
+    "web": Command("clips_mllm.web", "talk to a multimodal LLM in the browser"),
+    "serve": Command("clips_mllm.serve", "serve a multimodal LLM to OpenAI clients"),
 }
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 
-from clips_mllm.convert_recipe import ConvertRecipe
-from vision_tower.convert_recipe import ConvertRecipe as EncoderRecipe
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import new_folder
-from vision_tower.recipe import parse_recipe
+from clips_mllm.formats.recipe import ConvertRecipe
+from vision_tower.checkpoints.recipe import ConvertRecipe as EncoderRecipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import new_folder
+from vision_tower.common.recipe import parse_recipe
 
 
 def main(argv: list[str]) -> None:
@@ -44,10 +44,10 @@ def refuse_unused(recipe: ConvertRecipe) -> None:
 
 def import_llava(recipe: ConvertRecipe) -> None:
     """An original LLaVA checkpoint as a stock one."""
-    from clips_mllm.chat_template import adopt_template
-    from clips_mllm.checkpoint import save_mllm
-    from clips_mllm.manifest import note_origin
-    from clips_mllm.original_llava import read_original
+    from clips_mllm.formats.original_llava import read_original
+    from clips_mllm.model.checkpoint import save_mllm
+    from clips_mllm.prompts.chat_template import adopt_template
+    from clips_mllm.provenance.manifest import note_origin
 
     with new_folder(recipe.destination) as work:
         model, processor, line = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
@@ -60,7 +60,7 @@ def import_llava(recipe: ConvertRecipe) -> None:
 
 def export_projector(recipe: ConvertRecipe) -> None:
     """The projector of a stock checkpoint under its original names."""
-    from clips_mllm.original_weights import write_projector
+    from clips_mllm.formats.original_weights import write_projector
 
     with new_folder(recipe.destination) as work:
         write_projector(recipe.source, work, tower=recipe.tower)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clips_mllm.doctor_recipe import DoctorRecipe
-from vision_tower.errors import run_command
-from vision_tower.recipe import parse_recipe
+from clips_mllm.checks.recipe import DoctorRecipe
+from vision_tower.common.errors import run_command
+from vision_tower.common.recipe import parse_recipe
 
 SHARD_ENDINGS = (".tar", ".tgz", ".gz")
 CONVERSATIONS = {"conversations", "messages", "texts"}
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     recipe.check()
     shards = _are_shards(recipe)
 
-    from clips_mllm.doctor_fix import check_copy
-    from vision_tower.files import write_text
+    from clips_mllm.checks.fix import check_copy
+    from vision_tower.common.files import write_text
 
     if recipe.fix is not None:
         check_copy(recipe.source, Path(recipe.fix), shards)
@@ -47,11 +47,11 @@ def examine_rows(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
     """(report, table) of conversations."""
     from tqdm import tqdm
 
-    from clips_mllm.doctor_checks import check_chunk, start
-    from clips_mllm.doctor_fix import copy_rows
-    from clips_mllm.doctor_report import Findings
-    from clips_mllm.parallel import spread
-    from clips_mllm.row_source import image_folder, is_json, json_chunks, open_table, table_chunks
+    from clips_mllm.checks.fix import copy_rows
+    from clips_mllm.checks.report import Findings
+    from clips_mllm.checks.rows import check_chunk, start
+    from clips_mllm.data.parallel import spread
+    from clips_mllm.data.row_source import image_folder, is_json, json_chunks, open_table, table_chunks
 
     source = recipe.source
     base = None if is_json(source) else open_table(source)
@@ -86,12 +86,12 @@ def examine_shards(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
     """(report, table) of pretraining pairs."""
     from tqdm import tqdm
 
-    from clips_mllm.doctor_checks import check_shard
-    from clips_mllm.doctor_fix import copy_shard, refuse_same_names
-    from clips_mllm.doctor_report import Findings
-    from clips_mllm.parallel import spread
-    from vision_tower.pairs_recipe import SourceRecipe
-    from vision_tower.shards import find_shards
+    from clips_mllm.checks.fix import copy_shard, refuse_same_names
+    from clips_mllm.checks.report import Findings
+    from clips_mllm.checks.rows import check_shard
+    from clips_mllm.data.parallel import spread
+    from vision_tower.data.recipe import SourceRecipe
+    from vision_tower.data.shards import find_shards
 
     source = SourceRecipe(
         shards=recipe.file, web_caption=recipe.web_caption, synthetic_caption=recipe.synthetic_caption
@@ -120,7 +120,7 @@ def _are_shards(recipe: DoctorRecipe) -> bool:
         return False
     import pyarrow.parquet as pq
 
-    from vision_tower.shards import find_shards
+    from vision_tower.data.shards import find_shards
 
     return not CONVERSATIONS & set(pq.ParquetFile(find_shards(recipe.file)[0]).schema_arrow.names)
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from vision_tower.errors import UserError, run_command
-from vision_tower.recipe import parse_recipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.recipe import parse_recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ def main(argv: list[str]) -> None:
     """
     recipe = parse_recipe(MergeRecipe, argv, command="merge", positional=("adapter", "output"))
 
-    from clips_mllm.adapters import is_adapter
-    from clips_mllm.checkpoint import load_parts, save_mllm
-    from clips_mllm.manifest import note_origin
-    from vision_tower.files import new_folder
+    from clips_mllm.model.adapters import is_adapter
+    from clips_mllm.model.checkpoint import load_parts, save_mllm
+    from clips_mllm.provenance.manifest import note_origin
+    from vision_tower.common.files import new_folder
 
     if not is_adapter(recipe.adapter):
         raise UserError(f"{recipe.adapter}: no adapter here (adapter_config.json); give the folder of a LoRA run")

@@ -10,19 +10,17 @@ import dataclasses
 import json
 import math
 import sys
-from pathlib import Path
-from typing import Literal
 
-from clips_mllm.plan_data import Lengths, read_lengths
-from clips_mllm.plan_memory import Memory, Setup, estimate
-from clips_mllm.plan_recipe import GB, PlanRecipe
-from clips_mllm.plan_shapes import Shape, read_shape
-from clips_mllm.plan_time import run_seconds
-from clips_mllm.train_recipe import TrainRecipe, check_feature_layer
-from vision_tower.errors import run_command
-from vision_tower.files import read_object
-from vision_tower.precision import cpu_computes_bf16, settle_precision
-from vision_tower.recipe import parse_recipe
+from clips_mllm.model.recipe import check_feature_layer
+from clips_mllm.planning.lengths import Lengths, read_lengths
+from clips_mllm.planning.memory import Memory, Setup, estimate
+from clips_mllm.planning.recipe import GB, PlanRecipe
+from clips_mllm.planning.setup import setup_of
+from clips_mllm.planning.shapes import read_shape
+from clips_mllm.planning.timing import run_seconds
+from vision_tower.common.errors import run_command
+from vision_tower.common.recipe import parse_recipe
+from vision_tower.training.precision import cpu_computes_bf16, settle_precision
 
 MOMENTS = {
     "backward": "in the backward pass",
@@ -39,7 +37,7 @@ def main(argv: list[str]) -> None:
     """
     recipe = parse_recipe(PlanRecipe, argv, command="plan")
     if recipe.table:
-        from clips_mllm.plan_table import table
+        from clips_mllm.planning.table import table
 
         print(table())
         return
@@ -56,38 +54,6 @@ def main(argv: list[str]) -> None:
         lengths = dataclasses.replace(lengths, longest=recipe.tokens)
     plan = make_plan(recipe, setup_of(recipe, shape, lengths, devices=recipe.devices, kind=recipe.device), lengths)
     print(json.dumps(plan.as_dict(), indent=1) if recipe.json else plan.as_text())
-
-
-def setup_of(
-    recipe: TrainRecipe, shape: Shape, lengths: Lengths, *, devices: int, kind: Literal["cpu", "gpu"]
-) -> Setup:
-    """What a recipe asks of each device. Raises UserError for a DeepSpeed file that is damaged."""
-    training, attention = recipe.training, recipe.model.attention
-    options = {} if training.deepspeed is None else read_object(Path(training.deepspeed)).get("zero_optimization", {})
-    bucket = options.get("reduce_bucket_size", 5e8)
-    return Setup(
-        shape=shape,
-        train_projector=recipe.stage.projector,
-        train_llm=recipe.stage.llm,
-        train_tower=recipe.stage.tower,
-        adapter=recipe.stage.adapter.kind,
-        rank=recipe.stage.adapter.rank,
-        zero=options.get("stage", 0),
-        offload_optimizer="offload_optimizer" in options,
-        offload_weights="offload_param" in options,
-        bucket=shape.llm.width**2 if bucket == "auto" else float(bucket),  # as transformers fills "auto" in
-        mixed=training.precision == "bf16",
-        checkpointing=training.gradient_checkpointing,
-        # As `kernels.choose_attention` decides, which needs torch.
-        eager=attention == "eager" or (attention == "auto" and kind == "cpu" and training.precision == "bf16"),
-        compiled=training.compile,
-        devices=devices,
-        batch=training.device_batch_size,
-        tokens=lengths.longest,
-        supervised=round(lengths.supervised),
-        pictures=lengths.pictures,
-        kind=kind,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.doctor_recipe import PreviewRecipe
-from vision_tower.errors import run_command
-from vision_tower.recipe import parse_recipe
+from clips_mllm.checks.recipe import PreviewRecipe
+from vision_tower.common.errors import run_command
+from vision_tower.common.recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from clips_mllm.display import Piece
+    from clips_mllm.checks.display import Piece
 
 THUMBNAIL = 320  # pixels of the longer side, in the page
 
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(PreviewRecipe, argv, command="data preview", positional=("file",))
     recipe.check()
 
-    from clips_mllm.display import as_text
-    from vision_tower.files import write_text
+    from clips_mllm.checks.display import as_text
+    from vision_tower.common.files import write_text
 
     if recipe.output is not None:
         write_text(Path(recipe.output), page(recipe.file, list(samples(recipe))))
@@ -68,10 +68,10 @@ def main(argv: list[str]) -> None:
 
 def samples(recipe: PreviewRecipe) -> Iterator[Shown]:
     """Evenly spread over the usable rows of the file."""
-    from clips_mllm.display import pieces
-    from clips_mllm.prompts import IGNORED, IMAGE, Unsupervised
-    from clips_mllm.rendering import open_renderer
-    from clips_mllm.row_store import RowStore, say
+    from clips_mllm.checks.display import pieces
+    from clips_mllm.checks.rendering import open_renderer
+    from clips_mllm.data.row_store import RowStore, say
+    from clips_mllm.prompts.conversation import IGNORED, IMAGE, Unsupervised
 
     renderer = open_renderer(recipe.render)
     store = RowStore(recipe.source)
@@ -124,7 +124,7 @@ def _piece(piece: Piece) -> str:
 
 def _thumbnail(content: bytes) -> bytes:
     """A small JPEG. Raises BadImage."""
-    from vision_tower.images import decode_image
+    from vision_tower.data.images import decode_image
 
     picture = decode_image(content, least=THUMBNAIL)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))

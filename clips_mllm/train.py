@@ -10,21 +10,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_mllm.row_source import require_file
-from clips_mllm.train_recipe import InstructionRecipe, InstructionSource, MllmRecipe, TrainRecipe
-from vision_tower.errors import UserError, run_command
-from vision_tower.launcher import drop_launcher_arguments, is_main_process
-from vision_tower.precision import computes_bf16, settle_precision
-from vision_tower.recipe import parse_recipe
-from vision_tower.run_folder import add_metrics_file, holds_run, latest_checkpoint, only_run_in, start_run_folder
-from vision_tower.training import compile_blocks, training_arguments
+from clips_mllm.data.recipe import InstructionRecipe, InstructionSource
+from clips_mllm.data.row_source import require_file
+from clips_mllm.model.recipe import MllmRecipe
+from clips_mllm.training.recipe import TrainRecipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.launcher import drop_launcher_arguments, is_main_process
+from vision_tower.common.recipe import parse_recipe
+from vision_tower.training.arguments import compile_blocks, training_arguments
+from vision_tower.training.precision import computes_bf16, settle_precision
+from vision_tower.training.run_folder import (
+    add_metrics_file,
+    holds_run,
+    latest_checkpoint,
+    only_run_in,
+    start_run_folder,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from clips_mllm.data import Examples, InstructionCollator, InstructionDataset
-    from clips_mllm.tiles import AnyModel, AnyProcessor
-    from clips_mllm.trainer import MllmTrainer
+    from clips_mllm.data.dataset import Examples, InstructionCollator, InstructionDataset
+    from clips_mllm.model.tiles import AnyModel, AnyProcessor
+    from clips_mllm.training.trainer import MllmTrainer
 
 PROJECTOR_SAMPLES = 128
 
@@ -47,11 +55,10 @@ def main(argv: list[str]) -> None:
     from transformers import set_seed
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from clips_mllm.data import Examples
-    from clips_mllm.manifest import compare_manifest, finish_manifest, part_hashes, write_manifest
-    from clips_mllm.preflight import preflight, show_data
-    from vision_tower.resume import refuse_other_recipe
-    from vision_tower.sigterm import end_if_stopped
+    from clips_mllm.data.dataset import Examples
+    from clips_mllm.provenance.manifest import compare_manifest, finish_manifest, part_hashes, write_manifest
+    from clips_mllm.training.preflight import preflight, show_data
+    from vision_tower.training.resume import end_if_stopped, refuse_other_recipe
 
     refuse_output(folder, recipe)
     if holds_run(folder):
@@ -88,8 +95,8 @@ def main(argv: list[str]) -> None:
 def refuse_output(folder: Path, recipe: TrainRecipe) -> None:
     """Raise UserError where the run would overwrite what it begins from, or leave an adapter and a plain checkpoint in
     one folder, of which readers would take the adapter."""
-    from clips_mllm.adapters import is_adapter
-    from clips_mllm.checkpoint import is_complete
+    from clips_mllm.model.adapters import is_adapter
+    from clips_mllm.model.stock import is_complete
 
     base, adapts = recipe.model.checkpoint, recipe.stage.adapter.kind != "none"
     if base is not None and Path(base).is_dir() and Path(base).resolve() == folder.resolve():
@@ -108,17 +115,18 @@ def build_trainer(
     """Data, stage, and the engine over both; and the line that says what trains."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    from clips_mllm.cached_tower import open_cached_tower
-    from clips_mllm.chat_template import adopt_template
-    from clips_mllm.data import InstructionCollator, InstructionDataset, make_square, packing_for
-    from clips_mllm.kernels import choose_attention
-    from clips_mllm.measuring import Measuring
-    from clips_mllm.plan_check import memory_line
-    from clips_mllm.projector import fit_projector
-    from clips_mllm.stages import apply_stage
-    from clips_mllm.trainer import MllmTrainer
-    from clips_mllm.word_start import start_by_words
-    from vision_tower.heap import TrimHeap
+    from clips_mllm.data.dataset import InstructionCollator, InstructionDataset, packing_for
+    from clips_mllm.model.cached_tower import open_cached_tower
+    from clips_mllm.model.processors import make_square
+    from clips_mllm.planning.memory_check import memory_line
+    from clips_mllm.prompts.chat_template import adopt_template
+    from clips_mllm.training.kernels import choose_attention
+    from clips_mllm.training.measuring import Measuring
+    from clips_mllm.training.projector import fit_projector
+    from clips_mllm.training.stages import apply_stage
+    from clips_mllm.training.trainer import MllmTrainer
+    from clips_mllm.training.word_start import start_by_words
+    from vision_tower.training.cpu_memory import TrimHeap
 
     choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16", arguments.device)
     adopt_template(processor, recipe.data.template, model)
@@ -169,8 +177,8 @@ def build_trainer(
 
 def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: AnyProcessor) -> tuple[Any, Any]:
     """(what is trained on, what is held out): another file, a share of the same one, or nothing."""
-    from clips_mllm.data import InstructionDataset
-    from clips_mllm.held_out import hold_out
+    from clips_mllm.data.dataset import InstructionDataset
+    from clips_mllm.data.held_out import hold_out
 
     evaluation = recipe.evaluation
     if not evaluation.every or (evaluation.file is None and not evaluation.share):
@@ -187,7 +195,7 @@ def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: AnyProces
 
 def further_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     """What this stage says to transformers beyond the optimisation recipe."""
-    from clips_mllm.kernels import liger_arguments
+    from clips_mllm.training.kernels import liger_arguments
 
     evaluation, kept = recipe.evaluation, recipe.training.keep_checkpoints
     more: dict[str, Any] = liger_arguments(recipe.training.liger)
@@ -224,8 +232,9 @@ def leave_the_file(model: AnyModel) -> None:
 
 def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, AnyProcessor]:
     """An earlier stage's checkpoint, in 4 bits for QLoRA, or a tower and an LLM joined by a fresh projector."""
-    from clips_mllm.adapters import is_adapter
-    from clips_mllm.checkpoint import build_mllm, load_parts
+    from clips_mllm.model.adapters import is_adapter
+    from clips_mllm.model.build import build_mllm
+    from clips_mllm.model.checkpoint import load_parts
 
     recipe: MllmRecipe = whole.model
     if recipe.checkpoint is not None:
@@ -250,8 +259,8 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, Any
 
 def check_ranks_agree(dataset: InstructionDataset) -> None:
     """Raise UserError on all ranks where they read different rows: each draws its batches from its own table."""
-    from clips_mllm.fingerprints import value_hash
-    from vision_tower.training import other_rank
+    from clips_mllm.model.fingerprints import value_hash
+    from vision_tower.training.arguments import other_rank
 
     other = other_rank((len(dataset), value_hash([int(length) for length in dataset.lengths()])))
     if other is not None:
@@ -264,7 +273,7 @@ def check_ranks_agree(dataset: InstructionDataset) -> None:
 
 def first_pictures(dataset: InstructionDataset, collator: InstructionCollator) -> dict[str, torch.Tensor]:
     """Those of the first samples: a sample of what the tower will see, the same on every rank."""
-    from clips_mllm.data import IMAGE_INPUTS
+    from clips_mllm.model.processors import IMAGE_INPUTS
 
     batch = collator([dataset[index] for index in range(min(len(dataset), PROJECTOR_SAMPLES))])
     return {name: batch[name] for name in IMAGE_INPUTS if name in batch}

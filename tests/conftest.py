@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from clips_mllm.checkpoint import Mllm
+    from clips_mllm.model.checkpoint import Mllm
 
 # Before torch is imported anywhere: tests share two cores, and spinning OpenMP threads would fight over them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,12 +82,13 @@ def encoder_dir(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A random two-layer CLIPS encoder, saved as `clips-mllm pretrain` saves it."""
     import torch
 
-    from vision_tower.data import read_texts
-    from vision_tower.encoder import save_encoder
-    from vision_tower.modeling import ClipsModel
+    from vision_tower.checkpoints.encoder import save_encoder
+    from vision_tower.data.pairs import read_texts
+    from vision_tower.model.modeling import ClipsModel
+    from vision_tower.model.recipe import ModelRecipe, TowerRecipe
     from vision_tower.pretrain import model_config
-    from vision_tower.pretrain_recipe import ModelRecipe, PairsRecipe, TowerRecipe
-    from vision_tower.tokenizer import ClipsTokenizer
+    from vision_tower.pretraining.recipe import PairsRecipe
+    from vision_tower.text.tokenizer import ClipsTokenizer
 
     texts = read_texts(PairsRecipe(shards=str(sample_world / "pretrain" / "*.tar")), 200)
     tokenizer = ClipsTokenizer.train(texts, 400)
@@ -114,8 +115,9 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
     """An untrained stock LLaVA checkpoint of the tiny tower and the tiny LLaMA, with the ChatML template."""
     import torch
 
-    from clips_mllm.checkpoint import build_mllm, save_mllm
-    from clips_mllm.prompts import load_template
+    from clips_mllm.model.build import build_mllm
+    from clips_mllm.model.checkpoint import save_mllm
+    from clips_mllm.prompts.render import load_template
 
     torch.manual_seed(0)
     model, processor = build_mllm(
@@ -146,7 +148,7 @@ def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
 @pytest.fixture(scope="module")
 def mllm(mllm_dir: Path) -> Mllm:
     """The tiny MLLM with weights large enough that a wrong mask, or a sample that sees another, shows."""
-    from clips_mllm.checkpoint import load_mllm
+    from clips_mllm.model.checkpoint import load_mllm
 
     return louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=1, std=0.15)
 
@@ -170,7 +172,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str
 @pytest.fixture(scope="session")
 def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny MLLM with weights so large that every prompt and picture has another answer."""
-    from clips_mllm.checkpoint import load_mllm, save_mllm
+    from clips_mllm.model.checkpoint import load_mllm, save_mllm
 
     mllm = louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)
     folder = tmp_path_factory.mktemp("talker")

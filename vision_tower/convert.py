@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vision_tower.convert_recipe import ConvertRecipe
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import new_folder, write_text
-from vision_tower.recipe import parse_recipe
+from vision_tower.checkpoints.recipe import ConvertRecipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import new_folder, write_text
+from vision_tower.common.recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from vision_tower.modeling import ClipsModel
-    from vision_tower.tokenizer import ClipsTokenizer
+    from vision_tower.model.modeling import ClipsModel
+    from vision_tower.text.tokenizer import ClipsTokenizer
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -45,7 +45,7 @@ def convert(recipe: ConvertRecipe) -> None:
 
 def write(recipe: ConvertRecipe, model: ClipsModel, tokenizer: ClipsTokenizer | None, folder: Path) -> None:
     """Leave the model in `folder` in the form that the recipe names."""
-    from vision_tower.encoder import make_readable, save_encoder, save_tower
+    from vision_tower.checkpoints.encoder import make_readable, save_encoder, save_tower
 
     if recipe.to == "tower":
         save_tower(model, folder)
@@ -60,10 +60,10 @@ def write(recipe: ConvertRecipe, model: ClipsModel, tokenizer: ClipsTokenizer | 
 
 def read_source(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     """Model and tokenizer of either kind of folder; an open_clip folder may lack the tokenizer."""
-    from vision_tower.loading import load_model
-    from vision_tower.open_clip_config import FILE
-    from vision_tower.tokenizer import ClipsTokenizer
-    from vision_tower.weight_files import refuse_not_finite
+    from vision_tower.checkpoints.loading import load_model
+    from vision_tower.checkpoints.open_clip_config import FILE
+    from vision_tower.checkpoints.weight_files import refuse_not_finite
+    from vision_tower.text.tokenizer import ClipsTokenizer
 
     if (folder / FILE).is_file():
         return read_open_clip(folder)
@@ -78,13 +78,13 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     """A published model, without captioner; its positions count as sin-cos where they are."""
     import torch
 
-    from vision_tower.loading import with_weights
-    from vision_tower.modeling import ClipsModel
-    from vision_tower.open_clip_config import FILE, read_config
-    from vision_tower.open_clip_weights import to_ours
-    from vision_tower.positions import sincos_positions
-    from vision_tower.published_vocabulary import read_tokenizer
-    from vision_tower.weight_files import read_tensors
+    from vision_tower.checkpoints.loading import with_weights
+    from vision_tower.checkpoints.open_clip_config import FILE, read_config
+    from vision_tower.checkpoints.open_clip_weights import to_ours
+    from vision_tower.checkpoints.published_vocabulary import read_tokenizer
+    from vision_tower.checkpoints.weight_files import read_tensors
+    from vision_tower.model.modeling import ClipsModel
+    from vision_tower.model.positions import sincos_positions
 
     config = read_config(folder / FILE)
     tokenizer = read_tokenizer(folder)
@@ -124,8 +124,8 @@ def save_open_clip(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path, n
     """What open_clip reads as `local-dir:FOLDER`. A captioner, which it has no place for, stays behind."""
     from safetensors.torch import save_file
 
-    from vision_tower.open_clip_config import FILE, write_config
-    from vision_tower.open_clip_weights import to_theirs
+    from vision_tower.checkpoints.open_clip_config import FILE, write_config
+    from vision_tower.checkpoints.open_clip_weights import to_theirs
 
     config = write_config(model.config, name)
     save_file(to_theirs(model), folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -135,7 +135,7 @@ def save_open_clip(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path, n
 
 def describe(model: ClipsModel) -> str:
     """One line of what a model is."""
-    from vision_tower.towers import has_class_token
+    from vision_tower.model.towers import has_class_token
 
     vision = model.config.vision_config
     millions = sum(value.numel() for value in model.parameters()) / 1e6

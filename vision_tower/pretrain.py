@@ -10,19 +10,27 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vision_tower.errors import UserError, run_command
-from vision_tower.launcher import drop_launcher_arguments, is_main_process
-from vision_tower.objectives import OBJECTIVES, Objective, choose_objective
-from vision_tower.precision import computes_bf16, settle_precision
-from vision_tower.pretrain_recipe import ModelRecipe, PretrainRecipe
-from vision_tower.recipe import parse_recipe
-from vision_tower.run_folder import add_metrics_file, holds_run, latest_checkpoint, only_run_in, start_run_folder
-from vision_tower.training import compile_blocks, training_arguments
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.launcher import drop_launcher_arguments, is_main_process
+from vision_tower.common.recipe import parse_recipe
+from vision_tower.model.recipe import ModelRecipe
+from vision_tower.pretraining.recipe import PretrainRecipe
+from vision_tower.text.objectives import OBJECTIVES, Objective, choose_objective
+from vision_tower.training.arguments import compile_blocks, training_arguments
+from vision_tower.training.precision import computes_bf16, settle_precision
+from vision_tower.training.run_folder import (
+    add_metrics_file,
+    holds_run,
+    latest_checkpoint,
+    only_run_in,
+    start_run_folder,
+)
 
 if TYPE_CHECKING:
-    from vision_tower.modeling import ClipsConfig, ClipsModel
-    from vision_tower.pretrain_trainer import PretrainTrainer
-    from vision_tower.tokenizer import ClipsTokenizer
+    from vision_tower.model.config import ClipsConfig
+    from vision_tower.model.modeling import ClipsModel
+    from vision_tower.pretraining.trainer import PretrainTrainer
+    from vision_tower.text.tokenizer import ClipsTokenizer
 
 VOCABULARY_SAMPLES = 20_000
 
@@ -38,15 +46,14 @@ def main(argv: list[str]) -> None:
     import torch
     from transformers import set_seed
 
-    from vision_tower.attention import choose_attention
-    from vision_tower.data import PairCollator, PairStream
-    from vision_tower.lock import lock_tower
-    from vision_tower.pretrain_trainer import PretrainTrainer
-    from vision_tower.resume import refuse_other_recipe
-    from vision_tower.sigterm import end_if_stopped
-    from vision_tower.step_loss import StepLoss
-    from vision_tower.stream_trainer import report_skipped
-    from vision_tower.texts import TextDrawer
+    from vision_tower.checkpoints.lock import lock_tower
+    from vision_tower.data.pairs import PairCollator, PairStream
+    from vision_tower.model.attention import choose_attention
+    from vision_tower.model.step_loss import StepLoss
+    from vision_tower.pretraining.stream_trainer import report_skipped
+    from vision_tower.pretraining.trainer import PretrainTrainer
+    from vision_tower.text.text_streams import TextDrawer
+    from vision_tower.training.resume import end_if_stopped, refuse_other_recipe
 
     if holds_run(folder):
         refuse_other_recipe(folder / "recipe.yaml", recipe, "pretrain")
@@ -89,7 +96,7 @@ def main(argv: list[str]) -> None:
             start_run_folder(folder, recipe)
         add_metrics_file(trainer, folder / "metrics.jsonl")
         if recipe.evaluation.every:
-            from vision_tower.scoring import Scoring
+            from vision_tower.pretraining.eval_callback import Scoring
 
             trainer.add_callback(Scoring(recipe.evaluation, trainer, tokenizer))
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -103,7 +110,7 @@ def save_weights(trainer: PretrainTrainer, tokenizer: ClipsTokenizer, folder: Pa
 
     Called on all ranks, since ZeRO-3 gathers the weights from them; rank 0 writes.
     """
-    from vision_tower.encoder import save_encoder
+    from vision_tower.checkpoints.encoder import save_encoder
 
     own, averaged = trainer.whole_weights(), trainer.averaged_weights()
     if is_main_process():
@@ -116,8 +123,8 @@ def save_weights(trainer: PretrainTrainer, tokenizer: ClipsTokenizer, folder: Pa
 def load_tokenizer(recipe: PretrainRecipe, checkpoint: str | None = None) -> ClipsTokenizer:
     """That of the checkpoint to go on from, of a locked text tower, the vocabulary the recipe names, or one trained on
     the captions."""
-    from vision_tower.data import read_texts
-    from vision_tower.tokenizer import ClipsTokenizer
+    from vision_tower.data.pairs import read_texts
+    from vision_tower.text.tokenizer import ClipsTokenizer
 
     if checkpoint is not None:
         return ClipsTokenizer.from_pretrained(checkpoint)
@@ -151,8 +158,8 @@ def starting_model(
     recipe: ModelRecipe, tokenizer: ClipsTokenizer, objective: Objective = OBJECTIVES["clips"]
 ) -> ClipsModel:
     """A fresh model, or the one that `start_from` names at this recipe's image size."""
-    from vision_tower.loading import continued
-    from vision_tower.modeling import ClipsModel
+    from vision_tower.checkpoints.loading import continued
+    from vision_tower.model.modeling import ClipsModel
 
     config = model_config(recipe, tokenizer, objective)
     return (
@@ -164,7 +171,7 @@ def model_config(
     recipe: ModelRecipe, tokenizer: ClipsTokenizer, objective: Objective = OBJECTIVES["clips"]
 ) -> ClipsConfig:
     """The recipe in the words of the stock tower configs; an objective without captions gets no captioner."""
-    from vision_tower.modeling import ClipsConfig
+    from vision_tower.model.config import ClipsConfig
 
     image, text, captioner = recipe.image, recipe.text, recipe.captioner
     vision = {

@@ -23,8 +23,8 @@ from clips_mllm.sample import exams, instructions, shapes
 from clips_mllm.sample.objects import spoken_names
 from clips_mllm.sample.scenes import Scene, draw_scene, png_bytes, render_scene
 from clips_mllm.sample.wording import synthetic_caption, web_caption
-from vision_tower.errors import UserError, run_command
-from vision_tower.recipe import parse_recipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.recipe import parse_recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

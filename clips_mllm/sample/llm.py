@@ -20,7 +20,7 @@ CHATML = (
 
 def write_llm(name: LlmName, folder: Path, texts: list[str]) -> None:
     """Leave a plain checkpoint with its tokenizer in `folder`. `texts` train the tiny model's tokenizer."""
-    from vision_tower.encoder import make_readable
+    from vision_tower.checkpoints.encoder import make_readable
 
     if name == "smollm2":
         _write_smollm2(folder)

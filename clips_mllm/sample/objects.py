@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clips_mllm.sample.packages import package_folder
-from vision_tower.errors import UserError
+from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from vision_tower.errors import UserError
+from vision_tower.common.errors import UserError
 
 
 def package_folder(name: str) -> Path:

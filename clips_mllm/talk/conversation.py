@@ -8,10 +8,10 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_mllm.llava_json import BadRow, to_example
-from clips_mllm.prompts import IMAGE, Message
+from clips_mllm.data.llava_json import BadRow, to_example
+from clips_mllm.prompts.conversation import IMAGE, Message
 from clips_mllm.talk.prompt import Picture
-from vision_tower.errors import UserError
+from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:
     from clips_mllm.talk.answer import Answer

@@ -19,13 +19,13 @@ import torch
 from transformers import LlavaNextProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from clips_mllm.checkpoint import Mllm
-from clips_mllm.prompts import Message
+from clips_mllm.model.checkpoint import Mllm
+from clips_mllm.prompts.conversation import Message
 from clips_mllm.talk.batch import Batch, Cursor
 from clips_mllm.talk.prefixes import Features, Prefix, Prefixes, layers_of
 from clips_mllm.talk.prompt import Picture, Prompt, Shown, build_prompt
 from clips_mllm.talk.sampling import Chooser, Sampling, TextStream
-from vision_tower.errors import UserError
+from vision_tower.common.errors import UserError
 
 Result = TypeVar("Result")
 Reason = Literal["stop", "length", "cancelled"]

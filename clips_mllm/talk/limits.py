@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vision_tower.errors import UserError
+from vision_tower.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from clips_mllm.talk.prompt import Picture
-from vision_tower.errors import UserError
+from vision_tower.common.errors import UserError
 
 MOST_PIXELS = 50_000_000
 MOST_BYTES = 20_000_000
@@ -30,7 +30,7 @@ def decode_picture(
     """
     from PIL import Image
 
-    from vision_tower.images import BadImage, decode_image
+    from vision_tower.data.images import BadImage, decode_image
 
     if len(content) > most_bytes:
         raise Refused(

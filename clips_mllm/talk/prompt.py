@@ -7,14 +7,14 @@ import functools
 import hashlib
 from typing import TYPE_CHECKING
 
-from clips_mllm.prompts import IMAGE, Message
-from vision_tower.errors import UserError
+from clips_mllm.prompts.conversation import IMAGE, Message
+from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from clips_mllm.tiles import AnyProcessor
+    from clips_mllm.model.tiles import AnyProcessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def build_prompt(processor: AnyProcessor, messages: list[Message], pictures: lis
     """
     from jinja2 import TemplateError
 
-    from clips_mllm.data import picture_tokens
+    from clips_mllm.model.processors import picture_tokens
 
     refuse_placeholders(messages)
     try:

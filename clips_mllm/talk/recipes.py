@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from clips_mllm.quantize import Quantize
+from clips_mllm.model.quantize import Quantize
 from clips_mllm.talk.limits import Limits
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from clips_mllm.prompts import EMPTY_THOUGHTS
-from vision_tower.errors import UserError
+from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
+from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:  # a command checks its sampling before these are imported
     import torch

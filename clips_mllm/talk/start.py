@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.folder_kinds import known_kind
+from clips_mllm.provenance.folder_kinds import known_kind
 from clips_mllm.talk.recipes import ModelRecipe
-from vision_tower.errors import UserError
-from vision_tower.files import check_model_exists
+from vision_tower.common.errors import UserError
+from vision_tower.common.files import check_model_exists
 
 if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
@@ -42,8 +43,26 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 def start_engine(model: str, recipe: ModelRecipe, *, most_rows: int = 1, most_waiting: int = 64) -> Engine:
     """Load a full, adapter or merged checkpoint, from a folder or a hub, and start a worker on it."""
-    from clips_mllm.checkpoint import load_mllm
+    from clips_mllm.model.checkpoint import load_mllm
     from clips_mllm.talk.engine import Engine
 
     mllm = load_mllm(model, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
     return Engine(mllm, context=recipe.context, most_rows=most_rows, most_waiting=most_waiting)
+
+
+TOKEN = "CLIPS_MLLM_TOKEN"
+
+
+def read_token(file: str | None) -> str | None:
+    """The token of a file or the environment; not of the command line, which all users of a machine can read."""
+    token = os.environ.get(TOKEN)
+    if file is not None:
+        try:
+            token = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as text; check token_file") from error
+    if token is None:
+        return None
+    if not token.strip():
+        raise UserError(f"{file or TOKEN}: the token is empty; write one, or leave it out")
+    return token.strip()

@@ -20,9 +20,9 @@ from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.pictures import read_picture
 from clips_mllm.talk.sampling import Sampling
-from vision_tower.errors import UserError
-from vision_tower.files import read_text, write_text
-from vision_tower.image_folder import ENDINGS
+from vision_tower.common.errors import UserError
+from vision_tower.common.files import read_text, write_text
+from vision_tower.data.image_folder import ENDINGS
 
 HELP = """\
 Type a question. Drop a picture on the window, type its path alone, or name it with /image.

@@ -9,10 +9,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from clips_eval.ablate_grid import AblateRecipe, settings
-from vision_tower.errors import UserError, run_command
-from vision_tower.pretrain_recipe import PretrainRecipe
-from vision_tower.recipe import parse_recipe
+from clips_eval.experiments.ablate_grid import AblateRecipe, settings
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.recipe import parse_recipe
+from vision_tower.pretraining.recipe import PretrainRecipe
 
 
 def main(argv: list[str]) -> None:
@@ -24,9 +24,9 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(AblateRecipe, argv, command="ablate")
     samples_seen = _check(recipe)
 
-    from clips_eval.ablate_report import write_report
-    from clips_eval.ablate_runner import run_cells, score
-    from clips_eval.provenance import refuse_mixed_precision
+    from clips_eval.experiments.ablate_report import write_report
+    from clips_eval.experiments.ablate_runner import run_cells, score
+    from clips_eval.stats.provenance import refuse_mixed_precision
 
     done = run_cells(recipe, _say)
     refuse_mixed_precision(cell.folder for cell in done)

@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-from clips_eval.children import EVERY, end, show_progress, sigterm_stops
-from clips_eval.compare_recipe import CompareRecipe, Job, cell, jobs
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import write_text
-from vision_tower.recipe import parse_recipe
+from clips_eval.experiments.compare_recipe import CompareRecipe, Job, cell, jobs
+from clips_eval.stats.processes import EVERY, end, show_progress, sigterm_stops
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import write_text
+from vision_tower.common.recipe import parse_recipe
 
 
 def main(argv: list[str]) -> None:
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     with sigterm_stops("compare"):
         _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
 
-    from clips_eval.compare_report import write_report
-    from clips_eval.provenance import refuse_mixed_precision
+    from clips_eval.experiments.compare_report import write_report
+    from clips_eval.stats.provenance import refuse_mixed_precision
 
     refuse_mixed_precision(recipe.runs)
     cells = [cell(recipe, run, seed) for run in recipe.runs for seed in recipe.seeds]

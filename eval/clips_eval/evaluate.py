@@ -16,12 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clips_eval.children import sigterm_stops
-from clips_eval.lmms_earlier import refuse_smaller
-from clips_eval.lmms_recipe import EvaluateRecipe
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import check_model_exists
-from vision_tower.recipe import parse_recipe
+from clips_eval.lmms.earlier import refuse_smaller
+from clips_eval.lmms.recipe import EvaluateRecipe
+from clips_eval.stats.processes import sigterm_stops
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import check_model_exists
+from vision_tower.common.recipe import parse_recipe
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["clips-mllm", "evaluate", *argv])
     _say("loading lmms-eval and the tasks")
 
-    from clips_eval.lmms_run import quiet_libraries, run_variant, survey_tasks, table
+    from clips_eval.lmms.run import quiet_libraries, run_variant, survey_tasks, table
 
     folder = recipe.results.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         for task, reason in skipped.items():
             _say(f"skipped: {task}: {reason}")
 
-        from clips_eval.lmms_engines import load
+        from clips_eval.lmms.engines import load
 
         loaded = load(recipe)
         for variant in recipe.variants:

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_eval.lmms_recipe import EvaluateRecipe
-from vision_tower.errors import UserError
-from vision_tower.recipe import parse_recipe
+from clips_eval.lmms.recipe import EvaluateRecipe
+from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import parse_recipe
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
-    from clips_mllm.checkpoint import Mllm
+    from clips_mllm.model.checkpoint import Mllm
 
 # What a run can measure: its own model, with the tasks' pictures and words.
 MEASURED = {"model": "clips_mllm", "control": "none", "wording": "0", "mode": "chat", "quantize": "none"}
@@ -36,7 +36,7 @@ def load_scorer(recipe: str) -> TaskScorer:
         UserError: an unknown task or one that cannot run here, data that cannot be used, or a recipe of another
             measurement than the run can make; said before the training starts.
     """
-    from vision_tower.randomness import untouched_randomness
+    from vision_tower.common.randomness import untouched_randomness
 
     parsed = parse_recipe(
         EvaluateRecipe, ["in-training", "--config", recipe], command="evaluate", positional=("checkpoint",)
@@ -46,9 +46,9 @@ def load_scorer(recipe: str) -> TaskScorer:
         if (value := getattr(parsed, name)) != only:
             raise UserError(f"{recipe}: {name} '{value}': not measured inside a run; take {name} out of this recipe")
     with untouched_randomness(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
-        from clips_eval.lmms_run import quiet_libraries, survey_tasks
-        from clips_eval.lmms_scores import metric_names
-        from clips_eval.lmms_tasks import load_task
+        from clips_eval.lmms.run import quiet_libraries, survey_tasks
+        from clips_eval.lmms.scores import metric_names
+        from clips_eval.lmms.tasks import load_task
 
         try:
             with quiet_libraries():
@@ -79,11 +79,11 @@ class TaskScorer:
         Raises:
             UserError: a task that cannot be measured; `step` is in the message.
         """
-        from clips_eval.lmms_model import ClipsMllm
-        from clips_eval.lmms_run import evaluate_task, quiet_libraries
-        from clips_eval.lmms_scores import task_scores
-        from clips_eval.lmms_tasks import load_task
-        from vision_tower.randomness import untouched_randomness
+        from clips_eval.lmms.model import ClipsMllm
+        from clips_eval.lmms.run import evaluate_task, quiet_libraries
+        from clips_eval.lmms.scores import task_scores
+        from clips_eval.lmms.tasks import load_task
+        from vision_tower.common.randomness import untouched_randomness
 
         recipe, scores, rank = self.recipe, {}, int(os.environ.get("RANK", "0"))
         training = mllm.model.training

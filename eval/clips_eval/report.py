@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import write_text
-from vision_tower.recipe import parse_recipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import write_text
+from vision_tower.common.recipe import parse_recipe
 
 LEAD = "From image-text pairs to answers about pictures: what this run measured, and how to measure it again."
 
@@ -47,14 +47,15 @@ def main(argv: list[str]) -> None:
     if recipe.fail_if_worse and recipe.against is None:
         raise UserError("--fail_if_worse: worse than what? give the other run by --against FOLDER")
 
-    from clips_eval import report_html, report_markdown
-    from clips_eval.report_against import as_tree, compare_runs
-    from clips_eval.report_card import metadata
-    from clips_eval.report_files import write_json
-    from clips_eval.report_numbers import numbers
-    from clips_eval.report_read import read_run
-    from clips_eval.report_sections import sections
-    from clips_eval.report_tables import missing_parts
+    from clips_eval.reporting import html as report_html
+    from clips_eval.reporting import markdown as report_markdown
+    from clips_eval.reporting.against import as_tree, compare_runs
+    from clips_eval.reporting.card import metadata
+    from clips_eval.reporting.numbers import numbers
+    from clips_eval.reporting.read import read_run
+    from clips_eval.reporting.sections import sections
+    from clips_eval.reporting.tables import missing_parts
+    from clips_eval.stats.json_files import write_json
 
     run = read_run(recipe.run, recipe.baselines)
     against = None

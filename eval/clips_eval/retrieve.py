@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vision_tower.errors import UserError, run_command
-from vision_tower.files import make_folder, read_text
-from vision_tower.pictures import Pair, Skips
-from vision_tower.recipe import parse_recipe
+from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import make_folder, read_text
+from vision_tower.common.recipe import parse_recipe
+from vision_tower.data.image_batches import Pair, Skips
 
 FORMAT = 1  # of retrieval.json
 SHOWN = 5  # names that no caption contains, on the screen
@@ -81,12 +81,12 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     recipe = parse_recipe(RetrieveRecipe, argv, command="retrieve", positional=("encoder",))
     recipe.check()
-    from clips_eval.provenance import provenance
-    from clips_eval.report_files import write_json
-    from clips_eval.retrieval_measures import measures
-    from clips_eval.retrieval_scores import examples, score, trust
-    from vision_tower.embedding import embed_pairs
-    from vision_tower.encoder import load_encoder
+    from clips_eval.retrieval.measures import measures
+    from clips_eval.retrieval.scores import examples, score, trust
+    from clips_eval.stats.json_files import write_json
+    from clips_eval.stats.provenance import provenance
+    from vision_tower.checkpoints.encoder import load_encoder
+    from vision_tower.evaluation.embedding import embed_pairs
 
     objects = _names(recipe.objects)
     skips = Skips(recipe.data, recipe.most_bad)
@@ -123,17 +123,17 @@ def _pairs(recipe: RetrieveRecipe, skips: Skips) -> tuple[Iterable[Pair], int | 
     folder = recipe.images or file.parent
     match recipe.format:
         case "karpathy":
-            from vision_tower.karpathy import load_pairs
+            from vision_tower.data.karpathy import load_pairs
 
             pairs = load_pairs(file, folder, recipe.split)
             return pairs, len(pairs)
         case "csv":
-            from clips_eval.csv_pairs import load_csv
+            from clips_eval.retrieval.csv_pairs import load_csv
 
             pairs = load_csv(file, folder, recipe.image_column, recipe.caption_column, recipe.separator)
             return pairs, len(pairs)
         case "shards":
-            from clips_eval.shard_pairs import count_pairs, stream_pairs
+            from clips_eval.retrieval.shard_pairs import count_pairs, stream_pairs
 
             stream = stream_pairs(recipe.data, recipe.image_column, recipe.caption_column, skips)
             return stream, count_pairs(recipe.data)
@@ -142,7 +142,7 @@ def _pairs(recipe: RetrieveRecipe, skips: Skips) -> tuple[Iterable[Pair], int | 
 def _multi_positive(recipe: RetrieveRecipe, found: Any) -> dict[str, Any] | None:
     if recipe.positives is None:
         return None
-    from clips_eval.positives import multi_positive
+    from clips_eval.retrieval.positives import multi_positive
 
     return multi_positive(recipe.positives, Path(recipe.data), recipe.split, found)
 
@@ -168,7 +168,7 @@ def _unseen(objects: list[str], rows: list[dict[str, Any]]) -> str:
 
 
 def _table(result: dict[str, Any], output: Path) -> str:
-    from clips_eval.retrieval_scores import KS
+    from clips_eval.retrieval.scores import KS
 
     head = f"{'':16}" + "".join(f"{f'R@{k}':>8}" for k in KS)
     names = {"i2t": "image to text", "t2i": "text to image"}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_tower.errors import NotFinite, UserError, run_command
-from vision_tower.files import make_folder
-from vision_tower.recipe import parse_recipe
+from vision_tower.common.errors import NotFinite, UserError, run_command
+from vision_tower.common.files import make_folder
+from vision_tower.common.recipe import parse_recipe
 
 FORMAT = 1  # of zeroshot.json
 
@@ -61,19 +61,19 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(ZeroShotRecipe, argv, command="zeroshot", positional=("encoder",))
     recipe.check()
 
-    from vision_tower.image_folder import load_task
+    from vision_tower.data.image_folder import load_task
 
     task = load_task(recipe.data, recipe.templates, recipe.classes)
     for name, folders in task.twins.items():
         said = f"note: {', '.join(folders)}: all named '{name}'; no encoder can tell their pictures apart"
         print(said, file=sys.stderr)
 
-    from clips_eval.provenance import diverged, provenance
-    from clips_eval.report_files import write_json
-    from clips_eval.zeroshot_intervals import intervals
-    from vision_tower.encoder import load_encoder
-    from vision_tower.pictures import Skips
-    from vision_tower.zeroshot import classify
+    from clips_eval.retrieval.zeroshot_intervals import intervals
+    from clips_eval.stats.json_files import write_json
+    from clips_eval.stats.provenance import diverged, provenance
+    from vision_tower.checkpoints.encoder import load_encoder
+    from vision_tower.data.image_batches import Skips
+    from vision_tower.evaluation.zeroshot import classify
 
     encoder = load_encoder(recipe.encoder, recipe.device)
     output = recipe.output or recipe.encoder / "zeroshot.json"

@@ -1,0 +1,1 @@
+"""Data looked at before a run: the doctor, the preview, the sample check."""

@@ -1,0 +1,1 @@
+"""Instruction data: rows of LLaVA JSON, Parquet and hub sets to batches."""

@@ -1,0 +1,1 @@
+"""Tower + projector + LLM as stock LLaVA: joining, loading, saving, adapters, quantisation."""

@@ -1,0 +1,103 @@
+"""MLLM checkpoints: stock classes only, built from a tower and an LLM, loaded strictly, saved whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clips_mllm.model.adapters import CONFIG, find_adapter, is_adapter, load_adapter, save_adapter
+from clips_mllm.model.quantize import Quantize
+from clips_mllm.model.stock import _existing, load_stock
+from clips_mllm.model.tiles import AnyModel, AnyProcessor
+from vision_tower.checkpoints.encoder import choose_device, make_readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclasses.dataclass
+class Mllm:
+    """A model with its processor; `processor` pads on the left, as generation needs."""
+
+    model: AnyModel
+    processor: AnyProcessor
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+
+def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", quantize: Quantize = "none") -> Mllm:
+    """Load a stock LLaVA or LLaVA-NeXT checkpoint, or an adapter with its base, for use.
+
+    Args:
+        folder: folder or hub id.
+        device: auto, cpu, cuda or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        quantize: none, or the LLM in 4bit (nf4) or 8bit, for less memory.
+    Raises:
+        UserError: no checkpoint there, another kind of model, missing or unexpected weights, no `<image>` piece, an
+            adapter without its base.
+    """
+    place = choose_device(device)
+    model, processor = load_parts(folder, dtype=dtype, quantize=quantize, place=place)
+    processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
+    return Mllm(model.to(place).eval(), processor, place)
+
+
+def load_parts(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    quantize: Quantize = "none",
+    place: torch.device | None = None,
+) -> tuple[AnyModel, AnyProcessor]:
+    """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`).
+
+    Args:
+        place: where weights in 4 or 8 bits go as they are read; by default the GPU that is current, if there is one.
+    """
+    name = str(folder) if is_adapter(folder) else _existing(str(folder), "model")
+    if (adapter := find_adapter(name)) is not None:
+        return load_adapter(adapter, dtype=dtype, quantize=quantize, place=place)
+    return load_stock(folder, dtype=dtype, quantize=quantize, place=place)
+
+
+def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
+    """Leave a complete stock checkpoint in `folder`, or a complete adapter where `model` is one.
+
+    The file that makes it one, `config.json` or `adapter_config.json`, comes last.
+    """
+    from peft import PeftModel
+
+    work = folder / "partial"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        if isinstance(model, PeftModel):
+            save_adapter(model, processor, work, state)
+        else:
+            model.save_pretrained(work, state_dict=None if state is None else _tied(model, state))
+            processor.save_pretrained(work)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
+        raise
+    make_readable(work)
+    for path in sorted(work.iterdir(), key=lambda path: path.name in ("config.json", CONFIG)):
+        os.replace(path, folder / path.name)
+    work.rmdir()
+
+
+def _tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gathered state with tied weights as one tensor again: accelerate clones them, and both would be written."""
+    first: dict[int, str] = {}
+    for name, weights in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            state[name] = state[first.setdefault(id(weights), name)]
+    return state

@@ -1,0 +1,52 @@
+"""LLM weights in 4 or 8 bits, by bitsandbytes: for QLoRA, and for talking to a model that is too large otherwise.
+
+Tower, projector and vocabulary layer stay as they are: they are small, and what they say matters most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vision_tower.common.errors import UserError
+from vision_tower.common.files import read_object
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+Quantize = Literal["none", "4bit", "8bit"]
+QUANTIZATION_FILE = "quantization.json"
+KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+
+
+def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
+    """4bit: nf4 with double quantisation (arXiv 2305.14314); 8bit: LLM.int8() (arXiv 2208.07339).
+
+    Args:
+        compute: what 4-bit weights are turned into for a product.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=KEPT,
+    )
+
+
+def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
+    """How the base of the adapter in `folder` was quantised while it trained, or None where it was not."""
+    from transformers import BitsAndBytesConfig
+
+    file = folder / QUANTIZATION_FILE
+    if not file.is_file():
+        return None
+    try:
+        return BitsAndBytesConfig.from_dict(read_object(file))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a bitsandbytes configuration ({error}); save the adapter again") from error

@@ -1,0 +1,1 @@
+"""Memory, batch and time of a recipe before it runs."""

@@ -1,0 +1,1 @@
+"""Chat templates, and ids and labels in one pass."""

@@ -1,0 +1,1 @@
+"""What a folder is and where it came from."""

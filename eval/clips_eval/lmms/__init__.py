@@ -1,0 +1,1 @@
+"""lmms-eval: our model class, tasks, controls, resumption."""

@@ -1,0 +1,164 @@
+"""lmms-eval's results as this project's: plain names, fractions, one row a document, pictures for the gallery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clips_eval.lmms.documents import by_document
+from clips_eval.stats.uncertainty import interval
+from clips_eval.tasks import OWN_TASKS
+from vision_tower.common.errors import UserError
+
+if TYPE_CHECKING:
+    from lmms_eval.api.task import Task
+
+POPE_NAMES = {
+    "pope_accuracy": "accuracy",
+    "pope_precision": "precision",
+    "pope_recall": "recall",
+    "pope_f1_score": "f1",
+    "pope_yes_ratio": "yes_ratio",
+}
+# lmms-eval's own POPE counts "yes" in the ground truth, ours in the model's answers.
+STOCK_POPE_NAMES = POPE_NAMES | {"pope_yes_ratio": "target_yes_ratio"}
+RENAMED: dict[str, dict[str, str]] = {
+    **dict.fromkeys(OWN_TASKS, POPE_NAMES),
+    **dict.fromkeys(("pope", "pope_random", "pope_pop", "pope_adv"), STOCK_POPE_NAMES),
+    "mmbench_en_dev_static": {"gpt_eval_score": "accuracy"},
+}
+PERCENT = {("mmbench_en_dev_static", "gpt_eval_score")}
+
+
+def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[str, float]:
+    """{metric: value, ..., "n": documents} of one task.
+
+    Raises:
+        UserError: lmms-eval came back without a score, or with another number of documents than asked for.
+    """
+    found = len(results.get("samples", {}).get(task, ()))
+    if found != expected:
+        raise UserError(f"task {task}: {found} of {expected} documents were scored; the evaluation failed")
+    scores: dict[str, float] = {}
+    for key, value in results["results"][task].items():
+        metric, _, _ = key.partition(",")
+        if "," not in key or "_stderr" in metric or not _is_score(value):
+            continue
+        percent = (task, metric) in PERCENT
+        scores[_own_name(task, metric)] = float(value) / (100 if percent else 1)
+    if not scores:
+        raise UserError(f"task {task}: no metric came out; the evaluation failed")
+    return {**scores, "n": expected}
+
+
+def sample_rows(task: str, results: Mapping[str, Any], clusters: Mapping[int, str]) -> list[dict[str, Any]]:
+    """One row a document, in the data's order: {task, doc_id, prompt, answer, target, correct, cluster, image: None}.
+
+    Args:
+        clusters: by doc_id, the name of the document's picture.
+    """
+    samples = _in_order(task, results)
+    metrics = list(dict.fromkeys(key.partition(",")[0] for key in results["results"][task] if "," in key))
+    return [
+        {
+            "task": task,
+            "doc_id": sample["doc_id"],
+            "prompt": sample["arguments"][0],
+            "answer": _text(sample["filtered_resps"]).strip(),
+            "target": sample["target"],
+            "correct": _correct(sample, metrics),
+            "cluster": clusters[sample["doc_id"]],
+            "image": None,
+        }
+        for sample in samples
+    ]
+
+
+def add_intervals(
+    task: str, results: Mapping[str, Any], scores: Mapping[str, float], rows: Sequence[dict[str, Any]], seed: int
+) -> dict[str, dict[str, Any]]:
+    """{metric: {low, high, n, clusters}}; each row gets its parts of every metric as "scores".
+
+    A metric whose documents' parts are not known has low and high null.
+    """
+    samples = _in_order(task, results)
+    names = {_own_name(task, key.partition(",")[0]): key.partition(",")[0] for key in results["results"][task]}
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        row["scores"] = {}
+    for metric in (metric for metric in scores if metric != "n"):
+        parts = by_document(task, metric, [sample.get(names[metric]) for sample in samples], scores[metric])
+        if parts is None:
+            found[metric] = {"low": None, "high": None, "n": len(rows), "clusters": len({r["cluster"] for r in rows})}
+            continue
+        found[metric] = asdict(interval(parts.scores([row["cluster"] for row in rows]), seed=seed))
+        for place, (row, part) in enumerate(zip(rows, parts.parts, strict=True)):
+            row["scores"][metric] = [*part] if parts.strata is None else [*part, parts.strata[place]]
+    return found
+
+
+def metric_names(task: Task) -> list[str]:
+    """The metrics that a task can have in lmms.json, by their names there."""
+    return [_own_name(task.config.task, metric) for metric in task.aggregation()]
+
+
+def lower_is_better(task: str, metrics: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """The metrics whose smaller value is the better one, by their names in lmms.json.
+
+    Args:
+        metrics: the task's own `metric_list`.
+    """
+    return [_own_name(task, entry["metric"]) for entry in metrics or () if entry.get("higher_is_better") is False]
+
+
+def _in_order(task: str, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+def _own_name(task: str, metric: str) -> str:
+    return RENAMED.get(task, {}).get(metric, metric)
+
+
+def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each: int) -> None:
+    """Save the pictures of `each` right and `each` wrong answers and put their paths into the rows.
+
+    Paths are relative to the folder's parent, where the rows are written.
+    """
+    for row in [
+        *_spread([row for row in rows if row["correct"] is True], each),
+        *_spread([row for row in rows if row["correct"] is False], each),
+    ]:
+        visuals = task.doc_to_visual(task.eval_docs[row["doc_id"]]) or []
+        if not visuals or not hasattr(visuals[0], "save"):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{row['task']}-{row['doc_id']}.png"
+        visuals[0].save(file)
+        row["image"] = str(file.relative_to(folder.parent))
+
+
+def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` rows from all over: neighbours often ask about one picture."""
+    return [rows[len(rows) * n // count] for n in range(count)] if len(rows) > count else list(rows)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(responses: Sequence[Any]) -> str:
+    first = responses[0]
+    return first if isinstance(first, str) else str(first[0])
+
+
+def _correct(sample: Mapping[str, Any], metrics: Sequence[str]) -> bool | None:
+    """Whether the first metric that scores single documents by 0 or 1 gives 1; None for tasks that have no such."""
+    for metric in metrics:
+        value = sample.get(metric)
+        score = value.get("score") if isinstance(value, Mapping) else value
+        if _is_score(score) and score in (0, 1):
+            return score == 1
+    return None

@@ -1,0 +1,131 @@
+"""Pictures for the report: right and wrong answers, retrievals, the closing chat. Chosen by place, never by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clips_eval.reporting.benchmarks import Sample
+from clips_eval.reporting.read import Run
+
+PER_TASK = 2  # right ones, and as many wrong ones
+SIDE = 160  # pixels of a thumbnail's longer side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One answer: a text or a picture, and whether it is right (None: not judged)."""
+
+    text: str = ""
+    picture: str | None = None
+    correct: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A query with its answers; pictures are data URIs, None where the file is gone."""
+
+    title: str = ""
+    text: str = ""
+    picture: str | None = None
+    has_picture: bool = True
+    target: str = ""
+    marks: list[Mark] = field(default_factory=list)
+
+
+def answer_cards(run: Run) -> list[Card]:
+    """Right and wrong answers of each task, evenly spaced over those whose picture was kept."""
+    samples = run.lmms.samples if run.lmms else []
+    cards = []
+    for task in dict.fromkeys(sample.task for sample in samples):
+        for correct in (True, False):
+            group = [sample for sample in samples if sample.task == task and sample.correct is correct]
+            # The evaluation keeps a few pictures only; a task without any pictures is shown as text.
+            group = [sample for sample in group if sample.image is not None] or group
+            cards += [_answer_card(sample) for sample in _evenly(group, PER_TASK)]
+    return cards
+
+
+def _answer_card(sample: Sample) -> Card:
+    return Card(
+        title=sample.task.removeprefix("clips_"),
+        text=_question(sample.prompt),
+        picture=thumbnail(sample.image),
+        has_picture=sample.image is not None,
+        target="" if sample.correct else sample.target,
+        marks=[Mark(text=sample.answer.strip() or "(empty)", correct=sample.correct)],
+    )
+
+
+def retrieval_cards(run: Run) -> tuple[list[Card], list[Card]]:
+    """Text queries with the pictures they found, and picture queries with the texts they found."""
+    if run.retrieval is None:
+        return [], []
+    folder, examples = run.retrieval.folder, run.retrieval.examples
+    by_text = [
+        Card(
+            text=str(row["query"]),
+            has_picture=False,
+            marks=[
+                Mark(picture=thumbnail(folder / name), correct=bool(good))
+                for name, good in zip(row["images"], row["correct"], strict=False)
+            ],
+        )
+        for row in examples["text_to_image"]
+    ]
+    by_image = [
+        Card(
+            picture=thumbnail(folder / row["query"]),
+            marks=[
+                Mark(text=str(text), correct=bool(good))
+                for text, good in zip(row["texts"], row["correct"], strict=False)
+            ],
+        )
+        for row in examples["image_to_text"]
+    ]
+    return by_text, by_image
+
+
+def chat_cards(run: Run) -> list[Card]:
+    """The questions asked at the end of the run, as answered; nobody judged them."""
+    return [
+        Card(
+            text=row.question,
+            picture=thumbnail(row.image),
+            has_picture=row.image is not None,
+            marks=[Mark(text=row.answer.strip() or "(empty)")],
+        )
+        for row in run.chat
+    ]
+
+
+def thumbnail(file: Path | None) -> str | None:
+    """A small WebP as data URI; None if there is no such file or it is no image (the report says so in its place)."""
+    from PIL import Image
+
+    if file is None or not file.is_file():
+        return None
+    try:
+        with Image.open(file) as image:
+            small = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
+    small.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    small.save(stream, format="WEBP", quality=80, method=6)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _question(prompt: str) -> str:
+    """The question without image placeholders and without the closing order on the answer's form."""
+    lines = [line.strip() for line in prompt.replace("<image>", "").strip().splitlines()]
+    while len(lines) > 1 and (not lines[-1] or lines[-1].startswith("Answer ")):
+        lines.pop()
+    return "\n".join(lines)
+
+
+def _evenly(group: list[Sample], count: int) -> list[Sample]:
+    places = {(2 * i + 1) * len(group) // (2 * count) for i in range(count)} if group else set()
+    return [group[place] for place in sorted(places)]

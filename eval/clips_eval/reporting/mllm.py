@@ -1,0 +1,180 @@
+"""The report's table of benchmarks: this run with its controls, baselines beside it, and the paper's columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clips_eval.reporting.benchmarks import Benchmarks
+from clips_eval.reporting.cells import MISSING, NONE, Column, Row, Table, count, interval, number, percent
+from clips_eval.reporting.numbers import CHANCE, OWN_TASKS, is_share, numbers, size, span, task_of, under, worded
+from clips_eval.reporting.read import CONTROLS, Run
+from clips_eval.reporting.tables import PAPER_NOTE
+
+LABELS = {
+    ("easy_vqa", "accuracy"): "easy-VQA",
+    ("easy_vqa", "open_accuracy"): "easy-VQA, open questions",
+    ("easy_vqa", "yes_no_accuracy"): "easy-VQA, yes/no questions",
+    ("pope_random", "accuracy"): "POPE, random",
+    ("pope_popular", "accuracy"): "POPE, popular",
+    ("pope_adversarial", "accuracy"): "POPE, adversarial",
+    ("mmbench", "accuracy"): "MMBench",
+}
+# The paper's columns: lmms-eval's task and metric, and a name. POPE is one score there, and five in lmms-eval.
+PAPER_TASKS = {
+    "pope": ("", "", "POPE (one score)"),
+    "gqa": ("gqa", "exact_match", "GQA"),
+    "mmmu": ("mmmu_val", "mmmu_acc", "MMMU"),
+    "mmvet": ("mmvet", "gpt_eval_score", "MM-Vet"),
+    "chartqa": ("chartqa", "relaxed_overall", "ChartQA"),
+    "textvqa": ("textvqa_val", "exact_match", "TextVQA"),
+    "nocaps": ("nocaps_val", "nocaps_CIDEr", "NoCaps (CIDEr)"),
+    "mme_perception": ("mme", "mme_perception_score", "MME perception (points)"),
+    "mme_cognition": ("mme", "mme_cognition_score", "MME cognition (points)"),
+}
+PAPER_KEYS = {(task, metric): key for key, (task, metric, _) in PAPER_TASKS.items() if task}
+
+
+CONTROL_NAMES = {"shuffled": "Shuffled", "blank": "Blank", "no_image": "No image"}
+WORDINGS = "Wordings"
+
+Cells = dict[str, str]  # by column; a column without an entry has a dash
+
+
+def mllm_table(run: Run, paper: dict[str, Any]) -> Table:
+    """Every benchmark of this run with its controls, chance and interval; baselines and the paper's columns beside."""
+    theirs = paper["llava_1_5_llama3"]
+    tree = numbers(run)["mllm"]
+    others = {task: metrics for task, metrics in tree.items() if task not in OWN_TASKS and metrics is not None}
+    rows: list[tuple[Cells, str]] = []
+    if not others or any(tree[name] is not None for name in OWN_TASKS):
+        for (name, metric), label in LABELS.items():
+            rows.append((_own_cells(run, tree[name], name, metric, label), "ours"))
+    rows.append((_paper_cells(theirs, "pope") | {"Benchmark": PAPER_TASKS["pope"][2]}, "paper"))
+    for task, metrics in others.items():
+        for metric in (metric for metric in metrics if metric != "n"):
+            key = PAPER_KEYS.get((task, metric))
+            rows.append((_stock_cells(run, task, metric, metrics) | _paper_cells(theirs, key), "ours"))
+    shown = {PAPER_KEYS.get((task, metric)) for task, metrics in others.items() for metric in metrics} | {"pope"}
+    for key in (key for key in PAPER_TASKS if key not in shown):
+        cells = {"Benchmark": PAPER_TASKS[key][2], "Score": MISSING}
+        rows.append((cells | _paper_cells(theirs, key), "paper"))
+    columns = [Column(name=name) for name in _columns(run)] + [Column(name=name, paper=True) for name in theirs["rows"]]
+    table = [Row(cells=[cells.get(column.name, NONE) for column in columns], kind=kind) for cells, kind in rows]
+    return Table(columns=columns, rows=table, notes=_notes(run))
+
+
+def _columns(run: Run) -> list[str]:
+    """The shuffled control is always a column; what else was not measured is none."""
+    controls = [CONTROL_NAMES[control] for control in CONTROLS if control == "shuffled" or control in run.controls]
+    wordings = [WORDINGS] if len(run.wordings) == 2 else []
+    return ["Benchmark", "Score", "95 %", "F1", *controls, *wordings, "Chance", "n", "Pictures", *run.baselines]
+
+
+def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, label: str) -> Cells:
+    if found is None:
+        return {"Benchmark": label, "Score": MISSING}
+    cells = {
+        "Benchmark": label,
+        "Score": percent(found[metric]),
+        "95 %": interval(span(run.lmms, name, metric)),
+        "n": count(size(run.lmms, name, metric)),
+        "Pictures": _pictures(run, name, metric),
+    }
+    if "f1" in found:
+        cells["F1"] = percent(found["f1"])
+    if name in CHANCE:
+        cells["Chance"] = percent(CHANCE[name])
+    return cells | _beside(run, name, metric, share=True)
+
+
+def _stock_cells(run: Run, task: str, metric: str, metrics: dict[str, float]) -> Cells:
+    """A stock task: its metric may be no share at all (CIDEr, points), and then it is shown as it is."""
+    share = is_share(metric, metrics[metric])
+    ends = span(run.lmms, task, metric)
+    known = run.lmms.intervals.get(task, {}).get(metric) if run.lmms else None
+    cells = {
+        "Benchmark": task if metric == "accuracy" else f"{task}: {metric}",
+        "Score": _show(metrics[metric], share),
+        "n": count(known.n if known else size(run.lmms, task, "accuracy")),
+        "Pictures": _pictures(run, task, metric),
+    }
+    if ends is not None:
+        cells["95 %"] = interval(ends) if share else f"{ends[0]:,.1f}–{ends[1]:,.1f}"
+    return cells | _beside(run, task, metric, share=share)
+
+
+def _beside(run: Run, name: str, metric: str, *, share: bool) -> Cells:
+    """Controls, wordings and baselines of one metric."""
+    cells: Cells = {}
+    for control, title in CONTROL_NAMES.items():
+        value = under(run, control, name, metric)
+        cells[title] = MISSING if value is None else _show(value, share)
+    if values := worded(run, name, metric):
+        cells[WORDINGS] = f"{_show(min(values), share)}–{_show(max(values), share)}"
+    for title, found in run.baselines.items():
+        other = found.tasks.get(task_of(name), {}).get(metric)
+        cells[title] = NONE if other is None else _show(other, share) + _around(found, name, metric, share)
+        theirs, ours = (one.tasks.get(task_of(name), {}).get("n") if one else None for one in (found, run.lmms))
+        if other is not None and theirs != ours:
+            cells[title] += f", n = {theirs:,.0f}" if theirs else ", n unknown"
+    return cells
+
+
+def _pictures(run: Run, name: str, metric: str) -> str:
+    """How many pictures the interval draws from; few of them make it a guess."""
+    found = run.lmms.intervals.get(task_of(name), {}).get(metric) if run.lmms else None
+    return NONE if found is None else count(found.clusters)
+
+
+def _around(found: Benchmarks, name: str, metric: str, share: bool) -> str:
+    ends = span(found, name, metric)
+    return "" if ends is None or not share else f" ({interval(ends)})"
+
+
+def _show(value: float, share: bool) -> str:
+    return percent(value) if share else number(value)
+
+
+def main_metric(task: str, metrics: dict[str, float]) -> str | None:
+    """The share that stands for a stock task: the paper's where it has one, else the first; None for points alone."""
+    shares = [metric for metric, value in metrics.items() if metric != "n" and 0 <= value <= 1]
+    return next((metric for metric in shares if (task, metric) in PAPER_KEYS), shares[0] if shares else None)
+
+
+def _paper_cells(theirs: dict[str, Any], key: str | None) -> Cells:
+    if key is None:
+        return {}
+    place = theirs["columns"].index(key)
+    return {name: number(values[place]) for name, values in theirs["rows"].items()}
+
+
+def _notes(run: Run) -> list[str]:
+    notes = [
+        "Scores in %. Shuffled: the same model given another question's picture; what it loses there is what it sees. "
+        "Chance: a guess without looking (POPE is balanced, MMBench has up to four options).",
+        _interval_note(run),
+        PAPER_NOTE
+        + " Theirs is LLaVA-1.5 with LLaMA-3 on the full benchmarks; POPE there is one score for all splits.",
+    ]
+    if {"blank", "no_image"} & set(run.controls):
+        notes.insert(1, "Blank: a picture of the mean colour in place of each. No image: the question alone.")
+    if len(run.wordings) == 2:
+        notes.insert(1, "Wordings: the least and the most of three ways to ask for the answer's form.")
+    easy = task_of("easy_vqa")
+    for control, found in run.controls.items():
+        if run.lmms and easy in run.lmms.tasks and easy in found.tasks:
+            real, other = run.lmms.tasks[easy].get("n"), found.tasks[easy].get("n")
+            if real != other:
+                which = "the control" if control == "shuffled" else f"the control {control}"
+                notes.append(f"easy-VQA: {which} has n = {other}, the model n = {real}: not the same questions.")
+    return notes
+
+
+def _interval_note(run: Run) -> str:
+    by_picture = run.lmms is not None and bool(run.lmms.intervals)
+    how = (
+        "bootstrap that draws pictures with all their questions"
+        if by_picture
+        else "Wilson interval of a proportion over n answers"
+    )
+    return f"95 %: {how}; it covers the draw of questions, not of the training."

@@ -1,0 +1,194 @@
+"""From a run to report.json, and the statistics beside the numbers: intervals and chance levels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from clips_eval.reporting.benchmarks import Benchmarks
+from clips_eval.reporting.read import RECALLS, Retrieval, Run, ZeroShot
+from clips_eval.stats.json_files import count_in, number_in
+from clips_eval.stats.uncertainty import wilson
+
+SCHEMA_VERSION = 3  # data/report.schema.json; 2 had no baselines, and did not say what was not compared
+# Our own tasks: the name in lmms.json and the metrics that report.json promises.
+OWN_TASKS = {
+    "easy_vqa": ("clips_easy_vqa", ("accuracy", "open_accuracy", "yes_no_accuracy")),
+    "pope_random": ("clips_pope_random", ("accuracy", "f1")),
+    "pope_popular": ("clips_pope_popular", ("accuracy", "f1")),
+    "pope_adversarial": ("clips_pope_adversarial", ("accuracy", "f1")),
+    "mmbench": ("clips_mmbench", ("accuracy",)),
+}
+# A guess that never looks: POPE is balanced yes/no by construction, MMBench has up to four options.
+CHANCE = {"pope_random": 0.5, "pope_popular": 0.5, "pope_adversarial": 0.5, "mmbench": 0.25}
+
+CIDER = frozenset({"nocaps_CIDEr", "coco_CIDEr", "flickr_CIDEr", "textcaps_CIDEr"})
+
+
+def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of report.json; what was not measured is null. All scores are fractions.
+
+    Args:
+        against: the comparison with another run, as `report_against.compared` gives it.
+    Raises:
+        UserError: a promised metric is missing in lmms.json or not a fraction.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "encoder": {"retrieval": _retrieval(run.retrieval), "zeroshot": _zeroshot(run.zeroshot)},
+        "mllm": _mllm(run),
+        "steps": [
+            {
+                "name": step.name,
+                "command": step.command,
+                "seconds": step.seconds,
+                "peak_memory_bytes": step.peak_memory_bytes,
+            }
+            for step in run.steps
+        ],
+        "seconds": {step.name: step.seconds for step in run.steps},
+        "commands": {step.name: step.command for step in run.steps},
+        "intervals": _intervals(run),
+        "controls": {control: dict(found.tasks) for control, found in run.controls.items()},
+        "wordings": {str(wording): dict(found.tasks) for wording, found in run.wordings.items()},
+        "skipped": dict(run.lmms.skipped | run.lmms.failed) if run.lmms else {},
+        "baselines": {
+            "mllm": {title: dict(found.tasks) for title, found in run.baselines.items()},
+            "encoder": {title: _retrieval(found) for title, found in run.encoders.items()},
+        },
+        "against": against,
+        "provenance": provenance(run),
+    }
+
+
+def _intervals(run: Run) -> dict[str, Any]:
+    """{"retrieval": {metric: [low, high]}, "zeroshot": ..., task: ...}, by the names of the scores above."""
+    found: dict[str, Any] = {}
+    if run.retrieval is not None:
+        found["retrieval"] = {key: list(recall_span(run.retrieval, key)) for key in RECALLS}
+    if run.zeroshot is not None and run.zeroshot.intervals:
+        found["zeroshot"] = {key: None if ends is None else list(ends) for key, ends in run.zeroshot.intervals.items()}
+    names = {task_of(name): name for name in OWN_TASKS}
+    for task, metrics in (run.lmms.tasks if run.lmms else {}).items():
+        name = names.get(task, task)
+        spans = {metric: span(run.lmms, name, metric) for metric in metrics if metric != "n"}
+        found[name] = {metric: None if ends is None else list(ends) for metric, ends in spans.items()}
+    return found
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """With what each part was made and measured: commands, digests, versions, seeds, hardware."""
+    parts: dict[str, Any] = dict(run.environments)
+    keys = ("command", "sha256", "data_sha256", "engine", "mode", "recipe", "versions", "hardware", "seconds")
+    measured: dict[str, Benchmarks | Retrieval | ZeroShot | None] = {"retrieval": run.retrieval}
+    measured |= {"zeroshot": run.zeroshot, "benchmarks": run.lmms}
+    measured |= run.controls
+    measured |= {f"wording {wording}": found for wording, found in run.wordings.items()}
+    measured |= {f"baseline {title}": found for title, found in (run.baselines | run.encoders).items()}
+    for name, found in measured.items():
+        if found is not None:
+            parts[name] = {key: found.about[key] for key in keys if key in found.about}
+    return parts
+
+
+def _retrieval(found: Retrieval | None) -> dict[str, Any] | None:
+    return None if found is None else {key: found.recalls[key] for key in RECALLS} | {"n_images": found.n_images}
+
+
+def _zeroshot(found: ZeroShot | None) -> dict[str, Any] | None:
+    names = ("top1", "top5", "mean_per_class", "n_images", "n_classes")
+    return None if found is None else {name: getattr(found, name) for name in names}
+
+
+def _mllm(run: Run) -> dict[str, dict[str, Any] | None]:
+    table = {name: _own_task(run, name) for name in OWN_TASKS}
+    own = {task for task, _ in OWN_TASKS.values()}
+    for task, metrics in (run.lmms.tasks if run.lmms else {}).items():
+        if task not in own:
+            # lmms-eval has a pope_random too; it must not pass for ours.
+            table[f"stock_{task}" if task in OWN_TASKS else task] = dict(metrics)
+    return table
+
+
+def _own_task(run: Run, name: str) -> dict[str, Any] | None:
+    task, metrics = OWN_TASKS[name]
+    if run.lmms is None or task not in run.lmms.tasks:
+        return None
+    file, found, place = run.root / "finetune" / "lmms.json", run.lmms.tasks[task], f"tasks.{task}"
+    table: dict[str, Any] = {key: number_in(file, found, key, place, fraction=True) for key in metrics}
+    table["n"] = count_in(file, found, "n", place)
+    if name == "easy_vqa":
+        table["shuffled_accuracy"] = under(run, "shuffled", name, "accuracy")
+    return table
+
+
+def under(run: Run, control: str, name: str, metric: str) -> float | None:
+    """The same metric of the same model under a control; None where it was not measured."""
+    task, found = task_of(name), run.controls.get(control)
+    if found is None or metric not in found.tasks.get(task, {}):
+        return None
+    file = run.root / "finetune" / f"lmms_{control}.json"
+    return number_in(file, found.tasks[task], metric, f"tasks.{task}", fraction=name in OWN_TASKS)
+
+
+def worded(run: Run, name: str, metric: str) -> list[float]:
+    """The metric in the task's own wording and in each of the others; empty unless all were measured."""
+    task = task_of(name)
+    passes = [run.lmms, *(run.wordings.get(wording) for wording in (1, 2))]
+    values = [found.tasks[task][metric] for found in passes if found and metric in found.tasks.get(task, {})]
+    return values if len(values) == len(passes) else []
+
+
+def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float] | None:
+    """The 95 % interval: the one that was measured by picture, Wilson's where the file has none; None if unknown."""
+    task = task_of(name)
+    if found is None or metric not in found.tasks.get(task, {}):
+        return None
+    known = found.intervals.get(task, {}).get(metric)
+    if known is not None:
+        return None if known.low is None or known.high is None else (known.low, known.high)
+    n, share = size(found, name, metric), found.tasks[task][metric]
+    return wilson(share, n) if n and 0 <= share <= 1 else None
+
+
+def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
+    """The 95 % interval of a recall: by picture where it was measured, else Wilson's over the queries or pictures."""
+    known = found.about.get("intervals", {}).get(key)
+    if known is not None:
+        return known["low"], known["high"]
+    return wilson(found.recalls[key], found.n_images)
+
+
+def is_share(metric: str, value: float) -> bool:
+    """Whether a score is shown in per cent: a fraction, or CIDEr, of which papers give the hundredfold."""
+    return 0 <= value <= 1 or metric in CIDER
+
+
+def task_of(name: str) -> str:
+    """lmms-eval's name of a task of ours; any other name is its own."""
+    return OWN_TASKS[name][0] if name in OWN_TASKS else name
+
+
+def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
+    """How many answers a proportion rests on; None for what is no proportion, or where it is not known."""
+    task = OWN_TASKS[name][0] if name in OWN_TASKS else name
+    if found is None or task not in found.tasks:
+        return None
+    if metric == "accuracy":
+        return int(found.tasks[task].get("n", 0)) or None
+    if metric in ("open_accuracy", "yes_no_accuracy"):
+        closed = [sample.target.strip().lower() in ("yes", "no") for sample in found.samples if sample.task == task]
+        return (sum(closed) if metric == "yes_no_accuracy" else len(closed) - sum(closed)) or None
+    return None
+
+
+def recall_chance(found: Retrieval, key: str) -> float | None:
+    """Recall@k of a random order, given that each picture has the same number of captions; None if that is unknown."""
+    way, k = key.split("_r")
+    if way == "t2i":
+        return min(1.0, int(k) / found.n_images)
+    if found.n_texts is None:
+        return None
+    own = round(found.n_texts / found.n_images)
+    miss = math.comb(found.n_texts - own, int(k)) / math.comb(found.n_texts, int(k)) if found.n_texts >= int(k) else 0.0
+    return 1 - miss

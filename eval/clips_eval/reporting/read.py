@@ -1,0 +1,304 @@
+"""What a run folder holds, read and checked: every part may be missing, none may be malformed.
+
+RUN/steps/*.json  RUN/encoder/{retrieval,zeroshot}.json  RUN/finetune/lmms.json (+ samples)
+RUN/*/metrics.jsonl --> Run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from clips_eval.reporting.benchmarks import Benchmarks, read_benchmarks
+from clips_eval.reporting.encoder import check_breakdowns, check_geometry, check_hits, read_spans
+from clips_eval.stats.json_files import count_in, number_in, read_lines
+from vision_tower.common.errors import UserError
+from vision_tower.common.files import read_object, read_text
+
+CONTROLS = ("shuffled", "blank", "no_image")
+STAGES = ("encoder", "align", "finetune")
+FORMATS = (1,)  # of retrieval.json and zeroshot.json; a file without one counts as 1
+RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the run: wall seconds, and the peak memory in bytes where it was recorded."""
+
+    name: str
+    command: str
+    seconds: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Recall as fractions by key (`i2t_r1` ...), and the example queries."""
+
+    recalls: dict[str, float]
+    n_images: int
+    n_texts: int | None
+    data: str
+    folder: Path
+    examples: dict[str, list[dict[str, Any]]]
+    about: dict[str, Any] = field(default_factory=dict)  # the whole file: intervals, further measures, provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """Zero-shot accuracies as fractions; `top5` is None below five classes."""
+
+    top1: float
+    top5: float | None
+    mean_per_class: float
+    n_images: int
+    n_classes: int
+    n_texts: int
+    data: str
+    intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)  # empty in older files
+    about: dict[str, Any] = field(default_factory=dict)  # the whole file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Training losses of one stage: `losses[name]` is a list of (step, value)."""
+
+    stage: str
+    losses: dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One question of the closing chat."""
+
+    image: Path | None
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything found in a run folder; None or empty where a part is missing."""
+
+    root: Path
+    retrieval: Retrieval | None = None
+    zeroshot: ZeroShot | None = None
+    lmms: Benchmarks | None = None
+    controls: dict[str, Benchmarks] = field(default_factory=dict)
+    wordings: dict[int, Benchmarks] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    chat: list[Answer] = field(default_factory=list)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage, with its recipe's digest
+    ablation: dict[str, Any] | None = None
+    baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by the model that was measured
+    encoders: dict[str, Retrieval] = field(default_factory=dict)  # other encoders, by their names
+
+    @property
+    def shuffled(self) -> Benchmarks | None:
+        """The control that every report shows."""
+        return self.controls.get("shuffled")
+
+
+def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
+    """Read what exists in `root`.
+
+    Args:
+        baselines: results of 'clips-mllm evaluate' of other models, and of 'clips-mllm retrieve' of other encoders.
+    Raises:
+        UserError: no such folder, nothing of a run in it, or a malformed file.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give a run folder, such as runs/quickstart")
+    run = Run(
+        root=root,
+        retrieval=_read_retrieval(root / "encoder" / "retrieval.json"),
+        zeroshot=_read_zeroshot(root / "encoder" / "zeroshot.json"),
+        lmms=read_benchmarks(_lmms(root), control="none"),
+        controls={name: found for name in CONTROLS if (found := read_benchmarks(_lmms(root, name), control=name))},
+        wordings={n: found for n in (1, 2) if (found := read_benchmarks(_lmms(root, f"wording{n}"), "none", n))},
+        curves=[curve for stage in STAGES if (curve := _read_curve(root / stage / "metrics.jsonl", stage))],
+        steps=[_read_step(file) for file in sorted((root / "steps").glob("*.json"), key=_step_order)],
+        chat=_read_chat(root / "chat.json"),
+        environments={stage: told for stage in STAGES if (told := _read_environment(root / stage))},
+        ablation=_read_ablation(root / "ablate" / "ablation.json"),
+    )
+    if run == Run(root=root):
+        raise UserError(f"{root}: nothing of a run in this folder; give one that holds encoder/, finetune/ or steps/")
+    others = [_read_baseline(file) for file in baselines]
+    titles = [_title(one) for one in others]
+    named = {  # two results of one model stand beside each other
+        title if titles.count(title) == 1 else f"{title} ({file})": one
+        for title, file, one in zip(titles, baselines, others, strict=True)
+    }
+    return replace(
+        run,
+        baselines={title: one for title, one in named.items() if isinstance(one, Benchmarks)},
+        encoders={title: one for title, one in named.items() if isinstance(one, Retrieval)},
+    )
+
+
+def _read_baseline(file: Path) -> Benchmarks | Retrieval:
+    tree = read_object(file) if file.is_file() else {}
+    found: Benchmarks | Retrieval | None = None
+    if "tasks" in tree:
+        found = read_benchmarks(file, control="none")
+    elif RECALLS[0] in tree:
+        found = _read_retrieval(file)
+    if found is None:
+        raise UserError(f"{file}: no result there; give an lmms.json of 'clips-mllm evaluate' or a retrieval.json")
+    return found
+
+
+def _title(found: Benchmarks | Retrieval) -> str:
+    if isinstance(found, Retrieval):
+        return str(found.about.get("encoder", found.folder))
+    name, engine = str(found.about.get("model", "baseline")), found.about.get("engine", "clips_mllm")
+    return name if engine == "clips_mllm" else f"{name} ({engine})"
+
+
+def _lmms(root: Path, variant: str = "") -> Path:
+    return root / "finetune" / (f"lmms_{variant}.json" if variant else "lmms.json")
+
+
+def _step_order(file: Path) -> tuple[int, str]:
+    number = file.stem.partition("-")[0]
+    return (int(number) if number.isdecimal() else 10**6, file.stem)
+
+
+def _read_step(file: Path) -> Step:
+    tree = read_object(file)
+    peak = None if tree.get("peak_memory_bytes") is None else int(number_in(file, tree, "peak_memory_bytes"))
+    return Step(
+        name=_text(file, tree, "name"),
+        command=_text(file, tree, "command"),
+        seconds=number_in(file, tree, "seconds"),
+        peak_memory_bytes=peak,
+    )
+
+
+def _read_retrieval(file: Path) -> Retrieval | None:
+    if not file.exists():
+        return None
+    tree = read_object(file)
+    _check_format(file, tree, "retrieve")
+    examples = tree.get("examples") or {}
+    known = {"text_to_image": ("query", "images", "correct"), "image_to_text": ("query", "texts", "correct")}
+    for way, keys in known.items():
+        rows = examples.get(way, []) if isinstance(examples, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
+            raise UserError(f"{file}: 'examples.{way}' is not as 'clips-mllm retrieve' writes it; run that again")
+    n_images = count_in(file, tree, "n_images")
+    n_texts = count_in(file, tree, "n_texts") if "n_texts" in tree else None
+    check_hits(file, tree, RECALLS, n_images, n_texts)
+    check_geometry(file, tree)
+    check_breakdowns(file, tree)
+    return Retrieval(
+        recalls={key: number_in(file, tree, key, fraction=True) for key in RECALLS},
+        n_images=n_images,
+        n_texts=n_texts,
+        data=str(tree.get("data", "")),
+        folder=file.parent,
+        examples={way: examples.get(way, []) for way in known},
+        about={key: value for key, value in tree.items() if key != "examples"},
+    )
+
+
+def _read_zeroshot(file: Path) -> ZeroShot | None:
+    if not file.exists():
+        return None
+    tree = read_object(file)
+    _check_format(file, tree, "zeroshot")
+    return ZeroShot(
+        top1=number_in(file, tree, "top1", fraction=True),
+        top5=None if tree.get("top5") is None else number_in(file, tree, "top5", fraction=True),
+        mean_per_class=number_in(file, tree, "mean_per_class", fraction=True),
+        n_images=count_in(file, tree, "n_images"),
+        n_classes=count_in(file, tree, "n_classes"),
+        n_texts=count_in(file, tree, "n_texts"),
+        data=str(tree.get("data", "")),
+        intervals=read_spans(file, tree, ("top1", "top5", "mean_per_class")),
+        about=tree,
+    )
+
+
+def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
+    if tree.get("format", 1) not in FORMATS:
+        raise UserError(
+            f"{file}: format {tree['format']!r}, of another version of clips-mllm (this one reads "
+            f"{' and '.join(map(str, FORMATS))}); run 'clips-mllm {command}' again"
+        )
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """What a stage was trained with, and the digest and seed of its recipe; empty where neither file is there."""
+    found = read_object(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    recipe = folder / "recipe.yaml"
+    if recipe.exists():
+        text = read_text(recipe)
+        found["recipe_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        seeds = re.findall(r"^ *seed: (\d+)$", text, flags=re.MULTILINE)
+        found["seed"] = int(seeds[0]) if seeds else None
+    return found
+
+
+def _read_ablation(file: Path) -> dict[str, Any] | None:
+    """What 'clips-mllm ablate' left."""
+    if not file.exists():
+        return None
+    tree = read_object(file)
+    known = ("name", "objective", "reduction", "budget", "value", "error")
+    rows = tree.get("settings")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(known) <= set(row) for row in rows):
+        raise UserError(f"{file}: 'settings' are not as 'clips-mllm ablate' writes them; run it again")
+    return tree
+
+
+def _read_curve(file: Path, stage: str) -> Curve | None:
+    if not file.exists():
+        return None
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for line, row in read_lines(file):
+        # A diverged run logs NaN; its curve has a gap there, which is what happened.
+        for name in (key for key in row if key == "loss" or key.startswith("loss_")):
+            if not isinstance(row[name], int | float) or not isinstance(row.get("step"), int):
+                raise UserError(f"{file}: line {line}: 'step' and '{name}' must be numbers; train this stage again")
+            losses.setdefault(name, []).append((row["step"], float(row[name])))
+    return Curve(stage=stage, losses=losses) if losses else None
+
+
+def _read_chat(file: Path) -> list[Answer]:
+    if not file.exists():
+        return []
+    from json import JSONDecodeError, loads
+
+    try:
+        rows = loads(file.read_text(encoding="utf-8"))
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); run the chat step again") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: a list of {{image, question, answer}} is expected; run the chat step again")
+    return [
+        Answer(
+            image=_find(file.parent, row["image"]) if isinstance(row.get("image"), str) else None,
+            question=_text(file, row, "question"),
+            answer=_text(file, row, "answer"),
+        )
+        for row in rows
+    ]
+
+
+def _find(folder: Path, name: str) -> Path:
+    """Chat examples name pictures as the user typed them: relative to the run, or to where the command ran."""
+    return folder / name if (folder / name).exists() else Path(name)
+
+
+def _text(file: Path, tree: dict[str, Any], key: str) -> str:
+    value = tree.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{file}: '{key}' is {value!r}, text is expected; run the step that writes this file again")
+    return value

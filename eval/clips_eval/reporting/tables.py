@@ -1,0 +1,212 @@
+"""The report's tables as data, so that Markdown and HTML can only show the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from clips_eval.reporting.cells import MISSING, NONE, Column, Row, Table, duration, interval, number, percent
+from clips_eval.reporting.encoder import WAYS
+from clips_eval.reporting.numbers import OWN_TASKS, provenance, recall_chance, recall_span
+from clips_eval.reporting.read import RECALLS, STAGES, Retrieval, Run, ZeroShot
+from clips_eval.stats.uncertainty import wilson
+
+PAPER_NOTE = (
+    "Marked “paper”: published numbers of the CLIPS paper (arXiv 2411.16828), from other data, other models and a far "
+    "larger scale. They are not comparable with this run; they stand here for orientation."
+)
+
+
+def load_paper() -> dict[str, Any]:
+    """The paper's results, shipped with the package."""
+    from importlib.resources import files
+
+    return json.loads((files("clips_eval.reporting") / "data" / "paper_results.json").read_text(encoding="utf-8"))
+
+
+def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
+    """Recall@k of this run, of chance, and of the paper's encoders."""
+    names = {"i2t": "I→T", "t2i": "T→I"}
+    columns = [Column(name="Encoder")] + [
+        Column(name=f"{names[key[:3]]} R@{key.partition('_r')[2]}") for key in RECALLS
+    ]  # fmt: skip
+    found = run.retrieval
+    if found is None:
+        rows = [Row(cells=["This run", *[MISSING] * len(RECALLS)])]
+        notes = []
+    else:
+        chance = [recall_chance(found, key) for key in RECALLS]
+        rows = [
+            Row(cells=["This run", *[percent(found.recalls[key]) for key in RECALLS]]),
+            Row(cells=["95 %", *[interval(recall_span(found, key)) for key in RECALLS]], kind="control"),
+            Row(cells=["Chance", *[NONE if share is None else percent(share) for share in chance]], kind="control"),
+        ]
+        captions = "" if found.n_texts is None else f" and {found.n_texts:,} captions"
+        notes = [f"This run: {found.n_images:,} images{captions} ({found.data})."]
+    notes = [
+        "Recall@k in %. I→T: an image counts if any of its captions is among its k best; T→I: a caption counts if its "
+        "image is.",
+        *notes,
+        PAPER_NOTE + " Theirs is zero-shot retrieval on COCO (5,000 images) and Flickr30K (1,000).",
+    ]
+    for title, other in run.encoders.items():
+        rows += _other_encoder(title, other)
+    if any(found is None or other.about.get("data") != found.about.get("data") for other in run.encoders.values()):
+        notes.insert(1, "Not every encoder here was measured on the same data.")
+    return Table(columns=columns, rows=rows + _paper_retrieval(paper), notes=notes)
+
+
+def _other_encoder(title: str, found: Retrieval) -> list[Row]:
+    recalls = [percent(found.recalls[key]) for key in RECALLS]
+    ends = [interval(recall_span(found, key)) for key in RECALLS]
+    return [Row(cells=[f"{title}, {found.n_images:,} images", *recalls]), Row(cells=["95 %", *ends], kind="control")]
+
+
+def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
+    rows = []
+    ours = paper["retrieval_zero_shot"]
+    best = paper["state_of_the_art_r1"]
+    for data, title in (("coco", "COCO"), ("flickr", "Flickr30K")):
+        for size_name in ("S/16", "B/16", "L/16"):
+            values = dict(zip(ours["columns"], ours["rows"][f"{size_name} CLIPS"], strict=True))
+            cells = [f"{values[f'{data}_{key}']:.1f}" for key in RECALLS]
+            rows.append(Row(cells=[f"CLIPS {size_name}, {title}", *cells], kind="paper"))
+        values = dict(zip(best["columns"], best["rows"]["CLIPS H"], strict=True))
+        only_first = [number(values.get(f"{data}_{key}")) for key in RECALLS]
+        rows.append(Row(cells=[f"CLIPS H, {title}", *only_first], kind="paper"))
+    return rows
+
+
+def embedding_table(found: Retrieval) -> Table | None:
+    """What recall does not tell, of results that have it: ranks, several right answers, lengths, geometry."""
+    about = found.about
+    if "geometry" not in about:
+        return None
+    rows = [
+        Row(cells=["Median rank", *(_spanned(about["median_rank"], way, _rank) for way in WAYS)]),
+        Row(cells=["mAP@R, own captions", *(_spanned(about["map_at_r"], way, percent) for way in WAYS)]),
+    ]
+    if about.get("multi_positive"):
+        several = [about["multi_positive"][way] for way in WAYS]
+        counts = f"n = {several[0]['n']:,} pictures, {several[1]['n']:,} captions"
+        for key, title in (
+            ("r1", "R@1, any right answer"),
+            ("r5", "R@5, any right answer"),
+            ("map_at_r", "mAP@R, all"),
+        ):
+            rows.append(Row(cells=[f"{title} ({counts})", *(_spanned(scores, key, percent) for scores in several)]))
+    for group in about.get("by_length", []):
+        title = f"R@5, captions of {group['words'][0]} to {group['words'][1]} words (n = {group['n']:,})"
+        rows.append(Row(cells=[title, NONE, _spanned(group, "t2i_r5", percent)]))
+    for group in about.get("by_object", []):
+        title = f"R@5, “{group['object']}” (n = {group['n_images']:,} pictures, {group['n_texts']:,} captions)"
+        rows.append(Row(cells=[title, *(_spanned(group, f"{way}_r5", percent) for way in WAYS)]))
+    lies = about["geometry"]
+    notes = [
+        f"Embeddings: modality gap {lies['modality_gap']:.3f} (distance of the means of pictures and texts), alignment "
+        f"{lies['alignment']:.3f}, uniformity {lies['uniformity_images']:.2f} of pictures and "
+        f"{lies['uniformity_texts']:.2f} of texts (Wang & Isola 2020; lower is better).",
+    ]
+    if "intervals" in about["median_rank"]:
+        notes.insert(0, "In brackets: 95 %, by a bootstrap that draws pictures with all their captions.")
+    return Table(columns=[Column(name=name) for name in ("Measure", "I→T", "T→I")], rows=rows, notes=notes)
+
+
+def _rank(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _spanned(values: dict[str, Any], key: str, show: Callable[[float], str]) -> str:
+    """The number, with its interval in brackets where it is known: 41.2 (39.8–42.7)."""
+    span = values.get("intervals", {}).get(key) or {"low": None}
+    return show(values[key]) + ("" if span["low"] is None else f" ({show(span['low'])}–{show(span['high'])})")
+
+
+def zeroshot_table(found: ZeroShot) -> Table:
+    """Zero-shot accuracies of this run, how far they can be trusted, and those of a guess."""
+    columns = [Column(name=name) for name in ("Encoder", "Top-1", "Top-5", "Mean per class")]
+    chance, near = percent(1 / found.n_classes), percent(min(1.0, 5 / found.n_classes))
+    top5 = NONE if found.top5 is None else percent(found.top5)
+    # An older file has no intervals; that of a plain share of pictures can be told from the number of pictures.
+    spans = found.intervals or {"top1": wilson(found.top1, found.n_images)}
+    ends = [interval(spans.get(key)) for key in ("top1", "top5", "mean_per_class")]
+    rows = [
+        Row(cells=["This run", percent(found.top1), top5, percent(found.mean_per_class)]),
+        Row(cells=["95 %", *ends], kind="control"),
+        Row(cells=["Chance", chance, NONE if found.top5 is None else near, chance], kind="control"),
+    ]
+    how = "bootstrap that draws pictures" if found.intervals else "Wilson interval"
+    notes = [
+        f"Accuracy in %. An image gets the class whose prompts' mean embedding is nearest; 95 %: {how}.",
+        f"{found.n_images:,} images, {found.n_classes:,} classes, {found.n_texts:,} prompts ({found.data}).",
+    ]
+    return Table(columns=columns, rows=rows, notes=notes)
+
+
+def steps_table(run: Run) -> Table:
+    """Each step with its time, memory and command."""
+    columns = [Column(name=name) for name in ("Step", "Time", "Peak memory", "Command")]
+    rows = [
+        Row(
+            cells=[
+                step.name,
+                duration(step.seconds),
+                MISSING if step.peak_memory_bytes is None else f"{step.peak_memory_bytes / 2**30:.2f} GiB",
+                step.command,
+            ]
+        )
+        for step in run.steps
+    ]
+    notes = [f"{duration(sum(step.seconds for step in run.steps))} in all."] if rows else []
+    return Table(columns=columns, rows=rows, notes=notes)
+
+
+def provenance_table(run: Run) -> Table:
+    """What each part was made or measured with."""
+    columns = [
+        Column(name=name)
+        for name in ("Part", "Weights or recipe, SHA-256", "Seed", "Versions", "Hardware", "Time", "Command")
+    ]
+    rows = []
+    for part, told in provenance(run).items():
+        versions = told.get("versions") or ({"python": told["python"]} | told["packages"] if "packages" in told else {})
+        hardware = told.get("hardware") or ({"cpus": told["cpus"]} if "cpus" in told else {})
+        gpus = ", ".join(hardware.get("gpus", []))
+        cells = [
+            part,
+            str(told.get("sha256") or told.get("recipe_sha256") or NONE)[:16],
+            str(told.get("seed", told.get("recipe", {}).get("seed", NONE))),
+            ", ".join(f"{name} {version}" for name, version in versions.items()) or NONE,
+            f"{hardware['cpus']} CPUs{', ' + gpus if gpus else ''}" if hardware else NONE,
+            duration(told["seconds"]) if "seconds" in told else NONE,
+            told.get("command", NONE),
+        ]
+        rows.append(Row(cells=cells))
+    notes = ["Of training parts the digest is that of the resolved recipe, of measured ones that of the weights."]
+    return Table(columns=columns, rows=rows, notes=notes if rows else [])
+
+
+def missing_parts(run: Run) -> list[str]:
+    """What this report could not show, with the command that would measure it."""
+    root = run.root
+    absent = {
+        f"Retrieval: `clips-mllm retrieve {root}/encoder --data TEST.json`": run.retrieval is None,
+        f"Benchmarks of the MLLM: `clips-mllm evaluate {root}/finetune --config RECIPE.yaml`": run.lmms is None,
+        f"Shuffled-image control: `clips-mllm evaluate {root}/finetune --config RECIPE.yaml --control shuffled`": (
+            run.shuffled is None
+        ),
+        f"Answers to look at: the samples file that {root}/finetune/lmms.json names": (
+            run.lmms is not None and not run.lmms.samples
+        ),
+        f"Times and commands: {root}/steps": not run.steps,
+    }
+    have = {curve.stage for curve in run.curves}
+    curves = [f"Training curve of {stage}: {root}/{stage}/metrics.jsonl" for stage in STAGES if stage not in have]
+    tasks = run.lmms.tasks if run.lmms else {}
+    unmeasured = [task for task, _ in OWN_TASKS.values() if run.lmms and task not in tasks]
+    names = [f"Benchmark {task}: not in {root}/finetune/lmms.json" for task in unmeasured]
+    reasons = {**run.lmms.skipped, **run.lmms.failed} if run.lmms else {}
+    left_out = [f"Benchmark {task}: {reason}" for task, reason in reasons.items()]
+    names = [name for name in names if not any(name.startswith(f"Benchmark {task}:") for task in reasons)]
+    return [text for text, gone in absent.items() if gone] + names + left_out + curves

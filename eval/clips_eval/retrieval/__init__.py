@@ -1,0 +1,1 @@
+"""Retrieval data and measures beyond recall@k."""

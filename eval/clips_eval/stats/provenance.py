@@ -1,0 +1,100 @@
+"""What a score was measured with: the checkpoint's hash, preprocessing, versions, command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vision_tower.common.errors import UserError
+from vision_tower.common.files import read_text
+
+if TYPE_CHECKING:
+    from vision_tower.checkpoints.encoder import Encoder
+
+
+def provenance(folder: Path, encoder: Encoder, command: str, argv: list[str]) -> dict[str, Any]:
+    """The part that all results of an encoder share."""
+    return {
+        "encoder": str(folder),
+        "sha256": checkpoint_digest(folder),
+        "preprocessing": {key: value for key, value in encoder.processor.to_dict().items() if value is not None},
+        "command": shlex.join(["clips-mllm", command, *argv]),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def refuse_mixed_precision(folders: Iterable[Path]) -> None:
+    """A recipe's `precision: auto` may have been bf16 on one machine and fp32 on the next.
+
+    Raises:
+        UserError: runs of both.
+    """
+    runs: dict[str, Path] = {}
+    for folder in folders:
+        file = folder / "recipe.yaml"
+        if file.is_file():  # a tower of others has none
+            training = yaml.safe_load(read_text(file)).get("training", {})
+            runs.setdefault(training.get("precision", "unknown precision"), folder)
+    if len(runs) > 1:
+        said = ", ".join(f"{folder} in {precision}" for precision, folder in runs.items())
+        raise UserError(f"{said}: not to be compared; remove those of one, and run the same command on one machine")
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of `model.safetensors`; of all shards in the order of their names where the weights are sharded.
+
+    Raises:
+        UserError: the folder holds no weights.
+    """
+    single = folder / "model.safetensors"
+    shards = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
+    if not shards:
+        raise UserError(f"{folder}: no model.safetensors here; give the folder that 'clips-mllm pretrain' wrote")
+    digest = hashlib.sha256()
+    for shard in shards:
+        with shard.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def diverged(folder: Path) -> UserError:
+    """What to say of an encoder whose embeddings are not finite."""
+    return UserError(f"{folder}: its embeddings hold NaN or infinity; the training diverged, pretrain it again")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, of this project and of the packages that made a number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("clips-mllm", "torch", "transformers", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """What the number was made on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": gpus,
+    }

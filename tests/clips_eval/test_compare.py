@@ -1,0 +1,265 @@
+"""`clips-mllm compare`: the whole swap at the smallest size, going on, and its two tests by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import sys
+import termios
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clips_eval import compare
+from clips_eval.compare import main
+from clips_eval.experiments import compare_report
+from clips_eval.experiments.compare_recipe import CompareRecipe, jobs
+from clips_eval.stats import processes as children
+from clips_eval.stats.processes import sigterm_stops
+from clips_eval.stats.uncertainty import Scores, value
+from tests.helpers.run_folders import write_run
+from vision_tower.common.errors import Stopped, UserError, run_command
+from vision_tower.common.recipe import parse_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Towers and recipes that need not run."""
+    for name in ("a", "b"):
+        (tmp_path / name / "tower").mkdir(parents=True)
+    (tmp_path / "r.yaml").write_text("x: 1\n")
+    recipe = [f"--{name}={tmp_path / 'r.yaml'}" for name in ("align", "finetune", "evaluate")]
+    return [str(tmp_path / "a"), str(tmp_path / "b"), *recipe, f"--output_dir={tmp_path / 'out'}"]
+
+
+def fill(out: Path) -> None:
+    """Finished cells: tower b is better in every seed."""
+    for seed in (0, 1):
+        write_run(out / f"a-seed{seed}", 0.70 + 0.01 * seed, seed=seed)
+        write_run(out / f"b-seed{seed}", 0.85 + 0.01 * seed, seed=seed)
+
+
+def test_what_is_run_and_going_on(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are recorded by a stand-in for Python; the third of them fails once."""
+    log = tmp_path / "ran.txt"
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {log}\n[ $(wc -l < {log}) -ne 3 ]\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(compare.sys, "executable", str(stand_in))
+    words = [*files, "--seeds=[0,1]", "--stage_options=[--training.max_steps=2]"]
+    with pytest.raises(UserError, match=r"a-seed0/log\.txt: a, seed 0: evaluate ended with code 1"):
+        main(words)
+    fill(tmp_path / "made")
+    for folder in (tmp_path / "made").iterdir():
+        shutil.copytree(folder, tmp_path / "out" / folder.name, dirs_exist_ok=True)
+    main(words)
+    ran = [line.split() for line in log.read_text().splitlines()]
+    assert [line[1] for line in ran] == [
+        *("clips_mllm.train", "clips_mllm.train", "clips_eval.evaluate", "clips_eval.evaluate"),  # the third again
+        *("clips_mllm.train", "clips_mllm.train", "clips_eval.evaluate") * 3,
+    ]
+    assert f"{tmp_path / 'b' / 'tower'}" in ran[4] and "--training.max_steps=2" in ran[4]
+    assert [word for word in ran[-2] if word.startswith("--training.seed")] == ["--training.seed=1"]
+    main(words)
+    assert len(log.read_text().splitlines()) == len(ran), "nothing is done twice"
+    with pytest.raises(UserError, match="made with another recipe"):
+        main([*files, "--seeds=[0,1]", "--stage_options=[--training.max_steps=3]"])
+
+
+def test_sigterm_ends_the_step_under_way(files: list[str], tmp_path: Path) -> None:
+    """A stand-in for a stage that saves when it is told to: it is waited for, and its step counts as not done."""
+    stand_in = tmp_path / "stage.py"
+    stand_in.write_text(
+        "import os, pathlib, signal, sys\n"
+        "from vision_tower.common.errors import Stopped, run_command\n"
+        "def main(argv):\n"
+        "    def stop(*_): raise Stopped('saved')\n"
+        "    signal.signal(signal.SIGTERM, stop)\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        f"    if len(argv) == 1: os.kill({os.getpid()}, signal.SIGTERM)\n"
+        "    else: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+        "sys.exit(run_command(main))\n"
+    )
+    # Under a launcher that dies of the signal, as DeepSpeed's does.
+    launcher = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"]
+    with pytest.raises(Stopped, match="SIGTERM: compare stopped"), sigterm_stops("compare"):
+        compare._run([*launcher, str(stand_in), "the command is told"], tmp_path / "log.txt")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert (tmp_path / "log.txt").read_text() == "saved\n"
+    # Where the step alone is told, it ends with code 0 and is not done either.
+    assert compare._run([sys.executable, str(stand_in), "it", "alone"], tmp_path / "log.txt") == 143
+
+
+def test_a_terminal_shows_the_bars_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in draws a bar and ends once it has been shown; another log beside it halves the room."""
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    (tmp_path / "other.txt").write_text("0%\r" + "x" * 100 + "\r\n")
+    draw = "import os, time; print('loaded\\n 10%\\r 20% of the steps', end='\\r', flush=True)"
+    wait = f"while not os.path.exists({str(tmp_path / 'shown')!r}): time.sleep(0.05)"
+
+    def show(logs: list[Path]) -> None:
+        drawn = bool(logs) and "20%" in logs[0].read_text()
+        children.show_progress(logs)
+        if drawn:
+            (tmp_path / "shown").touch()
+
+    with open(stderr, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(compare, "show_progress", show)
+        assert compare._run([sys.executable, "-c", f"{draw}\n{wait}"], tmp_path / "log.txt") == 0
+        children.show_progress([tmp_path / "log.txt", tmp_path / "other.txt", tmp_path / "none.txt"])
+        text = ""
+        while not text.endswith("x | "):  # a terminal gives it in pieces
+            text += os.read(terminal, 65536).decode()
+    os.close(terminal)
+    shown = text.split("\r\x1b[K")
+    assert shown[-3].strip() == "20% of the steps" and shown[-2] == "", "cleared at the end"
+    assert shown[-1] == "20% of the steps | " + "x" * 17 + " | "
+
+
+def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
+    fill(tmp_path / "out")
+    recipe = parse_recipe(CompareRecipe, [*files, "--seeds=[0,1]"], command="compare", positional=("runs",))
+    rows = {row.metric: row for row in compare_report.compare_towers(recipe)[0]}
+    row = rows["accuracy"]
+    right = {}
+    for tower in "ab":
+        for seed in (0, 1):
+            lines = (
+                (tmp_path / "out" / f"{tower}-seed{seed}" / "finetune" / "lmms_samples.jsonl").read_text().splitlines()
+            )
+            right[tower, seed] = sum(json.loads(line)["correct"] for line in lines) / len(lines)
+    assert row.gain == pytest.approx([right["b", seed] - right["a", seed] for seed in (0, 1)])
+    assert row.documents.value == pytest.approx(sum(row.gain) / 2) and row.documents.verdict == "better"
+    assert row.documents.n == 400
+    text = compare_report.write_report(recipe, "the command")
+    assert "against `a`" in text and "`the command`" in text and "easy_vqa: accuracy" in text
+    tree = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert tree["first"] == "a" and tree["rows"][0]["verdict"] == "better"
+    page = (tmp_path / "out" / "compare.html").read_text()
+    for line in text.splitlines():  # the page has the very cells of the Markdown
+        if line.startswith("| easy_vqa"):
+            name, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
+            assert f'<th scope="row">{name}</th>' in page and all(f">{cell}</td>" in page for cell in cells)
+    assert "<h2>b</h2>" in page and "<code>the command</code>" in page and "would another training" in page
+    assert "<script" not in page and not re.search(r"https?://|(src|href)=", page), "one file, without a request"
+
+
+def test_a_ratio_is_averaged_over_the_seeds_and_not_pooled(files: list[str], tmp_path: Path) -> None:
+    """A precision of 1 of 1 and one of 1 of 3 are 2/3 in the mean, and 2 of 4 together."""
+    clusters = ["p", "p", "q", "r"]
+    seeds = [
+        Scores(numerators=[1, 0, 0, 0], denominators=[1, 0, 0, 0], clusters=clusters),
+        Scores(numerators=[0, 1, 0, 0], denominators=[0, 1, 1, 1], clusters=clusters),
+    ]
+    assert value(compare_report._over_seeds(seeds)) == pytest.approx(2 / 3)
+    fill(tmp_path / "out")
+    samples = tmp_path / "out" / "b-seed1" / "finetune" / "lmms_samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    for row in rows:  # as if this seed had no open question
+        row["scores"]["open_accuracy"] = [0.0, 0.0]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = parse_recipe(CompareRecipe, [*files, "--seeds=[0,1]"], command="compare", positional=("runs",))
+    text = compare_report.write_report(recipe, "the command")
+    assert "Not compared: easy_vqa: open_accuracy has no value in some run." in text
+    assert "Not compared: easy_vqa: yes_no_accuracy is not known document by document in some run." in text
+    assert "| easy_vqa: accuracy |" in text and "| easy_vqa: open_accuracy |" not in text
+
+
+def test_bad_recipes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, *rest = files
+    (tmp_path / "c" / "a" / "tower").mkdir(parents=True)
+    cases = [
+        ([a, *rest], "at least two"),
+        ([a, str(tmp_path / "c" / "a"), *rest], "same name"),
+        ([a, str(tmp_path / "none"), *rest], "no tower/ in it"),
+        ([a, b, *rest, "--seeds=[1,1]"], "none twice"),
+        ([a, b, *rest, f"--retrieval={tmp_path / 'none.json'}"], "no such file"),
+    ]
+    for words, message in cases:
+        assert run_command(main, words) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_recipes_make_their_towers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    command = file.read_text().splitlines()[0].removeprefix("# clips-mllm compare ").split()
+    recipe = parse_recipe(CompareRecipe, command, command="compare", positional=("runs",))
+    assert [spec.run for spec in recipe.pretrain] == recipe.runs
+    assert len(jobs(recipe)) == 2 + len(recipe.seeds) * 2 * 4
+    others = dataclasses.replace(recipe, runs=[recipe.runs[0], Path("runs/mine")])
+    assert [job.folder for job in jobs(others) if job.title.endswith("pretrain")] == recipe.runs[:1]
+    for path in (recipe.align, recipe.finetune, recipe.evaluate, *(spec.config for spec in recipe.pretrain)):
+        assert path.is_file()
+
+
+def test_the_whole_swap_in_small(
+    sample_world: Path, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real towers (one with other weights), two steps of each stage, real benchmarks, one seed.
+
+    The commands run in this process: eight that import torch anew would take a minute.
+    """
+
+    def here(words: list[str], _: Path) -> int:
+        importlib.import_module(words[2]).main(words[3:])
+        return 0
+
+    monkeypatch.setattr(compare, "_run", here)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(encoder_dir, tmp_path / "one")
+    shutil.copytree(encoder_dir, tmp_path / "two")
+    weights = load_file(tmp_path / "two" / "tower" / "model.safetensors")
+    save_file(
+        {name: torch.roll(w, 1, 0) for name, w in weights.items()},
+        tmp_path / "two" / "tower" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    stage = {"images": str(sample_world / "llava" / "images"), "template": "chatml", "max_length": 400}
+    training = {"max_steps": 2, "global_batch_size": 4, "device_batch_size": 4, "precision": "fp32"}
+    recipes = {
+        "align": {
+            "model": {"tower": "x", "llm": str(sample_world / "llm")},
+            "data": stage | {"file": str(sample_world / "llava" / "stage1.json")},
+        },
+        "finetune": {
+            "model": {"checkpoint": "x"},
+            "data": stage | {"file": str(sample_world / "llava" / "stage2.json")},
+            "stage": {"llm": True},
+        },
+        "evaluate": {
+            "tasks": [{"task": "clips_easy_vqa", "data": str(sample_world / "eval" / "easy_vqa.parquet")}],
+            "device": "cpu",
+        },
+    }
+    for name, tree in recipes.items():
+        if name != "evaluate":
+            tree |= {"output_dir": "x", "training": training}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(tree))
+    words = [str(tmp_path / "one"), str(tmp_path / "two"), f"--output_dir={tmp_path / 'out'}", "--seeds=[0]"]
+    words += [f"--{name}={tmp_path / name}.yaml" for name in recipes]
+    main([*words, f"--retrieval={sample_world / 'retrieval' / 'test.json'}"])
+    tree = json.loads((tmp_path / "out" / "compare.json").read_text())
+    found = {(row["task"], row["metric"]): row for row in tree["rows"]}
+    assert ("clips_easy_vqa", "accuracy") in found and ("retrieval", "i2t_r1") in found
+    assert found["retrieval", "i2t_r1"]["gain"] == [0.0], "the encoders differ in their stock towers alone"
+    assert all(row["verdict"] in ("better", "worse", "no difference") for row in tree["rows"])
+    assert (tmp_path / "out" / "two-seed0" / "finetune" / "lmms.json").is_file()
+    assert not list((tmp_path / "out").rglob("checkpoint-*")), "a finished stage needs nothing to go on from"
+    assert list((tmp_path / "out").rglob("align/model*.safetensors"))

@@ -1,0 +1,515 @@
+"""`clips-mllm evaluate` as a whole: stock peers, controls, wordings, going on, failures, what is left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clips_eval.evaluate import main
+from clips_eval.lmms.journal import Journal
+from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec
+from tests.helpers.tiny_llava import ROWS, build_tiny_mllm, make_requests, picture, pope_rows, write_parquet
+from tests.helpers.train_runs import accelerate_launcher, launch
+from vision_tower.common.errors import UserError, run_command
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def mllm() -> SimpleNamespace:
+    return build_tiny_mllm()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(mllm: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    mllm.model.save_pretrained(folder)
+    mllm.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint: Path) -> Path:
+    """Three tasks; easy-VQA with two questions about each of two pictures."""
+    lines = ["tasks:"]
+    for task, rows in ROWS.items():
+        data = write_parquet(checkpoint.parent / "data" / f"{task}.parquet", rows())
+        lines.append(f"  - {{task: {task}, data: {data}}}")
+    file = checkpoint.parent / "recipe.yaml"
+    file.write_text("\n".join([*lines, "batch_size: 4", "device: cpu", ""]))
+    return file
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    result = json.loads(file.read_text())
+    rows = [json.loads(line) for line in (file.parent / result["samples_file"]).read_text().splitlines()]
+    return result, rows
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["chat", "simple"])
+def test_answers_equal_stock_llava_hf(checkpoint: Path, mllm: SimpleNamespace, mode: str) -> None:
+    """30 documents, batch 1 and 16; `benchmarks/evaluate_speed.py` does the same with 500 and a real LLM."""
+    from lmms_eval.models.chat.llava_hf import LlavaHf as StockChat
+    from lmms_eval.models.simple.llava_hf import LlavaHf as StockSimple
+
+    from clips_eval.lmms.model import ClipsMllm, ClipsMllmSimple
+
+    documents = [([picture(n % 7)], f"Is there {'a very ' * (n % 4)}small thing {n}?") for n in range(30)]
+    stock = (StockChat if mode == "chat" else StockSimple)(str(checkpoint), device="cpu", device_map="cpu")
+    answers = stock.generate_until(make_requests(documents, stock, simple=mode == "simple"))
+    expected = [answer if isinstance(answer, str) else answer.text for answer in answers]
+    assert len(set(expected)) > 10
+    kind = ClipsMllm if mode == "chat" else ClipsMllmSimple
+    for batch_size in (1, 16):
+        ours = kind(mllm=mllm, batch_size=batch_size)
+        assert ours.generate_until(make_requests(documents, ours, simple=mode == "simple")) == expected
+
+
+def test_the_command_runs_stock_models_too(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    words = [str(checkpoint), "--config", str(recipe), "--limit", "3", "--mode", "simple"]
+    main([*words, "--output", str(tmp_path / "ours.json")])
+    main([*words, "--output", str(tmp_path / "stock.json"), "--model", "llava_hf"])
+    ours, theirs = read(tmp_path / "ours.json"), read(tmp_path / "stock.json")
+    assert [row["answer"] for row in ours[1]] == [row["answer"] for row in theirs[1]]
+    assert ours[0]["tasks"] == theirs[0]["tasks"] and ours[0]["intervals"] == theirs[0]["intervals"]
+    assert (theirs[0]["engine"], theirs[0]["mode"]) == ("llava_hf", "simple")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_scores(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    options = [str(checkpoint), "--config", str(recipe), "--control", "shuffled"]
+    launch(accelerate_launcher(), "clips_eval.evaluate", [*options, "--output", str(tmp_path / "two.json")])
+    main([*options, "--output", str(tmp_path / "one.json")])
+    two, one = read(tmp_path / "two.json"), read(tmp_path / "one.json")
+    assert (two[0]["processes"], one[0]["processes"]) == (2, 1)
+    assert two[0]["tasks"] == one[0]["tasks"] and two[0]["intervals"] == one[0]["intervals"]
+    assert [row["answer"] for row in two[1]] == [row["answer"] for row in one[1]]
+
+
+# --- intervals, controls, wordings ------------------------------------------------------------------------------------
+
+
+def test_every_control_and_its_intervals(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    main([str(checkpoint), "--config", str(recipe), "--control", "all", "--output", str(tmp_path / "lmms.json")])
+    answers = {}
+    for suffix in ("", "_shuffled", "_blank", "_no_image"):
+        result, rows = read(tmp_path / f"lmms{suffix}.json")
+        assert result["control"] == (suffix.removeprefix("_") or "none") and not result["failed"]
+        answers[suffix] = [row["answer"] for row in rows]
+        easy = [row for row in rows if row["task"] == "clips_easy_vqa"]
+        assert [row["cluster"] for row in easy[:2]] == [row["cluster"] for row in easy[2:]], "by the document's picture"
+        found = result["intervals"]["clips_easy_vqa"]
+        assert (found["accuracy"]["n"], found["open_accuracy"]["n"], found["accuracy"]["clusters"]) == (4, 2, 2)
+        for task, scores in result["tasks"].items():
+            for metric in set(scores) - {"n"}:
+                span = result["intervals"][task][metric]
+                if span["n"] == 0:  # a precision without a "yes"
+                    assert span["low"] is span["high"] is None, (task, metric)
+                else:
+                    assert span["low"] <= scores[metric] <= span["high"], (task, metric)
+    assert len({tuple(given) for given in answers.values()}) == 4
+    assert not list(tmp_path.glob(".lmms*"))
+
+
+def test_a_result_tells_its_data_and_which_way_is_better(
+    checkpoint: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms.run import table
+
+    main([str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")])
+    result, _ = read(tmp_path / "lmms.json")
+    files = {task: checkpoint.parent / "data" / f"{task}.parquet" for task in ROWS}
+    assert result["data_sha256"] == {
+        task: hashlib.sha256(file.read_bytes()).hexdigest() for task, file in files.items()
+    }
+    assert result["lower_is_better"] == {"clips_pope_random": ["yes_ratio"]}
+    result["intervals"]["clips_pope_random"]["precision"] = {"low": None, "high": None, "n": 0, "clusters": 0}
+    (line,) = [line for line in table(result, tmp_path).splitlines() if "precision" in line]
+    assert line.split() == ["clips_pope_random", "precision", "–", "–", "0"]
+
+
+def test_blank_and_no_image_show_what_they_say(mllm: SimpleNamespace) -> None:
+    from PIL import Image
+
+    from clips_eval.lmms.model import ClipsMllm
+    from clips_eval.lmms.requests import ask_chat
+
+    model = ClipsMllm(mllm=mllm)
+    (request,) = make_requests([([picture(1)], "What?")], model)
+    document = ([picture(1)], "What?")
+    blank = ask_chat(request, document, mllm.processor, "blank")
+    none = ask_chat(request, document, mllm.processor, "no_image")
+    assert blank.pictures == [Image.new("RGB", (40, 40), (128, 128, 128))] and blank.prompt.count("<image>") == 1
+    assert none.pictures == [] and none.prompt == blank.prompt.replace("<image>", "")
+
+
+def test_a_picture_given_by_path_is_upright(mllm: SimpleNamespace, tmp_path: Path) -> None:
+    from PIL import ExifTags, Image
+
+    from clips_eval.lmms.model import ClipsMllm
+    from clips_eval.lmms.requests import ask_chat
+
+    lying = Image.new("RGB", (40, 20))
+    lying.getexif()[ExifTags.Base.Orientation] = 6
+    lying.save(tmp_path / "lying.jpg", exif=lying.getexif())
+    document = ([str(tmp_path / "lying.jpg")], "What?")
+    (request,) = make_requests([document], ClipsMllm(mllm=mllm))
+    (shown,) = ask_chat(request, document, mllm.processor, "none").pictures
+    assert shown.size == (20, 40)
+
+
+def test_wordings_change_the_line_and_nothing_else(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
+    main([str(checkpoint), "--config", str(recipe), "--wording", "all", "--output", str(tmp_path / "lmms.json")])
+    prompts = [
+        [row["prompt"] for row in read(tmp_path / f"lmms{end}.json")[1]] for end in ("", "_wording1", "_wording2")
+    ]
+    for given, first, second in zip(*prompts, strict=True):
+        assert len({given, first, second}) == 3
+        assert len({text.rpartition("\n")[0] for text in (given, first, second)}) == 1
+    assert read(tmp_path / "lmms_wording2.json")[0]["wording"] == 2
+
+
+# --- going on, failing, leaving out -----------------------------------------------------------------------------------
+
+
+def test_a_second_run_goes_on_from_the_first_missing_document(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clips_eval.lmms.model import ClipsMllm
+
+    words = [str(checkpoint), "--config", str(recipe)]
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    main([*words, "--output", str(whole)])
+    answer = ClipsMllm._answer
+    asked: list[int] = []
+
+    def dies(self: ClipsMllm, batch: Any) -> list[str]:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(batch))
+        return answer(self, batch)
+
+    monkeypatch.setattr(ClipsMllm, "_answer", dies)
+    assert run_command(main, [*words, "--output", str(part)]) == 130
+    assert not part.exists() and len(list(tmp_path.glob(".part_answers.*.jsonl"))) == 1
+    asked.clear()
+    monkeypatch.setattr(ClipsMllm, "_answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch))  # type: ignore[func-returns-value]
+    main([*words, "--output", str(part)])
+    result, rows = read(part)
+    assert result["answers_from_before"] == 6 and sum(asked) == 14 - 6
+    assert rows == [row | {"image": row["image"] and row["image"].replace("whole", "part")} for row in read(whole)[1]]
+    assert not list(tmp_path.glob(".part_answers*"))
+
+
+def test_four_bits_are_another_precision(
+    talker: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LLM is really in 4 bits, and what it answered before a kill is no answer of the whole weights."""
+    from clips_eval.lmms.model import ClipsMllm
+
+    words = [str(talker), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    answer = ClipsMllm._answer
+    kinds: list[str] = []
+
+    def dies(self: ClipsMllm, batch: Any) -> list[str]:
+        kinds.append(type(self.mllm.model.model.language_model.layers[0].self_attn.q_proj).__name__)
+        if len(kinds) == 2:
+            raise KeyboardInterrupt
+        return answer(self, batch)
+
+    monkeypatch.setattr(ClipsMllm, "_answer", dies)
+    assert run_command(main, [*words, "--quantize", "4bit"]) == 130
+    assert kinds == ["Linear4bit"] * 2 and list(tmp_path.glob(".lmms_answers.*.jsonl"))
+    main(words)
+    whole, rows = read(tmp_path / "lmms.json")
+    assert kinds[2] == "Linear" and whole["answers_from_before"] == 0
+    main([*words, "--quantize", "4bit"])
+    rounded, others = read(tmp_path / "lmms.json")
+    assert rounded["recipe"]["quantize"] == "4bit"
+    plugin = ClipsMllm(str(talker), device="cpu", quantize="4bit").mllm
+    assert type(plugin.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    assert [row["answer"] for row in others] != [row["answer"] for row in rows]
+
+
+def test_quantize_is_for_our_model_alone(checkpoint: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(checkpoint), "--config", str(recipe), "--model", "llava_hf", "--quantize", "8bit"]
+    assert run_command(main, words) == 2
+    assert "--quantize 8bit: only for --model clips_mllm" in capsys.readouterr().err
+
+
+def test_journal_of_another_source_or_cut_off(tmp_path: Path) -> None:
+    stem = tmp_path / "answers"
+    Journal(stem, {"weights": 1}).add({"a": "1", "b": "2"})
+    file = tmp_path / "answers.0.jsonl"
+    file.write_text(file.read_text() + '{"key": "c", "ans')  # a kill in the middle of a line
+    again = Journal(stem, {"weights": 1}, rank=1)
+    assert [again.get(key) for key in "abc"] == ["1", "2", None] and again.reused == 2
+    again.add({"c": "3"})
+    Journal(stem, {"weights": 1}).add({"d": "4"})
+    assert [Journal(stem, {"weights": 1}).get(key) for key in "abcd"] == ["1", "2", "3", "4"]
+    other = Journal(stem, {"weights": 2})
+    assert other.get("a") is None
+    other.add({"a": "9"})
+    assert Journal(stem, {"weights": 1}).get("a") is None and Journal(stem, {"weights": 1}).get("c") == "3"
+    file.write_text(file.read_text() + "{}\n")
+    with pytest.raises(UserError, match=r"answers\.0\.jsonl: line 3: not an answer"):
+        Journal(stem, {"weights": 2})
+    other.forget()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_task_fails_the_command_and_keeps_the_others(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms import run as lmms_run
+
+    evaluate = lmms_run.evaluate_task
+
+    def breaks(model: Any, task: Any, *rest: Any) -> Any:
+        if task.config.task == "clips_mmbench":
+            raise RuntimeError("the scorer\nbroke")
+        return evaluate(model, task, *rest)
+
+    monkeypatch.setattr(lmms_run, "evaluate_task", breaks)
+    words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    assert run_command(main, words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: 1 of 3 tasks failed (clips_mmbench: RuntimeError: the scorer broke)")
+    result, _ = read(tmp_path / "lmms.json")
+    assert set(result["tasks"]) == {"clips_pope_random", "clips_easy_vqa"} and set(result["failed"]) == {
+        "clips_mmbench"
+    }
+    monkeypatch.setattr(lmms_run, "evaluate_task", evaluate)
+    main(words)
+    result, _ = read(tmp_path / "lmms.json")
+    assert result["answers_from_before"] == 10 and set(result["tasks"]) == set(ROWS) and not result["failed"]
+
+
+def test_a_smaller_run_does_not_replace_a_result(
+    checkpoint: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "lmms.json"
+    words = [str(checkpoint), "--config", str(recipe), "--output", str(output)]
+    pope = f"[{{task: clips_pope_random, data: {checkpoint.parent / 'data' / 'clips_pope_random.parquet'}}}]"
+    main([*words, "--limit", "3"])
+    kept = output.read_bytes()
+    capsys.readouterr()
+    for options, message in (
+        (["--limit", "2"], f"{output}: measured with --limit 3, this run has --limit 2; give --output"),
+        (["--tasks", pope, "--limit", "3"], f"{output}: holds clips_easy_vqa, clips_mmbench, which this run would not"),
+        (["--control", "all", "--limit", "2"], f"{output}: measured with --limit 3"),
+    ):
+        assert run_command(main, [*words, *options]) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert error.startswith(f"error: {message}") and output.read_bytes() == kept
+    main([*words, "--limit", "3"])
+    main(words)
+    assert read(output)[0]["tasks"]["clips_pope_random"]["n"] == 6, "the same again and a larger one may"
+    capsys.readouterr()
+    assert run_command(main, [*words, "--limit", "6"]) == 2
+    assert "measured without --limit" in capsys.readouterr().err
+    failed = read(output)[0] | {"failed": {"clips_easy_vqa": "broke"}, "skipped": {"clips_mmbench": "cannot"}}
+    output.write_text(json.dumps(failed))
+    main([*words, "--tasks", pope])
+    for text in ('{"format": 1}', '{"format": 2}', "[]"):
+        output.write_text(text)
+        assert run_command(main, words) == 2 and output.read_text() == text
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {output}: ")
+
+
+def test_sigterm_keeps_the_answers_and_leaves_no_folder(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms.model import ClipsMllm
+
+    answer = ClipsMllm._answer
+    asked: list[int] = []
+
+    def stopped(self: ClipsMllm, batch: Any) -> list[str]:
+        asked.append(len(batch))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(self, batch)
+
+    monkeypatch.setattr(ClipsMllm, "_answer", stopped)
+    words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    assert run_command(main, words) == 0
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("SIGTERM: evaluate stopped")
+    assert [file.name for file in tmp_path.iterdir()] == [".lmms_answers.0.jsonl"]
+    main(words)
+    assert read(tmp_path / "lmms.json")[0]["answers_from_before"] == asked[0]
+
+
+@pytest.mark.parametrize("mode", ["chat", "simple"])
+def test_a_picture_that_cannot_be_decoded_is_named(
+    checkpoint: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (0, 4):
+        rows = pope_rows()
+        rows[place]["image"] = {"bytes": b"no picture", "path": None}
+        data = write_parquet(tmp_path / f"{place}.parquet", rows)
+        tasks = f"[{{task: clips_pope_random, data: {data}}}]"
+        words = [str(checkpoint), "--tasks", tasks, "--mode", mode, "--output", str(tmp_path / "lmms.json")]
+        assert run_command(main, [*words, "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert f"task clips_pope_random, document {place}: its image cannot be read" in said.splitlines()[-1]
+        assert "Traceback" not in said
+
+
+def test_tasks_without_the_wordings_line_are_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms import run as lmms_run
+
+    monkeypatch.setattr(lmms_run, "reword", lambda task, wording: False)
+    tasks = f"[{{task: clips_pope_random, data: {write_parquet(tmp_path / 'pope.parquet', pope_rows())}}}]"
+    main([str(checkpoint), "--tasks", tasks, "--wording", "1", "--output", str(tmp_path / "lmms.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "skipped: clips_pope_random: its prompt has no line that other words are known for" in lines
+    assert lines[-1] == "nothing written"
+
+
+def test_a_picture_that_one_process_cannot_read_ends_all(
+    checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait for its answers to this task; with the next one it would leave them waiting for ever."""
+    from clips_eval.lmms import run as lmms_run
+
+    def breaks(*_: Any) -> Any:
+        raise UserError("picture 3 cannot be read")
+
+    monkeypatch.setattr(lmms_run, "evaluate_task", breaks)
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(main, [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: picture 3 cannot be read"
+
+
+def test_what_a_machine_lacks_is_left_out_with_its_reason(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clips_eval.lmms import needs as lmms_needs
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(lmms_needs.shutil, "which", lambda name: None)
+    data = write_parquet(tmp_path / "pope.parquet", pope_rows())
+    lines = ["tasks: [{task: pope}, {task: mmvet}, {task: nocaps_val}, {task: gqa}]", "device: cpu", ""]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    words = [str(checkpoint), "--config", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "lmms.json")]
+    main([*words, f"--data.pope={data}"])
+    result, rows = read(tmp_path / "lmms.json")
+    assert len(rows) == 6 and result["tasks"]["pope"]["n"] == 6
+    assert "needs a judge" in result["skipped"]["mmvet"] and "java" in result["skipped"]["nocaps_val"]
+    assert "--data.gqa" in result["skipped"]["gqa"]
+    assert capsys.readouterr().err.count("skipped: ") == 3
+    assert run_command(main, words) == 2
+    assert "none of them can run here" in capsys.readouterr().err
+
+
+def test_bad_options_are_said_in_one_line(
+    checkpoint: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        (["--model", "vllm", "--control", "blank"], "only for --model clips_mllm"),
+        (["--data.clips_mmbnch=x.parquet"], "did you mean 'clips_mmbench'"),
+        (["--model", "vllm"], "--model vllm: package vllm is missing; pip install vllm"),
+        (["--limit", "0"], "at least 1"),
+        (["--output", str(tmp_path)], f"--output {tmp_path}: a folder; name the file"),
+    ]
+    for options, message in cases:
+        words = [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json"), *options]
+        assert run_command(main, words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+    twice = [*pope_rows(), pope_rows()[2]]
+    data = write_parquet(checkpoint.parent / "twice.parquet", twice)
+    spec = EvaluateRecipe(checkpoint="m", tasks=[TaskSpec(task="clips_pope_random", data=str(data))])
+    with pytest.raises(UserError, match=r"row 6: id 2 is that of \S+twice.parquet: row 2 too"):
+        spec.check()
+
+
+def test_where_results_go() -> None:
+    hub = EvaluateRecipe(checkpoint="llava-hf/llava-1.5-7b-hf", tasks=[TaskSpec(task="gqa")], control="all")
+    assert str(hub.results) == "runs/baselines/clips_mllm-llava-hf--llava-1.5-7b-hf/lmms.json"
+    assert [hub.result_of(variant).name for variant in hub.variants] == [
+        "lmms.json",
+        "lmms_shuffled.json",
+        "lmms_blank.json",
+        "lmms_no_image.json",
+    ]
+
+
+# --- inside a training run --------------------------------------------------------------------------------------------
+
+
+def train_a_little(mllm: SimpleNamespace, scorer: Any) -> tuple[list[float], list[dict[str, float]]]:
+    """Six steps with dropout and random batches; losses, and the scores at steps 2 and 4."""
+    import copy
+
+    import torch
+
+    torch.manual_seed(0)
+    mllm = SimpleNamespace(model=copy.deepcopy(mllm.model), processor=mllm.processor, device=mllm.device)
+    model = mllm.model.train()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, scores = [], []
+    for step in range(6):
+        ids = torch.randint(1, 200, (2, 12))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if scorer is not None and step in (2, 4):
+            scores.append(scorer.evaluate(mllm, step))
+            assert model.training
+    return losses, scores
+
+
+def test_measuring_inside_a_run_leaves_its_losses_alone(mllm: SimpleNamespace, recipe: Path, tmp_path: Path) -> None:
+    from clips_eval.in_training import load_scorer
+
+    without, _ = train_a_little(mllm, None)
+    measured, scores = train_a_little(mllm, load_scorer(str(recipe)))
+    assert measured == without
+    assert len(scores) == 2 and {"pope_random_accuracy", "mmbench_accuracy", "easy_vqa_open_accuracy"} <= set(scores[0])
+    assert all(0 <= value <= 1 for value in scores[1].values())
+
+
+def test_what_a_run_cannot_measure_is_said_before_it_starts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from clips_eval.in_training import load_scorer
+    from clips_eval.lmms import needs as lmms_needs
+
+    monkeypatch.setattr(lmms_needs, "_reachable", lambda dataset: False)
+    bad, given = tmp_path / "bad.yaml", recipe.read_text()
+    for text, message in (
+        (f"{given}control: all\n", "bad.yaml: control 'all': not measured inside a run; take control out"),
+        (f"{given}wording: '1'\n", "wording '1': not measured"),
+        (f"{given}mode: simple\n", "mode 'simple': not measured"),
+        (f"{given}model: llava_hf\n", "model 'llava_hf': not measured"),
+        (given.replace("tasks:", "tasks:\n  - {task: gqqa}"), "bad.yaml: tasks: unknown task 'gqqa'; nearest"),
+        (given.replace("tasks:", "tasks:\n  - {task: gqa}"), "bad.yaml: tasks that cannot run here .gqa: data set"),
+    ):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_scorer(str(bad))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    bad.write_text(given + "seed: 7\nlimit: 2\n")
+    assert load_scorer(str(bad)).recipe.seed == 7 and torch.rand(1) == expected

@@ -1,0 +1,158 @@
+"""Training on cached features: the same losses, over ranks and under ZeRO too, and no tower where all is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clips_mllm.model import cached_tower
+from clips_mllm.model.checkpoint import load_mllm
+from clips_mllm.train import main
+from tests.helpers.train_runs import ROOT, deepspeed_launcher, launch_several
+from vision_tower.common.errors import UserError
+
+
+def words(folder: Path, world: Path, mllm: Path, file: Path | None = None, **values: Any) -> list[str]:
+    defaults = {
+        "output_dir": folder,
+        "model.checkpoint": mllm,
+        "data.file": file or world / "llava" / "stage2.json",
+        "data.images": world / "llava" / "images",
+        "data.template": "chatml",
+        "training.global_batch_size": 8,
+        "training.device_batch_size": 4,
+        "training.epochs": 2,
+        "training.log_every": 1,
+        "training.workers": 0,
+        "training.learning_rate": 3e-3,
+    }
+    return [word for name, value in (defaults | values).items() for word in (f"--{name}", str(value))]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def few(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen conversations: with one picture, with two, and with none."""
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    by_pictures: dict[int, list[Any]] = {}
+    for row in rows:
+        count = sum(turn["value"].count("<image>") for turn in row["conversations"])
+        by_pictures.setdefault(count, []).append(row)
+    file = tmp_path_factory.mktemp("few") / "few.json"
+    file.write_text(json.dumps([*by_pictures[1][:9], *by_pictures[2][:3], *by_pictures[0][:4]]))
+    return file
+
+
+@pytest.mark.parametrize(("precision", "workers"), [("fp32", 0), ("bf16", 1)])
+def test_losses_are_those_without_a_cache(
+    sample_world: Path,
+    mllm_dir: Path,
+    few: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    precision: str,
+    workers: int,
+) -> None:
+    """Two epochs without a cache, with an empty one, and with a full one: to the last bit in fp32.
+
+    In bf16 a CPU's kernels may round a picture differently in a batch of another size, as when some of it are known.
+    """
+    options: dict[str, Any] = {"training.precision": precision, "training.workers": workers, "stage.llm": True}
+    cached = options | {"data.feature_cache": tmp_path / "cache"}
+    main(words(tmp_path / "plain", sample_world, mllm_dir, few, **options))
+    capsys.readouterr()
+    main(words(tmp_path / "first", sample_world, mllm_dir, few, **cached))
+    line = next(line for line in capsys.readouterr().err.splitlines() if "feature cache:" in line)
+    assert not line.startswith("feature cache: 0 read") and "corrupt" not in line
+    main(words(tmp_path / "second", sample_world, mllm_dir, few, **cached))
+    assert ", 0 computed" in capsys.readouterr().err
+    plain = losses(tmp_path / "plain")
+    assert len(plain) == 4
+    if precision == "bf16":
+        assert losses(tmp_path / "first") == pytest.approx(plain, rel=1e-3)
+        assert losses(tmp_path / "second") == pytest.approx(plain, rel=1e-3)
+        return
+    assert plain == losses(tmp_path / "first") == losses(tmp_path / "second")
+    state = load_mllm(tmp_path / "plain", device="cpu", dtype="float32").model.state_dict()
+    found = load_mllm(tmp_path / "second", device="cpu", dtype="float32").model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in state.items())
+
+
+def test_the_tower_does_not_run_for_known_pictures(
+    sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 fills the cache, stage 2 reads it: the tower is the same."""
+    cache = {"data.feature_cache": tmp_path / "cache", "training.precision": "fp32"}
+    main(words(tmp_path / "align", sample_world, mllm_dir, few, **cache))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the tower ran")
+
+    monkeypatch.setattr(cached_tower.CachedTower, "features", never)
+    main(words(tmp_path / "finetune", sample_world, tmp_path / "align", few, **cache, **{"stage.llm": True}))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("one_thread")  # which rounds the one picture, computed alone, as it did in its batch
+def test_a_damaged_cache_costs_time_and_nothing_else(
+    sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = {"data.feature_cache": tmp_path / "cache", "training.precision": "fp32"}
+    main(words(tmp_path / "first", sample_world, mllm_dir, few, **cache))
+    file = next((tmp_path / "cache").glob("*/*.features"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+    main(words(tmp_path / "second", sample_world, mllm_dir, few, **cache))
+    assert "1 computed, 1 corrupt" in capsys.readouterr().err
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+
+def test_another_preprocessing_is_another_cache(sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path) -> None:
+    cache = {"data.feature_cache": tmp_path / "cache", "training.precision": "fp32", "training.max_steps": 1}
+    main(words(tmp_path / "one", sample_world, mllm_dir, few, **cache))
+    main(words(tmp_path / "two", sample_world, mllm_dir, few, **cache, **{"data.square": "pad"}))
+    folders = sorted((tmp_path / "cache").iterdir())
+    assert len(folders) == 2
+    told = [json.loads((folder / "about.json").read_text()) for folder in folders]
+    assert told[0]["tower"] == told[1]["tower"] and told[0]["image_processor"] != told[1]["image_processor"]
+
+
+def test_a_tower_that_trains_cannot_be_cached(sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path) -> None:
+    cache = {"data.feature_cache": tmp_path / "cache", "stage.tower": True}
+    with pytest.raises(UserError, match=r"data.feature_cache: the tower trains, so its features change"):
+        main(words(tmp_path / "out", sample_world, mllm_dir, few, **cache))
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_has_only_text(sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:
+    """Batches of one picture and one text alternate over the ranks; no rank waits for the other's tower."""
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    seen = [row for row in rows if sum(turn["value"].count("<image>") for turn in row["conversations"]) == 1][:4]
+    text = [row for row in rows if not any("<image>" in turn["value"] for turn in row["conversations"])][:4]
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps([row for pair in zip(seen, text, strict=True) for row in pair]))
+    options: dict[str, Any] = {
+        "training.precision": "fp32",
+        "training.global_batch_size": 2,
+        "training.device_batch_size": 1,
+        "training.epochs": 1,
+        "stage.llm": True,
+    }
+    runs = []
+    for zero in ("zero2", "zero3"):
+        plain = options | {"training.deepspeed": ROOT / "configs" / "deepspeed" / f"{zero}.json"}
+        cached = plain | {"data.feature_cache": tmp_path / zero / "cache"}
+        for name, values in {"plain": plain, "cached": cached, "again": cached}.items():
+            runs.append(words(tmp_path / zero / name, sample_world, mllm_dir, file, **values))
+    launch_several(deepspeed_launcher(), tmp_path / "runs.json", *runs)
+    for zero in ("zero2", "zero3"):
+        first, *others = (losses(tmp_path / zero / name) for name in ("plain", "cached", "again"))
+        assert len(first) == 4 and others == [first, first]

@@ -1,0 +1,462 @@
+"""LLaVA JSON to batches: rows, errors, bad pictures, the collator's blank picture, grouping by length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from clips_mllm.data import dataset as data
+from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+from clips_mllm.data.json_rows import read_rows
+from clips_mllm.data.llava_json import BadRow, Example, to_example
+from clips_mllm.data.recipe import InstructionRecipe, InstructionSource
+from clips_mllm.data.row_source import require_file
+from clips_mllm.data.row_store import RowStore
+from clips_mllm.data.sampler import LengthGroupedSampler
+from clips_mllm.model.checkpoint import Mllm, load_mllm
+from clips_mllm.model.processors import image_tokens, make_square
+from clips_mllm.prompts.conversation import IGNORED
+from clips_mllm.training.trainer import supervised_loss
+from tests.helpers.conversations import open_rows, picture, row
+from vision_tower.common.errors import UserError
+from vision_tower.common.files import read_object
+
+IMAGE_PART = {"type": "image"}
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lone_picture_moves_to_the_front() -> None:
+    for question in ("<image>\nWhat?", "What?\n<image>", "What?\n<image>\n"):
+        example = to_example(row(question, "A cat.", image="a.png"))
+        assert example.messages[0]["content"] == [IMAGE_PART, text("What?")]
+    example = to_example(row("In <image> here, what?", "A cat.", image="a.png"))
+    assert example.messages[0]["content"] == [IMAGE_PART, text("In\nhere, what?")]
+
+
+def test_several_pictures_keep_their_places() -> None:
+    example = to_example(row("First <image> then <image>: same?", "No.", image=["a.png", "b.png"]))
+    content = example.messages[0]["content"]
+    assert content == [text("First "), IMAGE_PART, text(" then "), IMAGE_PART, text(": same?")]
+    opened = to_example(row("<image>\n<image>\nSame?", "No.", image=["a.png", "b.png"]))
+    assert opened.messages[0]["content"] == [IMAGE_PART, IMAGE_PART, text("Same?")]
+    assert opened.images == ["a.png", "b.png"]
+
+
+def test_pictures_in_two_turns() -> None:
+    example = to_example(row("<image>\nWhat?", "Cat.", "And <image>?", "Dog.", image=["a.png", "b.png"]))
+    assert example.messages[2]["content"] == [IMAGE_PART, text("And\n?")]
+
+
+def test_an_opening_answer_is_dropped_and_text_only_is_fine() -> None:
+    example = to_example(row("Hello!", "2 plus 2?", "Four.", first="gpt"))
+    assert example == Example(
+        [{"role": "user", "content": [text("2 plus 2?")]}, {"role": "assistant", "content": [text("Four.")]}], []
+    )
+
+
+def test_an_opening_answer_behind_a_system_message_is_dropped() -> None:
+    plain = row("2 plus 2?", "Four.")["conversations"]
+    system, greeting = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello!"}
+    example = to_example({"conversations": [system, greeting, greeting, *plain]})
+    assert example.messages == to_example({"conversations": [system, *plain]}).messages
+    assert example.mended == ("opening answer dropped",)
+    with pytest.raises(BadRow, match="no answer"):
+        to_example({"conversations": [system, greeting]})
+
+
+def test_conversations_as_text() -> None:
+    """As tables on the hub often have them."""
+    plain = row("2 plus 2?", "Four.")
+    assert to_example(plain | {"conversations": json.dumps(plain["conversations"])}) == to_example(plain)
+    spoken = [{"role": "user", "content": "2 plus 2?"}, {"role": "assistant", "content": "Four."}]
+    for name in ("conversations", "messages"):
+        assert to_example({name: json.dumps(spoken)}) == to_example(plain)
+    asked = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]}]
+    example = to_example({"messages": json.dumps([*asked, spoken[1]])})
+    assert example.images == ["a.png"] and example.messages[0]["content"] == [IMAGE_PART, text("What?")]
+
+
+def test_outer_blanks_of_an_answer_go() -> None:
+    """They would merge with the prompt's last token, so that training saw another prompt than inference."""
+    assert to_example(row("2 plus 2?", "\n Four. \n")).messages[1]["content"] == [text("Four.")]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row("What?", "Cat.", image="a.png"), "0 <image> for 1 images"),
+        (row("<image>\nWhat?", "Cat."), "1 <image> for 0 images"),
+        (row("<image>\nWhat?", "Cat.", image=["a.png", "b.png"]), "1 <image> for 2 images"),
+        (row("<image>\n<image>\nWhat?", "Cat.", image="a.png"), "2 <image> for 1 images"),
+        (row("<image>\nWhat?", "See <image>.", image="a.png"), "<image> outside a question"),
+        (row("<image>\nWhat?", "Cat.", image=[None]), "neither a path nor a list"),
+        (row("<image>\nWhat?", "Cat.", image=7), "neither a path nor a list"),
+        (row("<image>\nWhat?", " \n", image="a.png"), "empty answer"),
+        (row("What?", "Cat.", "And?", ""), "empty answer"),
+        (row("What?"), "no answer"),
+        (row("Hello!", first="gpt"), "no answer"),
+        ({"id": 1}, "no 'conversations'"),
+        ({"id": 1, "conversations": []}, "no 'conversations'"),
+        ({"id": 1, "conversations": "null"}, "no 'conversations'"),
+        ({"id": 1, "conversations": "What? Cat."}, "'conversations' is text that is no JSON"),
+        ({"id": 1, "conversations": "[" * 100_000}, "'conversations' is text that is no JSON"),
+        ("a string", "no 'conversations'"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "without 'from'"),
+        ({"conversations": [{"from": "human", "value": None}]}, "without 'from'"),
+        ({"conversations": ["x"]}, "without 'from'"),
+        ({"texts": ["x"]}, "without 'from'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "without 'from'"),
+        ({"messages": [{"role": "user", "content": ["What?"]}]}, "without 'from'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video', which is neither"),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:
+    with pytest.raises(BadRow, match=message.replace("(", r"\(")):
+        to_example(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "a.json: empty"),
+        ("a.json", " \n", "a.json: empty"),
+        ("a.json", '[\n{"id": 1},\n{"id": 2\n]', "a.json: line 4: not valid JSON"),
+        ("a.json", "[]", "a.json: expected a non-empty JSON list"),
+        ("a.json", '{"id": 1}', "a.json: expected a non-empty JSON list of conversations, found dict"),
+        ("a.json", '{"id": 1}\n{"id": 2}', "found dict; rows on lines of their own belong into a .jsonl"),
+        ("a.jsonl", '[{"id": 1}]', "a.jsonl: line 1: a list, where a .jsonl has a row; name the file .json"),
+        ("a.jsonl", '{"id": 1}\n\n{"id": \n', "a.jsonl: line 3: not valid JSON"),
+        ("a.json", "[" * 100_000, "a.json: line 1: not valid JSON .nested too deeply"),
+        ("a.jsonl", '{"id": 1}\n' + "[" * 100_000, "a.jsonl: line 2: not valid JSON .nested too deeply"),
+    ],
+)
+def test_malformed_files_name_the_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_an_object_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"a\.json: not valid JSON \(nested too deeply\)"):
+        read_object(tmp_path / "a.json")
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match=r"a\.json: .*UTF-8"):
+        list(read_rows(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["rows [v2].json", "rows [v2].parquet"])
+def test_brackets_in_a_name_are_no_glob(name: str, tmp_path: Path) -> None:
+    rows = [row("What?", "A cat.")]
+    if name.endswith(".json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    source = InstructionSource(file=str(tmp_path / name))
+    require_file(source)
+    assert len(RowStore(source)) == 1
+
+
+def test_json_and_jsonl_are_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"id": 1}, {"id": 2}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    assert list(read_rows(tmp_path / "a.json")) == list(read_rows(tmp_path / "a.jsonl")) == rows
+
+
+# --- the data set -----------------------------------------------------------------------------------------------------
+
+
+def test_unusable_rows_are_dropped_counted_and_limited(
+    tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "a.png")
+    good = row("<image>\nWhat?", "Cat.", image="a.png")
+    rows = [*[good] * 17, row("<image>\nWhat?", "Cat.", image="gone.png"), row("Why?", ""), row("Why?", " ")]
+    opened = open_rows(tmp_path, rows, mllm, most_bad=0.15)
+    assert len(opened) == 17
+    assert dict(opened.dropped) == {"missing image": 1, "empty answer": 2}
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'gone.png'}" in said
+    assert "3 of 20 rows: 2 x empty answer, 1 x missing image" in said
+    with pytest.raises(UserError, match=r"rows\.json: 3 of 20 rows are unusable .*data\.most_bad=0\.14"):
+        open_rows(tmp_path, rows, mllm, most_bad=0.14)
+
+
+def test_no_usable_row_at_all(tmp_path: Path, mllm: Mllm) -> None:
+    with pytest.raises(UserError, match="1 of 1 rows"):
+        open_rows(tmp_path, [row("Why?", "")], mllm, most_bad=1.0)
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "empty"])
+def test_a_corrupt_picture_is_replaced_and_counted(
+    kind: str, tmp_path: Path, mllm: Mllm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes({"text": b"<html>404</html>", "cut": whole[:45], "empty": b""}[kind])
+    rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
+    opened = open_rows(tmp_path, rows, mllm, most_bad=0.5)
+    assert opened[0]["ids"] == opened[1]["ids"]
+    assert (opened.corrupt.value, opened.seen.value) == (1, 3)
+    assert str(tmp_path / "bad.png") in capsys.readouterr().err
+    monkeypatch.setattr(data, "SETTLED", 4)
+    opened[0]  # 2 of 4 is not above the share
+    strict = open_rows(tmp_path, rows, mllm, most_bad=0.4)
+    strict[0], strict[1]
+    with pytest.raises(UserError, match=r"2 of 4 samples could not be used .*bad\.png.*data\.most_bad=0\.4"):
+        strict[0]
+
+
+def test_when_every_picture_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 3, mllm)
+    with pytest.raises(UserError, match="not one usable sample"):
+        opened[0]
+
+
+def test_a_log_of_many_corrupt_pictures_stays_readable(
+    tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 20, mllm, most_bad=1.0)
+    with pytest.raises(UserError, match="not one usable sample"):
+        opened[0]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert [line.rpartition("(")[2] for line in told] == [f"{count} so far)" for count in (1, 2, 4, 8, 16)]
+
+
+def test_samples_beyond_the_context_are_counted_not_zeroed(tmp_path: Path, mllm: Mllm) -> None:
+    picture(tmp_path / "a.png")
+    rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2?", "2")]
+    opened = open_rows(tmp_path, rows, mllm, max_length=18)
+    assert opened[0]["ids"] == opened[1]["ids"]
+    assert opened.corrupt.value == 1
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_collator_pads_on_the_right(tmp_path: Path, mllm: Mllm) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", "blue")
+    rows = [
+        row("<image>\n<image>\nWhich is it, the first or the second of them?", "Second.", image=["a.png", "b.png"]),
+        row("2 plus 2?", "Four."),
+        row("<image>\nWhat?", "Cat.", image="b.png"),
+    ]
+    opened = open_rows(tmp_path, rows, mllm)
+    samples = [opened[at] for at in range(3)]
+    batch = InstructionCollator(mllm.processor)(samples)
+    longest = max(len(sample["ids"]) for sample in samples)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "input_ids": (3, longest),
+        "attention_mask": (3, longest),
+        "labels": (3, longest),
+        "pixel_values": (3, 3, 96, 96),
+    }
+    for at, sample in enumerate(samples):
+        size = len(sample["ids"])
+        assert batch["input_ids"][at, :size].tolist() == sample["ids"]
+        assert batch["labels"][at, :size].tolist() == sample["labels"]
+        assert batch["attention_mask"][at].tolist() == [1] * size + [0] * (longest - size)
+        assert set(batch["labels"][at, size:].tolist()) <= {IGNORED}
+        assert set(batch["input_ids"][at, size:].tolist()) <= {mllm.tokenizer.pad_token_id}
+    assert torch.equal(batch["pixel_values"][1], batch["pixel_values"][2]), "b.png, in reading order"
+    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+
+
+def test_text_only_batch_is_as_if_there_were_no_picture(tmp_path: Path, mllm: Mllm) -> None:
+    """Loss and gradients with the blank picture equal those of the language model alone, and the tower runs."""
+    rows = [row("2 plus 2?", "Four."), row("What is 3 plus 4, please?", "Seven.", "And 1 plus 1?", "Two.")]
+    opened = open_rows(tmp_path, rows, mllm)
+    samples = [opened[at] for at in range(2)]
+    batch = InstructionCollator(mllm.processor)(samples)
+    blank = batch["input_ids"] == mllm.processor.image_token_id
+    assert blank.sum() == image_tokens(mllm.processor)
+    assert not batch["attention_mask"][blank].any()
+
+    model = mllm.model.requires_grad_(True)
+    model.zero_grad()
+    summed, count = supervised_loss(model, model, batch)
+    summed.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    longest = max(len(sample["ids"]) for sample in samples)
+    ids, labels, mask = (batch[name][:, :longest].clone() for name in ("input_ids", "labels", "attention_mask"))
+    ids[ids == mllm.processor.image_token_id] = mllm.tokenizer.pad_token_id
+    model.zero_grad()
+    hidden = model.model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
+    alone = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    alone.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    assert count == (labels != IGNORED).sum()
+    torch.testing.assert_close(summed, alone)
+    for name, gradient in found.items():
+        expected = wanted.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, msg=lambda text, name=name: f"{name}: {text}")
+    assert any("multi_modal_projector" in name for name in found), "the projector took part"
+    assert all(gradient.abs().max() == 0 for name, gradient in found.items() if "projector" in name or "tower" in name)
+    assert set(wanted) <= set(found)
+
+
+def naively_padded(picture: Image.Image, mean: list[float]) -> Image.Image:
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+@pytest.mark.parametrize("size", [(60, 20), (21, 64), (96, 96)])
+def test_padding_is_trained_saved_and_used(size: tuple[int, int], mllm_dir: Path, tmp_path: Path) -> None:
+    """Padded pixels are those of a naively padded picture, in training and for whoever loads the checkpoint."""
+    processor = load_mllm(mllm_dir, device="cpu").processor
+    own = processor.image_processor
+    picture(tmp_path / "a.png", "red", size)
+    shown = Image.open(tmp_path / "a.png").convert("RGB")
+    wanted = own(images=[naively_padded(shown, own.image_mean)], return_tensors="pt")["pixel_values"]
+    squashed = own(images=[shown], return_tensors="pt")["pixel_values"]
+
+    make_square(processor, "pad")
+    assert image_tokens(processor) == 9
+    (tmp_path / "rows.json").write_text(json.dumps([row("<image>\nWhat?", "Cat.", image="a.png")]))
+    recipe = InstructionRecipe(file=str(tmp_path / "rows.json"), images=str(tmp_path), template="chatml", square="pad")
+    batch = InstructionCollator(processor)([InstructionDataset(recipe, processor)[0]])
+    torch.testing.assert_close(batch["pixel_values"], wanted)
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = AutoProcessor.from_pretrained(tmp_path / "saved")
+    used = loaded(text="<image>", images=[shown], return_tensors="pt")
+    torch.testing.assert_close(used["pixel_values"], wanted)
+    assert used["input_ids"].tolist() == [[loaded.image_token_id] * 9]
+    make_square(loaded, "squash")
+    torch.testing.assert_close(loaded.image_processor(images=[shown], return_tensors="pt")["pixel_values"], squashed)
+
+
+# --- grouping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pictures", "texts", "batch"), [(203, 51, 8), (16, 16, 8), (5, 2, 8), (0, 20, 4), (400, 3, 2)]
+)
+def test_grouped_order(pictures: int, texts: int, batch: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 300, (pictures + texts,), generator=random)
+    lengths[torch.randperm(len(lengths), generator=random)[:texts]] *= -1
+    sampler = LengthGroupedSampler(lengths.tolist(), batch, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(pictures + texts)), "every sample once"
+    assert order == list(LengthGroupedSampler(lengths.tolist(), batch, seed=3)), "same seed, same order"
+    batches = lengths[order][: len(order) // batch * batch].view(-1, batch)
+    mixed = ((batches > 0).any(1) & (batches < 0).any(1)).sum()
+    assert mixed <= 1, "only what is left of both kinds may share a batch"
+    sampler.set_epoch(1)
+    assert len(order) < 10 or list(sampler) != order
+    if len(order) > 200:
+        spread = (batches.abs().max(1).values - batches.abs().min(1).values).float().mean()
+        assert spread < 100, "random batches of 8 out of 1..300 spread over about 230"
+        first = batches.abs().float().mean(1)[:5]
+        assert first.max() - first.min() > 20, "batches themselves come in random order"
+
+
+def test_text_may_come_first() -> None:
+    lengths = [5, -3, 7, -9, 2, 4, -6, -8, 1, 3, 6, 9]
+    plain = [order[at : at + 2] for order in [list(LengthGroupedSampler(lengths, 2, seed=1))] for at in range(0, 12, 2)]
+    order = list(LengthGroupedSampler(lengths, 2, seed=1, text_first=True))
+    text = [batch for batch in plain if lengths[batch[0]] < 0]
+    assert len(text) == 2 and plain[:2] != text, "the test would show nothing"
+    assert order == [at for batch in [*text, *(batch for batch in plain if batch not in text)] for at in batch]
+    with pytest.raises(UserError, match="set it too"):
+        InstructionRecipe(file="x.json", template="chatml", text_first=True).check()
+
+
+def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
+    """The order as it was first written, with lists: recipes of before must go on with the same samples."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches: list[list[int]] = []
+    rest: list[int] = []
+    for with_picture in (True, False):
+        members = [index for index in order if (lengths[index] > 0) == with_picture]
+        for start in range(0, len(members), 50 * batch):
+            chunk = sorted(members[start : start + 50 * batch], key=lambda index: -abs(lengths[index]))
+            cut = len(chunk) - len(chunk) % batch
+            batches += [chunk[at : at + batch] for at in range(0, cut, batch)]
+            rest += chunk[cut:]
+    batches += [rest[at : at + batch] for at in range(0, len(rest) - batch + 1, batch)]
+    tail = rest[len(rest) - len(rest) % batch :]
+    shuffled = [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
+    return [index for members in shuffled for index in members] + tail
+
+
+@pytest.mark.parametrize(("pictures", "texts", "batch"), [(203, 51, 8), (5, 2, 8), (0, 20, 4), (900, 3, 2), (1, 0, 1)])
+def test_the_grouped_order_is_what_it_always_was(pictures: int, texts: int, batch: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 30, (pictures + texts,), generator=random)  # many of the same length
+    lengths[torch.randperm(len(lengths), generator=random)[:texts]] *= -1
+    sampler = LengthGroupedSampler(lengths.numpy().astype("int32"), batch, seed=5)
+    sampler.set_epoch(2)
+    found = list(sampler)
+    assert found == naive_order(lengths.tolist(), batch, seed=7)
+    assert {type(index) for index in found} <= {int}
+
+
+def test_lengths_tell_pictures_from_text(tmp_path: Path, mllm: Mllm) -> None:
+    picture(tmp_path / "a.png")
+    rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2 plus 2?", "Four.")]
+    first, second = open_rows(tmp_path, rows, mllm).lengths()
+    assert first > 0 > second
+
+
+def test_the_dataset_survives_a_loader_process(tmp_path: Path, mllm: Mllm) -> None:
+    """Counts made in a worker reach the main process."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
+    opened = open_rows(tmp_path, rows, mllm)
+    loader = torch.utils.data.DataLoader(
+        opened, batch_size=2, num_workers=1, collate_fn=InstructionCollator(mllm.processor)
+    )
+    assert next(iter(loader))["pixel_values"].shape == (2, 3, 96, 96)
+    assert (opened.corrupt.value, opened.seen.value) == (1, 3)
+
+
+def test_a_held_out_sample_is_not_trained_on_in_another_pass() -> None:
+    """A source of weight 2 has every row twice."""
+    from types import SimpleNamespace
+
+    from clips_mllm.data.held_out import hold_out
+
+    rows = np.array([*range(50), *range(50), 60, 61])
+
+    class Whole:
+        examples = SimpleNamespace(places=rows)
+
+        def __len__(self) -> int:
+            return len(rows)
+
+    whole: Any = Whole()
+    trained, held = hold_out(whole, 0.1, seed=0)
+    assert len(held) == 5 and len(set(rows[held.places])) == 5
+    assert not set(rows[held.places]) & set(rows[trained.places])
+    assert set(rows[held.places]) | set(rows[trained.places]) == set(rows)

@@ -1,0 +1,349 @@
+"""Checkpoints of the original LLaVA code, built from random weights, against its forward pass written out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaNextConfig,
+)
+
+from clips_mllm.convert import main
+from clips_mllm.model.build import build_mllm
+from clips_mllm.model.checkpoint import load_mllm, save_mllm
+from clips_mllm.model.processors import make_square
+from vision_tower.common.errors import UserError
+
+SIDE, PATCH, WIDTH = 56, 14, 48
+CHATML = ("--template", "chatml")  # that of the tokenizer here
+PICTURE = -200  # what the original code has in place of the image
+
+
+class Original:
+    """The parts of an original checkpoint, and LLaVA's forward pass: encode_images, then splice and run the LLM."""
+
+    def __init__(self, llm: Path) -> None:
+        torch.manual_seed(0)
+        self.llm: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+        for value in self.llm.parameters():  # wide enough that every part shows in the logits
+            nn.init.normal_(value, std=0.2)
+        vision = CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=PATCH,
+        )
+        text = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        self.clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+        for value in self.clip.vision_model.parameters():
+            nn.init.normal_(value, std=0.2)
+        self.tower = CLIPVisionModel(vision).eval()
+        self.tower.load_state_dict(self.clip.vision_model.state_dict())
+        hidden = self.llm.config.hidden_size
+        self.projector = nn.Sequential(nn.Linear(WIDTH, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
+        """(tokens, vocabulary), the picture's tokens in the place of `PICTURE`."""
+        features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        place = ids.index(PICTURE)
+        embed = self.llm.get_input_embeddings()
+        words = [embed(torch.tensor(part)) for part in (ids[:place], ids[place + 1 :])]
+        return self.llm(inputs_embeds=torch.cat([words[0], self.projector(features)[0], words[1]])[None]).logits[0]
+
+    def projector_state(self) -> dict[str, torch.Tensor]:
+        return {f"model.mm_projector.{name}": value.detach() for name, value in self.projector.state_dict().items()}
+
+    def tower_state(self) -> dict[str, torch.Tensor]:
+        prefix = "model.vision_tower.vision_tower.vision_model."
+        state = {f"{prefix}{name}": value for name, value in self.tower.state_dict().items()}
+        return state | {f"{prefix}embeddings.position_ids": torch.arange(17)[None]}
+
+
+@pytest.fixture(scope="module")
+def original(sample_world: Path) -> Original:
+    return Original(sample_world / "llm")
+
+
+@pytest.fixture(scope="module")
+def clip(original: Original, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both towers of CLIP in one folder, as on the hub."""
+    folder = tmp_path_factory.mktemp("clip")
+    original.clip.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+def write_config(folder: Path, original: Original, tower: Path, **changes: Any) -> None:
+    values = original.llm.config.to_dict() | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_hidden_size": WIDTH,
+        "mm_vision_tower": str(tower),
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tune_mm_mlp_adapter": False,
+        "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+    }
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+@pytest.fixture
+def whole(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> Path:
+    """LlavaLlamaForCausalLM in two pickled shards with an index, as LLaVA-1.5 was published."""
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    state = {name: value.detach() for name, value in original.llm.state_dict().items()}
+    width = original.llm.config.hidden_size // original.llm.config.num_attention_heads
+    for layer in range(original.llm.config.num_hidden_layers):
+        frequencies = 1e4 ** -(torch.arange(0, width, 2) / width)
+        state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies.half()
+    shards = {"pytorch_model-00001-of-00002.bin": state}
+    shards["pytorch_model-00002-of-00002.bin"] = original.projector_state() | original.tower_state()
+    for name, weights in shards.items():
+        torch.save(weights, folder / name)
+    names = {weight: file for file, weights in shards.items() for weight in weights}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    write_config(folder, original, clip)
+    AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(folder)
+    return folder
+
+
+def compare(folder: Path, original: Original) -> None:
+    """The stock checkpoint in `folder` has the logits of the original."""
+    mllm = load_mllm(folder, device="cpu", dtype="float32")
+    picture = Image.effect_noise((SIDE, SIDE), 90).convert("RGB")
+    text = "What is <image> here?"
+    batch = mllm.processor(text=text, images=[picture], return_tensors="pt")
+    with torch.no_grad():
+        found = mllm.model(**batch).logits[0]
+    image, patches = mllm.processor.image_token_id, (SIDE // PATCH) ** 2
+    ids = batch["input_ids"][0].tolist()
+    assert ids.count(image) == patches
+    place = ids.index(image)
+    wanted = original.logits([*ids[:place], PICTURE, *ids[place + patches :]], batch["pixel_values"])
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
+    assert "<|im_start|>" in mllm.processor.chat_template
+    ends = mllm.model.generation_config.eos_token_id
+    end = mllm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in (ends if isinstance(ends, list) else [ends]), "answers end where the template's do"
+
+
+def test_a_template_of_another_family_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--template=vicuna_v1: it ends answers with '</s>', which is not one"):
+        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_checkpoint(
+    whole: Path, original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(whole), str(tmp_path / "out"), "--to", "llava", *CHATML])
+    assert "whole checkpoint; its own tower" in capsys.readouterr().out
+    compare(tmp_path / "out", original)
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]["do_pad"]
+
+
+def test_a_whole_checkpoint_without_its_tower(whole: Path, original: Original, tmp_path: Path) -> None:
+    file = whole / "pytorch_model-00002-of-00002.bin"
+    torch.save(original.projector_state(), file)
+    main([str(whole), str(tmp_path / "out"), "--to", "llava", *CHATML])
+    compare(tmp_path / "out", original)
+
+
+@pytest.fixture
+def lora(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> tuple[Path, Original]:
+    """What LLaVA's LoRA training leaves, and the merged original that it stands for."""
+    from peft import LoraConfig, get_peft_model
+
+    base, folder = tmp_path / "base", tmp_path / "llava-lora"
+    original.llm.save_pretrained(base)
+    AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(base)
+    trained = Original(sample_world / "llm")
+    trained.llm.load_state_dict(original.llm.state_dict())
+    trained.tower, trained.projector = original.tower, nn.Sequential(*map(_another, original.projector))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    options = LoraConfig(r=4, lora_alpha=8, target_modules=names, lora_dropout=0.05, task_type="CAUSAL_LM")
+    adapted = get_peft_model(trained.llm, options)
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(value, std=0.1)
+    adapted.save_pretrained(folder, safe_serialization=True)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    state = {f"base_model.model.{name}": value for name, value in trained.projector_state().items()}
+    torch.save(state, folder / "non_lora_trainables.bin")
+    write_config(folder, original, clip)
+    trained.llm = adapted.merge_and_unload()
+    return folder, trained
+
+
+def _another(layer: nn.Module) -> nn.Module:
+    return nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer
+
+
+def test_a_lora_folder(lora: tuple[Path, Original], tmp_path: Path) -> None:
+    folder, trained = lora
+    main([str(folder), str(tmp_path / "out"), "--to", "llava", *CHATML])
+    compare(tmp_path / "out", trained)
+
+
+def test_a_projector_goes_in_and_out(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> None:
+    given = tmp_path / "stage1"
+    given.mkdir()
+    torch.save(original.projector_state(), given / "mm_projector.bin")
+    original.llm.save_pretrained(tmp_path / "llm")
+    AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(tmp_path / "llm")
+    parts = ["--llm", str(tmp_path / "llm"), "--tower", str(clip)]
+    main([str(given / "mm_projector.bin"), str(tmp_path / "stock"), "--to", "llava", *CHATML, *parts])
+    compare(tmp_path / "stock", original)
+    main([str(tmp_path / "stock"), str(tmp_path / "back"), "--to", "llava_projector", "--tower", str(clip)])
+    back = torch.load(tmp_path / "back" / "mm_projector.bin", weights_only=True)
+    assert back.keys() == original.projector_state().keys()
+    assert all(torch.equal(back[name], value) for name, value in original.projector_state().items())
+    main([str(tmp_path / "back"), str(tmp_path / "again"), "--to", "llava", *CHATML, *parts[:2]])
+    compare(tmp_path / "again", original)
+
+
+@pytest.mark.parametrize("square", ["pad", "crop"])
+def test_how_pictures_become_square_goes_in_and_out(
+    square: Any, original: Original, clip: Path, sample_world: Path, tmp_path: Path
+) -> None:
+    original.llm.save_pretrained(tmp_path / "llm")
+    AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(tmp_path / "llm")
+    model, processor = build_mllm(
+        str(clip), str(tmp_path / "llm"), feature_layer=-2, feature_select="auto", dtype=torch.float32
+    )
+    make_square(processor, square)
+    save_mllm(model, processor, tmp_path / "stock")
+    main([str(tmp_path / "stock"), str(tmp_path / "out"), "--to", "llava_projector", "--tower", str(clip)])
+    main([str(tmp_path / "out"), str(tmp_path / "again"), "--to", "llava", "--llm", str(tmp_path / "llm"), *CHATML])
+    again = load_mllm(tmp_path / "again", device="cpu").processor.image_processor
+    picture = Image.linear_gradient("L").resize((90, 40)).convert("RGB")
+    pixels = [one(images=picture, return_tensors="pt")["pixel_values"] for one in (again, processor.image_processor)]
+    assert torch.equal(*pixels)
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+def change(folder: Path, rename: dict[str, str] | None = None, **tensors: torch.Tensor) -> None:
+    file = folder / "pytorch_model-00002-of-00002.bin"
+    state = torch.load(file, weights_only=True) | tensors
+    for old, new in (rename or {}).items():
+        state[new] = state.pop(old)
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mm_projector_type", "linear", "mm_projector_type='linear': the stock model has no form"),
+        ("mm_use_im_start_end", True, "mm_use_im_start_end=True"),
+        ("image_aspect_ratio", "anyres", "image_aspect_ratio='anyres'"),
+        ("mm_hidden_act", "x", "mm_hidden_act='x'"),
+        ("model_type", "llama", "not of the original LLaVA code"),
+        ("mm_vision_tower", None, "nothing names its vision tower; give --tower"),
+    ],
+)
+def test_fields_without_a_stock_form(
+    whole: Path, original: Original, clip: Path, tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    write_config(whole, original, clip, **{field: value})
+    with pytest.raises(UserError, match=message):
+        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_every_weight_is_used_or_refused(whole: Path, original: Original, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+
+    change(whole, **{"model.image_newline": torch.zeros(4)})
+    refused("model.image_newline: the stock LLaVA model has no place")
+    state = original.projector_state() | {"model.norm2.weight": torch.zeros(4)}
+    torch.save(state, whole / "pytorch_model-00002-of-00002.bin")
+    refused(r"1 unexpected key \(first: model.norm2.weight\)")
+    torch.save(original.tower_state(), whole / "pytorch_model-00002-of-00002.bin")
+    refused("the projector's linear_1.bias; it is not whole")
+    short = original.projector_state()
+    short["model.mm_projector.0.weight"] = torch.zeros(64, WIDTH + 1)
+    torch.save(short, whole / "pytorch_model-00002-of-00002.bin")
+    refused(r"the projector's linear_1.weight is \(64, 49\), this tower and LLM need \(64, 48\)")
+    torch.save({"model.mm_projector.4.weight": torch.zeros(1)}, whole / "pytorch_model-00002-of-00002.bin")
+    refused("not of an mlp2x_gelu projector")
+    (whole / "pytorch_model-00002-of-00002.bin").unlink()
+    refused("pytorch_model-00002-of-00002.bin: missing, but named by pytorch_model.bin.index.json")
+
+
+def test_frequencies_of_another_model_are_refused(whole: Path, original: Original, tmp_path: Path) -> None:
+    state = original.projector_state() | {"model.layers.9.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    torch.save(state, whole / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(UserError, match=r"not those of rope_theta=10000\.0"):
+        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+
+
+def test_a_lora_that_lacks_something_is_refused(lora: tuple[Path, Original], tmp_path: Path) -> None:
+    folder, _ = lora
+    with pytest.raises(UserError, match="say with --llm"):
+        main([str(folder / "non_lora_trainables.bin"), str(tmp_path / "out"), "--to", "llava"])
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    removed = sorted(weights)[0]
+    save_file({name: value for name, value in weights.items() if name != removed}, broken / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"1 weights do not fit the LLM \(first: .*missing"):
+        main([str(broken), str(tmp_path / "out"), "--to", "llava"])
+    (broken / "non_lora_trainables.bin").unlink()
+    with pytest.raises(UserError, match=r"non_lora_trainables.bin: missing; the projector of an original LoRA"):
+        main([str(broken), str(tmp_path / "out"), "--to", "llava"])
+
+
+def test_a_pickle_with_code_is_refused(whole: Path, tmp_path: Path) -> None:
+    torch.save({"model.mm_projector.0.weight": Path("code")}, whole / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(UserError, match="holds more than plain tensors"):
+        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+
+
+def test_options_that_belong_elsewhere(encoder_dir: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--llm: an encoder's conversion has no use for it"):
+        main([str(encoder_dir), str(tmp_path / "out"), "--to", "tower", "--llm", "x"])
+    with pytest.raises(UserError, match=r"--llm: .* is a whole checkpoint"):
+        main([str(whole), str(tmp_path / "out"), "--to", "llava", "--llm", "x"])
+    main([str(encoder_dir), str(tmp_path / "tower"), "--to", "tower"])
+    assert (tmp_path / "tower" / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="not a stock LLaVA model"):
+        main([str(tmp_path / "tower"), str(tmp_path / "out"), "--to", "llava_projector"])
+    LlavaNextConfig().save_pretrained(tmp_path / "tiles")
+    with pytest.raises(UserError, match=r"tiles: shows pictures in tiles .*; give a run without model\.tiles"):
+        main([str(tmp_path / "tiles"), str(tmp_path / "out"), "--to", "llava_projector"])
+    LlavaConfig(vision_feature_layer=[-2, -5]).save_pretrained(tmp_path / "several")
+    with pytest.raises(UserError, match=r"reads the hidden states \[-2, -5\] of the tower, the original code one"):
+        main([str(tmp_path / "several"), str(tmp_path / "out"), "--to", "llava_projector"])

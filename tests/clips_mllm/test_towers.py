@@ -1,0 +1,243 @@
+"""Towers of every kind and size: built, trained a step, saved, reloaded as stock LLaVA; how pictures become square."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Gemma2Config,
+    GPT2Config,
+    LlavaForConditionalGeneration,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+
+from clips_mllm.data.dataset import InstructionCollator
+from clips_mllm.model.build import build_mllm, read_llm
+from clips_mllm.model.checkpoint import save_mllm
+from clips_mllm.model.processors import image_tokens, make_square
+from clips_mllm.model.towers import at_size
+from clips_mllm.prompts.chat_template import adopt_template
+from clips_mllm.prompts.render import render
+from clips_mllm.training.trainer import supervised_loss
+from vision_tower.common.errors import UserError
+from vision_tower.model.positions import interpolate_positions, sincos_positions
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+LLM: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 16,
+}
+CONFIGS: dict[str, Any] = {
+    "siglip": SiglipConfig(vision_config=SIZES, text_config=TEXT),  # SigLIP 2 of a fixed size is of this kind, too
+    "siglip_vision": SiglipVisionConfig(**SIZES),
+    "clip": CLIPConfig(vision_config=SIZES, text_config=TEXT),
+    "clip_vision": CLIPVisionConfig(**SIZES),
+    "vit": ViTConfig(**SIZES),
+    "dinov2": Dinov2Config(**(SIZES | {"mlp_ratio": 2})),
+}
+CLASS_TOKEN = {"clip", "clip_vision", "vit", "dinov2"}
+
+
+def processor(kind: str) -> Any:
+    if kind in ("clip", "clip_vision"):
+        return CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    if kind == "dinov2":
+        return BitImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64})
+    return SiglipImageProcessor(size={"height": 64, "width": 64})
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = {}
+    for kind, config in CONFIGS.items():
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(kind)
+        AutoModel.from_config(config).save_pretrained(folder)
+        processor(kind).save_pretrained(folder)
+        found[kind] = str(folder)
+    return found
+
+
+def build(tower: str, sample_world: Path, **values: Any) -> Any:
+    options: dict[str, Any] = {"feature_layer": -2, "feature_select": "auto", "dtype": torch.float32} | values
+    torch.manual_seed(0)
+    return build_mllm(tower, str(sample_world / "llm"), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        *((kind, {}) for kind in CONFIGS),
+        ("clip", {"feature_select": "full"}),
+        ("siglip", {"feature_layer": [-2, -3]}),
+        ("clip", {"feature_layer": [-2, 1], "image_size": 96}),
+        ("siglip", {"image_size": 96}),
+        ("vit", {"image_size": 32}),
+        ("dinov2", {"image_size": 96}),
+    ],
+)
+def test_built_trained_saved_reloaded(
+    kind: str, values: dict[str, Any], towers: dict[str, str], sample_world: Path, tmp_path: Path
+) -> None:
+    model, processor = build(towers[kind], sample_world, **values)
+    template = adopt_template(processor, "chatml", model)
+    side = values.get("image_size", 64) // 16
+    count = side**2 + (values.get("feature_select") == "full" and kind in CLASS_TOKEN)
+    assert image_tokens(processor) == count
+    talk = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    sample = render(talk, template=template, tokenizer=processor.tokenizer, image_tokens=count, max_length=999)
+    picture = Image.effect_noise((90, 50), 60).convert("RGB")
+    batch = InstructionCollator(processor)([{"ids": sample.ids, "labels": sample.labels, "images": [picture]}])
+    layers = values.get("feature_layer", -2)
+    assert model.model.multi_modal_projector.linear_1.in_features == 32 * (len(layers) if layers != -2 else 1)
+    summed, _ = supervised_loss(model, model, batch)
+    summed.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter -= 0.1 * parameter.grad
+        after = supervised_loss(model, model, batch)[0]
+    assert after < summed
+    save_mllm(model, processor, tmp_path)
+    stock, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(supervised_loss(stock.eval(), stock, batch)[0], after)
+    used = AutoProcessor.from_pretrained(tmp_path)(text="<image>", images=[picture], return_tensors="pt")
+    assert used["input_ids"][0].tolist() == [processor.image_token_id] * count
+    torch.testing.assert_close(used["pixel_values"], batch["pixel_values"])
+
+
+def test_a_two_tower_checkpoint_gives_its_vision_half(towers: dict[str, str], sample_world: Path) -> None:
+    whole = AutoModel.from_pretrained(towers["clip"])
+    model, _ = build(towers["clip"], sample_world)
+    wanted = whole.vision_model.state_dict()
+    found = model.model.vision_tower.state_dict()
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision", "clip_vision", "vit", "dinov2"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_positions_at_another_size(kind: str, fixed: bool, towers: dict[str, str]) -> None:
+    """Sin-cos ones are those of the new grid; learned ones are interpolated; everything else stays."""
+    tower = AutoModel.from_pretrained(towers[kind])
+    classed = kind in CLASS_TOKEN
+    name, table = next((name, p) for name, p in tower.named_parameters() if "position_embedding" in name)
+    if fixed:
+        table.data.copy_(sincos_positions(4, 32, classed).view_as(table))
+    resized = at_size(tower, 96)
+    assert resized.config.image_size == 96 and tower.config.image_size == 64
+    found = dict(resized.named_parameters())[name].detach().flatten(end_dim=-2)
+    old = table.detach().flatten(end_dim=-2)
+    wanted = sincos_positions(6, 32, classed) if fixed else interpolate_positions(old, 6, classed)
+    torch.testing.assert_close(found, wanted)
+    for other, value in tower.state_dict().items():
+        assert other == name or torch.equal(resized.state_dict()[other], value)
+    assert at_size(tower, 64) is tower
+
+
+def test_the_quickstarts_own_tower_at_another_size(encoder_dir: Path, sample_world: Path) -> None:
+    """A tower trained here has sin-cos positions, and knows them at any size."""
+    model, processor = build(str(encoder_dir / "tower"), sample_world, image_size=128)
+    table = model.model.vision_tower.embeddings.position_embedding.weight
+    torch.testing.assert_close(table.detach(), sincos_positions(4, 32))
+    assert image_tokens(processor) == 16
+
+
+def test_what_does_not_fit(towers: dict[str, str], sample_world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.image_size=50: no multiple of the tower's patch of 16"):
+        build(towers["vit"], sample_world, image_size=50)
+    with pytest.raises(UserError, match="has no class token to drop"):
+        build(towers["siglip"], sample_world, feature_select="default")
+    naflex = Siglip2VisionConfig(**{**SIZES, "num_patches": 16})
+    AutoModel.from_config(naflex).save_pretrained(tmp_path)
+    processor("vit").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'siglip2_vision_model' model cannot be the tower"):
+        build(str(tmp_path), sample_world)
+    with pytest.raises(UserError, match="'llama' model cannot be the tower"):
+        build(str(sample_world / "llm"), sample_world)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Gemma2Config(**LLM, head_dim=16), "'gemma2' model does not fit .* 'final_logit_softcapping' would be lost"),
+        (
+            GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100),
+            "'gpt2' model does not fit .*built in another way",
+        ),
+        (SiglipVisionConfig(**SIZES), "a 'siglip_vision_model' checkpoint, not a causal LM"),
+    ],
+)
+def test_an_llm_that_does_not_fit(config: Any, message: str, tmp_path: Path) -> None:
+    """Of Gemma 2 the stock class would take all weights and say something else."""
+    kind = AutoModel if isinstance(config, SiglipVisionConfig) else AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_llm(str(tmp_path), "auto")
+
+
+@pytest.mark.parametrize("square", ["squash", "pad", "crop"])
+def test_squares_of_a_clip_processor(square: Any, towers: dict[str, str], sample_world: Path) -> None:
+    """A wide picture with a red left and a blue right end, 2:1, on a processor that crops by itself."""
+    picture = Image.new("RGB", (128, 64), (0, 255, 0))
+    picture.paste((255, 0, 0), (0, 0, 16, 64))
+    picture.paste((0, 0, 255), (112, 0, 128, 64))
+    _, given = build(towers["clip"], sample_world)
+    make_square(given, square)
+    own = given.image_processor
+    pixels = torch.as_tensor(own(images=[picture], return_tensors="pt")["pixel_values"])[0]
+    assert pixels.shape == (3, 64, 64)
+    mean, std = torch.tensor(own.image_mean).view(3, 1, 1), torch.tensor(own.image_std).view(3, 1, 1)
+    seen = (pixels * std + mean).clamp(0, 1)
+    left, middle, top = seen[:, 32, 1], seen[:, 32, 32], seen[:, 2, 32]
+    assert middle[1] > 0.9
+    if square == "crop":
+        assert left[1] > 0.9, "the ends are cut off"
+    else:
+        assert left[0] > 0.9, "the ends are seen"
+    padded = (top - mean.flatten()).abs().max() < 0.02
+    assert padded == (square == "pad")
+    assert image_tokens(given) == 16

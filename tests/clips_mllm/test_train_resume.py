@@ -1,0 +1,286 @@
+"""Runs of every kind that are killed, stopped, or run out of disk go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clips_mllm.model.build import build_mllm
+from clips_mllm.model.checkpoint import load_mllm, save_mllm
+from clips_mllm.train import main
+from tests.helpers.train_runs import losses, stop_after, weights, words
+from vision_tower.common.errors import run_command
+
+pytestmark = pytest.mark.timeout(900)  # real processes, perhaps on a busy machine
+STEPS = 16
+LORA = {"stage.llm": "true", "stage.adapter.kind": "lora", "stage.adapter.rank": 4}  # with dropout, so with draws
+MODES: dict[str, dict[str, Any]] = {
+    "align": {"data.group_by_length": "false"},
+    "full": {"stage.llm": "true", "data.group_by_length": "true"},
+    "lora": LORA,
+    "qlora": LORA | {"stage.adapter.kind": "qlora"},
+}
+# Passes over the data end between checkpoints, and checkpoints fall between lines of the log.
+GIVEN = {
+    "training.max_steps": STEPS,
+    "training.save_every": 2,
+    "training.log_every": 3,
+    "training.keep_checkpoints": 2,
+    "training.global_batch_size": 6,
+    "training.device_batch_size": 3,
+}
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=() if mode == "full" else pytest.mark.slow) for mode in MODES]
+)
+def test_kill_at_a_random_step(mllm_dir: Path, sample_world: Path, tmp_path: Path, mode: str) -> None:
+    """`kill -9`, and the same command again: the same losses to the last digit, the same weights."""
+    values = GIVEN | {"model.checkpoint": mllm_dir} | MODES[mode]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    stop_after(killed, 2 * random.randrange(1, 5), words(killed, sample_world, **values), lambda p: p.kill())
+    assert not {"config.json", "adapter_config.json"} & {path.name for path in killed.iterdir()}
+    main(words(killed, sample_world, **values))
+    main(words(whole, sample_world, **values))
+    assert losses(killed, "step") == list(range(3, STEPS + 1, 3)), "every line once"
+    assert losses(killed) == losses(whole)
+    assert losses(killed, "grad_norm") == losses(whole, "grad_norm")
+    before, after = weights(whole), weights(killed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    checkpoints = sorted(path.name for path in killed.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-14", "checkpoint-16"] and not list(killed.glob(".*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """It loses what follows the last checkpoint; saving less often afterwards is allowed."""
+    values = GIVEN | {"model.checkpoint": mllm_dir, "training.workers": 1} | MODES["full"]
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    given = words(folder, sample_world, **values)
+    code, said = stop_after(folder, 2, given, lambda p: os.killpg(p.pid, signal.SIGINT))  # as a terminal does
+    assert code == 130 and "Traceback" not in said, said
+    assert errors(said) == [said.splitlines()[-1]] and "the same command goes on" in said.splitlines()[-1]
+    main(words(folder, sample_world, **values | {"training.save_every": 4}))
+    main(words(whole, sample_world, **values))
+    assert losses(folder) == losses(whole)
+
+
+def test_sigterm_to_every_process(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+    """As a scheduler signals a job, loader processes too: it saves whatever the recipe says, and ends with code 0."""
+    values = GIVEN | {"model.checkpoint": mllm_dir, "training.workers": 1} | MODES["full"]
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    given = words(folder, sample_world, **values)
+    code, said = stop_after(folder, 8, given, lambda p: os.killpg(p.pid, signal.SIGTERM))
+    assert code == 0, said
+    reached = max(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+    line = said.strip().splitlines()[-1]
+    assert line.startswith(f"SIGTERM: stopped after step {reached} of {STEPS}, checkpoint saved in {folder}")
+    assert not (folder / "config.json").exists()
+    main(given)
+    main(words(whole, sample_world, **values))
+    assert losses(folder) == losses(whole)
+
+
+@pytest.fixture(scope="module")
+def finished(mllm_dir: Path, sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    main(words(folder, sample_world, **{"model.checkpoint": mllm_dir, "training.save_every": 1, "stage.llm": "true"}))
+    return folder
+
+
+def test_every_checkpoint_is_complete_by_itself(finished: Path, sample_world: Path) -> None:
+    from clips_mllm.chat import main as chat
+
+    folder = finished / "checkpoint-3"
+    names = {path.name for path in folder.iterdir()}
+    wanted = {"config.json", "model.safetensors", "generation_config.json", "processor_config.json", "tokenizer.json"}
+    assert wanted | {"chat_template.jinja", "trainer_state.json"} <= names
+    assert json.loads((folder / "config.json").read_text()).get("use_cache", True)
+    before, after = weights(folder), weights(finished)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    picture = next((sample_world / "llava" / "images").rglob("*.*g"))
+    chat([str(folder), "--image", str(picture), "--question", "What is this?", "--max_new_tokens", "3"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"training.learning_rate": 1e-3, "stage.llm_learning_rate": 1e-4},
+            "stage.llm_learning_rate=0.0001 (was None), training.learning_rate=0.001 (was 0.003);",
+        ),
+        ({"data.max_length": 300}, "data.max_length=300 (was 2048);"),
+        ({"evaluation.every": 1, "evaluation.share": 0.5}, "evaluation.share=0.5 (was 0.0);"),
+    ],
+)
+def test_another_recipe_is_refused(
+    finished: Path, mllm_dir: Path, sample_world: Path, capfd: Any, values: dict[str, Any], message: str
+) -> None:
+    given = {"model.checkpoint": mllm_dir, "training.save_every": 1, "stage.llm": "true"} | values
+    assert run_command(main, words(finished, sample_world, **given)) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{finished}: holds a run of another recipe: {message}" in line
+
+
+def test_what_another_command_left_is_refused(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("objective: clips\n")
+    assert run_command(main, words(tmp_path, sample_world, **{"model.checkpoint": mllm_dir})) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert line.startswith(f"error: {tmp_path}: holds no run of this command ({tmp_path}/recipe.yaml: unknown key")
+
+
+def test_a_result_without_checkpoints_is_not_overwritten(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """By another recipe; the same one makes it again."""
+    folder, given = tmp_path / "run", {"model.checkpoint": mllm_dir, "training.save_every": 0}
+    main(words(folder, sample_world, **given))
+    before = weights(folder)
+    assert run_command(main, words(folder, sample_world, **given, **{"training.seed": 1})) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{folder}: holds a run of another recipe: training.seed=1 (was 0); give it back, take another" in line
+    held = {"evaluation.every": 1, "evaluation.share": 0.5}
+    assert run_command(main, words(folder, sample_world, **given, **held)) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert "holds a run of another recipe: evaluation.every=1 (was 0), evaluation.share=0.5 (was 0.0)" in line
+    assert weights(folder).keys() == before.keys()
+    main(words(folder, sample_world, **given))
+    assert all(torch.equal(weights(folder)[name], before[name]) for name in before)
+
+
+def test_other_data_is_refused(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    given = {"model.checkpoint": mllm_dir, "training.save_every": 2, "training.keep_checkpoints": 2, "data.file": file}
+    main(words(tmp_path / "run", sample_world, **given))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3", ignore_errors=True)
+    file.write_text(json.dumps(rows[:-1]))
+    assert run_command(main, words(tmp_path / "run", sample_world, **given)) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"the checkpoint was written with samples={len(rows)}, now it is {len(rows) - 1}" in line
+
+
+def test_changed_data_of_as_many_rows_is_told(mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any) -> None:
+    """It may be a row that was mended after a NaN."""
+    rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    given = {"model.checkpoint": mllm_dir, "training.save_every": 2, "data.file": file}
+    main(words(tmp_path / "run", sample_world, **given))
+    main(words(tmp_path / "run", sample_world, **given))
+    assert "has changed" not in capfd.readouterr().err
+    file.write_text(json.dumps(rows[::-1]))
+    main(words(tmp_path / "run", sample_world, **given))
+    assert f"warning: {file} has changed since this run began" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [{"stage.llm": "true"}, LORA])
+def test_another_tower_is_refused(
+    mllm_dir: Path, encoder_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any, stage: dict[str, Any]
+) -> None:
+    """Stage 1 was run again with another tower, to the same folder."""
+    from transformers import AutoImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    base, tower = tmp_path / "base", tmp_path / "tower"
+    shutil.copytree(mllm_dir, base)
+    given = words(tmp_path / "run", sample_world, **stage, **{"model.checkpoint": base, "training.save_every": 2})
+    main(given)
+    config = SiglipVisionConfig.from_pretrained(encoder_dir / "tower", intermediate_size=40)
+    SiglipVisionModel(config).save_pretrained(tower)
+    AutoImageProcessor.from_pretrained(encoder_dir / "tower").save_pretrained(tower)
+    joined = build_mllm(
+        str(tower), str(sample_world / "llm"), feature_layer=-2, feature_select="auto", dtype=torch.float32
+    )
+    save_mllm(*joined, base)
+    assert run_command(main, given) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{tmp_path / 'run'}: holds checkpoints with a tower of other shapes (SiglipVisionModel) than" in line
+
+
+def test_another_base_below_an_adapter_is_refused(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """Stage 1 was run again, to the same folder: the adapter's checkpoint does not hold the base's weights."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(mllm_dir, base)
+    given = words(run, sample_world, **LORA, **{"model.checkpoint": base, "training.save_every": 2})
+    main(given)
+    state = load_file(base / "model.safetensors")
+    next(weights for name, weights in state.items() if "language_model" in name).add_(1)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    assert run_command(main, given) == 2
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{run}: the llm of {base} has changed since this run began" in line
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["no room", "a write fails"])
+def test_a_full_disk_costs_the_checkpoint_not_the_run(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from vision_tower.training import resume
+
+    folder = tmp_path / "run"
+    given = {"model.checkpoint": mllm_dir, "training.save_every": 1, "training.max_steps": 4}
+    if how == "no room":  # from the second checkpoint to the third
+        answers = iter([10**12, 0, 0, 0, 0])
+        monkeypatch.setattr(resume, "free_bytes", lambda _: next(answers, 10**12))
+    else:
+        save = resume.ResumableTrainer._save_optimizer_and_scheduler
+
+        def full(self: Any, output_dir: str) -> None:
+            if self.state.global_step in (2, 3):
+                raise OSError(errno.ENOSPC, "No space left on device", output_dir)
+            save(self, output_dir)
+
+        monkeypatch.setattr(resume.ResumableTrainer, "_save_optimizer_and_scheduler", full)
+    main(words(folder, sample_world, **given))
+    said = capfd.readouterr().err
+    warned = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 2, said
+    assert warned[0].startswith(f"warning: {folder / 'checkpoint-2'}: not saved, no space left on the device (")
+    assert warned[1].endswith(f"the newest checkpoint is {folder / 'checkpoint-1'}")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not list(folder.glob(".*")) and len(losses(folder)) == 4
+    assert load_mllm(folder, device="cpu")
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_last_checkpoint(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clips_mllm.training import trainer
+
+    folder, save = tmp_path / "run", trainer.save_mllm
+
+    def full(model: Any, processor: Any, to: Path, state: Any = None) -> None:
+        if to == folder:
+            raise OSError(errno.ENOSPC, "No space left on device", str(to))
+        save(model, processor, to, state)
+
+    given = words(folder, sample_world, **{"model.checkpoint": mllm_dir, "training.save_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_mllm", full)
+        assert run_command(main, given) == 28
+    (line,) = errors(capfd.readouterr().err)
+    assert f"{folder}: no space left on the device" in line
+    assert (folder / "checkpoint-3" / "trainer_state.json").exists() and not (folder / "config.json").exists()
+    main(given)
+    assert load_mllm(folder, device="cpu")

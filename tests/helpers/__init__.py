@@ -1,0 +1,1 @@
+"""Shared by the tests: tiny models and data sets, processes, servers."""

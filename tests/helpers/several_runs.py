@@ -1,0 +1,38 @@
+"""Several runs by one launch, since ranks spend most of a small test on importing: several_runs.py FILE.
+
+FILE is a JSON list of {"command": "train" or "pretrain", "arguments": [...]} or {"remove": FOLDER}, done one after the
+other by all ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from vision_tower.common.errors import run_command
+
+MODULES = {"train": "clips_mllm.train", "pretrain": "vision_tower.pretrain"}
+
+
+def several(argv: list[str]) -> None:
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState
+
+    for entry in json.loads(Path(next(word for word in argv if not word.startswith("--local_rank"))).read_text()):
+        if "remove" in entry:
+            dist.barrier()
+            shutil.rmtree(entry["remove"], ignore_errors=True)
+            dist.barrier()
+            continue
+        importlib.import_module(MODULES[entry["command"]]).main(entry["arguments"])
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        gc.collect()  # transformers asks a weak reference whether ZeRO-3 is on
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(several))

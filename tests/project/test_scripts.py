@@ -1,0 +1,72 @@
+"""What the scripts start: on which GPUs, and with how many ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(tmp_path: Path, **given: str) -> tuple[int, str]:
+    """Exit code, and the launcher's words or the error; on a machine whose `nvidia-smi` finds GPUs."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: one'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANKS", "CUDA_VISIBLE_DEVICES")}
+    environment = kept | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PORT": "29501"} | given
+    says = 'source scripts/environment.sh; echo "${LAUNCH[@]} on ${CUDA_VISIBLE_DEVICES:-all}"'
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", says], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "deepspeed --quiet --master_port 29501 on all"),
+        ({"RANKS": "2"}, "deepspeed --quiet --master_port 29501 --num_gpus 2 on all"),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, "deepspeed --quiet --master_port 29501 on 4,5,6,7"),
+        # DeepSpeed's --num_gpus 2 would take GPUs 0 and 1.
+        ({"RANKS": "2", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, "deepspeed --quiet --master_port 29501 on 4,5"),
+    ],
+)
+def test_which_gpus(tmp_path: Path, given: dict[str, str], words: str) -> None:
+    assert launch(tmp_path, **given) == (0, words)
+
+
+def test_more_ranks_than_gpus(tmp_path: Path) -> None:
+    code, said = launch(tmp_path, RANKS="3", CUDA_VISIBLE_DEVICES="4,5")
+    assert code == 2 and said == "error: RANKS=3, but CUDA_VISIBLE_DEVICES=4,5"
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_a_command_do_not_spin(given: dict[str, str], policy: str) -> None:
+    """Before torch is there, which reads it once. Beside other work, spinning took three times as long."""
+    code = """
+import os, sys
+from clips_mllm.cli import main
+try:
+    main(["inspect", "--help"])
+except SystemExit:
+    print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | given, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{policy} False"
+
+
+def test_a_cpu_has_one_rank_unless_told(tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # installed, and no driver
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    says = 'source scripts/environment.sh; echo "$RANKS $DS_ACCELERATOR ${LAUNCH[*]:0:4}"'
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANKS", "DS_ACCELERATOR")}
+    environment = kept | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", "-c", says], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "1 cpu python -u -m deepspeed.launcher.launch"

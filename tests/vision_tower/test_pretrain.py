@@ -1,0 +1,134 @@
+"""`clips-mllm pretrain` on the tiny sample world."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.pretrain_runs import arguments, losses, metrics
+from vision_tower.common.errors import run_command
+from vision_tower.common.recipe import parse_recipe
+from vision_tower.data.recipe import Augmentation
+from vision_tower.pretrain import main
+from vision_tower.pretraining.recipe import PretrainRecipe
+from vision_tower.training.run_folder import command_line
+
+PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
+
+
+@pytest.fixture(scope="module")
+def run(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain") / "run"
+    main(arguments(sample_world, folder, **{"training.max_steps": 30, "training.save_every": 20}))
+    return folder
+
+
+def test_a_run_leaves_what_the_next_step_needs(run: Path, sample_world: Path) -> None:
+    from vision_tower.checkpoints.encoder import load_encoder
+
+    assert load_encoder(run, "cpu").embed_texts(["a dog"]).shape == (1, 16)
+    names = {path.name for path in (run / "tower").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= names
+    assert not (run / "partial").exists() and not list(run.glob(".*"))
+    expected = arguments(sample_world, run, **{"training.max_steps": 30, "training.save_every": 20})
+    again = parse_recipe(PretrainRecipe, ["--config", str(run / "recipe.yaml")], command="pretrain")
+    assert again == parse_recipe(PretrainRecipe, expected, command="pretrain")
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["ranks"] == 1
+
+
+def test_a_command_is_kept_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, words in (
+        ("/bin/clips-mllm", ["train"]),
+        ("/x/train.py", ["--local_rank=0"]),
+        ("/x/cli.py", ["train"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [program, *words, "--output_dir", "a b"])
+        assert command_line() == "clips-mllm train --output_dir 'a b'"
+
+
+def test_metrics_name_every_term_and_the_loss_falls(run: Path) -> None:
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    for row in rows:
+        assert row["loss"] == pytest.approx((row["loss_web"] + row["loss_sub"]) / 2 + 2 * row["loss_caption"], abs=1e-3)
+        assert 0 < row["temperature"] <= 0.08 and row["grad_norm"] > 0
+    assert sum(row["loss"] for row in rows[-5:]) < 0.8 * sum(row["loss"] for row in rows[:5])
+
+
+def test_a_fixed_seed_fixes_the_losses(run: Path, sample_world: Path, tmp_path: Path) -> None:
+    for seed, same in ((0, True), (1, False)):
+        folder = tmp_path / str(seed)
+        main(arguments(sample_world, folder, **{"training.max_steps": 4, "training.seed": seed}))
+        assert (losses(folder) == losses(run)[:4]) is same
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model.patch_size": 36}, "model.image_size=96: patch_size=36 does not divide it; take 72 or 108"),
+        ({"model.image.heads": 3}, "model.image.heads=3: does not divide width=32"),
+        ({"model.captioner.layers": 0}, "model.captioner.layers=0: at least 1"),
+        ({"model.patch_size": 0}, "model.patch_size=0: at least 1"),
+        ({"data.augmentation.smallest_crop": 0}, "a share above 0, at most 1"),
+        ({"data.augmentation.gray_probability": 2}, "data.augmentation.gray_probability=2"),
+        ({"training.device_batch_size": 0}, "training.device_batch_size=0: at least 1"),
+        ({"training.workers": -1}, "training.workers=-1: at least 0"),
+        ({"model.vocabulary_size": 20}, "model.vocabulary_size=20; raise it"),
+        ({"training.max_steps": 0}, "training.max_steps: pretraining reads an endless stream"),
+        ({"captions.budget": 14}, "captions.budget=14: from 1 to 13, what model.text_length has room for"),
+        ({"objective": "clip-web", "loss.caption": 1}, "loss.caption: objective 'clip-web' has only web; take another"),
+        ({"loss.web": 0, "loss.sub": 0, "loss.caption": 0}, "loss: every term is switched off"),
+        ({"training.global_batch_size": 24}, "not a multiple of device_batch_size=16 x 1 devices"),
+        ({"data.shards": "nowhere/*.tar"}, "nowhere/*.tar: no shard matches this pattern"),
+        ({"data.synthetic_caption": "recaption"}, "no readable sample in 5 shards (no 'recaption': "),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_model(
+    sample_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], values: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "run"
+    # One loader process: what fails there must read the same.
+    assert run_command(main, arguments(sample_world, folder, **{"training.workers": 1} | values)) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line and "Traceback" not in line
+    assert not (folder / "model.safetensors").exists() and not (folder / "tower").exists()
+
+
+def test_augmentation_keeps_left_and_right() -> None:
+    """Captions speak of left and right: no augmentation may mirror a picture."""
+    from PIL import Image
+
+    from vision_tower.data.augmentation import TrainingTransform
+    from vision_tower.data.images import normalize
+
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (0, 0, 32, 64))  # the left half is white
+    transform = TrainingTransform(Augmentation(smallest_crop=0.9), 32)
+    torch.manual_seed(0)
+    for _ in range(50):
+        pixels = transform(picture).float().mean(dim=0)
+        assert pixels[:, :8].mean() > pixels[:, -8:].mean() + 50
+    white = normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))[0, :, 0, 0]
+    expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    torch.testing.assert_close(white, expected)
+
+
+def test_training_and_evaluation_see_the_same_pixels(encoder_dir: Path) -> None:
+    """Without augmentation the stream's pixels are those of the processor saved beside the tower."""
+    from PIL import Image
+
+    from vision_tower.checkpoints.encoder import load_encoder
+    from vision_tower.data.augmentation import TrainingTransform
+    from vision_tower.data.images import normalize
+
+    picture = Image.effect_noise((96, 96), 60).convert("RGB")
+    transform = TrainingTransform(PLAIN, 96)
+    ours = normalize(transform(picture)[None])[0]
+    theirs = load_encoder(encoder_dir, "cpu").processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

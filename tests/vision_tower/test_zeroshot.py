@@ -1,0 +1,314 @@
+"""Zero-shot classification: the command, the naive computation, open_clip and CLIP_benchmark, and bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+from open_clip import build_zero_shot_classifier
+from PIL import Image
+
+from clips_eval import report, zeroshot
+from clips_eval.retrieval.zeroshot_intervals import intervals
+from clips_eval.stats.uncertainty import wilson
+from tests.helpers import colour_encoder
+from tests.helpers.colour_encoder import paint
+from vision_tower.checkpoints.encoder import Encoder, load_encoder
+from vision_tower.common.errors import NotFinite, UserError
+from vision_tower.data.image_batches import Skips
+from vision_tower.data.image_folder import DEFAULT_TEMPLATES, load_task, read_templates
+from vision_tower.data.karpathy import load_pairs
+from vision_tower.evaluation.evaluate import evaluate_retrieval, evaluate_zeroshot
+from vision_tower.evaluation.zeroshot import accuracies, best_classes, class_embeddings, classify
+
+TEMPLATES = ["a photo of a {}.", "{} in a picture", "a drawing of the {}, small"]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two red, two green and three blue pictures; one of the blue folder's is green, one lies deeper."""
+    for name, colour in (
+        ("red/1.png", "red"),
+        ("red/2.JPG", "red"),
+        ("green/1.png", "green"),
+        ("green/2.png", "green"),
+        ("blue/1.png", "blue"),
+        ("blue/2.png", "green"),
+        ("blue/deeper/3.webp", "blue"),
+    ):
+        paint(tmp_path / "data" / name, colour)
+    (tmp_path / "data" / "red" / "notes.txt").write_text("no picture")
+    colour_encoder.install(tmp_path / "encoder", monkeypatch)
+    return tmp_path
+
+
+def run(root: Path, *options: str) -> dict[str, Any]:
+    zeroshot.main([str(root / "encoder"), "--data", str(root / "data"), *options])
+    return json.loads((root / "encoder" / "zeroshot.json").read_text())
+
+
+def test_zeroshot(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(world, "--batch_size", "2")
+    assert found["top1"] == 6 / 7 and found["top5"] is None
+    assert found["mean_per_class"] == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert found["classes"] == [
+        {"folder": "blue", "name": "blue", "n": 3, "top1": 2 / 3},
+        {"folder": "green", "name": "green", "n": 2, "top1": 1.0},
+        {"folder": "red", "name": "red", "n": 2, "top1": 1.0},
+    ]
+    templates = read_templates(DEFAULT_TEMPLATES)
+    assert found["templates"] == templates and len(templates) == 8
+    assert (found["n_images"], found["n_classes"], found["n_texts"], found["n_skipped"]) == (7, 3, 24, 0)
+    assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert found["preprocessing"]["size"] == {"height": 24, "width": 24} and found["seconds"] > 0
+    assert found["command"].startswith("clips-mllm zeroshot ")
+    assert "85.7%   95 %: " in capsys.readouterr().out
+    assert found["format"] == 1 and set(found["intervals"]) == {"top1", "mean_per_class"}
+    assert (found["intervals"]["top1"]["n"], found["intervals"]["top1"]["clusters"]) == (7, 7)
+    report.main([str(world)])  # what it writes, `report` reads
+    assert json.loads((world / "report.json").read_text())["encoder"]["zeroshot"]["top1"] == found["top1"]
+
+
+def test_names_and_templates_from_files(world: Path) -> None:
+    """Names in the order of the sorted folders; with blue and green exchanged only the red pictures are right."""
+    (world / "names.txt").write_text("light green\ndark blue\nred\n")
+    (world / "templates.txt").write_text("# ours\n\n a {} thing\n{a} {} thing\n")
+    found = run(world, "--classes", str(world / "names.txt"), "--templates", str(world / "templates.txt"))
+    assert found["top1"] == 3 / 7  # the two red ones, and the green one that lies with the blue
+    assert [row["name"] for row in found["classes"]] == ["light green", "dark blue", "red"]
+    assert found["templates"] == ["a {} thing", "{a} {} thing"] and found["n_texts"] == 6
+
+
+def test_classes_of_one_name_are_told(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "names.txt").write_text("cold\ncold\nred\n")
+    run(world, "--classes", str(world / "names.txt"))
+    assert "note: blue, green: all named 'cold'; no encoder can" in capsys.readouterr().err
+    run(world)
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_underscores_in_folders_are_spaces(world: Path) -> None:
+    (world / "data" / "red").rename(world / "data" / "deep_red")
+    assert [row["name"] for row in run(world)["classes"]] == ["blue", "deep red", "green"]
+
+
+def test_unreadable_pictures_are_left_out_and_counted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "data" / "blue" / "2.png").write_bytes(b"no picture")
+    found = run(world, "--most_bad", "0.2")
+    assert (found["n_images"], found["n_skipped"], found["top1"], found["mean_per_class"]) == (6, 1, 1.0, 1.0)
+    assert found["classes"][0] == {"folder": "blue", "name": "blue", "n": 2, "top1": 1.0}
+    shown = capsys.readouterr()
+    assert "1 unreadable" in shown.out and shown.err.count("skipped: ") == 1 and "blue/2.png" in shown.err
+
+
+def test_a_class_whose_pictures_are_all_unreadable_is_not_counted_as_wrong(world: Path) -> None:
+    for file in (world / "data" / "red").iterdir():
+        file.write_bytes(b"")
+    found = run(world, "--most_bad", "0.5")
+    assert found["classes"][2] == {"folder": "red", "name": "red", "n": 0, "top1": None}
+    assert found["mean_per_class"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+class Peer(torch.nn.Module):
+    """Our encoder in the words of open_clip: raw, not normalised features."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.model = encoder.model
+
+    def encode_text(self, ids: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        return (1 if normalize else 3.7) * self.model.embed_texts(ids)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return 2.9 * self.model.embed_images(pixels)
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_dir: Path) -> Encoder:
+    return load_encoder(encoder_dir, "cpu")
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven classes of nine random pictures: whatever an untrained encoder says of them, the peers must say too."""
+    root = tmp_path_factory.mktemp("noise")
+    random = np.random.default_rng(0)
+    for place, name in enumerate(("cat", "dog", "big_bus", "red_car", "moon", "hat", "cup")):
+        (root / name).mkdir()
+        for number in range(9 - place % 3):
+            tint = random.integers(0, 255, (1, 1, 3))
+            pixels = (random.integers(0, 255, (40, 50, 3)) + 2 * tint) // 3
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+def test_the_classifier_equals_open_clips_and_clip_benchmarks(encoder: Encoder) -> None:
+    names = ["cat", "dog", "big bus", "red car", "moon", "hat", "cup"]
+    length = encoder.model.config.text_config.max_position_embeddings
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return encoder.tokenizer.contrastive(texts, length)
+
+    ours = class_embeddings(encoder, names, TEMPLATES, batch_size=5, progress=False)
+    assert ours.shape == (7, 32) and torch.allclose(ours.norm(dim=1), torch.ones(7))
+    theirs = build_zero_shot_classifier(Peer(encoder), tokenize, names, TEMPLATES, num_classes_per_batch=3)
+    assert torch.allclose(ours, theirs.T, atol=1e-6)
+    braces = [template.replace("{}", "{c}") for template in TEMPLATES]
+    theirs = zeroshot_classification.zero_shot_classifier(Peer(encoder), tokenize, names, braces, "cpu", amp=False)
+    assert torch.allclose(ours, theirs.T, atol=1e-6)
+    for batch_size in (1, 3, 64):
+        again = class_embeddings(encoder, names, TEMPLATES, batch_size=batch_size, progress=False)
+        assert torch.allclose(ours, again, atol=1e-6)
+
+
+def test_the_scores_equal_clip_benchmarks(encoder: Encoder, noise: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("\n".join(TEMPLATES))
+    task = load_task(noise, tmp_path / "t.txt")
+    ours = classify(encoder, task, 8, Skips("noise"), progress=False)
+    length = encoder.model.config.text_config.max_position_embeddings
+    loader = []
+    for picture in task.pictures:
+        assert isinstance(picture.content, Path)
+        image = Image.open(picture.content).convert("RGB")
+        pixels = encoder.processor(images=[image], return_tensors="pt")["pixel_values"]
+        loader.append((pixels, torch.tensor([picture.label])))
+    classifier = zeroshot_classification.zero_shot_classifier(
+        Peer(encoder),
+        lambda texts: encoder.tokenizer.contrastive(texts, length),
+        task.names,
+        [template.replace("{}", "{c}") for template in TEMPLATES],
+        "cpu",
+        amp=False,
+    )
+    logits, labels = zeroshot_classification.run_classification(Peer(encoder), classifier, loader, "cpu", amp=False)
+    # Its own `accuracy` does not run with this numpy; these are its words.
+    hits = logits.topk(5, 1, True, True)[1].t().eq(labels.view(1, -1))
+    assert ours.top1 == hits[0].sum().item() / len(labels)
+    assert ours.top5 == hits.any(dim=0).sum().item() / len(labels) and 0 < ours.top5 < 1
+    balanced = zeroshot_classification.balanced_accuracy_score(labels, logits.argmax(dim=1))
+    assert ours.mean_per_class == pytest.approx(balanced, abs=1e-12)
+
+
+def test_accuracies_equal_the_naive_computation() -> None:
+    random = torch.Generator().manual_seed(0)
+    images, classifier = torch.randn(200, 8, generator=random), torch.randn(12, 8, generator=random)
+    labels = torch.randint(11, (200,), generator=random)  # the last class has no picture
+    found = accuracies(best_classes(images, classifier), labels, classes=12)
+    ranked = [sorted(range(12), key=lambda c: -float(image @ classifier[c])) for image in images]
+    first = [order[0] == label for order, label in zip(ranked, labels.tolist(), strict=True)]
+    assert found.top1 == sum(first) / 200
+    assert found.top5 == sum(label in order[:5] for order, label in zip(ranked, labels.tolist(), strict=True)) / 200
+    own = [[hit for hit, label in zip(first, labels.tolist(), strict=True) if label == c] for c in range(12)]
+    assert found.per_class == [sum(hits) / len(hits) if hits else None for hits in own]
+    assert found.images_per_class == [len(hits) for hits in own] and found.per_class[11] is None
+    assert found.mean_per_class == pytest.approx(np.mean([np.mean(hits) for hits in own if hits]))
+
+
+def test_intervals_draw_pictures() -> None:
+    """Against a loop over the same draws; the classes are large enough that none is ever empty."""
+    random = np.random.default_rng(0)
+    labels = torch.from_numpy(random.integers(0, 5, 150))
+    best = torch.from_numpy(np.array([random.permutation(6)[:5] for _ in range(150)]))  # the last has no picture
+    scores = accuracies(best, labels, classes=6)
+    told = intervals(scores)
+    assert set(told) == {"top1", "top5", "mean_per_class"} and scores.per_class[5] is None
+    drawn = np.random.default_rng([0, 0]).multinomial(150, np.full(150, 1 / 150), 2000)
+    # A name's place in the alphabet is its cluster's: "10" stands before "2".
+    order = np.argsort([str(place) for place in range(150)])
+    own, first, near = labels.numpy()[order], np.array(scores.first)[order], np.array(scores.near)[order]
+    per_class = [(drawn * first)[:, own == c].sum(1) / drawn[:, own == c].sum(1) for c in range(5)]
+    for key, values in (
+        ("top1", (drawn * first).sum(1) / 150),
+        ("top5", (drawn * near).sum(1) / 150),
+        ("mean_per_class", np.mean(per_class, axis=0)),
+    ):
+        low, high = np.quantile(values, (0.025, 0.975))
+        assert told[key] == pytest.approx({"low": low, "high": high, "n": 150, "clusters": 150})
+        assert low < getattr(scores, key) < high
+
+
+def test_intervals_where_all_are_right_are_wilsons() -> None:
+    scores = accuracies(torch.tensor([[0], [1], [2], [2]]), torch.tensor([0, 1, 2, 2]), classes=3)
+    low, high = wilson(1.0, 4)
+    assert intervals(scores)["top1"] == pytest.approx({"low": low, "high": high, "n": 4, "clusters": 4})
+
+
+def test_a_diverged_encoder_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFinite):
+        best_classes(torch.full((1, 3), torch.nan), torch.ones(2, 3))
+    broken = torch.full((2, 3), torch.nan)
+    monkeypatch.setattr(colour_encoder.ColourEncoder, "embed_images", lambda _, images: broken[: len(images)])
+    with pytest.raises(UserError, match=r"encoder: .*NaN.*diverged"):
+        run(world, "--batch_size", "2")
+
+
+def test_evaluation_inside_training(
+    encoder: Encoder, noise: Path, sample_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers as the commands', without bars; the model goes on in the mode it was in, random state kept."""
+    model, task = encoder.model, load_task(noise)
+    wanted = classify(encoder, task, 16, Skips("noise"), progress=False)
+    pairs = load_pairs(sample_world / "retrieval" / "test.json", sample_world / "retrieval", "test")
+    model.train()
+    state = torch.get_rng_state()
+    found = evaluate_zeroshot(model, encoder.tokenizer, task, batch_size=7)
+    recall = evaluate_retrieval(model, encoder.tokenizer, pairs, batch_size=7)
+    assert model.training and all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state) and not capsys.readouterr().err
+    assert found == {"top1": wanted.top1, "top5": wanted.top5, "mean_per_class": wanted.mean_per_class}
+    assert set(recall) == {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} and recall["t2i_r10"] < 1
+    model.eval()
+    evaluate_zeroshot(model, encoder.tokenizer, task)
+    assert not model.training
+
+
+def empty(root: Path) -> None:
+    (root / "data" / "grey").mkdir()
+    (root / "data" / "grey" / "list.txt").write_text("")
+
+
+def no_classes(root: Path) -> None:
+    (root / "data").rename(root / "moved")
+    (root / "data").mkdir()
+    paint(root / "data" / "1.png", "red")
+
+
+def corrupt(root: Path) -> None:
+    (root / "data" / "red" / "1.png").write_bytes(b"no picture")
+
+
+def write(name: str, text: str) -> Any:
+    return lambda root: (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "words"),
+    [
+        (lambda root: (root / "data").rename(root / "moved"), [], ["data", "no such folder"]),
+        (no_classes, [], ["data", "0 class folders", "at least two"]),
+        (empty, [], ["data/grey", "no picture of this class"]),
+        (corrupt, [], ["1 of 7 pictures", "red/1.png", "0.01"]),
+        (write("f", "red\ngreen\n"), ["--classes", "f"], ["2 names for 3 class folders", "blue ... red"]),
+        (write("f", "red\n\nblue\n"), ["--classes", "f"], ["f: line 2", "empty"]),
+        (write("f", "a photo\n"), ["--templates", "f"], ["f: line 1", "'a photo'", "{}"]),
+        (write("f", "# none\n"), ["--templates", "f"], ["f", "no template"]),
+        (lambda root: None, ["--templates", "f"], ["f", "no such file"]),
+        (lambda root: None, ["--batch_size", "0"], ["--batch_size 0"]),
+        (lambda root: (root / "encoder" / "model.safetensors").unlink(), [], ["encoder", "model.safetensors"]),
+    ],
+)
+def test_zeroshot_names_what_is_wrong(
+    world: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, options: list[str], words: list[str]
+) -> None:
+    damage(world)
+    monkeypatch.chdir(world)
+    with pytest.raises(UserError) as caught:
+        run(world, *options)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert not (world / "encoder" / "zeroshot.json").exists()

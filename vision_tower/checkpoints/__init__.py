@@ -1,0 +1,1 @@
+"""Encoders on disk: strict loading, saving, open_clip in and out."""

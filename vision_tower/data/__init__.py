@@ -1,0 +1,1 @@
+"""Image-text pairs: shards to samples to batches; retrieval and zero-shot data sets."""

@@ -1,0 +1,1 @@
+"""Embedding, recall@k and zero-shot accuracy."""

@@ -1,0 +1,78 @@
+"""Many pictures and captions to embeddings, with progress and time left.
+
+pairs --pictures.decoded--> Encoder.embed_images --> images (N, D)
+      --captions----------> Encoder.embed_texts ---> texts  (M, D), owner (M,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from vision_tower.common.errors import UserError
+from vision_tower.data.image_batches import Pair, Skips, decoded
+
+if TYPE_CHECKING:
+    from vision_tower.checkpoints.encoder import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedPairs:
+    """Unit-norm fp32 embeddings with what they are of; `owner[j]` is the image that text j describes."""
+
+    images: torch.Tensor  # (N, D)
+    texts: torch.Tensor  # (M, D)
+    owner: torch.Tensor  # (M,) int64
+    names: list[str]  # N
+    captions: list[str]  # M
+    digests: list[str] = field(default_factory=list)  # N, SHA-256 of the pictures' bytes; empty where not known
+
+
+def embed_pairs(
+    encoder: Encoder, pairs: Iterable[Pair], batch_size: int, skips: Skips, *, total: int | None, progress: bool = True
+) -> EmbeddedPairs:
+    """Embed every readable picture and its captions; `total` pairs are expected, None if that is not known.
+
+    Raises:
+        UserError: too many unreadable pictures, or none at all.
+    """
+    images: list[torch.Tensor] = []
+    names: list[str] = []
+    captions: list[str] = []
+    owner: list[int] = []
+    digests: list[str] = []
+    with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
+        for batch, pictures in decoded(pairs, batch_size, skips, digests):
+            if pictures:
+                images.append(encoder.embed_images(pictures))
+            for pair in batch:
+                captions += pair.texts
+                owner += [len(names)] * len(pair.texts)
+                names.append(pair.name)
+            bar.update(skips.seen - bar.n)
+    if not images:
+        raise UserError(f"{skips.source}: no readable picture to measure on; check the data")
+    texts = embed_captions(encoder, captions, batch_size, progress=progress)
+    return EmbeddedPairs(
+        images=torch.cat(images),
+        texts=texts,
+        owner=torch.tensor(owner),
+        names=names,
+        captions=captions,
+        digests=digests,
+    )
+
+
+def embed_captions(encoder: Encoder, captions: list[str], batch_size: int, *, progress: bool = True) -> torch.Tensor:
+    """Embeddings (M, D) of M captions, at least one."""
+    texts = []
+    with tqdm(total=len(captions), desc="texts", unit="text", disable=not progress) as bar:
+        for start in range(0, len(captions), batch_size):
+            batch = captions[start : start + batch_size]
+            texts.append(encoder.embed_texts(batch))
+            bar.update(len(batch))
+    return torch.cat(texts)

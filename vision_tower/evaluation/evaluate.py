@@ -1,0 +1,59 @@
+"""Scores of a model that is being trained: retrieval and zero-shot, as the commands measure them.
+
+karpathy.load_pairs, image_folder.load_task   once, before training: bad data stops the run before it starts
+evaluate_retrieval, evaluate_zeroshot         every N steps; the model comes back in the mode it was in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vision_tower.checkpoints.encoder import Encoder
+from vision_tower.data.image_batches import Pair, Skips
+from vision_tower.data.image_folder import ZeroShotTask
+from vision_tower.data.images import evaluation_processor
+from vision_tower.evaluation.embedding import embed_pairs
+from vision_tower.evaluation.recall import recall_at_k
+from vision_tower.evaluation.zeroshot import classify
+from vision_tower.model.modeling import ClipsModel
+from vision_tower.text.tokenizer import ClipsTokenizer
+
+
+@contextmanager
+def evaluating(model: ClipsModel, tokenizer: ClipsTokenizer) -> Iterator[Encoder]:
+    """The model as an encoder, in evaluation mode; its mode is restored."""
+    training = model.training
+    try:
+        yield Encoder(model, tokenizer, evaluation_processor(model.config.vision_config.image_size))
+    finally:
+        model.train(training)
+
+
+def evaluate_retrieval(
+    model: ClipsModel, tokenizer: ClipsTokenizer, pairs: list[Pair], batch_size: int = 64, *, progress: bool = False
+) -> dict[str, float]:
+    """Recall@1, 5, 10 both ways as fractions, `i2t_r1` ... `t2i_r10`, over what `load_pairs` returned.
+
+    Raises:
+        UserError: too many unreadable pictures.
+        NotFinite: an embedding is not finite.
+    """
+    with evaluating(model, tokenizer) as encoder:
+        found = embed_pairs(encoder, pairs, batch_size, Skips("retrieval"), total=len(pairs), progress=progress)
+    return recall_at_k(found.images, found.texts, found.owner)
+
+
+def evaluate_zeroshot(
+    model: ClipsModel, tokenizer: ClipsTokenizer, task: ZeroShotTask, batch_size: int = 64, *, progress: bool = False
+) -> dict[str, float]:
+    """`top1`, `mean_per_class` and, from five classes on, `top5`, as fractions, over what `load_task` returned.
+
+    Raises:
+        UserError: too many unreadable pictures.
+        NotFinite: an embedding is not finite.
+    """
+    with evaluating(model, tokenizer) as encoder:
+        scores = classify(encoder, task, batch_size, Skips(str(task.root)), progress=progress)
+    found = {"top1": scores.top1, "top5": scores.top5, "mean_per_class": scores.mean_per_class}
+    return {name: share for name, share in found.items() if share is not None}

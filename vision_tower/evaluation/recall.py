@@ -1,0 +1,138 @@
+"""Recall@k between images and texts, without ever holding the whole similarity matrix.
+
+    texts (M, D), images (N, D) --block by block--> scores (TEXTS, IMAGES) --topk of rows-----> best images of a text
+                                                                           --topk of columns--> best texts of an image
+
+Shapes: N images, M texts, D embedding width, Q queries, C candidates.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vision_tower.common.errors import NotFinite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# One product serves both directions. A block is wide enough that reading its columns costs little beside the product.
+TEXTS, IMAGES = 1024, 8192
+TIED = 64  # queries at a time whose order is drawn again over all candidates
+
+
+def recall_at_k(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    block: tuple[int, int] = (TEXTS, IMAGES),
+) -> dict[str, float]:
+    """Recall@k in both directions, as fractions of the queries; equal to CLIP_benchmark's on the same embeddings.
+
+    Image to text: an image counts if *any* of its texts is among its k best texts (the usual protocol for COCO and
+    Flickr30K with five captions an image). Text to image: a text counts if its image is among its k best images.
+
+    Where equal scores lie across place k (duplicate captions), `torch.topk` over all candidates decides, as it does in
+    CLIP_benchmark (`clip_benchmark.metrics.zeroshot_retrieval`). It looks at scores alone, so an encoder that has
+    collapsed to a single point scores chance. Fractions are rounded to fp32, as there.
+
+    Args:
+        images: (N, D), unit norm if the score is to be the cosine.
+        texts: (M, D).
+        image_of_text: (M,) integer, the row of `images` each text belongs to.
+        block: texts and images at a time; the memory is one block and max(ks) + 1 scores a query, linear in N + M.
+    Returns:
+        `{"i2t_r1": ..., "t2i_r1": ...}`, one pair of keys for each k.
+    Raises:
+        ValueError: shapes that do not fit, or an image without a text.
+        NotFinite: an embedding is not finite.
+    """
+    found = hits_at_k(images, texts, image_of_text, ks, block)
+    return {key: _share(hits) for key, hits in found.items()}
+
+
+def hits_at_k(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    block: tuple[int, int] = (TEXTS, IMAGES),
+) -> dict[str, Tensor]:
+    """What `recall_at_k` is the share of: for each query whether it counts, (N,) and (M,) bool. Arguments as there."""
+    import torch
+
+    _check(images, texts, image_of_text)
+    rows = torch.arange(len(images), device=images.device)
+    of_image = _Best(images, min(max(ks) + 1, len(texts)))
+    of_text = _Best(texts, min(max(ks) + 1, len(images)))
+    for some_texts in _parts(len(texts), block[0]):
+        for some_images in _parts(len(images), block[1]):
+            scores = texts[some_texts] @ images[some_images].T
+            of_text.add(some_texts, scores, first=some_images.start)
+            of_image.add(some_images, scores.T, first=some_texts.start)
+    i2t = {f"i2t_r{k}": _hits(of_image.places_of(k, images, texts), image_of_text, rows) for k in ks}
+    t2i = {f"t2i_r{k}": _hits(of_text.places_of(k, texts, images), rows, image_of_text) for k in ks}
+    return i2t | t2i
+
+
+class _Best:
+    """The `keep` best candidates of each query, gathered block by block: `values` and `places`, (Q, keep)."""
+
+    def __init__(self, queries: Tensor, keep: int) -> None:
+        import torch
+
+        self.keep = keep
+        self.values = torch.full((len(queries), keep), -torch.inf, dtype=queries.dtype, device=queries.device)
+        self.places = torch.zeros((len(queries), keep), dtype=torch.long, device=queries.device)
+
+    def add(self, rows: slice, scores: Tensor, first: int) -> None:
+        """Take in the scores (q, c) of some queries with the candidates from place `first` on."""
+        import torch
+
+        new = scores.topk(min(self.keep, scores.shape[1]), dim=1)
+        values = torch.cat([self.values[rows], new.values], dim=1)
+        places = torch.cat([self.places[rows], new.indices + first], dim=1)
+        self.values[rows], order = values.topk(self.keep, dim=1)
+        self.places[rows] = places.gather(1, order)
+
+    def places_of(self, k: int, queries: Tensor, candidates: Tensor) -> Tensor:
+        """The k best candidates of each query, (Q, k); all of them where there are fewer than k."""
+        places = self.places[:, :k].clone()
+        if k < self.keep:
+            tied = (self.values[:, k - 1] == self.values[:, k]).nonzero().squeeze(1)
+            for part in tied.split(TIED):
+                places[part] = (queries[part] @ candidates.T).topk(k, dim=1).indices
+        return places
+
+
+def _parts(total: int, most: int) -> list[slice]:
+    """`range(total)` in parts of nearly equal size: a last part of one row would go through another product's code."""
+    count = -(-total // most)
+    edges = [total * part // count for part in range(count + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
+
+
+def _hits(places: Tensor, image_of_candidate: Tensor, image_of_query: Tensor) -> Tensor:
+    """Which queries have a candidate of their own image among `places` (Q, k)."""
+    return (image_of_candidate[places] == image_of_query[:, None]).any(dim=1)
+
+
+def _share(hits: Tensor) -> float:
+    import torch
+
+    return torch.tensor(hits.sum().item() / len(hits), dtype=torch.float32).item()
+
+
+def _check(images: Tensor, texts: Tensor, image_of_text: Tensor) -> None:
+    import torch
+
+    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
+        raise ValueError(f"images {tuple(images.shape)} and texts {tuple(texts.shape)} must be (N, D) and (M, D)")
+    if image_of_text.shape != (len(texts),):
+        raise ValueError(f"image_of_text {tuple(image_of_text.shape)} must be ({len(texts)},), one image for each text")
+    if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
+        raise NotFinite("an embedding holds NaN or infinity")
+    if not torch.equal(image_of_text.unique(), torch.arange(len(images), device=image_of_text.device)):
+        raise ValueError(f"each of the {len(images)} images needs a text, and each text an image among them")

@@ -1,0 +1,1 @@
+"""ClipsModel: two stock towers and the captioner, and its losses."""

@@ -1,0 +1,1 @@
+"""CLIPS pretraining: recipe, trainer, evaluation inside a run."""

@@ -1,0 +1,1 @@
+"""Captions, the CLIPS token layout, and which text each objective reads."""
