@@ -25,11 +25,11 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $(STAMP)
 
-quickstart: $(STAMP) ## the whole road on real input: data, CLIPS, stage 1, stage 2, measure, chat (runs/quickstart)
-	scripts/road.sh quickstart
+quickstart: $(STAMP) ## the whole pipeline on real input: data, CLIPS, stage 1, stage 2, measure, chat (runs/quickstart)
+	scripts/pipeline.sh quickstart
 
-smoke: $(STAMP) ## the same road with a random two-layer LLaMA and a few dozen steps (runs/smoke)
-	scripts/road.sh smoke
+smoke: $(STAMP) ## the same pipeline with a random two-layer LLaMA and a few dozen steps (runs/smoke)
+	scripts/pipeline.sh smoke
 
 test: $(STAMP) ## run the tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -5,7 +5,7 @@
     python benchmarks/evaluate_speed.py … --documents 500 --modes chat simple --batches 1 16
     python benchmarks/evaluate_speed.py … --startup                                        # start to first answer
 
-500 yes/no questions about 100 pictures (five each) in POPE's form, greedy, through lmms-eval's `simple_evaluate` for
+500 yes/no questions about 100 images (five each) in POPE's form, greedy, through lmms-eval's `simple_evaluate` for
 both. The answers must be identical. `--startup` compares, each in a fresh process, importing `lmms_eval.evaluator`
 with the whole of `clips-mllm evaluate --limit 1`. Seconds depend on the machine, the ratios are what counts.
 """
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PER_PICTURE = 5
+PER_IMAGE = 5
 
 
 def main() -> None:
@@ -73,17 +73,17 @@ def build(tower: str, llm: str, folder: Path) -> Path:
 
 
 def questions(world: Path, file: Path, count: int) -> Path:
-    """POPE's form over test scenes: `count` questions, five a picture, about the objects of the sample world."""
+    """POPE's form over test scenes: `count` questions, five an image, about the objects of the sample world."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Image, Value
 
     asked = pq.read_table(world / "eval" / "pope_random.parquet", columns=["question"])["question"].to_pylist()
-    pictures = sorted((world / "retrieval" / "images").glob("*.png"))[: -(-count // PER_PICTURE)]
+    images = sorted((world / "retrieval" / "images").glob("*.png"))[: -(-count // PER_IMAGE)]
     rng = random.Random(0)
     rows = []
     for place in range(count):
-        content = io.BytesIO(pictures[place // PER_PICTURE].read_bytes()).getvalue()
+        content = io.BytesIO(images[place // PER_IMAGE].read_bytes()).getvalue()
         row = {"question": rng.choice(asked), "answer": "yes", "image": {"bytes": content, "path": None}}
         rows.append({"id": str(place), "question_id": str(place), **row, "image_source": "s", "category": "random"})
     names = ("id", "question_id", "question", "answer", "image_source", "category")

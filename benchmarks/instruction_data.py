@@ -23,15 +23,15 @@ from pathlib import Path
 from PIL import Image
 
 WORDS = ("the", "a", "cat", "dog", "on", "red", "table", "of", "and", "is", "what", "where", "many", "shows", "left")
-PICTURES = 2000  # of `memory`; rows share them. The doctor has a file a row.
+IMAGES = 2000  # of `memory`; rows share them. The doctor has a file a row.
 DISTINCT = 500  # the other files are links to them
 
 
-def write_world(folder: Path, rows: int, pictures: int) -> None:
-    """A LLaVA JSON like mix665k's: one to four questions, one row in ten without a picture."""
+def write_world(folder: Path, rows: int, images: int) -> None:
+    """A LLaVA JSON like mix665k's: one to four questions, one row in ten without an image."""
     rng = random.Random(0)
     (folder / "images").mkdir()
-    for number in range(pictures):
+    for number in range(images):
         file = folder / "images" / f"{number:06d}.jpg"
         if number < DISTINCT:
             Image.effect_noise((224, 224), 60).convert("RGB").save(file, quality=80)
@@ -47,7 +47,7 @@ def write_world(folder: Path, rows: int, pictures: int) -> None:
                 turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(1, 80)))})
             row: dict[str, object] = {"id": str(number), "conversations": turns}
             if number % 10:
-                row["image"] = f"images/{number % pictures:06d}.jpg"
+                row["image"] = f"images/{number % images:06d}.jpg"
             out.write(("[\n" if number == 0 else ",\n") + json.dumps(row))
         out.write("\n]\n")
 
@@ -93,10 +93,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = min(given.rows, given.rows if given.what == "doctor" else PICTURES)
-        write_world(folder, given.rows, pictures)
+        images = min(given.rows, given.rows if given.what == "doctor" else IMAGES)
+        write_world(folder, given.rows, images)
         size = (folder / "rows.json").stat().st_size / 2**20
-        print(f"{given.rows:,} rows, {size:.0f} MB of JSON, {pictures:,} pictures, {os.cpu_count()} cores")
+        print(f"{given.rows:,} rows, {size:.0f} MB of JSON, {images:,} images, {os.cpu_count()} cores")
         environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
         if given.what == "doctor":
             words = ["data", "doctor", str(folder / "rows.json"), "--output", str(folder / "doctor.json")]

@@ -71,12 +71,12 @@ def write_shards(folder: Path, count: int, shards: int, side: int) -> None:
         with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
             for number in range(shard, count, shards):
                 coarse = Image.frombytes("RGB", (24, 18), rng.randbytes(24 * 18 * 3))
-                picture = io.BytesIO()
-                coarse.resize((side * 4 // 3, side), Image.Resampling.BICUBIC).save(picture, format="JPEG", quality=90)
+                image = io.BytesIO()
+                coarse.resize((side * 4 // 3, side), Image.Resampling.BICUBIC).save(image, format="JPEG", quality=90)
                 web = sentence(rng.randint(5, 15))
                 full = " ".join(sentence(rng.randint(8, 20)) for _ in range(rng.randint(3, 6)))
                 row = json.dumps({"web_caption": web, "synthetic_caption": full})
-                add(tar, f"{number:06d}.jpg", picture.getvalue())
+                add(tar, f"{number:06d}.jpg", image.getvalue())
                 add(tar, f"{number:06d}.txt", web.encode())
                 add(tar, f"{number:06d}.json", row.encode())
 
@@ -86,12 +86,12 @@ def write_shards(folder: Path, count: int, shards: int, side: int) -> None:
 
 def our_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> list[str]:
     """The recipe of `clips-mllm pretrain`."""
-    width, layers, heads, joint = SIZES[args.size]
+    width, layers, heads, embed_dim = SIZES[args.size]
     values: dict[str, Any] = {
         "output_dir": folder,
         "data.shards": shards / "*.tar",
         "data.shuffle_buffer": 1000,
-        "model.joint": joint,
+        "model.embed_dim": embed_dim,
         "model.image_size": args.image_size,
         "model.patch_size": 16,
         "model.vocabulary_size": VOCABULARY,
@@ -115,12 +115,12 @@ def their_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> lis
     """The options of `python -m open_clip_train.main`, and a model config for them."""
     import open_clip
 
-    width, layers, heads, joint = SIZES[args.size]
+    width, layers, heads, embed_dim = SIZES[args.size]
     vision = {"image_size": args.image_size, "layers": layers, "width": width, "head_width": width // heads}
     vision |= {"patch_size": 16, "attentional_pool": True, "attn_pooler_heads": heads, "output_tokens": True}
     text = {"context_length": 76, "vocab_size": VOCABULARY, "width": width, "heads": heads, "layers": layers}
     config = {
-        "embed_dim": joint,
+        "embed_dim": embed_dim,
         "vision_cfg": vision,
         "text_cfg": text | {"embed_cls": True, "output_tokens": True},
         "multimodal_cfg": text | {"attn_pooler_heads": heads},

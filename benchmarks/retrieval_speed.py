@@ -24,7 +24,7 @@ Recalls = dict[str, float]
 
 
 class Lookup(torch.nn.Module):
-    """A "model" whose pictures and token ids are rows of embeddings: CLIP_benchmark then only compares."""
+    """A "model" whose images and token ids are rows of embeddings: CLIP_benchmark then only compares."""
 
     def __init__(self, images: torch.Tensor, texts: torch.Tensor) -> None:
         super().__init__()

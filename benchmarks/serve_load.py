@@ -31,7 +31,7 @@ QUESTIONS = ("What is this?", "Which colour do you see?", "Tell me all about it,
 
 
 def requests() -> list[dict[str, Any]]:
-    """Different pictures, questions and lengths, a third of them without a picture."""
+    """Different images, questions and lengths, a third of them without an image."""
     found = []
     for number, (color, text) in enumerate((color, text) for color in COLORS for text in QUESTIONS):
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
@@ -42,7 +42,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def data_url(color: str, side: int) -> str:
-    """A picture of one colour."""
+    """An image of one colour."""
     out = io.BytesIO()
     Image.new("RGB", (side, side), color).save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

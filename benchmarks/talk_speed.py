@@ -24,7 +24,7 @@ from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.conversation import question, statement
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.sampling import Sampling
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
-    with Engine(load_mllm(given.model, device=given.device, dtype=given.dtype), most_rows=given.clients) as engine:
+    with Engine(load_mllm(given.model, device=given.device, dtype=given.dtype), max_batch_size=given.clients) as engine:
         found = {"first_token": first_token(engine, given.turns, given.rounds)}
         engine.ends = set()  # answers of one length, however the model was trained
         found |= {
@@ -49,12 +49,12 @@ def main() -> None:
     print(json.dumps({"torch_threads": torch.get_num_threads(), **found}, indent=1))
 
 
-def generate(engine: Engine, messages: list[Any], pictures: list[Picture], tokens: int) -> None:
-    """Plain `generate` on the whole conversation, pictures and all."""
+def generate(engine: Engine, messages: list[Any], images: list[InputImage], tokens: int) -> None:
+    """Plain `generate` on the whole conversation, images and all."""
     mllm = engine.mllm
     text = mllm.processor.apply_chat_template(messages, add_generation_prompt=True)
-    images = [picture.image for picture in pictures]
-    inputs = mllm.processor(text=text, images=images or None, return_tensors="pt").to(mllm.device, mllm.model.dtype)
+    decoded = [image.image for image in images]
+    inputs = mllm.processor(text=text, images=decoded or None, return_tensors="pt").to(mllm.device, mllm.model.dtype)
     with torch.inference_mode():
         mllm.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
 
@@ -66,27 +66,27 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def picture(number: int) -> Picture:
-    """Different pictures: none is known from before."""
-    return Picture(Image.new("RGB", (336, 336), (number * 37 % 256, number * 91 % 256, number * 53 % 256)))
+def image(number: int) -> InputImage:
+    """Different images: none is known from before."""
+    return InputImage(Image.new("RGB", (336, 336), (number * 37 % 256, number * 91 % 256, number * 53 % 256)))
 
 
 def first_token(engine: Engine, turns: int, rounds: int) -> dict[str, float]:
     """Seconds to the first token of a turn after `turns` others."""
     ours, peer = [], []
     for number in range(rounds + 1):
-        pictures = [picture(number)]
-        messages: list[Any] = [question(f"What is in the picture? Number {number}.", 1)]
+        images = [image(number)]
+        messages: list[Any] = [question(f"What is in the image? Number {number}.", 1)]
         for turn in range(turns):
             if turn:
                 messages.append(question(f"Tell me more about it, in the way of turn {turn}.", 0))
-            answer = "".join(Answer(engine, engine.prompt(messages, pictures), Sampling(max_new_tokens=32)))
+            answer = "".join(Answer(engine, engine.prompt(messages, images), Sampling(max_new_tokens=32)))
             messages.append(statement("assistant", answer))
         asked = [*messages, question("And what else?", 0)]
         ours.append(
-            seconds(lambda: list(Answer(engine, engine.prompt(asked, pictures), Sampling(max_new_tokens=1))))  # noqa: B023
+            seconds(lambda: list(Answer(engine, engine.prompt(asked, images), Sampling(max_new_tokens=1))))  # noqa: B023
         )
-        fresh = picture(number)  # prepared anew
+        fresh = image(number)  # prepared anew
         peer.append(seconds(lambda: generate(engine, asked, [fresh], 1)))  # noqa: B023
     return ratio(statistics.median(ours[1:]), statistics.median(peer[1:]), "seconds")
 
@@ -95,28 +95,28 @@ def tokens_per_second(engine: Engine, tokens: int, rounds: int) -> dict[str, flo
     """Tokens after the first, each second; the prompt's time is taken out by a run of one token."""
     ours, peer = [], []
     for number in range(rounds + 1):
-        messages, pictures = [question(f"Tell me all. Number {number}.", 1)], [picture(100 + number)]
+        messages, images = [question(f"Tell me all. Number {number}.", 1)], [image(100 + number)]
 
         def answer(length: int) -> None:
-            list(Answer(engine, engine.prompt(messages, pictures), Sampling(max_new_tokens=length)))  # noqa: B023
+            list(Answer(engine, engine.prompt(messages, images), Sampling(max_new_tokens=length)))  # noqa: B023
 
         answer(1)  # so that both runs below find the same prefix
         one, many = seconds(lambda: answer(1)), seconds(lambda: answer(tokens))
         ours.append((tokens - 1) / (many - one))
-        one = seconds(lambda: generate(engine, messages, pictures, 1))  # noqa: B023
-        many = seconds(lambda: generate(engine, messages, pictures, tokens))  # noqa: B023
+        one = seconds(lambda: generate(engine, messages, images, 1))  # noqa: B023
+        many = seconds(lambda: generate(engine, messages, images, tokens))  # noqa: B023
         peer.append((tokens - 1) / (many - one))
     return ratio(statistics.median(ours[1:]), statistics.median(peer[1:]), "tokens_per_second")
 
 
 def throughput(engine: Engine, clients: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Answers a second, of `clients` at once and of one after the other, about different pictures."""
+    """Answers a second, of `clients` at once and of one after the other, about different images."""
     sampling = Sampling(max_new_tokens=tokens)
     together, alone = [], []
     for number in range(rounds + 1):
 
         def ask(place: int) -> Answer:
-            shown = [picture(1000 + number * 100 + place)]  # noqa: B023
+            shown = [image(1000 + number * 100 + place)]  # noqa: B023
             return Answer(engine, engine.prompt([question(f"What is it? {place}", 1)], shown), sampling)
 
         together.append(clients / seconds(lambda: [list(answer) for answer in [ask(i) for i in range(clients)]]))

@@ -37,7 +37,7 @@ RATES = {"align": 1e-3, "finetune": 1e-4}
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """A stock checkpoint of SmolLM2 and a random tower, and a JSON of samples with one picture for each stage."""
+    """A stock checkpoint of SmolLM2 and a random tower, and a JSON of samples with one image for each stage."""
     import torch
 
     from clips_mllm.model.build import build_mllm
@@ -96,7 +96,7 @@ def train_ours(args: argparse.Namespace, stage: str, shared: Path, folder: Path)
         "data.file": shared / f"{stage}.json",
         "data.images": shared / "images",
         "data.template": "chatml",
-        "data.most_bad": 0.0,
+        "data.max_bad_fraction": 0.0,
         "stage.llm": "true" if stage == "finetune" else "false",
         "training.global_batch_size": args.batch,
         "training.device_batch_size": args.batch,
@@ -155,7 +155,7 @@ def train_theirs(args: argparse.Namespace, stage: str, shared: Path, folder: Pat
 
 
 def their_dataset(stage: str, shared: Path) -> Any:
-    """Columns `messages` and `images`; pictures are decoded as they are asked for."""
+    """Columns `messages` and `images`; images are decoded as they are asked for."""
     from datasets import Dataset, Image, List
 
     rows = json.loads((shared / f"{stage}.json").read_text())

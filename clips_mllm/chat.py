@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.talk.examples import check_picture, read_examples
+from clips_mllm.talk.examples import check_image, read_examples
 from clips_mllm.talk.recipes import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import check_model, start_engine
@@ -30,17 +30,21 @@ def main(argv: list[str]) -> None:
     check_model(recipe.model, recipe)
     sampling = Sampling(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
     if recipe.question is not None and not recipe.question.strip():
-        raise UserError("--question: it is empty; ask something, or leave it out for a conversation")
+        raise UserError("it is empty", key="--question", remedy="ask something, or leave it out for a conversation")
     if recipe.examples is not None and (recipe.question is not None or recipe.image):
-        raise UserError("--examples: they bring their own questions and pictures; leave --question and --image out")
+        raise UserError(
+            "they bring their own questions and images", key="--examples", remedy="leave --question and --image out"
+        )
     if recipe.output is not None and recipe.examples is None:
         raise UserError(
-            "--output: it keeps the answers to --examples; elsewhere use > FILE, or /save in a conversation"
+            "it keeps the answers to --examples",
+            key="--output",
+            remedy="elsewhere use > FILE, or /save in a conversation",
         )
     if recipe.question is None and recipe.examples is None and sys.stdin is None:
-        raise UserError("no question: standard input is closed; ask with --question")
+        raise UserError("no question: standard input is closed", remedy="ask with --question")
     for file in recipe.image:
-        check_picture(file)
+        check_image(file)
     examples = read_examples(Path(recipe.examples)) if recipe.examples is not None else []
     with start_engine(recipe.model, recipe) as engine:
         from clips_mllm.talk.terminal import Terminal

@@ -19,8 +19,8 @@ class Command:
 
 
 COMMANDS = {
-    "data sample": Command("clips_mllm.sample.build", "build the sample world: pictures, captions, benchmarks, an LLM"),
-    "data doctor": Command("clips_mllm.doctor", "look at every row and picture of a data set; write a clean copy"),
+    "data sample": Command("clips_mllm.sample.build", "build the sample world: images, captions, benchmarks, an LLM"),
+    "data doctor": Command("clips_mllm.doctor", "look at every row and image of a data set; write a clean copy"),
     "data preview": Command("clips_mllm.preview", "show samples with what the model learns in colour"),
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 
     near = difflib.get_close_matches(" ".join(argv[:2]), COMMANDS, n=1) or difflib.get_close_matches(argv[0], COMMANDS)
     remedy = f"did you mean '{near[0]}'?" if near else "see 'clips-mllm --help'"
-    raise UserError(f"clips-mllm: no command '{' '.join(argv[:2])}'; {remedy}")
+    raise UserError(f"clips-mllm: no command '{' '.join(argv[:2])}'", remedy=f"{remedy}")
 
 
 def run() -> int:

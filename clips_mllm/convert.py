@@ -39,7 +39,7 @@ def refuse_unused(recipe: ConvertRecipe) -> None:
     """Raise UserError where a field is given that an encoder has no use for."""
     for name in ("tower", "llm"):
         if getattr(recipe, name) is not None:
-            raise UserError(f"--{name}: an encoder's conversion has no use for it; it belongs to '--to llava'")
+            raise UserError(f"--{name}: an encoder's conversion has no use for it", remedy="it belongs to '--to llava'")
 
 
 def import_llava(recipe: ConvertRecipe) -> None:

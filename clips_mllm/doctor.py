@@ -1,4 +1,4 @@
-"""`clips-mllm data doctor`: every row and picture looked at before a night is spent on them.
+"""`clips-mllm data doctor`: every row and image looked at before a night is spent on them.
 
 clips-mllm data doctor llava_v1_5_mix665k.json --images data/LLaVA-Instruct --model lmsys/vicuna-7b-v1.5
 clips-mllm data doctor rows.json --images images --fix rows_clean.json

@@ -114,11 +114,13 @@ def verify(folder: Path) -> list[str]:
     written = manifest(folder).get("written")
     if not written:
         raise UserError(
-            f"{folder / 'manifest.json'}: tells of no weights; only finished runs, merges and conversions do"
+            "tells of no weights", file=folder / "manifest.json", remedy="only finished runs, merges and conversions do"
         )
     for name, wanted in written.items():
         if not (folder / name).is_file() or file_hash(folder / name) != wanted:
-            raise UserError(f"{folder / name}: not what the manifest tells of; make or fetch the folder again")
+            raise UserError(
+                "not what the manifest tells of", file=folder / name, remedy="make or fetch the folder again"
+            )
     return list(written)
 
 

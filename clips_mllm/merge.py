@@ -43,7 +43,9 @@ def main(argv: list[str]) -> None:
     from vision_tower.common.files import new_folder
 
     if not is_adapter(recipe.adapter):
-        raise UserError(f"{recipe.adapter}: no adapter here (adapter_config.json); give the folder of a LoRA run")
+        raise UserError(
+            "no adapter here (adapter_config.json)", file=recipe.adapter, remedy="give the folder of a LoRA run"
+        )
     with new_folder(Path(recipe.output)) as work:
         model, processor = load_parts(recipe.adapter, dtype=recipe.dtype)
         save_mllm(model, processor, work)

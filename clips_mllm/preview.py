@@ -38,12 +38,12 @@ img { max-height: 220px; margin-right: .5rem; border-radius: 4px } small { color
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A sample of the preview: where it is from, its tokens in runs, its pictures; or why it cannot be used."""
+    """A sample of the preview: where it is from, its tokens in runs, its images; or why it cannot be used."""
 
     place: str
     counts: str
     pieces: list[Piece]
-    pictures: list[bytes]
+    images: list[bytes]
     fault: str = ""
 
 
@@ -75,22 +75,22 @@ def samples(recipe: PreviewRecipe) -> Iterator[Shown]:
 
     renderer = open_renderer(recipe.render)
     store = RowStore(recipe.source)
-    say(recipe.source, store.report, len(store), most_bad=1.0, quiet=False)
+    say(recipe.source, store.report, len(store), max_bad_fraction=1.0, quiet=False)
     image_id = renderer.tokenizer.convert_tokens_to_ids(IMAGE)
     count = min(recipe.count, len(store))
     for at in (number * len(store) // count for number in range(count)):
         example = store.example(at)
         place = f"row {store.number(at)}"
         try:
-            pictures = [_thumbnail(store.picture(at, name)) for name in example.images]
+            images = [_thumbnail(store.image(at, name)) for name in example.images]
             rendered = renderer(example)
         except (Unsupervised, OSError, ValueError) as error:
             yield Shown(place, "", [], [], str(error))
             continue
         learnt = sum(label != IGNORED for label in rendered.labels)
         cut = f", cut from {rendered.whole}" if rendered.whole > len(rendered.ids) else ""
-        counts = f"{len(rendered.ids)} tokens{cut}, {learnt} learnt, {len(pictures)} pictures"
-        yield Shown(place, counts, pieces(rendered.ids, rendered.labels, renderer.tokenizer, image_id), pictures)
+        counts = f"{len(rendered.ids)} tokens{cut}, {learnt} learnt, {len(images)} images"
+        yield Shown(place, counts, pieces(rendered.ids, rendered.labels, renderer.tokenizer, image_id), images)
 
 
 def page(title: str, shown: list[Shown]) -> str:
@@ -104,13 +104,13 @@ def page(title: str, shown: list[Shown]) -> str:
 
 
 def _article(sample: Shown) -> str:
-    pictures = "".join(
-        f"<img alt='picture' src='data:image/jpeg;base64,{base64.b64encode(content).decode()}'>"
-        for content in sample.pictures
+    images = "".join(
+        f"<img alt='image' src='data:image/jpeg;base64,{base64.b64encode(content).decode()}'>"
+        for content in sample.images
     )
     said = f"<p class='bad'>{html.escape(sample.fault)}</p>" if sample.fault else f"<small>{sample.counts}</small>"
     return (
-        f"<article><h3>{sample.place}</h3>{said}<div>{pictures}</div>"
+        f"<article><h3>{sample.place}</h3>{said}<div>{images}</div>"
         f"<pre>{''.join(map(_piece, sample.pieces))}</pre></article>"
     )
 
@@ -126,10 +126,10 @@ def _thumbnail(content: bytes) -> bytes:
     """A small JPEG. Raises BadImage."""
     from vision_tower.data.images import decode_image
 
-    picture = decode_image(content, least=THUMBNAIL)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image = decode_image(content, least=THUMBNAIL)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=85)
+    image.save(out, "JPEG", quality=85)
     return out.getvalue()
 
 

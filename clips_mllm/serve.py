@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     require_packages()
     limits = recipe.limits
     with bound_socket(recipe.host, recipe.port) as address:
-        engine = start_engine(recipe.model, recipe, most_rows=limits.rows, most_waiting=limits.waiting)
+        engine = start_engine(recipe.model, recipe, max_batch_size=limits.rows, max_waiting=limits.waiting)
         try:
             run_server(engine, recipe, token, address)
         finally:
@@ -47,7 +47,7 @@ def require_packages() -> None:
 
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install 'clips-mllm[serve]'")
+            raise UserError(f"{package} is not installed", remedy="pip install 'clips-mllm[serve]'")
 
 
 def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: socket.socket) -> None:

@@ -100,12 +100,19 @@ def refuse_output(folder: Path, recipe: TrainRecipe) -> None:
 
     base, adapts = recipe.model.checkpoint, recipe.stage.adapter.kind != "none"
     if base is not None and Path(base).is_dir() and Path(base).resolve() == folder.resolve():
-        raise UserError(f"output_dir={recipe.output_dir}: is model.checkpoint, which it would overwrite; take another")
+        raise UserError(
+            "is model.checkpoint, which it would overwrite",
+            key="output_dir",
+            value=recipe.output_dir,
+            remedy="take another",
+        )
     if is_complete(folder) if adapts else is_adapter(folder):
         there = "a plain checkpoint" if adapts else "an adapter"
         raise UserError(
-            f"output_dir={recipe.output_dir}: holds {there} of another run, beside which this one's would be taken for "
-            "a part of it; take another, or remove it"
+            f"holds {there} of another run, beside which this one's would be taken for a part of it",
+            key="output_dir",
+            value=recipe.output_dir,
+            remedy="take another, or remove it",
         )
 
 
@@ -117,7 +124,7 @@ def build_trainer(
 
     from clips_mllm.data.dataset import InstructionCollator, InstructionDataset, packing_for
     from clips_mllm.model.cached_tower import open_cached_tower
-    from clips_mllm.model.processors import make_square
+    from clips_mllm.model.processors import set_aspect_ratio
     from clips_mllm.planning.memory_check import memory_line
     from clips_mllm.prompts.chat_template import adopt_template
     from clips_mllm.training.kernels import choose_attention
@@ -130,12 +137,12 @@ def build_trainer(
 
     choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16", arguments.device)
     adopt_template(processor, recipe.data.template, model)
-    make_square(processor, recipe.data.square)
+    set_aspect_ratio(processor, recipe.data.image_aspect_ratio)
     dataset = InstructionDataset(recipe.data, processor, examples)
     check_ranks_agree(dataset)
     collator = InstructionCollator(processor, packing_for(recipe.data, model.config.text_config._attn_implementation))
     if recipe.model.checkpoint is None:
-        fit_projector(model, device=arguments.device, **first_pictures(dataset, collator))
+        fit_projector(model, device=arguments.device, **first_images(dataset, collator))
         if recipe.model.word_steps:
             start_by_words(model, dataset, collator, steps=recipe.model.word_steps, device=arguments.device)
     trained, line = apply_stage(model, recipe.stage)
@@ -178,7 +185,7 @@ def build_trainer(
 def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: AnyProcessor) -> tuple[Any, Any]:
     """(what is trained on, what is held out): another file, a share of the same one, or nothing."""
     from clips_mllm.data.dataset import InstructionDataset
-    from clips_mllm.data.held_out import hold_out
+    from clips_mllm.data.held_out import train_eval_split
 
     evaluation = recipe.evaluation
     if not evaluation.every or (evaluation.file is None and not evaluation.share):
@@ -190,7 +197,7 @@ def split(recipe: TrainRecipe, dataset: InstructionDataset, processor: AnyProces
         held = InstructionDataset(other, processor)
         held.features = dataset.features
         return dataset, held
-    return hold_out(dataset, evaluation.share, recipe.training.seed)
+    return train_eval_split(dataset, evaluation.share, recipe.training.seed)
 
 
 def further_arguments(recipe: TrainRecipe) -> dict[str, Any]:
@@ -241,8 +248,10 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, Any
         kind = whole.stage.adapter.kind
         if kind != "none" and is_adapter(recipe.checkpoint):
             raise UserError(
-                f"model.checkpoint={recipe.checkpoint}: an adapter, which cannot be the base of another; make a plain "
-                "checkpoint of it by `clips-mllm merge`"
+                "an adapter, which cannot be the base of another",
+                key="model.checkpoint",
+                value=recipe.checkpoint,
+                remedy="make a plain checkpoint of it by `clips-mllm merge`",
             )
         return load_parts(recipe.checkpoint, dtype=dtype, quantize="4bit" if kind == "qlora" else "none")
     assert recipe.tower is not None and recipe.llm is not None, "MllmRecipe.check has run"
@@ -266,12 +275,13 @@ def check_ranks_agree(dataset: InstructionDataset) -> None:
     if other is not None:
         rank, (first, _), (rows, _) = other
         raise UserError(
-            f"{dataset.name}: rank 0 reads {first:,} rows and rank {rank} {rows:,}, or others; bring "
-            "the same file and pictures to every machine"
+            f"rank 0 reads {first:,} rows and rank {rank} {rows:,}, or others",
+            file=dataset.name,
+            remedy="bring the same file and images to every machine",
         )
 
 
-def first_pictures(dataset: InstructionDataset, collator: InstructionCollator) -> dict[str, torch.Tensor]:
+def first_images(dataset: InstructionDataset, collator: InstructionCollator) -> dict[str, torch.Tensor]:
     """Those of the first samples: a sample of what the tower will see, the same on every rank."""
     from clips_mllm.model.processors import IMAGE_INPUTS
 

@@ -2,7 +2,7 @@
 
 clips-mllm web runs/quickstart/finetune --examples runs/quickstart/data/examples.json
 clips-mllm web runs/quickstart/finetune --beside runs/quickstart/align          # the same question to two models
-clips-mllm web runs/quickstart/finetune --encoder runs/quickstart/encoder --pictures photos/
+clips-mllm web runs/quickstart/finetune --encoder runs/quickstart/encoder --images photos/
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
     try:
         import gradio
     except ImportError as error:
-        raise UserError("gradio is not installed; pip install 'clips-mllm[web]'") from error
+        raise UserError("gradio is not installed", remedy="pip install 'clips-mllm[web]'") from error
     from clips_mllm.talk.web.page import CSS, THEME, Page
     from clips_mllm.talk.web.uploads import MEGABYTE, upload_folder
 
     gallery = None
-    if recipe.encoder is not None and recipe.pictures is not None:
+    if recipe.encoder is not None and recipe.images is not None:
         from clips_mllm.talk.web.gallery import Gallery
         from vision_tower.checkpoints.encoder import load_encoder
 
         captions = Path(recipe.captions) if recipe.captions else None
-        gallery = Gallery(load_encoder(recipe.encoder, recipe.device), Path(recipe.pictures), captions)
+        gallery = Gallery(load_encoder(recipe.encoder, recipe.device), Path(recipe.images), captions)
     names = [recipe.model] if recipe.beside is None else [recipe.model, recipe.beside]
-    engines = [stack.enter_context(start_engine(name, recipe, most_rows=4)) for name in names]
+    engines = [stack.enter_context(start_engine(name, recipe, max_batch_size=4)) for name in names]
     page = Page(
         engines=engines,
         names=short_names(names),
         examples=examples,
         gallery=gallery,
         feedback=Path(recipe.feedback) if recipe.feedback else None,
-        most_megabytes=recipe.most_megabytes,
-        most_pixels=recipe.most_pixels,
-        most_pictures=recipe.most_pictures,
+        max_upload_mb=recipe.max_upload_mb,
+        max_pixels=recipe.max_pixels,
+        max_images=recipe.max_images,
     )
     stack.enter_context(upload_folder())
     blocks: gradio.Blocks = page.build()
@@ -77,7 +77,7 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
             server_name=recipe.host,
             server_port=recipe.port or None,
             auth=None if token is None else (lambda _, given: hmac.compare_digest(given.encode(), token.encode())),
-            max_file_size=recipe.most_megabytes * MEGABYTE,
+            max_file_size=recipe.max_upload_mb * MEGABYTE,
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -88,7 +88,7 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
             css=CSS,
         )
     except OSError as error:  # somebody else took the port while the models were loaded
-        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there; give another port") from error
+        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there", remedy="give another port") from error
     print(f"talk at {address} (Ctrl-C stops)", flush=True)
     return blocks
 
@@ -98,16 +98,16 @@ def check(recipe: WebRecipe) -> None:
     for key in ("model", "beside"):
         if (name := getattr(recipe, key)) is not None:
             check_model(name, recipe, key)
-    if (recipe.encoder is None) != (recipe.pictures is None):
-        raise UserError("encoder and pictures belong together: the retrieval tab needs both")
+    if (recipe.encoder is None) != (recipe.images is None):
+        raise UserError("encoder and images belong together: the retrieval tab needs both")
     if recipe.captions is not None and recipe.encoder is None:
-        raise UserError("captions: the retrieval tab needs encoder and pictures, too")
-    for key in ("encoder", "pictures"):
+        raise UserError("the retrieval tab needs encoder and images, too", key="captions")
+    for key in ("encoder", "images"):
         if (folder := getattr(recipe, key)) is not None and not Path(folder).is_dir():
-            raise UserError(f"{folder}: no such folder ({key}); check the path")
+            raise UserError(f"no such folder ({key})", file=folder, remedy="check the path")
     if recipe.captions is not None and not Path(recipe.captions).is_file():
-        raise UserError(f"{recipe.captions}: no such file (captions); check the path")
-    for key in ("most_megabytes", "most_pixels", "most_pictures"):
+        raise UserError("no such file (captions)", file=recipe.captions, remedy="check the path")
+    for key in ("max_upload_mb", "max_pixels", "max_images"):
         if getattr(recipe, key) < 1:
             raise UserError(f"{key}={getattr(recipe, key)}: at least 1")
     if recipe.feedback is not None:
@@ -121,7 +121,7 @@ def check_writable(file: Path) -> None:
     while not there.exists() and there != there.parent:
         there = there.parent
     if file.is_dir() or (there != file and not there.is_dir()) or not os.access(there, os.W_OK):
-        raise UserError(f"{file}: cannot be written (feedback); name a JSONL file in a folder of yours")
+        raise UserError("cannot be written (feedback)", file=file, remedy="name a JSONL file in a folder of yours")
 
 
 def short_names(models: list[str]) -> list[str]:

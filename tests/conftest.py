@@ -97,7 +97,7 @@ def encoder_dir(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) ->
         image=tower,
         text=tower,
         captioner=tower,
-        joint=32,
+        embed_dim=32,
         image_size=96,
         patch_size=32,
         text_length=24,
@@ -171,7 +171,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str
 
 @pytest.fixture(scope="session")
 def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny MLLM with weights so large that every prompt and picture has another answer."""
+    """The tiny MLLM with weights so large that every prompt and image has another answer."""
     from clips_mllm.model.checkpoint import load_mllm, save_mllm
 
     mllm = louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)

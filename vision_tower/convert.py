@@ -50,7 +50,7 @@ def write(recipe: ConvertRecipe, model: ClipsModel, tokenizer: ClipsTokenizer | 
     if recipe.to == "tower":
         save_tower(model, folder)
     elif tokenizer is None:
-        raise UserError(f"{recipe.source}: no vocab.txt or tokenizer.json; put the model's vocabulary there")
+        raise UserError("no vocab.txt or tokenizer.json", file=recipe.source, remedy="put the model's vocabulary there")
     elif recipe.to == "clips":
         save_encoder(model, tokenizer, folder)
     else:
@@ -71,7 +71,9 @@ def read_source(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
         model = load_model(folder)
         refuse_not_finite(folder, model.state_dict())
         return model, ClipsTokenizer.from_pretrained(folder)
-    raise UserError(f"{folder}: neither {FILE} nor config.json here; give a folder of open_clip or of `pretrain`")
+    raise UserError(
+        f"neither {FILE} nor config.json here", file=folder, remedy="give a folder of open_clip or of `pretrain`"
+    )
 
 
 def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
@@ -91,8 +93,10 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
     if tokenizer is not None:
         if len(tokenizer) > config.text_config.vocab_size:
             raise UserError(
-                f"{folder}: its vocabulary has {len(tokenizer)} pieces, more than text_cfg.vocab_size="
-                f"{config.text_config.vocab_size}; put the model's own vocabulary there"
+                f"its vocabulary has {len(tokenizer)} pieces, more than "
+                f"text_cfg.vocab_size={config.text_config.vocab_size}",
+                file=folder,
+                remedy="put the model's own vocabulary there",
             )
         special = {"pad_token_id": tokenizer.pad, "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
         config.text_config.update(special)
@@ -116,7 +120,7 @@ def find_weights(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
         what = "no file of weights" if not found else f"{len(found)} files that could be the weights"
-        raise UserError(f"{folder}: {what}; put {WEIGHTS[0]} there")
+        raise UserError(f"{what}", file=folder, remedy=f"put {WEIGHTS[0]} there")
     return found[0]
 
 

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.model.step_loss import StepLoss
     from vision_tower.pretraining.stream_trainer import report_skipped
     from vision_tower.pretraining.trainer import PretrainTrainer
-    from vision_tower.text.text_streams import TextDrawer
+    from vision_tower.text.text_streams import CaptionSampler
     from vision_tower.training.resume import end_if_stopped, refuse_other_recipe
 
     if holds_run(folder):
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         recipe.training.seed,
         arguments.process_index,
         arguments.world_size,
-        TextDrawer(tokenizer, objective, recipe.captions, recipe.model.text_room),
+        CaptionSampler(tokenizer, objective, recipe.captions, recipe.model.text_room),
     )
     check_vocabulary(tokenizer)
     trainer = PretrainTrainer(
@@ -139,8 +139,10 @@ def load_tokenizer(recipe: PretrainRecipe, checkpoint: str | None = None) -> Cli
     if len(tokenizer) > recipe.model.vocabulary_size:
         source = recipe.model.start_from or recipe.model.vocabulary or "data"
         raise UserError(
-            f"{source}: the vocabulary needs {len(tokenizer)} pieces, more than "
-            f"model.vocabulary_size={recipe.model.vocabulary_size}; raise it"
+            f"the vocabulary needs {len(tokenizer)} pieces, more than "
+            f"model.vocabulary_size={recipe.model.vocabulary_size}",
+            file=source,
+            remedy="raise it",
         )
     return tokenizer
 
@@ -151,7 +153,11 @@ def check_vocabulary(tokenizer: ClipsTokenizer) -> None:
 
     everyone = gather_object([tokenizer.fast.get_vocab()])
     if any(vocabulary != everyone[0] for vocabulary in everyone):
-        raise UserError("model.vocabulary: the ranks could not read the same shards to train one on; give a vocab.txt")
+        raise UserError(
+            "the ranks could not read the same shards to train one on",
+            key="model.vocabulary",
+            remedy="give a vocab.txt",
+        )
 
 
 def starting_model(
@@ -194,7 +200,7 @@ def model_config(
             "num_attention_heads": text.heads,
             "max_position_embeddings": recipe.text_length,
             "vocab_size": recipe.vocabulary_size,
-            "projection_size": recipe.joint,
+            "projection_size": recipe.embed_dim,
             "hidden_act": "gelu_pytorch_tanh",
             "layer_norm_eps": 1e-6,
             "pad_token_id": tokenizer.pad,
@@ -209,7 +215,7 @@ def model_config(
         captioner_mlp=captioner.mlp,
         captioner_queries=recipe.target_length,
         teacher_forced=objective.teacher_forced,
-        projection_dim=recipe.joint,
+        projection_dim=recipe.embed_dim,
     )
 
 

@@ -1,4 +1,4 @@
-"""A sample as people read it: which tokens are learnt, pictures as one sign.
+"""A sample as people read it: which tokens are learnt, images as one sign.
 
 ids, labels --pieces--> runs of text, learnt or not --terminal or HTML--> preview, preflight
 """
@@ -24,7 +24,7 @@ class Piece:
 
     Attributes:
         learnt: whether they are supervised.
-        images: positions of a picture; 0 for text.
+        images: positions of an image; 0 for text.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Piece:
 
 
 def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerFast, image_id: int) -> list[Piece]:
-    """Runs of picture positions, of learnt tokens, and of other tokens, in order."""
+    """Runs of image positions, of learnt tokens, and of other tokens, in order."""
     found: list[Piece] = []
     pairs = zip(ids, labels, strict=True)
     for (is_image, learnt), group in itertools.groupby(pairs, lambda pair: (pair[0] == image_id, pair[1] != IGNORED)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.data.json_rows import read_rows
-from clips_mllm.data.llava_json import ROLES, opening_answers, picture_parts, turns_key, turns_read
+from clips_mllm.data.llava_json import ROLES, image_parts, opening_answers, turns_key, turns_read
 from clips_mllm.data.recipe import InstructionSource
 from clips_mllm.data.row_source import is_json, open_table
 from vision_tower.common.errors import UserError
@@ -22,10 +22,10 @@ from vision_tower.common.errors import UserError
 def check_copy(source: InstructionSource, copy: Path, shards: bool) -> None:
     """Raise UserError where the copy would be of another kind, or replace what it is copied from."""
     if copy.resolve() == Path(source.file).resolve():
-        raise UserError(f"--fix {copy}: that is the file itself; give another name")
+        raise UserError(f"--fix {copy}: that is the file itself", remedy="give another name")
     if shards:
         if copy.suffix:
-            raise UserError(f"--fix {copy}: shards are copied into a folder; give its name")
+            raise UserError(f"--fix {copy}: shards are copied into a folder", remedy="give its name")
         return
     wanted = (".json", ".jsonl") if is_json(source) else (".parquet",)
     if copy.suffix not in wanted:
@@ -33,11 +33,11 @@ def check_copy(source: InstructionSource, copy: Path, shards: bool) -> None:
 
 
 def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files: Mapping[int, list[str]]) -> None:
-    """The good rows of a JSON, JSONL or table, as they were but for an opening answer and renamed pictures.
+    """The good rows of a JSON, JSONL or table, as they were but for an opening answer and renamed images.
 
     Args:
         bad: numbers of rows that are left out.
-        files: the pictures that are there, by number of the row.
+        files: the images that are there, by number of the row.
     """
     if not is_json(source):
         table = open_table(source)
@@ -68,7 +68,7 @@ def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
     for key in ("image", "images"):
         if row.get(key):
             return row | {key: files[0] if isinstance(row[key], str) else files}
-    for (part, name), file in zip(picture_parts(read), files, strict=True):
+    for (part, name), file in zip(image_parts(read), files, strict=True):
         part[name] = file
     return read
 
@@ -79,7 +79,9 @@ def refuse_same_names(shards: Iterable[str]) -> None:
     for shard in shards:
         name = _name(shard)
         if name in known:
-            raise UserError(f"--fix: {known[name]} and {shard} have the same name; mend one folder at a time")
+            raise UserError(
+                f"{known[name]} and {shard} have the same name", key="--fix", remedy="mend one folder at a time"
+            )
         known[name] = shard
 
 

@@ -21,7 +21,7 @@ class RenderRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorRecipe:
-    """Look at every row and every picture of a LLaVA JSON, JSONL or Parquet, or of pretraining shards.
+    """Look at every row and every image of a LLaVA JSON, JSONL or Parquet, or of pretraining shards.
 
     Args:
         file: LLaVA JSON, JSONL, Parquet, folder or hub data set as in data.file of a training recipe; or pretraining
@@ -30,8 +30,8 @@ class DoctorRecipe:
         split: which split of a folder or hub data set.
         model: folder or hub id of the LLM, or of a LLaVA checkpoint; tokens are counted with its tokenizer.
         template: how a conversation is written; none takes the checkpoint's, or the LLM's own.
-        image_tokens: positions of one picture; 0 takes the checkpoint's, and 576 where there is none.
-        max_length: longest sequence in tokens, pictures included.
+        image_tokens: positions of one image; 0 takes the checkpoint's, and 576 where there is none.
+        max_length: longest sequence in tokens, images included.
         web_caption: of pretraining shards, the web caption's column or key.
         synthetic_caption: of pretraining shards, the synthetic caption's column or key.
         fix: write a copy without the bad rows here, a file of the same kind (shards: a folder).
@@ -79,10 +79,10 @@ class PreviewRecipe:
         split: which split of a folder or hub data set.
         model: folder or hub id of the LLM, or of a LLaVA checkpoint, for its tokenizer.
         template: how a conversation is written; none takes the checkpoint's, or the LLM's own.
-        image_tokens: positions of one picture; 0 takes the checkpoint's, and 576 where there is none.
-        max_length: longest sequence in tokens, pictures included.
+        image_tokens: positions of one image; 0 takes the checkpoint's, and 576 where there is none.
+        max_length: longest sequence in tokens, images included.
         count: samples, evenly spread over the file.
-        output: an HTML page with the pictures, complete in itself, instead of the terminal.
+        output: an HTML page with the images, complete in itself, instead of the terminal.
     """
 
     file: str
@@ -131,4 +131,4 @@ def _check(recipe: DoctorRecipe | PreviewRecipe) -> None:
     if recipe.image_tokens < 0:
         raise UserError(f"--image_tokens {recipe.image_tokens}: 0 (the checkpoint's) or a number of positions")
     if recipe.template is not None and recipe.model is None:
-        raise UserError("--template: tokens need a tokenizer; give --model too")
+        raise UserError("tokens need a tokenizer", key="--template", remedy="give --model too")

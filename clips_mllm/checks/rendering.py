@@ -70,5 +70,7 @@ def _image_tokens(model: str) -> int:
         return LLAVA_TOKENS
     processor = read_pretrained(AutoProcessor, model)
     if not isinstance(processor, LlavaProcessor):
-        raise UserError(f"{model}: its pictures have tiles, as many as their shape asks for; give --image_tokens")
+        raise UserError(
+            "its images have tiles, as many as their shape asks for", file=model, remedy="give --image_tokens"
+        )
     return image_tokens(processor)

@@ -92,7 +92,7 @@ class Findings:
             lines.append((f"  dropped: {cause}", count, f"{place}row {first['row']} {first['detail']}".rstrip()))
         for what, count in self.mended.most_common():
             lines.append((f"  mended: {what}", count, ""))
-        lines += [("pictures", self.images, ""), ("text only", self.text_only, "")]
+        lines += [("images", self.images, ""), ("text only", self.text_only, "")]
         lines.append(("ids that repeat", self.repeated_ids, "kept"))
         if self.tokens:
             spread, learnt = _spread(self.tokens), _spread(self.learnt)

@@ -1,7 +1,7 @@
-"""What the doctor looks at, a chunk at a time and in any process: rows, their pictures, their tokens.
+"""What the doctor looks at, a chunk at a time and in any process: rows, their images, their tokens.
 
-chunk of rows --to_example--> conversation --decode--> pictures --render--> tokens --> a Verdict each
-shard         --read_shard--> pair         --decode--> picture                     --> a Verdict each
+chunk of rows --to_example--> conversation --decode--> images --render--> tokens --> a Verdict each
+shard         --read_shard--> pair         --decode--> image                     --> a Verdict each
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips_mllm.checks.recipe import RenderRecipe
-from clips_mllm.data.llava_json import BadRow, Example, picture_bytes, to_example
-from clips_mllm.data.row_checks import MISSING, find_pictures, row_name
+from clips_mllm.data.llava_json import BadRow, Example, image_bytes, to_example
+from clips_mllm.data.row_checks import MISSING, find_images, row_name
 from clips_mllm.prompts.conversation import IGNORED, Unsupervised
 from vision_tower.data.images import BadImage, decode_image
 from vision_tower.data.recipe import SourceRecipe
@@ -39,8 +39,8 @@ class Verdict:
         cause: why it cannot be used; empty where it can.
         detail: the file or the error behind the cause.
         mended: what loading puts right, or passes over, in it.
-        files: its pictures, where a file of another name stands in for a missing one.
-        images: pictures.
+        files: its images, where a file of another name stands in for a missing one.
+        images: images.
         tokens, learnt: positions in the sequence, and supervised ones; 0 without a tokenizer.
         whole: positions before the cut at max_length.
     """
@@ -82,11 +82,11 @@ def _check_row(row: Any, number: int, folder: Path) -> Verdict:
     verdict = Verdict(number, row_name(row))
     try:
         example = to_example(row)
-        found = find_pictures(example, folder)
+        found = find_images(example, folder)
         verdict.mended, verdict.images = found.mended, len(found.images)
         if found.images != example.images:
             verdict.files = [str(name) for name in found.images]
-        _check_pictures(verdict, row, found, folder)
+        _check_images(verdict, row, found, folder)
         if _renderer is not None:
             rendered = _renderer(found)
             verdict.tokens, verdict.whole = len(rendered.ids), rendered.whole
@@ -102,13 +102,13 @@ def _check_row(row: Any, number: int, folder: Path) -> Verdict:
     return verdict
 
 
-def _check_pictures(verdict: Verdict, row: dict[str, Any], example: Example, folder: Path) -> None:
+def _check_images(verdict: Verdict, row: dict[str, Any], example: Example, folder: Path) -> None:
     for name in example.images:
-        content = (folder / name).read_bytes() if isinstance(name, str) else picture_bytes(row, name)
-        _check_picture(verdict, content, str(folder / name) if isinstance(name, str) else f"picture {name}")
+        content = (folder / name).read_bytes() if isinstance(name, str) else image_bytes(row, name)
+        _check_image(verdict, content, str(folder / name) if isinstance(name, str) else f"image {name}")
 
 
-def _check_picture(verdict: Verdict, content: bytes, name: str) -> None:
+def _check_image(verdict: Verdict, content: bytes, name: str) -> None:
     try:
         decode_image(content, least=1)  # a JPEG's every block is read, but at an eighth of the size
     except BadImage as error:
@@ -130,7 +130,7 @@ def check_shard(given: tuple[str, SourceRecipe]) -> list[Verdict]:
             try:
                 if not any(read_captions(row, source, random.Random(0))):
                     raise BadSample("no caption")
-                _check_picture(verdict, read_image(row, source), row.key)
+                _check_image(verdict, read_image(row, source), row.key)
             except BadSample as error:
                 verdict.cause = str(error)
             except BadImage as error:

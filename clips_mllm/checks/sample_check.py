@@ -22,10 +22,10 @@ class SampleCheck:
         seen: samples that were looked at, evenly spread over the set.
         causes: how many of them cannot be used, by cause.
         first: the first unusable one, in words; empty where all are fine.
-        tokens: mean length of the usable ones, pictures included.
+        tokens: mean length of the usable ones, images included.
         learnt: mean number of supervised tokens.
         cut: how many are longer than max_length and lose their end.
-        images: mean number of pictures.
+        images: mean number of images.
     """
 
     seen: int
@@ -42,15 +42,15 @@ class SampleCheck:
         told = ", ".join(f"{count} x {cause}" for cause, count in self.causes.items())
         return (
             f"{self.seen} samples looked at: {self.tokens:.0f} tokens and {self.learnt:.0f} learnt on average, "
-            f"{self.images:.2f} pictures, {self.cut} cut at max_length, {bad} unusable" + (f" ({told})" if told else "")
+            f"{self.images:.2f} images, {self.cut} cut at max_length, {bad} unusable" + (f" ({told})" if told else "")
         )
 
 
 def check_sample(dataset: InstructionDataset, count: int = 64) -> SampleCheck:
-    """Render and decode `count` samples, evenly spread; counts nothing against `most_bad` of the run.
+    """Render and decode `count` samples, evenly spread; counts nothing against `max_bad_fraction` of the run.
 
     Raises:
-        UserError: more than `most_bad` of the sample, and more than one, cannot be used.
+        UserError: more than `max_bad_fraction` of the sample, and more than one, cannot be used.
     """
     places = sorted({at * len(dataset) // count for at in range(min(count, len(dataset)))})
     if len(dataset) <= count:
@@ -72,9 +72,11 @@ def check_sample(dataset: InstructionDataset, count: int = 64) -> SampleCheck:
         cut += rendered.whole > len(rendered.ids)
     good = max(len(places) - causes.total(), 1)
     found = SampleCheck(len(places), dict(causes), first, tokens / good, learnt / good, cut, images / good)
-    if causes.total() > max(1, dataset.recipe.most_bad * len(places)) or causes.total() == len(places):
+    if causes.total() > max(1, dataset.recipe.max_bad_fraction * len(places)) or causes.total() == len(places):
         raise UserError(
-            f"{dataset.name}: {causes.total()} of {len(places)} samples looked at cannot be used (first: {first}), "
-            f"more than data.most_bad={dataset.recipe.most_bad}; run `clips-mllm data doctor` on it"
+            f"{causes.total()} of {len(places)} samples looked at cannot be used (first: {first}), more "
+            f"than data.max_bad_fraction={dataset.recipe.max_bad_fraction}",
+            file=dataset.name,
+            remedy="run `clips-mllm data doctor` on it",
         )
     return found

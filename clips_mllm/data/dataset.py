@@ -23,8 +23,8 @@ from clips_mllm.data.mixture import mix
 from clips_mllm.data.packing import Row, fill, pack
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.data.row_store import RowStore, say
-from clips_mllm.model.feature_store import BLANK, FeatureStore, Looked, visual_inputs
-from clips_mllm.model.processors import IMAGE_INPUTS, picture_tokens
+from clips_mllm.model.feature_store import BLANK, CachedImage, FeatureStore, visual_inputs
+from clips_mllm.model.processors import IMAGE_INPUTS, image_token_counts
 from clips_mllm.prompts.chat_template import template_for
 from clips_mllm.prompts.conversation import IGNORED, Unsupervised
 from clips_mllm.prompts.render import Rendered, render
@@ -41,7 +41,7 @@ class Examples(Sequence[Example]):
     def __init__(self, recipe: InstructionRecipe) -> None:
         self.stores = [RowStore(source) for source in recipe.sources]
         for store in self.stores:
-            say(store.source, store.report, len(store), recipe.most_bad, quiet=not is_main_process())
+            say(store.source, store.report, len(store), recipe.max_bad_fraction, quiet=not is_main_process())
         sizes = [len(store) for store in self.stores]
         self.begins = np.cumsum([0, *sizes])
         self.places = mix(recipe.sources, sizes, recipe.seed)
@@ -70,8 +70,9 @@ class Examples(Sequence[Example]):
 class InstructionDataset(Dataset[dict[str, Any]]):
     """Rendered conversations with their pixels.
 
-    Rows that cannot be used are dropped and counted when the set is opened; pictures that turn out corrupt are
-    replaced by the next sample and counted. Above `most_bad` the run stops. `examples` are those of the recipe, where
+    Rows that cannot be used are dropped and counted when the set is opened; images that turn out corrupt are
+    replaced by the next sample and counted. Above `max_bad_fraction` the run stops. `examples` are those of the
+    recipe, where
     they are open.
     """
 
@@ -90,7 +91,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`ids`, `labels` and `images`, a list of RGB pictures; with `features`, what looking them up there gave."""
+        """`ids`, `labels` and `images`, a list of RGB images; with `features`, what looking them up there gave."""
         for step in range(len(self)):
             at = (index + step) % len(self)
             with self.seen.get_lock():
@@ -102,33 +103,35 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             except Unsupervised as error:
                 names = ", ".join(map(str, self.examples[at].images))
                 self._count_corrupt(f"{names or 'a text-only sample'}: {error}")
-        raise UserError(f"{self.name}: not one usable sample; every picture is corrupt or nothing is supervised")
+        raise UserError(
+            "not one usable sample", file=self.name, remedy="every image is corrupt or nothing is supervised"
+        )
 
     def load(self, index: int) -> tuple[dict[str, Any], Rendered]:
         """The sample at a place itself, and how it was rendered. Raises BadImage, OSError or Unsupervised."""
         store, at = self.examples.where(index)
         example = store.example(at)
-        pictures = [self._picture(store, at, name) for name in example.images]
-        rendered = self.render(example, pictures)
-        return {"ids": rendered.ids, "labels": rendered.labels, "images": pictures}, rendered
+        images = [self._image(store, at, name) for name in example.images]
+        rendered = self.render(example, images)
+        return {"ids": rendered.ids, "labels": rendered.labels, "images": images}, rendered
 
     def describe(self, index: int) -> str:
         """File and row of a sample."""
         store, at = self.examples.where(index)
         return f"{store.source.file}: row {store.number(at)}"
 
-    def render(self, example: Example, pictures: Sequence[Image.Image | Looked]) -> Rendered:
+    def render(self, example: Example, images: Sequence[Image.Image | CachedImage]) -> Rendered:
         """Ids and labels of an example."""
         return render(
             example.messages,
             template=self.template,
             tokenizer=self.processor.tokenizer,
-            image_tokens=picture_tokens(self.processor, pictures),
+            image_tokens=image_token_counts(self.processor, images),
             max_length=self.recipe.max_length,
         )
 
-    def _picture(self, store: RowStore, at: int, name: str | int) -> Image.Image | Looked:
-        content = store.picture(at, name)
+    def _image(self, store: RowStore, at: int, name: str | int) -> Image.Image | CachedImage:
+        content = store.image(at, name)
         try:
             return decode_image(content) if self.features is None else self.features.look_up(content, decode_image)
         except BadImage as error:
@@ -142,10 +145,12 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         seen = self.seen.value
         if bad.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: that there are more is told, and a log stays readable
             print(f"skipped: {self.name}: {what} ({bad} so far)", file=sys.stderr, flush=True)
-        if seen >= SETTLED and bad > self.recipe.most_bad * seen:
+        if seen >= SETTLED and bad > self.recipe.max_bad_fraction * seen:
             raise UserError(
-                f"{self.name}: {bad} of {seen} samples could not be used (last: {what}), more than data.most_bad="
-                f"{self.recipe.most_bad}; `clips-mllm data doctor` finds them; mend the data or raise the limit"
+                f"{bad} of {seen} samples could not be used (last: {what}), more than "
+                f"data.max_bad_fraction={self.recipe.max_bad_fraction}; `clips-mllm data doctor` finds them",
+                file=self.name,
+                remedy="mend the data or raise the limit",
             )
 
     def lengths(self) -> np.ndarray:
@@ -159,9 +164,9 @@ class InstructionCollator:
 
     With tiles `pixel_values` is (images, tiles, 3, h, w), and `image_sizes` (images, 2) stands beside it.
 
-    A batch without any picture gets a blank one whose tokens are masked padding: then every rank always runs tower and
+    A batch without any image gets a blank one whose tokens are masked padding: then every rank always runs tower and
     projector, and no collective of ZeRO waits for a rank that has only text. With `packing`, samples share rows, and
-    `position_ids` that start again stand in the place of `attention_mask` (packing.py). With `features`, pictures are
+    `position_ids` that start again stand in the place of `attention_mask` (packing.py). With `features`, images are
     what the store said of them, and the batch is one for `CachedTower.complete`.
     """
 
@@ -174,27 +179,27 @@ class InstructionCollator:
         if any(sample["images"] for sample in samples):
             blank = []
         else:
-            picture = blank_picture()
-            count = picture_tokens(self.processor, [picture])[0]
+            image = blank_image()
+            count = image_token_counts(self.processor, [image])[0]
             ids, labels = [self.processor.image_token_id] * count, [IGNORED] * count
-            blank = [{"ids": ids, "labels": labels, "images": [self._looked_up(picture)]}]
+            blank = [{"ids": ids, "labels": labels, "images": [self._looked_up(image)]}]
         pad = self.processor.tokenizer.pad_token_id
         if self.packing == "none":
             samples, tokens = [*samples, *blank], self._padded(samples, blank, pad)
         else:
             samples, tokens = self._packed([*samples, *blank], pad)
-        pictures = [picture for sample in samples for picture in sample["images"]]
+        images = [image for sample in samples for image in sample["images"]]
         if self.features is not None:
-            return tokens | visual_inputs(pictures, self.processor.image_processor)
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")
+            return tokens | visual_inputs(images, self.processor.image_processor)
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")
         return tokens | {name: pixels[name] for name in IMAGE_INPUTS if name in pixels}
 
-    def _looked_up(self, blank: Image.Image) -> Image.Image | Looked:
+    def _looked_up(self, blank: Image.Image) -> Image.Image | CachedImage:
         return blank if self.features is None else self.features.look_up(BLANK, lambda _: blank)
 
     @staticmethod
     def _padded(samples: list[dict[str, Any]], blank: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-        """A row a sample; a blank picture's tokens follow the first, masked."""
+        """A row a sample; a blank image's tokens follow the first, masked."""
         ids = [list(sample["ids"]) for sample in samples]
         labels = [list(sample["labels"]) for sample in samples]
         masks = [[1] * len(row) for row in ids]
@@ -210,7 +215,7 @@ class InstructionCollator:
         }
 
     def _packed(self, samples: list[dict[str, Any]], pad: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-        """The samples in reading order of their rows, as the model takes their pictures, and the rows."""
+        """The samples in reading order of their rows, as the model takes their images, and the rows."""
         rows = [Row(list(sample["ids"]), list(sample["labels"])) for sample in samples]
         lengths = [len(row.ids) for row in rows]
         layout = fill(lengths, sum(lengths) if self.packing == "one_row" else max(lengths))
@@ -224,8 +229,8 @@ def packing_for(recipe: InstructionRecipe, attention: str) -> Literal["none", "r
     return "one_row" if attention.startswith("flash_attention") else "rows"
 
 
-def blank_picture() -> Image.Image:
-    """What stands in where a batch has no picture."""
+def blank_image() -> Image.Image:
+    """What stands in where a batch has no image."""
     return Image.new("RGB", (32, 32))
 
 

@@ -33,13 +33,18 @@ class Part(Dataset[dict[str, Any]]):
         return np.asarray(self.whole.lengths())[self.places].tolist()
 
 
-def hold_out(whole: InstructionDataset, share: float, seed: int) -> tuple[Part, Part]:
+def train_eval_split(whole: InstructionDataset, share: float, seed: int) -> tuple[Part, Part]:
     """(what is trained on, what is held out), drawn by the seed, in the order of the set."""
     rows = np.arange(len(whole)) if whole.examples.places is None else whole.examples.places
     distinct, first = np.unique(rows, return_index=True)  # a source of weight 2 has every row twice
     order = np.random.default_rng(seed).permutation(len(distinct))
     count = max(round(share * len(distinct)), 1)
     if count >= len(distinct):
-        raise UserError(f"evaluation.share={share}: of {len(distinct)} samples nothing is left to train on; lower it")
+        raise UserError(
+            f"of {len(distinct)} samples nothing is left to train on",
+            key="evaluation.share",
+            value=share,
+            remedy="lower it",
+        )
     held = order[:count]
     return Part(whole, np.flatnonzero(~np.isin(rows, distinct[held]))), Part(whole, np.sort(first[held]))

@@ -21,7 +21,7 @@ def read_rows(file: Path) -> Iterator[Any]:
         UserError: with file, line and remedy; rows before the fault have been yielded by then.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file (data.file); build the sample world or mend the path")
+        raise UserError("no such file (data.file)", file=file, remedy="build the sample world or mend the path")
     found = 0
     try:
         with file.open(encoding="utf-8-sig") as stream:
@@ -29,9 +29,11 @@ def read_rows(file: Path) -> Iterator[Any]:
                 found += 1
                 yield row
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start}: not UTF-8 text ({error.reason}); write it as UTF-8") from error
+        raise UserError(
+            f"byte {error.start}: not UTF-8 text ({error.reason})", file=file, remedy="write it as UTF-8"
+        ) from error
     if not found:
-        raise UserError(f"{file}: expected a non-empty JSON list of conversations, found list")
+        raise UserError("expected a non-empty JSON list of conversations, found list", file=file)
 
 
 def _lines(file: Path, stream: TextIO) -> Iterator[Any]:
@@ -43,17 +45,19 @@ def _lines(file: Path, stream: TextIO) -> Iterator[Any]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{file}: line {number}: not valid JSON ({error.msg}); mend or remove the line"
+                    f"line {number}: not valid JSON ({error.msg})", file=file, remedy="mend or remove the line"
                 ) from error
             except RecursionError as error:
                 raise UserError(
-                    f"{file}: line {number}: not valid JSON (nested too deeply); mend or remove the line"
+                    f"line {number}: not valid JSON (nested too deeply)", file=file, remedy="mend or remove the line"
                 ) from error
             if isinstance(row, list) and number == 1:
-                raise UserError(f"{file}: line {number}: a list, where a .jsonl has a row; name the file .json")
+                raise UserError(
+                    f"line {number}: a list, where a .jsonl has a row", file=file, remedy="name the file .json"
+                )
             yield row
     if blank:
-        raise UserError(f"{file}: empty; expected a JSON list of conversations")
+        raise UserError("empty", file=file, remedy="expected a JSON list of conversations")
 
 
 class _ListReader:
@@ -69,11 +73,11 @@ class _ListReader:
     def rows(self) -> Iterator[Any]:
         first = self._next_sign()
         if not first:
-            raise UserError(f"{self.file}: empty; expected a JSON list of conversations")
+            raise UserError("empty", file=self.file, remedy="expected a JSON list of conversations")
         if first != "[":
             found = type(self._element()).__name__
             lines = "; rows on lines of their own belong into a .jsonl" if self._next_sign() == "{" else ""
-            raise UserError(f"{self.file}: expected a non-empty JSON list of conversations, found {found}{lines}")
+            raise UserError(f"expected a non-empty JSON list of conversations, found {found}{lines}", file=self.file)
         self.at += 1
         if self._next_sign() == "]":
             return
@@ -126,4 +130,4 @@ class _ListReader:
 
     def _error(self, message: str, place: int) -> UserError:
         line = self.line + self.text.count("\n", 0, place)
-        return UserError(f"{self.file}: line {line}: not valid JSON ({message}); mend or write it again")
+        return UserError(f"line {line}: not valid JSON ({message})", file=self.file, remedy="mend or write it again")

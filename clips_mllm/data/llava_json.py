@@ -5,7 +5,7 @@
     either with its list as text, in JSON                                                           tables on the hub
     {"images": [...], "texts": [{"user", "assistant"}]}                                             FineVision
 
-A picture is a path, or lies in the row: bytes, or a struct with bytes. Where the row names none, a message's parts can:
+An image is a path, or lies in the row: bytes, or a struct with bytes. Where the row names none, a message's parts can:
 `{"type": "image", "image": ...}`, also as "path" or "url", as Qwen's tools and chat templates have them.
 """
 
@@ -20,7 +20,7 @@ from clips_mllm.prompts.conversation import IMAGE, Message
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
-PICTURE_KEYS = ("image", "path", "url")  # of a message's part
+IMAGE_KEYS = ("image", "path", "url")  # of a message's part
 
 OPENING = "opening answer dropped"
 MOVED = "placeholder moved to the front"
@@ -32,7 +32,7 @@ class BadRow(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A conversation in chat-template form, and its pictures: paths, or places among the row's own pictures.
+    """A conversation in chat-template form, and its images: paths, or places among the row's own images.
 
     Attributes:
         mended: what was put right in the row.
@@ -90,8 +90,8 @@ def _check_unicode(texts: list[str], images: list[str] | list[int]) -> None:
         raise BadRow("half a character (a lone surrogate)") from None
 
 
-def picture_bytes(row: dict[str, Any], place: int) -> bytes:
-    """The encoded picture at a place among those that lie in the row."""
+def image_bytes(row: dict[str, Any], place: int) -> bytes:
+    """The encoded image at a place among those that lie in the row."""
     found = _listed(row)[place]
     return bytes(found["bytes"] if isinstance(found, dict) else found)
 
@@ -101,27 +101,27 @@ def turns_key(row: dict[str, Any]) -> str:
     return "conversations" if row.get("conversations") is not None else "messages"
 
 
-def picture_parts(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Parts of messages that have a picture with them, and the key it has there."""
+def image_parts(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Parts of messages that have an image with them, and the key it has there."""
     turns = row.get(turns_key(row))
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return [(part, key) for part in parts if _kind(part) == "image" and (key := _picture_key(part))]
+    return [(part, key) for part in parts if _kind(part) == "image" and (key := _image_key(part))]
 
 
-def _picture_key(part: dict[str, Any]) -> str:
-    return next((key for key in PICTURE_KEYS if part.get(key)), "")
+def _image_key(part: dict[str, Any]) -> str:
+    return next((key for key in IMAGE_KEYS if part.get(key)), "")
 
 
 def _kind(part: dict[str, Any]) -> Any:
     """What a message's part says it is; without a word of it, as in Qwen's first format, what it holds."""
-    return part.get("type") or ("image" if _picture_key(part) and not part.get("text") else "text")
+    return part.get("type") or ("image" if _image_key(part) and not part.get("text") else "text")
 
 
 def _listed(row: dict[str, Any]) -> list[Any]:
     given: Any = next((row[key] for key in ("image", "images") if row.get(key)), None)
     if given is None:
-        return [part[key] for part, key in picture_parts(row)]
+        return [part[key] for part, key in image_parts(row)]
     return given if isinstance(given, list) else [given]
 
 
@@ -137,7 +137,7 @@ def _images(row: dict[str, Any]) -> list[str] | list[int]:
             case _:
                 raise BadRow("'image' is neither a path nor a list of paths")
     if paths and inside:
-        raise BadRow("some pictures in the row and some by path")
+        raise BadRow("some images in the row and some by path")
     return paths or list(range(inside))
 
 

@@ -17,7 +17,7 @@ class InstructionSource:
     Args:
         file: LLaVA JSON (.json), JSONL (.jsonl) or Parquet (.parquet, globs allowed), a folder of a `datasets` data
             set, or one on the hub as hf://datasets/OWNER/NAME.
-        images: folder that the rows' image paths are relative to; not needed where the pictures are in the file.
+        images: folder that the rows' image paths are relative to; not needed where the images are in the file.
         split: which split of a folder or hub data set.
         weight: passes over this source in one epoch: 0.5 takes a fixed random half of it, 2 takes it twice.
         cap: most samples of it in one epoch, chosen at random; 0 is no limit.
@@ -37,20 +37,21 @@ class InstructionRecipe:
     Args:
         file: LLaVA JSON (.json), JSONL (.jsonl) or Parquet (.parquet, globs allowed), a folder of a `datasets` data
             set, or one on the hub as hf://datasets/OWNER/NAME.
-        images: folder that the rows' image paths are relative to; not needed where the pictures are in the file.
+        images: folder that the rows' image paths are relative to; not needed where the images are in the file.
         mixture: several sources with file, images, split, weight and cap each, instead of the two values above.
         template: how a conversation is written; the checkpoint carries it on. `tokenizer` is the LLM's own.
-        max_length: longest sequence in tokens, pictures included.
-        square: squash the picture to the tower's square, pad it with the mean colour first, or crop it as the tower's
+        max_length: longest sequence in tokens, images included.
+        image_aspect_ratio: squash the image to the tower's square, pad it with the mean colour first, or crop it as
+            the tower's
             own processor does.
-        most_bad: share of unusable samples above which the run stops.
+        max_bad_fraction: share of unusable samples above which the run stops.
         group_by_length: batches of like length and modality, for less padding.
-        text_first: with group_by_length, what has no picture comes first in an epoch: a small LLM learns a kind of
-            question from words before it is asked about pictures.
+        text_first: with group_by_length, what has no image comes first in an epoch: a small LLM learns a kind of
+            question from words before it is asked about images.
         packing: lay several short samples of a batch into one row; they do not see each other.
         seed: of the random part of a source that weight or cap takes.
-        feature_cache: a folder that keeps what a frozen tower says of each picture, shared by stages and runs; none
-            runs the tower in every step. A picture takes patches x width values (docs/planning.md).
+        feature_cache: a folder that keeps what a frozen tower says of each image, shared by stages and runs; none
+            runs the tower in every step. An image takes patches x width values (docs/planning.md).
     """
 
     file: str | None = None
@@ -58,8 +59,8 @@ class InstructionRecipe:
     mixture: tuple[InstructionSource, ...] = ()
     template: TemplateName
     max_length: int = 2048
-    square: Literal["squash", "pad", "crop"] = "squash"
-    most_bad: float = 0.01
+    image_aspect_ratio: Literal["squash", "pad", "crop"] = "squash"
+    max_bad_fraction: float = 0.01
     group_by_length: bool = False
     text_first: bool = False
     packing: bool = False
@@ -74,16 +75,20 @@ class InstructionRecipe:
     def check(self) -> None:
         """Raise UserError where it does not say what to read, or a number has no meaning."""
         if (self.file is None) == (not self.mixture):
-            raise UserError("data.file: say where the conversations are, or give several sources as data.mixture")
+            raise UserError("say where the conversations are, or give several sources as data.mixture", key="data.file")
         for number, source in enumerate(self.mixture):
             place = f"data.mixture[{number}]"
             if not 0 < source.weight < math.inf:
-                raise UserError(f"{place}.weight={source.weight}: must be a number above 0; or leave the source out")
+                raise UserError(
+                    f"{place}.weight={source.weight}: must be a number above 0", remedy="or leave the source out"
+                )
             if source.cap < 0:
                 raise UserError(f"{place}.cap={source.cap}: 0 (no limit) or a number of samples")
-        if not 0 <= self.most_bad <= 1:
-            raise UserError(f"data.most_bad={self.most_bad}: a share from 0 to 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError("a share from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
         if self.text_first and not self.group_by_length:
-            raise UserError("data.text_first: batches are of one kind by data.group_by_length; set it too")
+            raise UserError(
+                "batches are of one kind by data.group_by_length", key="data.text_first", remedy="set it too"
+            )
         if self.max_length < 2:
-            raise UserError(f"data.max_length={self.max_length}: at least 2 tokens")
+            raise UserError("at least 2 tokens", key="data.max_length", value=self.max_length)

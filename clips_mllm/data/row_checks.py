@@ -15,7 +15,7 @@ from typing import Any
 
 from clips_mllm.data.llava_json import BadRow, Example, to_example
 
-RENAMED = "picture under another ending"
+RENAMED = "image under another ending"
 MISSING = "missing image"
 ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
@@ -28,8 +28,8 @@ class Checked:
         number: place of each row in the source.
         messages: the conversation, as JSON.
         images: paths below the image folder.
-        inside: pictures that lie in the row itself.
-        length: rough length; negative without a picture.
+        inside: images that lie in the row itself.
+        length: rough length; negative without an image.
         dropped, mended: how often, by cause.
         first: the first row of each cause, in words.
         missing: files that are not there.
@@ -68,7 +68,7 @@ def check_rows(chunk: tuple[Path, int, Sequence[Any]]) -> Checked:
     found = Checked(rows=len(rows))
     for number, row in enumerate(rows, start=begin):
         try:
-            example = find_pictures(to_example(row), folder)
+            example = find_images(to_example(row), folder)
         except BadRow as error:
             found.drop(str(error), number, row)
             continue
@@ -86,7 +86,7 @@ def check_rows(chunk: tuple[Path, int, Sequence[Any]]) -> Checked:
     return found
 
 
-def find_pictures(example: Example, folder: Path) -> Example:
+def find_images(example: Example, folder: Path) -> Example:
     """The example with files that exist; a file of the same name with another ending stands in for a missing one.
 
     Raises:
@@ -100,7 +100,7 @@ def find_pictures(example: Example, folder: Path) -> Example:
         try:
             names.append(name if (folder / name).is_file() else _renamed(folder, name))
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # a picture itself, written as text
+            if error.errno != errno.ENAMETOOLONG:  # an image itself, written as text
                 raise
             raise BadRow("'image' is too long for a path") from error
     if names == example.images:
@@ -109,8 +109,8 @@ def find_pictures(example: Example, folder: Path) -> Example:
 
 
 def _renamed(folder: Path, name: str) -> str:
-    """OCR-VQA's pictures, for one, are named .jpg in the file and have the endings of what they are on disk."""
+    """OCR-VQA's images, for one, are named .jpg in the file and have the endings of what they are on disk."""
     for ending in ENDINGS if Path(name).name else ():
         if (folder / Path(name).with_suffix(ending)).is_file():
             return str(Path(name).with_suffix(ending))
-    raise FileNotFoundError(2, "no such picture", str(folder / name))
+    raise FileNotFoundError(2, "no such image", str(folder / name))

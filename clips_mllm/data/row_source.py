@@ -1,7 +1,7 @@
 """Where rows come from: a JSON read in a stream, or a `datasets` data set that is mapped into memory.
 
 .json .jsonl --json_rows--> rows
-.parquet, folder, hf://datasets/OWNER/NAME --datasets--> Arrow files on disk --> rows, pictures as they are encoded
+.parquet, folder, hf://datasets/OWNER/NAME --datasets--> Arrow files on disk --> rows, images as they are encoded
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips_mllm.data.json_rows import read_rows
-from clips_mllm.data.llava_json import picture_parts
+from clips_mllm.data.llava_json import image_parts
 from clips_mllm.data.recipe import InstructionSource
 from vision_tower.common.errors import UserError
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 HUB = "hf://datasets/"
 JSON_ENDINGS = (".json", ".jsonl")
 CHUNK = 2000  # rows that a worker checks at a time
-CHUNK_WITH_PICTURES = 100
+CHUNK_WITH_IMAGES = 100
 NO_ROWS = "holds no rows; make it again, or take the source out"
-HERE = b"\0"  # in the place of a picture's bytes
+HERE = b"\0"  # in the place of an image's bytes
 
 
 def is_json(source: InstructionSource) -> bool:
@@ -36,14 +36,14 @@ def is_json(source: InstructionSource) -> bool:
 
 
 def image_folder(source: InstructionSource) -> Path:
-    """What paths of pictures are relative to: the given folder, or that of the file."""
+    """What paths of images are relative to: the given folder, or that of the file."""
     return Path(source.images) if source.images is not None else Path(source.file).parent
 
 
 def require_file(source: InstructionSource, key: str = "data.file") -> None:
     """Before a model is loaded for minutes: raise UserError where a source's file is not there."""
     if not source.file.startswith(HUB) and not matching(source.file):
-        raise UserError(f"{source.file}: no such file ({key}); build the sample world or mend the path")
+        raise UserError(f"no such file ({key})", file=source.file, remedy="build the sample world or mend the path")
 
 
 def matching(name: str) -> list[str]:
@@ -70,7 +70,7 @@ def open_table(source: InstructionSource) -> Dataset:
                 require_file(source)
                 files = [file for file in matching(name) if pq.read_metadata(file).num_rows]  # others make it fail
                 if not files:
-                    raise UserError(f"{name}: {NO_ROWS}")
+                    raise UserError(f"{NO_ROWS}", file=name)
                 exactly = [glob.escape(file) for file in files]  # `datasets` takes them for globs
                 table = datasets.load_dataset("parquet", data_files=exactly, split="train")
             case name if Path(name).is_dir():
@@ -78,21 +78,22 @@ def open_table(source: InstructionSource) -> Dataset:
                 table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=source.split)
             case name:
                 raise UserError(
-                    f"{name}: no such file or folder (data.file), or none of .json, .jsonl, .parquet, a folder, {HUB}…"
+                    f"no such file or folder (data.file), or none of .json, .jsonl, .parquet, a folder, {HUB}…",
+                    file=name,
                 )
     except UserError:
         raise
     except IndexError as error:  # from `load_from_disk`, where nothing was saved
-        raise UserError(f"{source.file}: {NO_ROWS}") from error
+        raise UserError(f"{NO_ROWS}", file=source.file) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         words = " ".join(str(told or error).split())[:300]
         raise UserError(
-            f"{source.file}: cannot be read as a data set ({words}); check the path and the file"
+            f"cannot be read as a data set ({words})", file=source.file, remedy="check the path and the file"
         ) from error
     if not len(table):
-        raise UserError(f"{source.file}: {NO_ROWS}")
-    return table.with_format("arrow")  # pictures of whatever column stay as they are encoded, and nothing is copied
+        raise UserError(f"{NO_ROWS}", file=source.file)
+    return table.with_format("arrow")  # images of whatever column stay as they are encoded, and nothing is copied
 
 
 def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[Any]]:
@@ -102,14 +103,14 @@ def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[A
         yield chunk
 
 
-def table_chunks(table: Dataset, size: int = CHUNK_WITH_PICTURES) -> Iterator[list[dict[str, Any]]]:
+def table_chunks(table: Dataset, size: int = CHUNK_WITH_IMAGES) -> Iterator[list[dict[str, Any]]]:
     """Rows of a table in chunks."""
     for begin in range(0, len(table), size):
         yield table_rows(table, slice(begin, begin + size))
 
 
 def table_rows(table: Dataset, part: slice | int) -> list[dict[str, Any]]:
-    """Rows of a table; pictures as they are encoded."""
+    """Rows of a table; images as they are encoded."""
     rows: list[dict[str, Any]] = table[part].to_pylist()
     in_json = {name: feature for name, feature in table.features.items() if _holds_json(feature)}
     return [row | {name: _decoded(row[name], feature) for name, feature in in_json.items()} for row in rows]
@@ -142,9 +143,9 @@ def _decoded(value: Any, feature: Any) -> Any:
 
 
 def without_bytes(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose pictures are there, but no more than a byte: light to hand to another process."""
-    light = copy.deepcopy(row) if picture_parts(row) else dict(row)  # in messages, which the copy must not share
-    for part, key in picture_parts(light):
+    """A row whose images are there, but no more than a byte: light to hand to another process."""
+    light = copy.deepcopy(row) if image_parts(row) else dict(row)  # in messages, which the copy must not share
+    for part, key in image_parts(light):
         part[key] = _light(part[key])
     for key in ("image", "images"):
         found = light.get(key)

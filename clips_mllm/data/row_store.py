@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from clips_mllm.data.llava_json import Example, picture_bytes
+from clips_mllm.data.llava_json import Example, image_bytes
 from clips_mllm.data.parallel import spread
 from clips_mllm.data.recipe import InstructionSource
 from clips_mllm.data.row_checks import Checked, check_rows
@@ -97,12 +97,12 @@ class RowStore:
         """The row's number in the source."""
         return int(self.table[at]["number"][0].as_py())
 
-    def picture(self, at: int, name: str | int) -> bytes:
-        """An encoded picture: a file, or one that lies in the row. Raises OSError."""
+    def image(self, at: int, name: str | int) -> bytes:
+        """An encoded image: a file, or one that lies in the row. Raises OSError."""
         if isinstance(name, str):
             return (self.images / name).read_bytes()
-        assert self.base is not None, "pictures lie in rows of tables only"
-        return picture_bytes(table_rows(self.base, self.number(at))[0], name)
+        assert self.base is not None, "images lie in rows of tables only"
+        return image_bytes(table_rows(self.base, self.number(at))[0], name)
 
     def lengths(self) -> np.ndarray:
         """Rough lengths, int32; negative for text-only samples."""
@@ -197,8 +197,9 @@ def _add(total: Checked, one: Checked) -> None:
     total.missing += one.missing[: REMEMBERED - len(total.missing)]
 
 
-def say(source: InstructionSource, report: StoreReport, usable: int, most_bad: float, quiet: bool) -> None:
-    """Tell what is skipped, a row of each cause first. Raises UserError where it is more than `most_bad`, or all."""
+def say(source: InstructionSource, report: StoreReport, usable: int, max_bad_fraction: float, quiet: bool) -> None:
+    """Tell what is skipped, a row of each cause first. Raises UserError where it is more than `max_bad_fraction`, or
+    all."""
     bad = Counter(report.dropped)
     if not bad:
         return
@@ -206,10 +207,12 @@ def say(source: InstructionSource, report: StoreReport, usable: int, most_bad: f
         for cause in bad:
             print(f"skipped: {source.file}: {report.first[cause]}", file=sys.stderr, flush=True)
     causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
-    if bad.total() > most_bad * report.rows or not usable:
+    if bad.total() > max_bad_fraction * report.rows or not usable:
         raise UserError(
-            f"{source.file}: {bad.total()} of {report.rows} rows are unusable ({causes}), more than data.most_bad="
-            f"{most_bad}; `clips-mllm data doctor` tells which; mend the file or raise the limit"
+            f"{bad.total()} of {report.rows} rows are unusable ({causes}), more than "
+            f"data.max_bad_fraction={max_bad_fraction}; `clips-mllm data doctor` tells which",
+            file=source.file,
+            remedy="mend the file or raise the limit",
         )
     if not quiet:
         print(f"skipped: {source.file}: {bad.total()} of {report.rows} rows: {causes}", file=sys.stderr, flush=True)

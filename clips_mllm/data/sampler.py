@@ -1,4 +1,4 @@
-"""Batches of like length and modality: less padding, and ranks that see pictures or text together."""
+"""Batches of like length and modality: less padding, and ranks that see images or text together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 class LengthGroupedSampler(Sampler[int]):
     """Random order in which the samples of one global batch are alike in modality and length (LLaVA-1.5).
 
-    Shuffle; cut into chunks of fifty batches, pictures and text apart; sort each chunk by length; shuffle the batches.
+    Shuffle; cut into chunks of fifty batches, images and text apart; sort each chunk by length; shuffle the batches.
     With `text_first` the batches of text alone, in their random order, come before all others. An order takes 8 bytes a
     sample.
     """
@@ -36,8 +36,8 @@ class LengthGroupedSampler(Sampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator).numpy()
         whole: list[np.ndarray] = []  # chunks of full batches
         left: list[np.ndarray] = []
-        with_picture = self.lengths[order] > 0
-        for members in (order[with_picture], order[~with_picture]):
+        with_image = self.lengths[order] > 0
+        for members in (order[with_image], order[~with_image]):
             for start in range(0, len(members), 50 * self.batch):
                 chunk = members[start : start + 50 * self.batch]
                 chunk = chunk[np.argsort(-np.abs(self.lengths[chunk]), kind="stable")]

@@ -40,7 +40,7 @@ class OriginalConfig:
         tower: name or path of the vision tower, where the file says one.
         feature_layer: which hidden state the projector reads.
         feature_select: "default" drops the class token.
-        square: whether pictures are padded to a square first.
+        square: whether images are padded to a square first.
         width: of the features that the projector reads, where the file says it.
         llm_type: transformers' model type of the LLM.
         llm: the LLM's own fields.
@@ -69,8 +69,9 @@ def read_original_config(file: Path) -> OriginalConfig:
     values = read_object(file)
     if not is_original(values):
         raise UserError(
-            f"{file}: not of the original LLaVA code (model_type '{values.get('model_type')}'); "
-            "give a folder with its config.json"
+            f"not of the original LLaVA code (model_type '{values.get('model_type')}')",
+            file=file,
+            remedy="give a folder with its config.json",
         )
     llm_type = LLMS[values["model_type"]]
     _refuse(file, values, "mm_projector_type", (PROJECTOR,))
@@ -91,11 +92,11 @@ def read_original_config(file: Path) -> OriginalConfig:
         values.pop(name, None)
     unknown = sorted(name for name in values if name.startswith("mm_"))
     if unknown:
-        raise UserError(f"{file}: {unknown[0]}={values[unknown[0]]!r}: the stock model has no form for it")
+        raise UserError(f"{unknown[0]}={values[unknown[0]]!r}: the stock model has no form for it", file=file)
     return OriginalConfig(**own, llm_type=llm_type, llm=values)
 
 
 def _refuse(file: Path, values: dict[str, Any], name: str, known: tuple[Any, ...]) -> None:
     if values.get(name) not in known:
         can = " or ".join(str(value) for value in known if value is not None)
-        raise UserError(f"{file}: {name}={values.get(name)!r}: the stock model has no form for it, only for {can}")
+        raise UserError(f"{name}={values.get(name)!r}: the stock model has no form for it, only for {can}", file=file)

@@ -16,7 +16,7 @@ import torch
 from clips_mllm.formats.original_config import OriginalConfig, read_original_config
 from clips_mllm.formats.original_weights import OriginalWeights, Weights, read_weights, weight_files, without_rotary
 from clips_mllm.model.build import join_parts, read_llm, read_tower
-from clips_mllm.model.processors import make_square
+from clips_mllm.model.processors import set_aspect_ratio
 from clips_mllm.model.towers import check_tower, feature_selection
 from vision_tower.checkpoints.loading import read_pretrained, with_weights
 from vision_tower.common.errors import UserError
@@ -50,7 +50,7 @@ def read_original(
         line = f"LoRA on {llm or _base(folder)}, merged"
     elif source.is_dir() and (files := weight_files(folder)):
         if llm is not None:
-            raise UserError(f"--llm: {folder} is a whole checkpoint, its LLM is inside; leave it out")
+            raise UserError(f"{folder} is a whole checkpoint, its LLM is inside", key="--llm", remedy="leave it out")
         config = read_original_config(folder / "config.json")
         weights = read_weights(files)
         language, tokenizer = _whole_llm(folder, config, weights)
@@ -59,17 +59,20 @@ def read_original(
         file = folder / "config.json"
         config = read_original_config(file) if file.is_file() else OriginalConfig()
         if llm is None:
-            raise UserError(f"{projector}: a projector alone; say with --llm which LLM it was trained with")
+            raise UserError(f"{projector}: a projector alone", remedy="say with --llm which LLM it was trained with")
         weights = read_weights([projector])
         language, tokenizer = read_llm(llm, "auto")
         line = f"projector for {llm}"
     else:
         raise UserError(
-            f"{source}: no original LLaVA checkpoint; give a folder with its weights, with adapter_config.json or with "
-            f"{PROJECTOR_FILE}, or that file"
+            "no original LLaVA checkpoint",
+            file=source,
+            remedy=f"give a folder with its weights, with adapter_config.json or with {PROJECTOR_FILE}, or that file",
         )
     if weights.llm:
-        raise UserError(f"{source}: {sorted(weights.llm)[0]}: a weight of the LLM beside it, which has no place here")
+        raise UserError(
+            f"{sorted(weights.llm)[0]}: a weight of the LLM beside it, which has no place here", file=source
+        )
     model, processor = _join(source, config, weights, tower, language, tokenizer)
     return model, processor, f"{line}; {'its own tower' if weights.tower else 'tower from its folder'}"
 
@@ -84,7 +87,7 @@ def _join(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     name = tower or config.tower
     if name is None:
-        raise UserError(f"{source}: nothing names its vision tower; give --tower")
+        raise UserError("nothing names its vision tower", file=source, remedy="give --tower")
     vision, image_processor = _tower(source, name, weights.tower)
     # A tower without a class token has none to drop, whatever the file says of "patch".
     select = feature_selection(name, vision.config, "auto" if config.feature_select == "default" else "full")
@@ -92,7 +95,7 @@ def _join(
         vision, image_processor, language, tokenizer, feature_layer=config.feature_layer, feature_select=select
     )
     if config.square == "pad":
-        make_square(processor, "pad")
+        set_aspect_ratio(processor, "pad")
     _fill_projector(source, model.model.multi_modal_projector, weights.projector)
     return model, processor
 
@@ -102,8 +105,9 @@ def _fill_projector(source: Path, projector: torch.nn.Module, state: Weights) ->
     for name, value in state.items():
         if value.shape != wanted[name].shape:
             raise UserError(
-                f"{source}: the projector's {name} is {tuple(value.shape)}, this tower and LLM need "
-                f"{tuple(wanted[name].shape)}; give the tower and the LLM that it was trained with"
+                f"the projector's {name} is {tuple(value.shape)}, this tower and LLM need {tuple(wanted[name].shape)}",
+                file=source,
+                remedy="give the tower and the LLM that it was trained with",
             )
     projector.load_state_dict(state)
 
@@ -119,7 +123,9 @@ def _tower(source: Path, name: str, state: Weights) -> tuple[Any, Any]:
         config = config.vision_config
     check_tower(name, config)
     if config.model_type != "clip_vision_model":
-        raise UserError(f"{name}: a '{config.model_type}'; the weights in {source} are of a CLIP vision tower")
+        raise UserError(
+            f"a '{config.model_type}'", file=name, remedy=f"the weights in {source} are of a CLIP vision tower"
+        )
     weights = _without_position_ids(state)
     model = with_weights(CLIPVisionModel, config, weights, source, dtype=_dtype(weights))
     return model, read_pretrained(AutoImageProcessor, name)
@@ -151,7 +157,9 @@ def _dtype(state: Weights) -> torch.dtype:
 
 def _lora_file(folder: Path) -> Path:
     if not (folder / LORA_FILE).is_file():
-        raise UserError(f"{folder / LORA_FILE}: missing; the projector of an original LoRA is there, fetch it")
+        raise UserError(
+            "missing", file=folder / LORA_FILE, remedy="the projector of an original LoRA is there, fetch it"
+        )
     return folder / LORA_FILE
 
 
@@ -161,7 +169,7 @@ def _base(folder: Path) -> str:
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(
-            f"{folder}: its adapter_config.json names no base model; say with --llm which it was trained on"
+            "its adapter_config.json names no base model", file=folder, remedy="say with --llm which it was trained on"
         )
     return str(base)
 
@@ -174,21 +182,23 @@ def _with_adapter(folder: Path, llm: str | None) -> tuple[Any, PreTrainedTokeniz
 
     file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder}: no {ADAPTERS[0]} beside adapter_config.json; fetch it")
+        raise UserError(f"no {ADAPTERS[0]} beside adapter_config.json", file=folder, remedy="fetch it")
     language, tokenizer = read_llm(llm or _base(folder), "auto")
     state = read_tensors(file)
     try:
         adapted = get_peft_model(language, PeftConfig.from_pretrained(str(folder)))
     except (ValueError, TypeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{folder}: adapter_config.json does not fit the LLM ({error}); give its own with --llm"
+            f"adapter_config.json does not fit the LLM ({error})", file=folder, remedy="give its own with --llm"
         ) from error
     wanted = {name: value.shape for name, value in get_peft_model_state_dict(adapted).items()}
     found = {name: value.shape for name, value in state.items()}
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise UserError(
-            f"{file}: {len(wrong)} weights do not fit the LLM (first: {wrong[0]}, {found.get(wrong[0], 'missing')} for "
-            f"{wanted.get(wrong[0], 'no place')}); give the LLM that it was trained on with --llm"
+            f"{len(wrong)} weights do not fit the LLM (first: {wrong[0]}, "
+            f"{found.get(wrong[0], 'missing')} for {wanted.get(wrong[0], 'no place')})",
+            file=file,
+            remedy="give the LLM that it was trained on with --llm",
         )
     set_peft_model_state_dict(adapted, state)
     return adapted.merge_and_unload(), tokenizer

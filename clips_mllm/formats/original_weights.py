@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
             files = sorted(set(read_object(folder / name)["weight_map"].values()))
             for file in files:
                 if not (folder / file).is_file():
-                    raise UserError(f"{folder / file}: missing, but named by {name}; fetch it again")
+                    raise UserError(f"missing, but named by {name}", file=folder / file, remedy="fetch it again")
             return [folder / file for file in files]
     return [folder / name for name in SINGLE if (folder / name).is_file()][:1]
 
@@ -62,9 +62,11 @@ def read_weights(files: list[Path], prefix: str = "") -> OriginalWeights:
     for file in files:
         for name, value in read_tensors(file).items():
             if not name.startswith(prefix):
-                raise UserError(f"{file}: {name}: expected names that begin with {prefix}; give the original file")
+                raise UserError(
+                    f"{name}: expected names that begin with {prefix}", file=file, remedy="give the original file"
+                )
             if state.setdefault(name.removeprefix(prefix), value) is not value:
-                raise UserError(f"{file}: {name}: in more than one file; fetch the checkpoint again")
+                raise UserError(f"{name}: in more than one file", file=file, remedy="fetch the checkpoint again")
     found = OriginalWeights({}, {}, {})
     for name, value in state.items():
         if name.startswith(PROJECTOR):
@@ -72,19 +74,19 @@ def read_weights(files: list[Path], prefix: str = "") -> OriginalWeights:
         elif name.startswith(TOWER):
             found.tower[name.removeprefix(TOWER)] = value
         elif name.startswith(("model.vision", "model.image_newline", "model.mm_")):
-            raise UserError(f"{files[-1].parent}: {name}: the stock LLaVA model has no place for it")
+            raise UserError(f"{name}: the stock LLaVA model has no place for it", file=files[-1].parent)
         else:
             found.llm[name] = value
     absent = sorted(set(LINEAR.values()) - set(found.projector))
     if absent:
-        raise UserError(f"{files[-1]}: no {PROJECTOR}* for the projector's {absent[0]}; it is not whole")
+        raise UserError(f"no {PROJECTOR}* for the projector's {absent[0]}", file=files[-1], remedy="it is not whole")
     return found
 
 
 def _stock_name(file: Path, name: str) -> str:
     stock = LINEAR.get(name.removeprefix(PROJECTOR))
     if stock is None:
-        raise UserError(f"{file}: {name}: not of an mlp2x_gelu projector, the only one that the stock model has")
+        raise UserError(f"{name}: not of an mlp2x_gelu projector, the only one that the stock model has", file=file)
     return stock
 
 
@@ -101,7 +103,9 @@ def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
             continue
         steps = torch.arange(0, 2 * len(value), 2, dtype=torch.float32) / (2 * len(value))
         if not torch.allclose(value.float(), theta**-steps, rtol=1e-2):  # they are kept in half precision
-            raise UserError(f"{folder}: {name}: not those of rope_theta={theta}; its config is another model's")
+            raise UserError(
+                f"{name}: not those of rope_theta={theta}", file=folder, remedy="its config is another model's"
+            )
     return kept
 
 
@@ -126,21 +130,25 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
     config = read_pretrained(AutoConfig, base)
     if isinstance(config, LlavaNextConfig):
         raise UserError(
-            f"{source}: shows pictures in tiles (LLaVA-NeXT), and mm_projector.bin has no place for the end of their "
-            "rows; give a run without model.tiles"
+            "shows images in tiles (LLaVA-NeXT), and mm_projector.bin has no place for the end of their rows",
+            file=source,
+            remedy="give a run without model.tiles",
         )
     if not isinstance(config, LlavaConfig):
-        raise UserError(f"{source}: a '{config.model_type}' checkpoint, not a stock LLaVA model; give a `train` run")
+        raise UserError(
+            f"a '{config.model_type}' checkpoint, not a stock LLaVA model", file=source, remedy="give a `train` run"
+        )
     if not isinstance(config.vision_feature_layer, int):
         raise UserError(
-            f"{source}: its projector reads the hidden states {config.vision_feature_layer} of the tower, the original "
-            "code one; give a run with a single model.feature_layer"
+            f"its projector reads the hidden states {config.vision_feature_layer} of the tower, the original code one",
+            file=source,
+            remedy="give a run with a single model.feature_layer",
         )
     names = {stock: f"{PROJECTOR}{original}" for original, stock in LINEAR.items()}
     own = dict(_stock_projector([source / "adapter_model.safetensors"])) if adapter else {}  # none where it was frozen
     found = {names[name]: value for name, value in (own or dict(_stock_projector(weight_files(base)))).items()}
     if set(found) != set(names.values()):
-        raise UserError(f"{source}: its projector has {len(found)} of 4 weights; save the checkpoint again")
+        raise UserError(f"its projector has {len(found)} of 4 weights", file=source, remedy="save the checkpoint again")
     torch.save(found, folder / "mm_projector.bin")
     _write_config(config, folder / "config.json", source, tower)
 
@@ -169,7 +177,7 @@ def _write_config(config: Any, file: Path, source: Path, tower: str | None) -> N
     classes = {llm: name for name, llm in LLMS.items() if name != "llava"}
     own = classes.get(config.text_config.model_type)
     if own is None:
-        raise UserError(f"{source}: the original code has no class for the LLM '{config.text_config.model_type}'")
+        raise UserError(f"the original code has no class for the LLM '{config.text_config.model_type}'", file=source)
     selects = {ours: theirs for theirs, ours in FEATURES.items()}
     pads = getattr(read_pretrained(LlavaProcessor, source).image_processor, "do_pad", False)
     values = config.text_config.to_dict() | {

@@ -53,14 +53,14 @@ def find_adapter(name: str) -> Path | None:
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: the adapter cannot be fetched ({error}); give its folder") from error
+        raise UserError(f"the adapter cannot be fetched ({error})", file=name, remedy="give its folder") from error
 
 
 def add_adapter(model: AnyModel, adapter: AdapterRecipe, modules: list[str], *, projector: bool) -> PeftModel:
     """Freeze the model, and put trainable low-rank matrices beside its linear layers `modules`.
 
     The projector, where it trains, does so by a copy of its weights, which is saved with the adapter; so does the end
-    of a row of patches where pictures are in tiles.
+    of a row of patches where images are in tiles.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -109,7 +109,9 @@ def load_adapter(
     config = read_config(folder)
     base, trained = str(config.base_model_name_or_path), read_quantization(Path(folder))
     if quantize == "8bit" and getattr(config, "use_dora", False):  # other kinds of adapter have no such field
-        raise UserError(f"{folder}: PEFT cannot put a DoRA adapter beside 8-bit weights; take 4bit, or merge it first")
+        raise UserError(
+            "PEFT cannot put a DoRA adapter beside 8-bit weights", file=folder, remedy="take 4bit, or merge it first"
+        )
     if quantize != "none":
         model, processor = load_stock(base, dtype=dtype, quantize=quantize, place=place)
     elif trained is not None:
@@ -136,12 +138,15 @@ def read_config(folder: str | Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{Path(folder) / CONFIG}: cannot be read ({error}); save the adapter again") from error
+        raise UserError(
+            f"cannot be read ({error})", file=Path(folder) / CONFIG, remedy="save the adapter again"
+        ) from error
     base = config.base_model_name_or_path
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise UserError(
-            f"{Path(folder) / CONFIG}: its base {base} is not there; put it back, or write where it is now into "
-            "base_model_name_or_path"
+            f"its base {base} is not there",
+            file=Path(folder) / CONFIG,
+            remedy="put it back, or write where it is now into base_model_name_or_path",
         )
     return config
 
@@ -164,8 +169,10 @@ def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
             raise
         said = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{folder}: does not fit its base ({said}); the base has changed since, or the file is damaged: "
-            "train it again on this base, or name the old one in adapter_config.json"
+            f"does not fit its base ({said})",
+            file=folder,
+            remedy="the base has changed since, or the file is damaged: train it again on this base, or "
+            "name the old one in adapter_config.json",
         ) from error
     return joined
 
@@ -192,8 +199,9 @@ def refuse_other_keys(model: PeftModel, folder: str | Path) -> None:
     if there != wanted:
         odd = sorted(there ^ wanted)
         raise UserError(
-            f"{folder}: {len(odd)} weights are missing or unexpected (first: {odd[0]}); the adapter is incomplete or "
-            "belongs to another base, save it again from its run"
+            f"{len(odd)} weights are missing or unexpected (first: {odd[0]})",
+            file=folder,
+            remedy="the adapter is incomplete or belongs to another base, save it again from its run",
         )
 
 

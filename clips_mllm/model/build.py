@@ -65,7 +65,9 @@ def build_mllm(
     vision, image_processor = read_tower(tower, dtype)
     selection = feature_selection(tower, vision.config, feature_select)
     if tiles is not None and selection == "full" and additional_tokens(vision.config):
-        raise UserError("model.tiles: tiles are joined by their patches alone; take model.feature_select=auto")
+        raise UserError(
+            "tiles are joined by their patches alone", key="model.tiles", remedy="take model.feature_select=auto"
+        )
     if image_size is not None:
         vision = at_size(vision, image_size)
         resize_processor(image_processor, image_size)
@@ -94,16 +96,18 @@ def read_llm(llm: str, dtype: str | torch.dtype) -> tuple[Any, PreTrainedTokeniz
     config = read_pretrained(AutoConfig, _existing(llm, "model.llm", SHARD_FILES + PICKLES))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{llm}: a '{config.model_type}' checkpoint, not a causal LM; give one of the LLaMA family, or a stage's "
-            "checkpoint as model.checkpoint"
+            f"a '{config.model_type}' checkpoint, not a causal LM",
+            file=llm,
+            remedy="give one of the LLaMA family, or a stage's checkpoint as model.checkpoint",
         )
     language = _read_weights(AutoModelForCausalLM, llm, dtype)
     scaled = next((name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)), None)
     if scaled is not None or not hasattr(getattr(language, "model", None), "embed_tokens"):
         why = f"its '{scaled}' would be lost" if scaled is not None else "it is built in another way"
         raise UserError(
-            f"{llm}: a '{config.model_type}' model does not fit into stock LLaVA ({why}); give an LLM of the LLaMA "
-            "family: LLaMA, Mistral, Qwen2, Qwen3, SmolLM"
+            f"a '{config.model_type}' model does not fit into stock LLaVA ({why})",
+            file=llm,
+            remedy="give an LLM of the LLaMA family: LLaMA, Mistral, Qwen2, Qwen3, SmolLM",
         )
     return language, read_pretrained(AutoTokenizer, llm)
 

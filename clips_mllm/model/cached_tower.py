@@ -1,14 +1,14 @@
-"""A frozen tower that runs once for a picture: what it said is kept on disk, and the projector reads it from there.
+"""A frozen tower that runs once for an image: what it said is kept on disk, and the projector reads it from there.
 
-pictures --store--> known:   features                    +
+images --store--> known:   features                    +
                     unknown: pixels --tower--> features --+--> model(pixel_values=features) --projector--> image tokens
                                                    |
                                                    +--> store
 
 The tower that runs is not part of the engine's forward pass, and under ZeRO-3 it is a whole copy: no collective waits
-for a rank whose pictures are all known, or that has only text.
+for a rank whose images are all known, or that has only text.
 
-Shapes: n pictures of a batch, m of them unknown, p patches, w width of the tower.
+Shapes: n images of a batch, m of them unknown, p patches, w width of the tower.
 """
 
 from __future__ import annotations
@@ -36,16 +36,20 @@ def open_cached_tower(
     """The tower of a model whose stage is set, with its store; none without a folder. All ranks must call it together.
 
     Raises:
-        UserError: a tower that trains, whose features change with every step; or pictures in tiles.
+        UserError: a tower that trains, whose features change with every step; or images in tiles.
     """
     if folder is None:
         return None
     if isinstance(processor, LlavaNextProcessor):
-        raise UserError("data.feature_cache: pictures in tiles are not kept; take the cache out of the recipe")
+        raise UserError(
+            "images in tiles are not kept", key="data.feature_cache", remedy="take the cache out of the recipe"
+        )
     tower, config = model.model.vision_tower, model.config
     if any(value.requires_grad for value in tower.parameters()):
         raise UserError(
-            "data.feature_cache: the tower trains, so its features change; take the cache out of the recipe"
+            "the tower trains, so its features change",
+            key="data.feature_cache",
+            remedy="take the cache out of the recipe",
         )
     layers = config.vision_feature_layer
     autocast = arguments.bf16 and tower.dtype == torch.float32
@@ -65,7 +69,7 @@ def open_cached_tower(
 
 
 class CachedTower:
-    """Completes batches of `InstructionCollator`: features in the place of pixels, for every picture."""
+    """Completes batches of `InstructionCollator`: features in the place of pixels, for every image."""
 
     def __init__(self, model: LlavaForConditionalGeneration, store: FeatureStore, device: torch.device) -> None:
         self.model = model

@@ -2,11 +2,11 @@
 
 FOLDER/about.json            what tower, preprocessing and precision the features are of
 FOLDER/WRITER.features       (rows, width) arrays, one behind the other
-FOLDER/WRITER.index          32 bytes for each: digest of the picture's file, offset, rows, checksum
+FOLDER/WRITER.index          32 bytes for each: digest of the image's file, offset, rows, checksum
 
 Nobody waits for anybody: a writer appends to its own two files, features first, and readers take every whole entry of
 every index. What a killed writer left unfinished is never read. An entry whose checksum is wrong counts as absent, so
-its features are computed and appended again. Two writers may add the same picture; either entry will do.
+its features are computed and appended again. Two writers may add the same image; either entry will do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from clips_mllm.model.fingerprints import picture_digest
+from clips_mllm.model.fingerprints import image_digest
 from vision_tower.common.errors import disk_is_full
 from vision_tower.common.files import make_folder, write_text
 
@@ -39,20 +39,20 @@ ENTRY = np.dtype([("digest", "S16"), ("offset", "<u8"), ("rows", "<u4"), ("check
 LOOKING = 0.02  # share of its time that a reader may spend on looking for what has been added
 
 
-# What a batch holds of its n pictures, of which m are unknown; p patches, w width.
+# What a batch holds of its n images, of which m are unknown; p patches, w width.
 KNOWN = "known_features"  # (n - m, p, w)
 IS_KNOWN = "is_known"  # (n,) bool
 DIGESTS = "digests"  # (m, 16) uint8, in the order of `pixel_values` (m, 3, h, w)
-BLANK = b"blank"  # stands for the content of the picture that a batch of text gets
+BLANK = b"blank"  # stands for the content of the image that a batch of text gets
 
 
 @dataclasses.dataclass(frozen=True)
-class Looked:
-    """A picture that was looked up: its features, or itself where they are unknown."""
+class CachedImage:
+    """An image that was looked up: its features, or itself where they are unknown."""
 
     digest: bytes
     features: torch.Tensor | None
-    picture: Image | None
+    image: Image | None
 
 
 @dataclasses.dataclass
@@ -91,7 +91,7 @@ class FeatureStore:
         self._bad: set[tuple[int, int]] = set()  # shard and offset
 
     def get(self, digest: bytes) -> torch.Tensor | None:
-        """Features of a picture, (rows, width), or None where they must be computed."""
+        """Features of an image, (rows, width), or None where they must be computed."""
         features = self._first_good(digest)
         if features is None and time.monotonic() > self._next_look:
             self.refresh()
@@ -101,14 +101,14 @@ class FeatureStore:
                 self.found.value += 1
         return features
 
-    def look_up(self, content: bytes, decode: Callable[[bytes], Image]) -> Looked:
-        """An encoded picture's features, or the picture, which is decoded only then."""
-        digest = picture_digest(content)
+    def look_up(self, content: bytes, decode: Callable[[bytes], Image]) -> CachedImage:
+        """An encoded image's features, or the image, which is decoded only then."""
+        digest = image_digest(content)
         features = self.get(digest)
-        return Looked(digest, features, decode(content) if features is None else None)
+        return CachedImage(digest, features, decode(content) if features is None else None)
 
     def put(self, digest: bytes, features: torch.Tensor) -> None:
-        """Append the features of a picture; where the disk is full they are not kept, and the run goes on."""
+        """Append the features of an image; where the disk is full they are not kept, and the run goes on."""
         if self._full:
             return
         assert features.dtype == self.dtype, f"{features.dtype} for a store of {self.dtype}"
@@ -197,16 +197,19 @@ class FeatureStore:
         return torch.frombuffer(bytearray(data), dtype=self.dtype).view(-1, self.width)
 
 
-def visual_inputs(pictures: list[Looked], image_processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """A batch's pictures as `CachedTower.complete` takes them; only the unknown ones are preprocessed."""
-    known = [looked.features for looked in pictures if looked.features is not None]
-    unknown = [looked for looked in pictures if looked.features is None]
+def visual_inputs(images: list[CachedImage], image_processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """A batch's images as `CachedTower.complete` takes them; only the unknown ones are preprocessed."""
+    known = [looked.features for looked in images if looked.features is not None]
+    unknown = [looked for looked in images if looked.features is None]
     inputs = {
         KNOWN: torch.stack(known) if known else torch.empty(0),
-        IS_KNOWN: torch.tensor([looked.features is not None for looked in pictures]),
+        IS_KNOWN: torch.tensor([looked.features is not None for looked in images]),
         DIGESTS: torch.tensor([list(looked.digest) for looked in unknown], dtype=torch.uint8),
     }
     if unknown:
-        images = [looked.picture for looked in unknown]
-        inputs |= {"pixel_values": image_processor(images=images, return_tensors="pt")["pixel_values"]}
+        inputs |= {
+            "pixel_values": image_processor(images=[looked.image for looked in unknown], return_tensors="pt")[
+                "pixel_values"
+            ]
+        }
     return inputs

@@ -72,7 +72,7 @@ def file_hash(file: Path) -> str:
 
 
 def ends_hash(file: Path) -> str:
-    """Of a file's length, first and last four megabytes. A table's pictures may be hundreds of gigabytes, which rank 0
+    """Of a file's length, first and last four megabytes. A table's images may be hundreds of gigabytes, which rank 0
     would read while the others wait; its last bytes say how many rows there are, and where each column lies."""
     size = file.stat().st_size
     whole = hashlib.blake2b(str(size).encode(), digest_size=SIZE)
@@ -88,6 +88,6 @@ def value_hash(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=SIZE).hexdigest()
 
 
-def picture_digest(content: bytes) -> bytes:
-    """Of an encoded picture: what the feature store calls it by."""
+def image_digest(content: bytes) -> bytes:
+    """Of an encoded image: what the feature store calls it by."""
     return hashlib.blake2b(content, digest_size=SIZE).digest()

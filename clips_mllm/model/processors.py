@@ -1,4 +1,4 @@
-"""What a stock processor makes of a picture: positions in the sequence, squash, pad or crop."""
+"""What a stock processor makes of an image: positions in the sequence, squash, pad or crop."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Literal
 from PIL import Image
 from transformers import LlavaImageProcessor, LlavaNextProcessor, LlavaProcessor
 
-from clips_mllm.model.feature_store import Looked
+from clips_mllm.model.feature_store import CachedImage
 from clips_mllm.model.tiles import AnyProcessor, tiled_tokens
 from vision_tower.common.errors import UserError
 
-IMAGE_INPUTS = ("pixel_values", "image_sizes")  # sizes where pictures have tiles
+IMAGE_INPUTS = ("pixel_values", "image_sizes")  # sizes where images have tiles
 
 
-def picture_tokens(processor: AnyProcessor, pictures: Sequence[Image.Image | Looked]) -> list[int]:
-    """Positions that each picture takes in the sequence."""
-    if isinstance(processor, LlavaNextProcessor):  # whose tiles no cache holds, so no picture was looked up
-        return tiled_tokens(processor, [picture for picture in pictures if not isinstance(picture, Looked)])
-    return [image_tokens(processor)] * len(pictures)
+def image_token_counts(processor: AnyProcessor, images: Sequence[Image.Image | CachedImage]) -> list[int]:
+    """Positions that each image takes in the sequence."""
+    if isinstance(processor, LlavaNextProcessor):  # whose tiles no cache holds, so no image was looked up
+        return tiled_tokens(processor, [image for image in images if not isinstance(image, CachedImage)])
+    return [image_tokens(processor)] * len(images)
 
 
 def image_tokens(processor: LlavaProcessor) -> int:
-    """Positions that any picture takes in the sequence of stock LLaVA."""
+    """Positions that any image takes in the sequence of stock LLaVA."""
     size = processor.image_processor.size
     crop = getattr(processor.image_processor, "crop_size", None)
     side = (crop or size).get("height") or size["shortest_edge"]
@@ -31,12 +31,12 @@ def image_tokens(processor: LlavaProcessor) -> int:
     return int(count) - (processor.vision_feature_select_strategy == "default")
 
 
-def make_square(processor: LlavaProcessor, square: Literal["squash", "pad", "crop"]) -> None:
-    """Let the processor squash pictures, or first centre them on a square of its mean colour, as LLaVA-1.5 does.
+def set_aspect_ratio(processor: LlavaProcessor, square: Literal["squash", "pad", "crop"]) -> None:
+    """Let the processor squash images, or first centre them on a square of its mean colour, as LLaVA-1.5 does.
 
     `crop` leaves a tower's processor as it came: OpenAI CLIP's scales the shorter side and crops the middle.
 
-    Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares pictures in the
+    Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares images in the
     way that it was trained with.
 
     Raises:
@@ -45,7 +45,12 @@ def make_square(processor: LlavaProcessor, square: Literal["squash", "pad", "cro
     own = processor.image_processor
     if isinstance(processor, LlavaNextProcessor):
         if square != "squash":
-            raise UserError(f"data.square={square}: pictures in tiles are fitted by their own processor; take squash")
+            raise UserError(
+                "images in tiles are fitted by their own processor",
+                key="data.image_aspect_ratio",
+                value=square,
+                remedy="take squash",
+            )
         return
     if square == "pad":
         processor.image_processor = LlavaImageProcessor(

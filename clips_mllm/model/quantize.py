@@ -49,4 +49,6 @@ def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
     try:
         return BitsAndBytesConfig.from_dict(read_object(file))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: not a bitsandbytes configuration ({error}); save the adapter again") from error
+        raise UserError(
+            f"not a bitsandbytes configuration ({error})", file=file, remedy="save the adapter again"
+        ) from error

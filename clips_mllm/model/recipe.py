@@ -22,7 +22,7 @@ class MllmRecipe:
             [-2, -5], are concatenated.
         feature_select: "full" keeps every position, "default" drops the class token; "auto" keeps the patches alone.
         image_size: side in pixels for which the tower's positions are computed anew; none keeps its own.
-        tiles: most tiles in which a picture is shown again at a higher resolution, beside the whole of it; the
+        tiles: most tiles in which an image is shown again at a higher resolution, beside the whole of it; the
             checkpoint is then one of LLaVA-NeXT's classes. None shows the whole alone, in LLaVA's.
         word_steps: steps in which the projector alone first learns to put patches at the words of their captions
             (clips_mllm/word_start.py), for LLMs too small to tell it where; 0 does without.
@@ -43,11 +43,17 @@ class MllmRecipe:
         """Raise UserError unless exactly one of the two ways is given, and tiles where they can be chosen."""
         pair = self.tower is not None and self.llm is not None
         if pair == (self.checkpoint is not None) or (self.tower is None) != (self.llm is None):
-            raise UserError("model: give either 'checkpoint', or both 'tower' and 'llm'")
+            raise UserError("give either 'checkpoint', or both 'tower' and 'llm'", key="model")
         if self.tiles is not None and self.checkpoint is not None:
-            raise UserError("model.tiles: a checkpoint brings its own; choose them in stage 1, with 'tower' and 'llm'")
+            raise UserError(
+                "a checkpoint brings its own",
+                key="model.tiles",
+                remedy="choose them in stage 1, with 'tower' and 'llm'",
+            )
         if self.tiles is not None and self.tiles < 2:
-            raise UserError(f"model.tiles={self.tiles}: at least 2; leave it out to show pictures whole")
+            raise UserError(
+                "at least 2", key="model.tiles", value=self.tiles, remedy="leave it out to show images whole"
+            )
         for name, given, own in (
             ("image_size", self.image_size, None),
             ("feature_layer", self.feature_layer, -2),
@@ -55,12 +61,13 @@ class MllmRecipe:
         ):
             if given != own and self.checkpoint is not None:
                 raise UserError(
-                    f"model.{name}={given}: a checkpoint brings its own; choose it in stage 1, with 'tower' and 'llm'"
+                    f"model.{name}={given}: a checkpoint brings its own",
+                    remedy="choose it in stage 1, with 'tower' and 'llm'",
                 )
         if self.word_steps < 0:
-            raise UserError(f"model.word_steps={self.word_steps}: 0 (none) or a number of steps")
+            raise UserError("0 (none) or a number of steps", key="model.word_steps", value=self.word_steps)
         if self.word_steps and (self.tiles is not None or self.checkpoint is not None):
-            raise UserError("model.word_steps: a start of stage 1 without tiles; leave it out")
+            raise UserError("a start of stage 1 without tiles", key="model.word_steps", remedy="leave it out")
 
 
 def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:
@@ -69,8 +76,10 @@ def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:
     for layer in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
         if not -states <= layer < states:
             raise UserError(
-                f"model.feature_layer={layer}: the tower has hidden states 0 to {states - 1}, or {-states} to -1 from "
-                "the end; -2 is what LLaVA reads"
+                f"the tower has hidden states 0 to {states - 1}, or {-states} to -1 from the end",
+                key="model.feature_layer",
+                value=layer,
+                remedy="-2 is what LLaVA reads",
             )
 
 

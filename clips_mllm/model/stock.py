@@ -46,8 +46,9 @@ def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> 
     """Raise UserError unless `<image>` is a single piece."""
     if len(tokenizer.encode(IMAGE, add_special_tokens=False)) != 1:
         raise UserError(
-            f"{place}: its tokenizer has no {IMAGE} piece, so pictures would be read as text; "
-            "build the checkpoint with `clips-mllm train`, or add the piece to the tokenizer"
+            f"its tokenizer has no {IMAGE} piece, so images would be read as text",
+            file=place,
+            remedy="build the checkpoint with `clips-mllm train`, or add the piece to the tokenizer",
         )
 
 
@@ -63,7 +64,9 @@ def load_stock(
     _refuse_encoder(Path(name))
     config = read_pretrained(AutoConfig, name)
     if type(config) not in STOCK:
-        raise UserError(f"{folder}: a '{config.model_type}' checkpoint, not a LLaVA model; point to a `train` run")
+        raise UserError(
+            f"a '{config.model_type}' checkpoint, not a LLaVA model", file=folder, remedy="point to a `train` run"
+        )
     model_class, processor_class = STOCK[type(config)]
     processor = read_pretrained(processor_class, name)
     check_image_token(processor.tokenizer, folder)
@@ -88,7 +91,7 @@ def _existing(name: str, key: str, files: tuple[str, ...] = SHARD_FILES) -> str:
     path = Path(name)
     if path.is_dir() and not is_complete(path, files):
         raise UserError(
-            f"{name}: no finished checkpoint here (config.json and safetensors); run the stage before first"
+            "no finished checkpoint here (config.json and safetensors)", file=name, remedy="run the stage before first"
         )
     check_model_exists(name, key)
     return name
@@ -98,7 +101,9 @@ def _refuse_encoder(folder: Path) -> None:
     """transformers does not know the kind of a pretraining checkpoint, and would advise an upgrade at length."""
     file = folder / "config.json"
     if file.is_file() and '"model_type": "clips"' in file.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{folder}: a CLIPS encoder, not a multimodal LLM; give the folder of a `clips-mllm train` run")
+        raise UserError(
+            "a CLIPS encoder, not a multimodal LLM", file=folder, remedy="give the folder of a `clips-mllm train` run"
+        )
 
 
 def _read_weights(kind: Any, name: str, dtype: str | torch.dtype, **options: Any) -> Any:

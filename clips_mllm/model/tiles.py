@@ -1,8 +1,8 @@
 """High resolution by tiles, with the stock LLaVA-NeXT classes: an opt-in that leaves LLaVA's own.
 
-A picture is shown whole, and again in up to `most` tiles of the tower's size, laid out to fit its shape; a learned
+An image is shown whole, and again in up to `most` tiles of the tower's size, laid out to fit its shape; a learned
 vector ends each row of patches. The checkpoint is a `LlavaNextForConditionalGeneration` with a `LlavaNextProcessor`.
-Sequences grow with the tiles: four of 576 patches are up to 2,928 positions a picture.
+Sequences grow with the tiles: four of 576 patches are up to 2,928 positions an image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def with_tiles(
     """The same tower, projector and LLM in LLaVA-NeXT's classes.
 
     Args:
-        most: tiles of a picture, beside the whole of it.
+        most: tiles of an image, beside the whole of it.
     """
     own = model.config
     tile = own.vision_config.image_size
@@ -83,21 +83,19 @@ def with_tiles(
     )
 
 
-def tiled_tokens(processor: LlavaNextProcessor, pictures: list[Image.Image]) -> list[int]:
-    """Positions of each picture, by the stock processor's own count."""
+def tiled_tokens(processor: LlavaNextProcessor, images: list[Image.Image]) -> list[int]:
+    """Positions of each image, by the stock processor's own count."""
     tile = _side(processor)
     dropped = processor.vision_feature_select_strategy == "default"
-    return [
-        processor._get_number_of_features(picture.height, picture.width, tile, tile) - dropped for picture in pictures
-    ]
+    return [processor._get_number_of_features(image.height, image.width, tile, tile) - dropped for image in images]
 
 
-def views(processor: AnyProcessor, picture: Image.Image) -> int:
-    """How many squares of a picture the tower sees: its tiles and the whole, or in stock LLaVA the one."""
+def views(processor: AnyProcessor, image: Image.Image) -> int:
+    """How many squares of an image the tower sees: its tiles and the whole, or in stock LLaVA the one."""
     if not isinstance(processor, LlavaNextProcessor):
         return 1
     layouts = processor.image_processor.image_grid_pinpoints
-    return int(image_size_to_num_patches([picture.height, picture.width], layouts, _side(processor)))
+    return int(image_size_to_num_patches([image.height, image.width], layouts, _side(processor)))
 
 
 def _side(processor: LlavaNextProcessor) -> int:

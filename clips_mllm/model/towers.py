@@ -1,6 +1,6 @@
 """Vision towers of any supported kind, at any resolution: one face for what LLaVA needs to know of them.
 
-folder or hub id --AutoModel--> tower, or the vision half of a two-tower model --at_size--> tower for other pictures
+folder or hub id --AutoModel--> tower, or the vision half of a two-tower model --at_size--> tower for other images
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def check_tower(tower: str, config: Any) -> None:
     """Raise UserError for a tower of an unknown kind."""
     if config.model_type not in KINDS:
         known = ", ".join(KINDS)
-        raise UserError(f"{tower}: a '{config.model_type}' model cannot be the tower; kinds that can: {known}")
+        raise UserError(
+            f"a '{config.model_type}' model cannot be the tower", file=tower, remedy=f"kinds that can: {known}"
+        )
 
 
 def feature_selection(tower: str, config: Any, wanted: Literal["auto", "full", "default"]) -> FeatureSelect:
@@ -58,7 +60,9 @@ def feature_selection(tower: str, config: Any, wanted: Literal["auto", "full", "
     class_token = KINDS[config.model_type].class_token
     if wanted == "default" and not class_token:
         raise UserError(
-            f"model.feature_select=default: a '{config.model_type}' tower needs 'full', it has no class token to drop"
+            f"a '{config.model_type}' tower needs 'full', it has no class token to drop",
+            key="model.feature_select",
+            value="default",
         )
     return ("default" if class_token else "full") if wanted == "auto" else wanted
 
@@ -70,7 +74,7 @@ def additional_tokens(config: Any) -> int:
 
 @torch.no_grad()
 def at_size(tower: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """The same weights for square pictures of another side, in pixels.
+    """The same weights for square images of another side, in pixels.
 
     Fixed sin-cos positions, as of towers trained here, are computed anew; learned ones are interpolated, bicubic.
 
@@ -83,8 +87,10 @@ def at_size(tower: PreTrainedModel, image_size: int) -> PreTrainedModel:
     if image_size < config.patch_size or image_size % config.patch_size:
         lower = max(image_size // config.patch_size, 1) * config.patch_size
         raise UserError(
-            f"model.image_size={image_size}: no multiple of the tower's patch of {config.patch_size} pixels; take "
-            f"{lower} or {lower + config.patch_size}"
+            f"no multiple of the tower's patch of {config.patch_size} pixels",
+            key="model.image_size",
+            value=image_size,
+            remedy=f"take {lower} or {lower + config.patch_size}",
         )
     kind = KINDS[config.model_type]
     state = tower.state_dict()
@@ -105,7 +111,7 @@ def at_size(tower: PreTrainedModel, image_size: int) -> PreTrainedModel:
 
 
 def resize_processor(processor: BaseImageProcessor, image_size: int) -> None:
-    """Let an image processor make pictures of another side, in the way it made them before."""
+    """Let an image processor make images of another side, in the way it made them before."""
     square = {"height": image_size, "width": image_size}
     if processor.size.get("shortest_edge"):
         processor.size = {"shortest_edge": image_size}

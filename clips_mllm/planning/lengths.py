@@ -38,7 +38,7 @@ class Lengths:
         samples: their number; 0 where nothing says it.
         longest, mean: with image tokens.
         supervised: mean of those that are learnt from.
-        pictures: mean of a sample.
+        images: mean of a sample.
         measured: whether they come from the file.
     """
 
@@ -46,7 +46,7 @@ class Lengths:
     longest: int
     mean: float
     supervised: float
-    pictures: float
+    images: float
     measured: bool
 
 
@@ -66,7 +66,7 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
             longest=data.max_length,
             mean=mean,
             supervised=mean - patches,
-            pictures=1.0,
+            images=1.0,
             measured=False,
         )
     found = [list(read_rows(file)) for file in files]
@@ -75,22 +75,22 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
     rows = rows if chosen is None else [rows[place] for place in chosen]
     looked = list(_examples(rows[:: max(1, len(rows) // LOOKED_AT)]))
     if not looked:
-        raise UserError(f"{files[0]}: no conversations; `clips-mllm data doctor` tells more")
+        raise UserError("no conversations", file=files[0], remedy="`clips-mllm data doctor` tells more")
     count = _counter(model)
     around = [count(text) for text in AROUND_A_TURN.get(data.template, AROUND_A_TURN["chatml"])]
     whole, learnt = [], []
     for example in looked:
         spoken = [(turn["role"] == "assistant", _text(turn, data.template)) for turn in example.messages]
         tokens = [(answer, count(text)) for answer, text in spoken]
-        pictures = patches * len(example.images)
-        whole.append(min(data.max_length, pictures + sum(around[answer] + length for answer, length in tokens)))
+        images = patches * len(example.images)
+        whole.append(min(data.max_length, images + sum(around[answer] + length for answer, length in tokens)))
         learnt.append(sum(length + 1 for answer, length in tokens if answer))
     return Lengths(
         samples=len(rows),
         longest=max(whole),
         mean=sum(whole) / len(whole),
         supervised=sum(learnt) / len(learnt),
-        pictures=sum(len(example.images) for example in looked) / len(looked),
+        images=sum(len(example.images) for example in looked) / len(looked),
         measured=True,
     )
 
@@ -103,7 +103,7 @@ def _examples(rows: list[Any]) -> Iterator[Example]:
 
 
 def _text(turn: Message, template: str) -> str:
-    """What of a turn is written: `plain` shows the pictures of a question alone."""
+    """What of a turn is written: `plain` shows the images of a question alone."""
     if template == "plain" and turn["role"] != "assistant":
         return ""
     return "".join(part.get("text", "") for part in turn["content"])

@@ -51,7 +51,7 @@ class Setup:
         batch: samples in a forward pass of one device.
         tokens: of the longest row, to which the others are padded.
         supervised: tokens of a sample that are learnt from.
-        pictures: of a sample.
+        images: of a sample.
         kind: of the device.
     """
 
@@ -73,7 +73,7 @@ class Setup:
     batch: int = 1
     tokens: int = 2048
     supervised: int = 1024
-    pictures: float = 1.0
+    images: float = 1.0
     kind: Literal["gpu", "cpu"] = "gpu"
 
     @property
@@ -202,9 +202,9 @@ def activation_bytes(setup: Setup) -> float:
     llm, positions = setup.shape.llm, setup.batch * setup.tokens
     block = block_bytes(setup)
     blocks = llm.layers * llm.width * setup.width + block if setup.checkpointing else llm.layers * block
-    tower, patches = setup.shape.tower, setup.batch * setup.pictures * (setup.shape.tower.patches + 1)
+    tower, patches = setup.shape.tower, setup.batch * setup.images * (setup.shape.tower.patches + 1)
     seen = patches * tower_block_bytes(setup) * (tower.layers if setup.train_tower else 1)
-    embedded = positions * llm.width * setup.width * 3  # word embeddings, with pictures in them, and the final norm
+    embedded = positions * llm.width * setup.width * 3  # word embeddings, with images in them, and the final norm
     projected = patches * (tower.width + 3 * llm.width) * setup.width * setup.train_projector
     return positions * blocks + seen + embedded + projected
 

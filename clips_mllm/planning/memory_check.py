@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from clips_mllm.training.recipe import TrainRecipe
 
 LOOKED_AT = 8  # of the longest samples
-MOST_TRIED = 64
+MAX_TRIED = 64
 MARGIN = 1.1  # by this much the estimate may be too high
 GB = 1e9
 
@@ -45,7 +45,7 @@ def memory_line(
     )
     lengths = longest(dataset)
     if lengths is None:
-        return f"memory estimate: none, for not one of the {MOST_TRIED} longest samples can be used"
+        return f"memory estimate: none, for not one of the {MAX_TRIED} longest samples can be used"
     memory = estimate(setup_of(recipe, shape, lengths, devices=arguments.world_size, kind=kind))
     available = available_bytes(arguments)
     told = f"memory estimate: {memory.total / GB:.1f} GB of {available / GB:.1f} GB on each {kind} at the peak"
@@ -57,14 +57,16 @@ def memory_line(
     )
     sure = memory.total > MARGIN * available and "optim" not in recipe.training.extra
     if kind == "gpu" and sure:
-        raise UserError(f"training.device_batch_size={recipe.training.device_batch_size}: {told}; {remedy}")
+        raise UserError(
+            f"{told}", key="training.device_batch_size", value=recipe.training.device_batch_size, remedy=f"{remedy}"
+        )
     return f"{told}, which {'may not do' if kind == 'gpu' else 'is not free now'}; {remedy}"
 
 
 def longest(dataset: InstructionDataset) -> Lengths | None:
     """Lengths of the longest samples, rendered as they will be trained on; None where none of them can be used."""
     loaded = []
-    for place in np.argsort(-np.abs(np.asarray(dataset.lengths())))[:MOST_TRIED]:
+    for place in np.argsort(-np.abs(np.asarray(dataset.lengths())))[:MAX_TRIED]:
         try:
             loaded.append(dataset.load(int(place)))
         except (BadImage, OSError, Unsupervised):
@@ -73,14 +75,14 @@ def longest(dataset: InstructionDataset) -> Lengths | None:
             break
     if not loaded:
         return None
-    seen = [sum(views(dataset.processor, picture) for picture in sample["images"]) for sample, _ in loaded]
+    seen = [sum(views(dataset.processor, image) for image in sample["images"]) for sample, _ in loaded]
     supervised = [sum(label != IGNORED for label in rendered.labels) for _, rendered in loaded]
     return Lengths(
         samples=len(dataset),
         longest=max(len(rendered.ids) for _, rendered in loaded),
         mean=float(np.mean([len(rendered.ids) for _, rendered in loaded])),
         supervised=float(np.mean(supervised)),
-        pictures=float(np.mean(seen)),
+        images=float(np.mean(seen)),
         measured=True,
     )
 

@@ -64,9 +64,9 @@ class PlanRecipe(TrainRecipe):
         if self.tokens < 0:
             raise UserError(f"tokens={self.tokens}: 0 (from the data) or a number of tokens")
         if self.data is None:
-            raise UserError("plan: no recipe; give --config configs/mllm/NAME.yaml, or --table")
+            raise UserError("plan: no recipe", remedy="give --config configs/mllm/NAME.yaml, or --table")
         if self.model.tiles is not None:
-            raise UserError(f"model.tiles: {UNKNOWN_TILES}")
+            raise UserError(f"{UNKNOWN_TILES}", key="model.tiles")
 
     @property
     def available(self) -> float:

@@ -39,6 +39,6 @@ def setup_of(
         batch=training.device_batch_size,
         tokens=lengths.longest,
         supervised=round(lengths.supervised),
-        pictures=lengths.pictures,
+        images=lengths.images,
         kind=kind,
     )

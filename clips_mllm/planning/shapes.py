@@ -10,7 +10,7 @@ from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
 
 UNKNOWN_TILES = (
-    "how many tiles a picture has depends on its shape, and no picture is opened here; `clips-mllm train` tells its "
+    "how many tiles an image has depends on its shape, and no image is opened here; `clips-mllm train` tells its "
     "memory before step 1"
 )
 
@@ -71,7 +71,7 @@ class LlmShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerShape:
-    """A vision transformer over square pictures.
+    """A vision transformer over square images.
 
     Attributes:
         width, layers, mlp, heads: of its blocks.
@@ -161,7 +161,7 @@ def read_shape(*, tower: str | None, llm: str | None, checkpoint: str | None) ->
         if values is None:
             return _listed(CHECKPOINTS, checkpoint, "model.checkpoint")
         if values.get("model_type") == "llava_next":
-            raise UserError(f"{checkpoint}: {UNKNOWN_TILES}")
+            raise UserError(f"{UNKNOWN_TILES}", file=checkpoint)
         return Shape(
             tower=tower_shape(_section(values, "vision_config", checkpoint), checkpoint),
             llm=llm_shape(_section(values, "text_config", checkpoint), checkpoint),
@@ -190,7 +190,7 @@ def llm_shape(values: dict[str, Any], place: str) -> LlmShape:
             head=values.get("head_dim") or 0,
         )
     except KeyError as error:
-        raise UserError(f"{place}: its config has no {error.args[0]}; not a LLaMA-family LLM") from error
+        raise UserError(f"its config has no {error.args[0]}", file=place, remedy="not a LLaMA-family LLM") from error
 
 
 def tower_shape(values: dict[str, Any], place: str) -> TowerShape:
@@ -207,7 +207,7 @@ def tower_shape(values: dict[str, Any], place: str) -> TowerShape:
             class_token=values.get("model_type") != "siglip_vision_model",
         )
     except KeyError as error:
-        raise UserError(f"{place}: its config has no {error.args[0]}; not a vision tower") from error
+        raise UserError(f"its config has no {error.args[0]}", file=place, remedy="not a vision tower") from error
 
 
 def _base(checkpoint: str) -> str:
@@ -238,14 +238,15 @@ def _from_hub(name: str) -> dict[str, Any] | None:
 
 def _section(values: dict[str, Any], name: str, place: str) -> dict[str, Any]:
     if not isinstance(values.get(name), dict):
-        raise UserError(f"{place}: its config.json has no {name}; give a LLaVA checkpoint")
+        raise UserError(f"its config.json has no {name}", file=place, remedy="give a LLaVA checkpoint")
     return dict(values[name])
 
 
 def _listed(known: dict[str, Any], name: str, key: str) -> Any:
     if name not in known:
         raise UserError(
-            f"{name}: no config.json there ({key}), and none on the hub; give a folder that has one, or one of "
-            f"{', '.join(known)}"
+            f"no config.json there ({key}), and none on the hub",
+            file=name,
+            remedy=f"give a folder that has one, or one of {', '.join(known)}",
         )
     return known[name]

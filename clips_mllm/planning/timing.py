@@ -27,7 +27,7 @@ def sample_flops(setup: Setup, tokens: float) -> float:
     blocks = passes * 2 * llm.matrices * tokens
     attention = (3 + setup.checkpointing) * 4 * tokens**2 * llm.query * llm.layers
     vocabulary = (passes - setup.checkpointing) * 2 * llm.vocabulary * llm.width * setup.supervised
-    seen = setup.pictures * tower.patches
+    seen = setup.images * tower.patches
     vision = (3 if setup.train_tower else 1) * 2 * tower.parameters * seen
     projector = 3 * 2 * setup.shape.projector * seen
     return blocks + attention + vocabulary + vision + projector

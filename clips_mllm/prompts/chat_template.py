@@ -39,9 +39,9 @@ class OwnFormat:
     Attributes:
         chat_template: its chat template, if it has one.
         adds_bos: whether its tokenizer puts BOS in front of every text.
-        gap: what stands between a written BOS or picture and the words, so that they become the ids that they are at
+        gap: what stands between a written BOS or image and the words, so that they become the ids that they are at
             the beginning of a text: Vicuna's begins one with `▁A`, but goes on after `<s>` or `<image>` with `A`. The
-            original LLaVA tokenizes what stands between pictures piece by piece, each as a beginning.
+            original LLaVA tokenizes what stands between images piece by piece, each as a beginning.
     """
 
     chat_template: str | None
@@ -81,12 +81,12 @@ def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: st
     """
     own = own_format(tokenizer)
     if name != "tokenizer":
-        gap = "" if name == "plain" else own.gap  # which begins with a picture
+        gap = "" if name == "plain" else own.gap  # which begins with an image
         return (WRITES_BOS[gap] if own.adds_bos else "") + _with_gap(load_template(name), own.gap)
     if not own.chat_template:
         raise UserError(
-            f"{key}=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own; choose "
-            f"another (plain, {', '.join(END_TOKENS)})"
+            f"{key}=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own",
+            remedy=f"choose another (plain, {', '.join(END_TOKENS)})",
         )
     preamble = load_template("flatten")
     return own.chat_template if own.chat_template.startswith(preamble) else preamble + own.chat_template
@@ -137,13 +137,14 @@ def _end_of_answer(tokenizer: PreTrainedTokenizerFast, name: TemplateName, text:
     try:
         rendered, spans = render_text(PROBE, text, tokenizer)
     except Unsupervised as error:
-        raise UserError(f"{key}={name}: {error}; choose another, chatml suits most LLMs") from error
+        raise UserError(f"{key}={name}: {error}", remedy="choose another, chatml suits most LLMs") from error
     for piece in special_pieces(tokenizer):
         if rendered[: spans[-1][1]].endswith(piece):
             return int(tokenizer.convert_tokens_to_ids(piece))
     raise UserError(
         f"{key}={name}: it ends answers with {END_TOKENS.get(name, rendered[-20:])!r}, which is not one "
-        "special piece of this LLM's tokenizer; choose the template of its family, or 'tokenizer'"
+        f"special piece of this LLM's tokenizer",
+        remedy="choose the template of its family, or 'tokenizer'",
     )
 
 

@@ -19,4 +19,4 @@ Message = dict[str, Any]
 
 
 class Unsupervised(ValueError):
-    """A sample without a supervised token, whose pictures do not fit the context, or that the template refuses."""
+    """A sample without a supervised token, whose images do not fit the context, or that the template refuses."""

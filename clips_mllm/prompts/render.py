@@ -97,9 +97,9 @@ def render(
     Args:
         messages: `{"role", "content"}`; content is a string or parts `{"type": "text" | "image", ...}`.
         template: Jinja text.
-        image_tokens: positions that one picture takes; a list where pictures differ.
+        image_tokens: positions that one image takes; a list where images differ.
     Raises:
-        Unsupervised: nothing is left to learn, the cut goes through a picture, or the template refuses.
+        Unsupervised: nothing is left to learn, the cut goes through an image, or the template refuses.
     """
     text, spans = render_text(messages, template, tokenizer)
     options = tokenizer_options(text, tokenizer)
@@ -114,7 +114,7 @@ def render(
         ids += [token] * repeat
         labels += [token if spoken else IGNORED] * repeat
     if image_id in ids[max_length:]:
-        raise Unsupervised(f"its pictures need more than max_length={max_length} tokens")
+        raise Unsupervised(f"its images need more than max_length={max_length} tokens")
     whole = len(ids)
     ids, labels = ids[:max_length], labels[:max_length]
     labels[:1] = [IGNORED]  # nothing predicts the first token, so it must not be counted as learnt

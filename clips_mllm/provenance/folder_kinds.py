@@ -28,7 +28,7 @@ PARTS = {  # marks in the names of weights
     "text_model.": "text",
     "captioner.": "captioner",
 }
-STOCK = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT"}  # by model type; the second shows pictures in tiles
+STOCK = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT"}  # by model type; the second shows images in tiles
 TOWERS = ("siglip_vision_model", "clip_vision_model", "vit", "dinov2", "clip", "siglip")
 
 
@@ -44,11 +44,13 @@ class Kind:
 def find_kind(folder: Path) -> Kind:
     """The kind of a folder. Raises UserError where it is none that this project knows, or a file in it is damaged."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; check the path")
+        raise UserError("no such folder", file=folder, remedy="check the path")
     if (found := known_kind(folder)) is not None:
         return found
     inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise UserError(f"{folder}: no folder of a kind that is known here (inside: {inside}); see docs/planning.md")
+    raise UserError(
+        f"no folder of a kind that is known here (inside: {inside})", file=folder, remedy="see docs/planning.md"
+    )
 
 
 def known_kind(folder: Path) -> Kind | None:
@@ -181,8 +183,8 @@ def _feature_cache(folder: Path) -> Kind | None:
         return None
     entries = sum(file.stat().st_size // 32 for each in inside for file in each.glob("*.index"))
     size = sum(file.stat().st_size for each in inside for file in each.glob("*.features"))
-    facts = {"towers": len(inside), "pictures": entries, "bytes": size}
-    return Kind("feature_cache", f"feature cache: {entries:,} pictures, {size / 1e9:.2f} GB", facts)
+    facts = {"towers": len(inside), "images": entries, "bytes": size}
+    return Kind("feature_cache", f"feature cache: {entries:,} images, {size / 1e9:.2f} GB", facts)
 
 
 def _road(folder: Path) -> Kind | None:
@@ -256,4 +258,4 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except ValueError as error:
-        raise UserError(f"{file}: cannot be read as safetensors; fetch or save it again") from error
+        raise UserError("cannot be read as safetensors", file=file, remedy="fetch or save it again") from error

@@ -81,14 +81,17 @@ def compare_manifest(folder: Path, recipe: TrainRecipe, parts: dict[str, Any]) -
         old, source = before["parts"][name], recipe.model.checkpoint or getattr(recipe.model, name, "the recipe")
         if any(old.get(what, part[what]) != part[what] for what in ("class", "shapes")):
             raise UserError(
-                f"{folder}: holds checkpoints with a {name} of other shapes ({old['class']}) than that of {source} "
-                f"({part['class']}), which has changed since; put the old one back, or take another output_dir"
+                f"holds checkpoints with a {name} of other shapes ({old['class']}) than that of {source} "
+                f"({part['class']}), which has changed since",
+                file=folder,
+                remedy="put the old one back, or take another output_dir",
             )
         changed = any(old.get(what) != part.get(what) for what in ("hash", "vocabulary_layer"))
         if adapter and name != "projector" and changed:
             raise UserError(
-                f"{folder}: the {name} of {source} has changed since this run began, and its adapter belongs to the "
-                "old one; put that back, or take another output_dir"
+                f"the {name} of {source} has changed since this run began, and its adapter belongs to the old one",
+                file=folder,
+                remedy="put that back, or take another output_dir",
             )
     known = {source["file"]: source for source in before["data"]["sources"]}
     for source in recipe.data.sources:

@@ -36,16 +36,16 @@ class SampleRecipe:
         seed: everything but the third-party material is a function of it.
         llm: SmolLM2-135M-Instruct, or a random two-layer LLaMA for trials of the machinery.
         pretrain_scenes: scenes in the pretraining shards.
-        pretrain_figures: geometric pictures of our own in them.
-        pretrain_shapes: easy-VQA training pictures in them.
+        pretrain_figures: geometric images of our own in them.
+        pretrain_shapes: easy-VQA training images in them.
         shard_size: pairs in one shard.
         align_scenes: scenes with a caption for stage 1, beside as many easy-VQA captions as `align_shapes`.
-        align_shapes: easy-VQA training pictures in stage 1.
+        align_shapes: easy-VQA training images in stage 1.
         finetune_scenes: scenes with conversations for stage 2.
-        finetune_shapes: easy-VQA training pictures with conversations for stage 2.
-        finetune_pairs: stage-2 conversations about two pictures.
-        finetune_told: stage-2 conversations about a scene told in words, without its picture.
-        finetune_told_shapes: the same about easy-VQA training pictures.
+        finetune_shapes: easy-VQA training images with conversations for stage 2.
+        finetune_pairs: stage-2 conversations about two images.
+        finetune_told: stage-2 conversations about a scene told in words, without its image.
+        finetune_told_shapes: the same about easy-VQA training images.
         finetune_texts: stage-2 conversations about no scene at all.
         retrieval_scenes: test scenes for retrieval, five captions each.
         pope_scenes: test scenes that POPE asks about.
@@ -85,7 +85,9 @@ class SampleRecipe:
                 raise UserError(f"{field.name}={value}: at least {least} is needed")
         for stage in ("align", "finetune"):
             if getattr(self, f"{stage}_scenes") + getattr(self, f"{stage}_shapes") == 0:
-                raise UserError(f"{stage}_scenes=0, {stage}_shapes=0: the stage needs a sample; raise one of them")
+                raise UserError(
+                    f"{stage}_scenes=0, {stage}_shapes=0: the stage needs a sample", remedy="raise one of them"
+                )
 
 
 def main(argv: list[str]) -> None:
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> None:
     recipe.check()
     final = Path(recipe.output_dir)
     if final.exists() and any(final.iterdir()):
-        raise UserError(f"{final}: already holds files; remove the folder or choose another --output_dir")
+        raise UserError(f"{final}: already holds files", remedy="remove the folder or choose another --output_dir")
     work = final.with_name(f"{final.name}.partial")
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted build left
     work.mkdir(parents=True)
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> None:
 
 
 def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> None:
-    """WebDataset shards in which scenes and easy-VQA pictures are mixed."""
+    """WebDataset shards in which scenes and easy-VQA images are mixed."""
     folder.mkdir(parents=True)
     rows: list[tuple[str, Any]] = [("scene", index) for index in range(recipe.pretrain_scenes)]
     rows += [("figure", index) for index in range(recipe.pretrain_figures)]
@@ -131,9 +133,9 @@ def _write_shard(seed: int, file: Path, rows: list[tuple[str, Any]]) -> None:
             sample = PAIR_MAKERS[kind](seed, item)
             if sample is None:
                 continue
-            key, picture, web, synthetic = sample
+            key, image, web, synthetic = sample
             texts = json.dumps({"web_caption": web, "synthetic_caption": synthetic}).encode()
-            for name, content in ((f"{key}.png", picture), (f"{key}.json", texts)):
+            for name, content in ((f"{key}.png", image), (f"{key}.json", texts)):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -151,9 +153,9 @@ def _shape_pair(seed: int, shape: shapes.ShapeImage) -> tuple[str, bytes, str, s
 
 
 def _figure_pair(seed: int, index: int) -> tuple[str, bytes, str, str]:
-    picture, color, shape = shapes.draw_shape(seed, index)
+    image, color, shape = shapes.draw_shape(seed, index)
     captions = shapes.caption_shape(color, shape, random.Random(f"{seed}/figure-captions/{index}"))
-    return f"figure-{index:06d}", picture, *captions
+    return f"figure-{index:06d}", image, *captions
 
 
 PAIR_MAKERS: dict[str, Callable[[int, Any], tuple[str, bytes, str, str] | None]] = {
@@ -164,7 +166,7 @@ PAIR_MAKERS: dict[str, Callable[[int, Any], tuple[str, bytes, str, str] | None]]
 
 
 def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> list[str]:
-    """`stage1.json`, `stage2.json` and their pictures; returns all text in them."""
+    """`stage1.json`, `stage2.json` and their images; returns all text in them."""
     images = folder / "images"
     images.mkdir(parents=True)
     stage1 = list(
@@ -233,7 +235,7 @@ def write_exams(recipe: SampleRecipe, folder: Path, test_shapes: list[shapes.Sha
 
 
 def _write_examples(folder: Path, first: Scene, second: Scene, shape: shapes.ShapeImage) -> None:
-    """Three held-out pictures with a question each, for a first talk with the model."""
+    """Three held-out images with a question each, for a first talk with the model."""
     copied = folder / "retrieval" / "images" / f"easy-vqa-test-{shape.image_id}.png"
     shutil.copyfile(shape.file, copied)
     examples = [

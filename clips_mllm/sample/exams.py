@@ -41,10 +41,10 @@ def karpathy_json(scenes: list[Scene], seed: int) -> dict[str, Any]:
 
 
 class PopeNegatives:
-    """POPE's three ways to choose objects that are not in the picture (arXiv 2305.10355, section 4.2).
+    """POPE's three ways to choose objects that are not in the image (arXiv 2305.10355, section 4.2).
 
     random: any absent object. popular: the most frequent absent ones. adversarial: those that appear together with
-    the picture's objects most often. Frequencies are those of the evaluated scenes, as in POPE.
+    the image's objects most often. Frequencies are those of the evaluated scenes, as in POPE.
     """
 
     def __init__(self, scenes: list[Scene]) -> None:
@@ -74,7 +74,7 @@ def pope_rows(scenes: list[Scene], setting: str, seed: int) -> list[dict[str, An
     rows: list[dict[str, Any]] = []
     for scene in scenes:
         rng = random.Random(f"{seed}/pope/{setting}/{scene.key}")
-        picture = {"bytes": png_bytes(render_scene(scene)), "path": f"{scene.key}.png"}
+        image = {"bytes": png_bytes(render_scene(scene)), "path": f"{scene.key}.png"}
         positive = [thing.short for thing in scene.things]
         absent = negatives.choose(scene, setting, len(positive), rng)
         asked = [(short, "yes") for short in positive] + [(short, "no") for short in absent]
@@ -86,7 +86,7 @@ def pope_rows(scenes: list[Scene], setting: str, seed: int) -> list[dict[str, An
                     "question": presence_question(spoken_names()[short]),
                     "answer": answer,
                     "image_source": scene.key,
-                    "image": picture,
+                    "image": image,
                     "category": setting,
                 }
             )

@@ -12,7 +12,7 @@ from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summar
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-MOST_ABSENT = 3  # yes/no questions about what is not there, of one picture
+MAX_ABSENT = 3  # yes/no questions about what is not there, of one image
 SCENE_ROUNDS = ("presence", "located", "short", "letters", "describe")
 SCENE_SHARES = (6, 3, 3, 1, 2)
 PATCHES = 2  # of 16 pixels, along a side of a cell
@@ -39,17 +39,17 @@ def conversation(identity: str, turns: list[Turn], images: list[str]) -> dict[st
 
 
 def caption_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 1: describe the picture in one sentence."""
+    """Stage 1: describe the image in one sentence."""
     return conversation(scene.key, [(rng.choice(STAGE1_PROMPTS), summary(scene, rng))], [image])
 
 
 def shape_row(shape: ShapeImage, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 2: some of easy-VQA's questions about one picture, as one conversation."""
+    """Stage 2: some of easy-VQA's questions about one image, as one conversation."""
     return conversation(f"easy-vqa-{shape.image_id}", _shape_turns(shape, rng), [image])
 
 
 def told_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no picture: the same about a picture told patch by patch; its colour and shape must be known.
+    """Stage 2, no image: the same about an image told patch by patch; its colour and shape must be known.
 
     Where the shape lies is made up: easy-VQA never asks.
     """
@@ -70,7 +70,7 @@ def _shape_turns(shape: ShapeImage, rng: random.Random) -> list[Turn]:
     """
     present = [pair for pair in shape.questions if is_open(pair[1]) or asks_for_what_is_there(*pair)]
     absent = [pair for pair in shape.questions if pair not in present]
-    kept = present + rng.sample(absent, min(MOST_ABSENT, len(absent)))
+    kept = present + rng.sample(absent, min(MAX_ABSENT, len(absent)))
     rng.shuffle(kept)
     return short_answers(kept)
 
@@ -81,7 +81,7 @@ def _told(identity: str, words: list[str], turns: list[Turn]) -> dict[str, Any]:
 
 
 def asks_for_what_is_there(question: str, answer: str) -> bool:
-    """Whether a yes/no question of easy-VQA names a shape or colour that the picture has ("not" turns the answer)."""
+    """Whether a yes/no question of easy-VQA names a shape or colour that the image has ("not" turns the answer)."""
     return (answer == "yes") != ("not" in question.split())
 
 
@@ -97,10 +97,10 @@ def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
 
 
 def told_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no picture: the same about a scene that is told patch by patch.
+    """Stage 2, no image: the same about a scene that is told patch by patch.
 
     A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and where
-    image tokens resemble words (`model.word_steps`), it can do it with pictures too.
+    image tokens resemble words (`model.word_steps`), it can do it with images too.
     """
     return _told(f"told-{scene.key}", patch_words(scene, rng), _scene_turns(scene, rng))
 
@@ -225,7 +225,7 @@ def choice_turn(choice: Choice, rng: random.Random) -> Turn:
 
 
 def pair_row(first: Scene, second: Scene, images: list[str], rng: random.Random) -> dict[str, Any]:
-    """Stage 2, two pictures: which one holds the object?"""
+    """Stage 2, two images: which one holds the object?"""
     scenes = (first, second)
     turns: list[Turn] = []
     for index in rng.sample((0, 1), 2):
@@ -237,7 +237,7 @@ def pair_row(first: Scene, second: Scene, images: list[str], rng: random.Random)
 
 
 def text_row(index: int, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no picture: arithmetic and kinds of things."""
+    """Stage 2, no image: arithmetic and kinds of things."""
     turns: list[Turn] = []
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.5:

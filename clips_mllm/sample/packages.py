@@ -17,5 +17,5 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         plain = name.replace("_", "-")
-        raise UserError(f"{plain}: the package is not installed; run 'pip install --no-deps {plain}'")
+        raise UserError(f"{plain}: the package is not installed", remedy=f"run 'pip install --no-deps {plain}'")
     return Path(spec.origin).parent

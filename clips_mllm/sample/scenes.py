@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GRID = 3
 CELL = 32  # pixels: a multiple of the quickstart's patch, so that a small encoder meets an object on whole patches
-PICTURE = GRID * CELL
+IMAGE = GRID * CELL
 JITTER = 1
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -50,7 +50,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What is in a picture. `things` are in reading order: left to right, then top to bottom."""
+    """What is in an image. `things` are in reading order: left to right, then top to bottom."""
 
     key: str
     background: str
@@ -93,20 +93,20 @@ def _draw_thing(rng: random.Random, short: str, cell: int) -> Thing:
 
 
 def render_scene(scene: Scene) -> Image.Image:
-    """The picture: RGB, `PICTURE` x `PICTURE` pixels."""
+    """The image: RGB, `IMAGE` x `IMAGE` pixels."""
     from PIL import Image
 
-    picture = Image.new("RGBA", (PICTURE, PICTURE), (*BACKGROUNDS[scene.background], 255))
+    image = Image.new("RGBA", (IMAGE, IMAGE), (*BACKGROUNDS[scene.background], 255))
     for thing in scene.things:
         margin = (CELL - thing.pixels) // 2
         left = thing.column * CELL + margin + thing.shift[0]
         top = thing.row * CELL + margin + thing.shift[1]
-        picture.alpha_composite(glyph(thing.short, thing.pixels), (max(left, 0), max(top, 0)))
-    return picture.convert("RGB")
+        image.alpha_composite(glyph(thing.short, thing.pixels), (max(left, 0), max(top, 0)))
+    return image.convert("RGB")
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     """Losslessly encoded, with the same bytes for the same pixels."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=3)
+    image.save(buffer, format="PNG", compress_level=3)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""easy-VQA, the third-party benchmark: its questions, its pictures, and captions made of its training answers.
+"""easy-VQA, the third-party benchmark: its questions, its images, and captions made of its training answers.
 
-Beside them, geometric pictures of our own in the same manner: 4,000 training pictures are too few to teach a tower
+Beside them, geometric images of our own in the same manner: 4,000 training images are too few to teach a tower
 from scratch what a triangle is.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clips_mllm.sample.objects import render_svg
 
-SIDE = 96  # pixels of our own pictures
+SIDE = 96  # pixels of our own images
 COLORS = ("red", "lime", "blue", "yellow", "black", "gray", "teal", "brown")
 SPOKEN_COLORS = {"lime": "green"}  # what easy-VQA calls green is lime to SVG
 _COLOR_QUESTION = re.compile(r"what (color is|is the color of)")
@@ -23,7 +23,7 @@ _SHAPE_QUESTION = re.compile(r"what (shape|is the \w+ shape)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeImage:
-    """One easy-VQA picture with its (question, answer) pairs in the package's order."""
+    """One easy-VQA image with its (question, answer) pairs in the package's order."""
 
     image_id: int
     file: Path
@@ -41,7 +41,7 @@ class ShapeImage:
 
 
 def load_shapes(split: str) -> list[ShapeImage]:
-    """The pictures of easy-VQA's own `train` or `test` split, by image id."""
+    """The images of easy-VQA's own `train` or `test` split, by image id."""
     import easy_vqa
 
     folder = Path(easy_vqa.__file__).parent / "data" / split
@@ -60,7 +60,7 @@ def is_open(answer: str) -> bool:
 
 
 def shape_captions(image: ShapeImage, rng: random.Random) -> tuple[str, str] | None:
-    """(web caption, synthetic caption) of a picture whose colour and shape are told, else None."""
+    """(web caption, synthetic caption) of an image whose colour and shape are told, else None."""
     if image.color is None or image.shape is None:
         return None
     return caption_shape(image.color, image.shape, rng)
@@ -77,7 +77,7 @@ def caption_shape(color: str, shape: str, rng: random.Random) -> tuple[str, str]
 
 
 def draw_shape(seed: int, index: int) -> tuple[bytes, str, str]:
-    """(PNG, colour, shape) of picture number `index` of our own: one shape before a light background."""
+    """(PNG, colour, shape) of image number `index` of our own: one shape before a light background."""
     rng = random.Random(f"{seed}/shapes/{index}")
     color = rng.choice(COLORS)
     width, height = rng.uniform(12, 48), rng.uniform(12, 48)

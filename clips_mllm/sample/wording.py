@@ -1,7 +1,7 @@
 """Captions of a scene: noisy web captions, long synthetic captions, and the test split's own wording.
 
 A synthetic caption has several sentences that differ in how much they say: a summary, one per object, relations, the
-background, and talk that is not in the picture, as machine recaptions have it. The test templates share no sentence
+background, and talk that is not in the image, as machine recaptions have it. The test templates share no sentence
 pattern with the training ones: `tests/test_sample.py` holds that.
 """
 

@@ -1,4 +1,4 @@
-"""A conversation: turns, the pictures shown in them, and its form as a row of LLaVA JSON."""
+"""A conversation: turns, the images shown in them, and its form as a row of LLaVA JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clips_mllm.data.llava_json import BadRow, to_example
 from clips_mllm.prompts.conversation import IMAGE, Message
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
-def count_pictures(messages: list[Message]) -> int:
+def count_images(messages: list[Message]) -> int:
     """Placeholders in messages whose contents are lists of parts."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
-def question(text: str, pictures: int) -> Message:
-    """A question with its pictures before it."""
-    return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+def question(text: str, images: int) -> Message:
+    """A question with its images before it."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
 def statement(role: str, text: str) -> Message:
@@ -41,12 +41,12 @@ class Fitted:
     """The end of a conversation that fits the context, and how many turns before it were left out."""
 
     messages: list[Message]
-    pictures: list[Picture]
+    images: list[InputImage]
     dropped: int
 
 
-def fit(engine: Engine, messages: list[Message], pictures: list[Picture], sampling: Sampling) -> Fitted:
-    """Leave out the oldest whole turns, with their pictures, until prompt and answer fit; the system's words stay.
+def fit(engine: Engine, messages: list[Message], images: list[InputImage], sampling: Sampling) -> Fitted:
+    """Leave out the oldest whole turns, with their images, until prompt and answer fit; the system's words stay.
 
     Raises:
         TooLong: by the engine later, where the last question alone does not fit.
@@ -54,23 +54,23 @@ def fit(engine: Engine, messages: list[Message], pictures: list[Picture], sampli
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns, dropped = messages[len(system) :], 0
     while True:
-        length = len(engine.prompt([*system, *turns], pictures).ids) + sampling.max_new_tokens
+        length = len(engine.prompt([*system, *turns], images).ids) + sampling.max_new_tokens
         later = [place for place, message in enumerate(turns) if message["role"] == "user" and place > 0]
         if length <= engine.context or not later:
-            return Fitted([*system, *turns], pictures, dropped)
+            return Fitted([*system, *turns], images, dropped)
         gone, turns = turns[: later[0]], turns[later[0] :]
-        pictures = pictures[count_pictures(gone) :]
+        images = images[count_images(gone) :]
         dropped += 1
 
 
 def cut_notice(dropped: int) -> str:
     """Tells a person how many of the oldest turns the model no longer reads."""
     first = "first turn is" if dropped == 1 else f"first {dropped} turns are"
-    return f"the conversation is longer than the model's context; its {first} left out, with the pictures shown there"
+    return f"the conversation is longer than the model's context; its {first} left out, with the images shown there"
 
 
 class Conversation:
-    """Turns with an engine. Pictures added before a question belong to that question."""
+    """Turns with an engine. Images added before a question belong to that question."""
 
     def __init__(self, engine: Engine, notice: Callable[[str], None] = lambda line: None) -> None:
         self.engine = engine
@@ -81,8 +81,8 @@ class Conversation:
         """Forget everything said and shown."""
         self.system: str | None = None
         self.turns: list[Message] = []
-        self.pictures: list[Picture] = []
-        self.waiting: list[Picture] = []
+        self.images: list[InputImage] = []
+        self.waiting: list[InputImage] = []
         self.forgotten = 0
         self._answer: Answer | None = None
         self._stop_asked = False
@@ -103,9 +103,9 @@ class Conversation:
         self._answer, self._stop_asked = None, False
         shown = self.waiting
         asked = [*self.turns, question(text, len(shown))]
-        fitted = fit(self.engine, self._prefixed(asked), [*self.pictures, *shown], sampling)
+        fitted = fit(self.engine, self._prefixed(asked), [*self.images, *shown], sampling)
         self._tell_of_cut(fitted.dropped)
-        prompt = self.engine.prompt(fitted.messages, fitted.pictures)
+        prompt = self.engine.prompt(fitted.messages, fitted.images)
         answer = self._answer = Answer(self.engine, prompt, sampling)
         if self._stop_asked:  # before there was an answer to stop
             answer.stop()
@@ -133,9 +133,9 @@ class Conversation:
         done = None if self._answer is None else self._answer.done
         return done is not None and done.reason == "cancelled"
 
-    def _remember(self, asked: list[Message], shown: list[Picture], pieces: list[str]) -> None:
+    def _remember(self, asked: list[Message], shown: list[InputImage], pieces: list[str]) -> None:
         self.turns = [*asked, statement("assistant", "".join(pieces))]
-        self.pictures, self.waiting = [*self.pictures, *shown], []
+        self.images, self.waiting = [*self.images, *shown], []
 
     def _prefixed(self, turns: list[Message]) -> list[Message]:
         return [*([statement("system", self.system)] if self.system else []), *turns]
@@ -146,30 +146,30 @@ class Conversation:
         self.forgotten = dropped
 
     def undo(self) -> str:
-        """Take back the last question and its answer; the question's pictures wait again. Returns the question."""
+        """Take back the last question and its answer; the question's images wait again. Returns the question."""
         if not self.turns:
             raise UserError("nothing was said yet")
         asked = self.turns[-2]
-        shown = count_pictures([asked])
+        shown = count_images([asked])
         self.turns = self.turns[:-2]
-        at = len(self.pictures) - shown
-        self.pictures, self.waiting = self.pictures[:at], [*self.pictures[at:], *self.waiting]
+        at = len(self.images) - shown
+        self.images, self.waiting = self.images[:at], [*self.images[at:], *self.waiting]
         return text_of(asked)
 
     def to_row(self, name: str) -> dict[str, Any]:
         """A row of LLaVA JSON, without turns whose answer is empty: nothing can be learnt from those.
 
         Raises:
-            UserError: nothing was answered, or a picture is in no file.
+            UserError: nothing was answered, or an image is in no file.
         """
         kept: list[Message] = []
         files: list[str | None] = []
-        pictures = iter(self.pictures)
+        images = iter(self.images)
         for asked, said in zip(self.turns[::2], self.turns[1::2], strict=True):
-            shown = list(itertools.islice(pictures, count_pictures([asked])))
+            shown = list(itertools.islice(images, count_images([asked])))
             if text_of(said).strip():
                 kept += [asked, said]
-                files += [picture.file for picture in shown]
+                files += [image.file for image in shown]
         if not kept:
             raise UserError("nothing was answered yet, so there is nothing to save")
         row: dict[str, Any] = {"id": name}
@@ -183,29 +183,29 @@ class Conversation:
         return sum(not text_of(said).strip() for said in self.turns[1::2])
 
     def load_row(self, row: Any, folder: Path) -> None:
-        """Take up a conversation; its pictures' paths are relative to `folder`.
+        """Take up a conversation; its images' paths are relative to `folder`.
 
         Raises:
-            UserError: no row of LLaVA JSON, or a picture that cannot be read.
+            UserError: no row of LLaVA JSON, or an image that cannot be read.
         """
-        from clips_mllm.talk.pictures import read_picture
+        from clips_mllm.talk.images import read_image
 
         try:
             example = to_example(row)
         except BadRow as error:
-            raise UserError(f"no conversation in LLaVA's format ({error}); mend the file") from error
+            raise UserError(f"no conversation in LLaVA's format ({error})", remedy="mend the file") from error
         messages = example.messages
-        pictures = [read_picture(folder / str(name)) for name in example.images]
+        images = [read_image(folder / str(name)) for name in example.images]
         self.reset()
         if messages[0]["role"] == "system":
             self.system, messages = messages[0]["content"][0]["text"], messages[1:]
         if len(messages) % 2:
             messages = messages[:-1]  # a question that nobody answered
-        self.turns, self.pictures = messages, pictures[: count_pictures(messages)]
+        self.turns, self.images = messages, images[: count_images(messages)]
 
 
 def text_of(message: Message) -> str:
-    """Its words, without its pictures."""
+    """Its words, without its images."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 

@@ -23,7 +23,7 @@ from clips_mllm.model.checkpoint import Mllm
 from clips_mllm.prompts.conversation import Message
 from clips_mllm.talk.batch import Batch, Cursor
 from clips_mllm.talk.prefixes import Features, Prefix, Prefixes, layers_of
-from clips_mllm.talk.prompt import Picture, Prompt, Shown, build_prompt
+from clips_mllm.talk.prompt import InputImage, Prompt, Shown, build_prompt
 from clips_mllm.talk.sampling import Chooser, Sampling, TextStream
 from vision_tower.common.errors import UserError
 
@@ -96,8 +96,8 @@ class Engine:
 
     Args:
         context: most positions of a prompt with its answer; the model's own if not given.
-        most_rows: answers decoded together; others wait.
-        most_waiting: requests that may wait while all rows are taken.
+        max_batch_size: answers decoded together; others wait.
+        max_waiting: requests that may wait while all rows are taken.
         remembered: positions of earlier conversations that are kept.
     """
 
@@ -106,15 +106,15 @@ class Engine:
         mllm: Mllm,
         *,
         context: int | None = None,
-        most_rows: int = 8,
-        most_waiting: int = 64,
+        max_batch_size: int = 8,
+        max_waiting: int = 64,
         remembered: int = 16_384,
     ) -> None:
         own = mllm.model.config.text_config.max_position_embeddings
         self.mllm = mllm
         self.context = own if context is None else min(context, own)
-        self.most_rows = most_rows
-        self.most_waiting = most_waiting
+        self.max_batch_size = max_batch_size
+        self.max_waiting = max_waiting
         self.features = Features(self._encode)
         self.prefixes = Prefixes(remembered)
         eos = mllm.model.generation_config.eos_token_id
@@ -134,9 +134,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def prompt(self, messages: list[Message], pictures: list[Picture]) -> Prompt:
+    def prompt(self, messages: list[Message], images: list[InputImage]) -> Prompt:
         """The positions of a conversation whose next turn is the model's."""
-        return build_prompt(self.mllm.processor, messages, pictures)
+        return build_prompt(self.mllm.processor, messages, images)
 
     def submit(self, prompt: Prompt, sampling: Sampling, emit: Callable[[Event], None]) -> Request:
         """Queue a request; `emit` is called from the worker's thread with pieces, then once with Done or Failed.
@@ -184,7 +184,7 @@ class Engine:
     @property
     def full(self) -> bool:
         """Whether one more request would be refused. Newcomers find a row one after the other; till then they wait."""
-        return len(self._rows) + len(self._waiting) >= self.most_rows + self.most_waiting
+        return len(self._rows) + len(self._waiting) >= self.max_batch_size + self.max_waiting
 
     def _queue(self, item: Request | Callable[[], None]) -> None:
         with self._changed:
@@ -203,7 +203,7 @@ class Engine:
                 if self._closing and not self._waiting and not self._rows:
                     return
                 # One newcomer between two tokens: those who are being answered do not stand still for a whole queue.
-                item = self._waiting.popleft() if self._waiting and len(self._rows) < self.most_rows else None
+                item = self._waiting.popleft() if self._waiting and len(self._rows) < self.max_batch_size else None
             if isinstance(item, Request):
                 self._admit(item)
             elif item is not None:
@@ -232,7 +232,7 @@ class Engine:
 
     def read(self, prompt: Prompt, cache: Any, known: int) -> torch.Tensor:
         """Read a prompt from position `known` on into `cache`; logits (vocabulary) of the next token."""
-        new = [picture for picture, start in zip(prompt.pictures, prompt.starts, strict=True) if start >= known]
+        new = [image for image, start in zip(prompt.images, prompt.starts, strict=True) if start >= known]
         shown = {"image": BaseModelOutputWithPooling(pooler_output=self.features.of(new))} if new else None
         out = self.mllm.model(
             input_ids=torch.tensor([prompt.ids[known:]], device=self.mllm.device),
@@ -307,11 +307,11 @@ class Engine:
         request.emit(Done(reason, len(request.prompt.ids), len(request.stream.ids)))
         return True
 
-    def _encode(self, pictures: list[Shown]) -> list[torch.Tensor]:
-        """Projected patches of each picture, (patches, width)."""
-        every = [picture.pixels for picture in pictures]
-        if isinstance(self.mllm.processor, LlavaNextProcessor):  # pictures differ in how many tiles they have
-            pixels, sizes = torch.cat(every), {"image_sizes": torch.tensor([picture.size for picture in pictures])}
+    def _encode(self, images: list[Shown]) -> list[torch.Tensor]:
+        """Projected patches of each image, (patches, width)."""
+        every = [image.pixels for image in images]
+        if isinstance(self.mllm.processor, LlavaNextProcessor):  # images differ in how many tiles they have
+            pixels, sizes = torch.cat(every), {"image_sizes": torch.tensor([image.size for image in images])}
         else:
             pixels, sizes = torch.stack(every), {}
         pixels = pixels.to(self.mllm.device, self.mllm.model.dtype)

@@ -12,16 +12,16 @@ class Limits:
     """What a client may ask for.
 
     Args:
-        images: pictures in one request.
-        image_bytes: bytes of one encoded picture.
-        image_pixels: pixels of one picture once decoded.
+        images: images in one request.
+        image_bytes: bytes of one encoded image.
+        image_pixels: pixels of one image once decoded.
         body_bytes: bytes of a whole request.
         body_seconds: longest time that a request may take to arrive.
         new_tokens: longest answer, in tokens.
         waiting: requests that may wait; more get 429.
         rows: answers computed together.
-        remote_images: fetch http(s) pictures, from public addresses only; off by default.
-        fetch_seconds: longest time that fetching one picture may take.
+        remote_images: fetch http(s) images, from public addresses only; off by default.
+        fetch_seconds: longest time that fetching one image may take.
     """
 
     images: int = 8

@@ -62,22 +62,22 @@ def layers_of(cache: DynamicCache) -> Layers:
 
 
 class Features:
-    """Projected patches of the pictures shown last, (patches, width) each: no picture runs through the tower twice."""
+    """Projected patches of the images shown last, (patches, width) each: no image runs through the tower twice."""
 
     def __init__(self, encode: Callable[[list[Shown]], list[torch.Tensor]], most: int = 64) -> None:
         self.encode = encode
         self.most = most
         self.kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def of(self, pictures: list[Shown]) -> list[torch.Tensor]:
+    def of(self, images: list[Shown]) -> list[torch.Tensor]:
         """Features of each, in order; those not seen before are encoded together."""
-        new = {picture.key: picture for picture in pictures if picture.key not in self.kept}
+        new = {image.key: image for image in images if image.key not in self.kept}
         if new:
             self.kept.update(zip(new, self.encode(list(new.values())), strict=True))
         found = []
-        for picture in pictures:
-            self.kept.move_to_end(picture.key)
-            found.append(self.kept[picture.key])
+        for image in images:
+            self.kept.move_to_end(image.key)
+            found.append(self.kept[image.key])
         while len(self.kept) > self.most:
             self.kept.popitem(last=False)
         return found

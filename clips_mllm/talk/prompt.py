@@ -1,4 +1,4 @@
-"""Messages and pictures as the positions that the model reads."""
+"""Messages and images as the positions that the model reads."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture as the tower gets it. It needs far less memory than a photograph that waits in a queue.
+    """An image as the tower gets it. It needs far less memory than a photograph that waits in a queue.
 
     Attributes:
         pixels: (3, h, w), or (tiles, 3, h, w).
-        size: height and width of the picture, by which tiles are laid out.
+        size: height and width of the image, by which tiles are laid out.
     """
 
     key: str
@@ -32,8 +32,8 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Picture:
-    """A decoded picture; `file` is where it came from, if from a file."""
+class InputImage:
+    """A decoded image; `file` is where it came from, if from a file."""
 
     image: Image
     file: str | None = None
@@ -41,11 +41,11 @@ class Picture:
 
     @functools.cached_property
     def key(self) -> str:
-        """Tells two pictures apart by their pixels."""
+        """Tells two images apart by their pixels."""
         return hashlib.sha256(repr(self.image.size).encode() + self.image.tobytes()).hexdigest()
 
     def shown(self, processor: AnyProcessor) -> Shown:
-        """The picture prepared for a model's tower; once for each model."""
+        """The image prepared for a model's tower; once for each model."""
         if id(processor) not in self._shown:
             pixels = processor.image_processor(images=[self.image], return_tensors="pt")["pixel_values"][0]
             self._shown[id(processor)] = Shown(self.key, pixels, (self.image.height, self.image.width))
@@ -58,28 +58,28 @@ class Prompt:
 
     Attributes:
         ids: token ids, `<image>` repeated for each patch.
-        keys: what each position is: its token id, or the key of the picture there.
-        pictures: in order of appearance.
-        starts: position of each picture's first patch.
-        lengths: positions that each picture takes.
+        keys: what each position is: its token id, or the key of the image there.
+        images: in order of appearance.
+        starts: position of each image's first patch.
+        lengths: positions that each image takes.
     """
 
     ids: list[int]
     keys: list[int | str]
-    pictures: list[Shown]
+    images: list[Shown]
     starts: list[int]
     lengths: list[int]
 
     def shared(self, keys: list[int | str]) -> int:
-        """How many leading positions need not be read again after `keys`: all but one at most, and whole pictures."""
+        """How many leading positions need not be read again after `keys`: all but one at most, and whole images."""
         most = min(len(keys), len(self.keys) - 1)
         count = next((place for place in range(most) if keys[place] != self.keys[place]), most)
-        pictures = zip(self.starts, self.lengths, strict=True)
-        inside = [start for start, length in pictures if start < count < start + length]
+        images = zip(self.starts, self.lengths, strict=True)
+        inside = [start for start, length in images if start < count < start + length]
         return inside[0] if inside else count
 
 
-def build_prompt(processor: AnyProcessor, messages: list[Message], pictures: list[Picture]) -> Prompt:
+def build_prompt(processor: AnyProcessor, messages: list[Message], images: list[InputImage]) -> Prompt:
     """Render by the checkpoint's own template, as training did.
 
     Raises:
@@ -87,21 +87,21 @@ def build_prompt(processor: AnyProcessor, messages: list[Message], pictures: lis
     """
     from jinja2 import TemplateError
 
-    from clips_mllm.model.processors import picture_tokens
+    from clips_mllm.model.processors import image_token_counts
 
     refuse_placeholders(messages)
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as error:
         raise UserError(
-            f"the model's template refuses this conversation ({error}); change the roles or turns"
+            f"the model's template refuses this conversation ({error})", remedy="change the roles or turns"
         ) from error
     if not text:
         raise UserError(
-            "the model's template has room for pictures only, as after stage 1; show one, or use a checkpoint of "
-            "stage 2"
+            "the model's template has room for images only, as after stage 1",
+            remedy="show one, or use a checkpoint of stage 2",
         )
-    lengths = picture_tokens(processor, [picture.image for picture in pictures])
+    lengths = image_token_counts(processor, [image.image for image in images])
     ids: list[int] = []
     keys: list[int | str] = []
     starts: list[int] = []
@@ -110,17 +110,19 @@ def build_prompt(processor: AnyProcessor, messages: list[Message], pictures: lis
             ids.append(token)
             keys.append(token)
             continue
-        key, length = pictures[len(starts)].key, lengths[len(starts)]
+        key, length = images[len(starts)].key, lengths[len(starts)]
         starts.append(len(ids))
         ids += [token] * length
         keys += [key] * length
-    return Prompt(ids, keys, [picture.shown(processor) for picture in pictures], starts, lengths)
+    return Prompt(ids, keys, [image.shown(processor) for image in images], starts, lengths)
 
 
 def refuse_placeholders(messages: list[Message]) -> None:
-    """Raise UserError where a text holds `<image>`: it would stand for a picture that is not there."""
+    """Raise UserError where a text holds `<image>`: it would stand for an image that is not there."""
     for message in messages:
         content = message["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
         if any(IMAGE in text for text in texts):
-            raise UserError(f"{IMAGE} in a question stands for a picture; show one instead, and write it otherwise")
+            raise UserError(
+                f"{IMAGE} in a question stands for an image", remedy="show one instead, and write it otherwise"
+            )

@@ -38,7 +38,7 @@ class ChatRecipe(ModelRecipe):
     """Talk to a multimodal LLM: one question, or a conversation.
 
     Args:
-        image: picture to talk about; may be given several times.
+        image: image to talk about; may be given several times.
         question: ask this and exit; without it a conversation starts.
         system: the system's words at the beginning of the conversation.
         examples: JSON list of {"image", "question"}; ask each by itself, print and exit.
@@ -78,25 +78,25 @@ class WebRecipe(ListenRecipe):
     Args:
         beside: a second checkpoint that answers the same questions next to it.
         encoder: folder of a CLIPS encoder for the retrieval tab.
-        pictures: folder of pictures that the retrieval tab finds.
+        images: folder of images that the retrieval tab finds.
         captions: text file of captions, one a line, that the retrieval tab finds.
         examples: JSON list of {"image", "question"} to begin with, as `data sample` writes it.
         feedback: JSONL file that thumbs append conversations to, in LLaVA's format; without it there are no thumbs.
-        most_megabytes: largest file that may be uploaded.
-        most_pixels: largest picture that is decoded.
-        most_pictures: pictures in one question.
+        max_upload_mb: largest file that may be uploaded.
+        max_pixels: largest image that is decoded.
+        max_images: images in one question.
     """
 
     beside: str | None = None
     encoder: str | None = None
-    pictures: str | None = None
+    images: str | None = None
     captions: str | None = None
     examples: str | None = None
     feedback: str | None = None
     port: int = 7860
-    most_megabytes: int = 20
-    most_pixels: int = 50_000_000
-    most_pictures: int = 8
+    max_upload_mb: int = 20
+    max_pixels: int = 50_000_000
+    max_images: int = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,13 +36,18 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raise UserError for values without a meaning."""
         if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens}: at least 1")
+            raise UserError("at least 1", key="max_new_tokens", value=self.max_new_tokens)
         if not 0 <= self.temperature <= 100:
             raise UserError(f"temperature={self.temperature}: from 0 (greedy) to 100")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: above 0, at most 1")
+            raise UserError("above 0, at most 1", key="top_p", value=self.top_p)
         if not 0 < self.repetition_penalty <= 10:
-            raise UserError(f"repetition_penalty={self.repetition_penalty}: above 0, at most 10; 1 changes nothing")
+            raise UserError(
+                "above 0, at most 10",
+                key="repetition_penalty",
+                value=self.repetition_penalty,
+                remedy="1 changes nothing",
+            )
 
 
 GREEDY = 1e-4  # below this the likeliest token is the answer, and scores divided by it leave the range of fp32

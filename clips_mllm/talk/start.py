@@ -25,7 +25,7 @@ def check_model(name: str, recipe: ModelRecipe, key: str = "model") -> None:
         raise UserError(f"context={recipe.context}: at least 1 token")
     kind = known_kind(Path(name)) if Path(name).is_dir() else None
     if kind is not None and kind.kind in SPEECHLESS:
-        raise UserError(f"{name}: {kind.line}; not a LLaVA model, point {key} to a `train` run")
+        raise UserError(f"{kind.line}", file=name, remedy=f"not a LLaVA model, point {key} to a `train` run")
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -37,17 +37,17 @@ def bound_socket(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         held.close()
         reason = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
-        raise UserError(f"{host}:{port}: cannot listen there ({reason}); give another host or port") from error
+        raise UserError(f"{host}:{port}: cannot listen there ({reason})", remedy="give another host or port") from error
     return held
 
 
-def start_engine(model: str, recipe: ModelRecipe, *, most_rows: int = 1, most_waiting: int = 64) -> Engine:
+def start_engine(model: str, recipe: ModelRecipe, *, max_batch_size: int = 1, max_waiting: int = 64) -> Engine:
     """Load a full, adapter or merged checkpoint, from a folder or a hub, and start a worker on it."""
     from clips_mllm.model.checkpoint import load_mllm
     from clips_mllm.talk.engine import Engine
 
     mllm = load_mllm(model, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
-    return Engine(mllm, context=recipe.context, most_rows=most_rows, most_waiting=most_waiting)
+    return Engine(mllm, context=recipe.context, max_batch_size=max_batch_size, max_waiting=max_waiting)
 
 
 TOKEN = "CLIPS_MLLM_TOKEN"
@@ -60,9 +60,9 @@ def read_token(file: str | None) -> str | None:
         try:
             token = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as text; check token_file") from error
+            raise UserError("cannot be read as text", file=file, remedy="check token_file") from error
     if token is None:
         return None
     if not token.strip():
-        raise UserError(f"{file or TOKEN}: the token is empty; write one, or leave it out")
+        raise UserError("the token is empty", file=file or TOKEN, remedy="write one, or leave it out")
     return token.strip()

@@ -18,17 +18,17 @@ import torch
 
 from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.pictures import read_picture
+from clips_mllm.talk.images import read_image
 from clips_mllm.talk.sampling import Sampling
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text, write_text
 from vision_tower.data.image_folder import ENDINGS
 
 HELP = """\
-Type a question. Drop a picture on the window, type its path alone, or name it with /image.
-  /image PATH...   show pictures with the next question (quotes or \\ before blanks)
+Type a question. Drop an image on the window, type its path alone, or name it with /image.
+  /image PATH...   show images with the next question (quotes or \\ before blanks)
   /system [TEXT]   set the system's words, or take them away; starts over
-  /undo            take back pictures that wait for a question, else the last question and its answer
+  /undo            take back images that wait for a question, else the last question and its answer
   /retry           ask the last question again
   /reset           start over
   /save FILE       keep the conversation as LLaVA JSON, ready to train on
@@ -53,28 +53,30 @@ class Terminal:
         self.conversation.system = self.system
 
     def show(self, files: list[str]) -> None:
-        """Show pictures with the next question: all of them, or none where one cannot be read."""
-        self.conversation.waiting += [read_picture(Path(file)) for file in files]
+        """Show images with the next question: all of them, or none where one cannot be read."""
+        self.conversation.waiting += [read_image(Path(file)) for file in files]
 
     def show_next(self, files: list[str]) -> None:
-        """Show pictures with the next question, and say so."""
+        """Show images with the next question, and say so."""
         self.show(files)
-        notice(f"{len(self.conversation.waiting)} picture(s) to be shown with the next question")
+        notice(f"{len(self.conversation.waiting)} image(s) to be shown with the next question")
 
     def undo(self) -> str:
-        """Take back what was done last; returns what it was. Pictures of a question wait for the next one."""
+        """Take back what was done last; returns what it was. Images of a question wait for the next one."""
         if waiting := len(self.conversation.waiting):
             self.conversation.waiting = []
-            return f"{waiting} picture(s)"
+            return f"{waiting} image(s)"
         question = self.conversation.undo()
         waiting = len(self.conversation.waiting)
-        return question + (f" ({waiting} picture(s) wait for the next question)" if waiting else "")
+        return question + (f" ({waiting} image(s) wait for the next question)" if waiting else "")
 
     def answer(self, question: str) -> str:
         """Print the answer as it comes, and return it. Ctrl-C ends it; what was said stays in the conversation."""
         said: list[str] = []
         if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
-            raise UserError("the question is not UTF-8 text; check the terminal's encoding, or that of the pipe")
+            raise UserError(
+                "the question is not UTF-8 text", remedy="check the terminal's encoding, or that of the pipe"
+            )
         with ctrl_c(self.conversation.stop) if interactive() else contextlib.nullcontext():
             for piece in self.conversation.ask(question, self.sampling):
                 said.append(piece)
@@ -95,7 +97,7 @@ class Terminal:
         if terminal:
             import readline  # noqa: F401  # editing and history of input()
 
-            print("Ask a question. /image FILE shows a picture, /help lists all commands, /quit ends.", flush=True)
+            print("Ask a question. /image FILE shows an image, /help lists all commands, /quit ends.", flush=True)
         while True:
             try:
                 line = input("you> " if terminal else "").strip()
@@ -115,10 +117,10 @@ class Terminal:
                 told = error if isinstance(error, UserError) else "out of memory; /undo, or start with --quantize 4bit"
                 print(f"error: {told}", file=sys.stderr, flush=True)
         if refused and not terminal:
-            raise UserError(f"{refused} of the lines could not be used, see above; mend them and ask again")
+            raise UserError(f"{refused} of the lines could not be used, see above", remedy="mend them and ask again")
 
     def obey(self, line: str) -> None:
-        """One line: dropped pictures, a command, or a question."""
+        """One line: dropped images, a command, or a question."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if dropped := dropped_files(line):
@@ -151,7 +153,7 @@ class Terminal:
                 self.sampling = changed(self.sampling, rest)
                 notice(", ".join(f"{name}={getattr(self.sampling, name)}" for name in PARAMETERS))
             case _ if command.startswith("/"):
-                raise UserError(f"{command}: no such command; /help lists them")
+                raise UserError(f"{command}: no such command", remedy="/help lists them")
             case _:
                 self.answer(line)
 
@@ -162,7 +164,7 @@ class Terminal:
         try:
             write_text(file, json.dumps([row], indent=1, ensure_ascii=False))
         except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror}); take another place") from error
+            raise UserError(f"cannot be written ({error.strerror})", file=file, remedy="take another place") from error
         left_out = self.conversation.unanswered
         notice(f"saved to {file}" + (f", without {left_out} turn(s) that had no answer" if left_out else ""))
 
@@ -171,15 +173,17 @@ class Terminal:
         try:
             rows = json.loads(read_text(file))
         except json.JSONDecodeError as error:
-            raise UserError(f"{file}: line {error.lineno}: not valid JSON ({error.msg}); mend the file") from error
+            raise UserError(
+                f"line {error.lineno}: not valid JSON ({error.msg})", file=file, remedy="mend the file"
+            ) from error
         if not isinstance(rows, list) or not rows:
-            raise UserError(f"{file}: expected a JSON list of conversations; mend the file")
+            raise UserError("expected a JSON list of conversations", file=file, remedy="mend the file")
         try:
             self.conversation.load_row(rows[0], file.parent)
         except UserError as error:
-            raise UserError(f"{file}: {error}") from error
+            raise UserError(f"{error}", file=file) from error
         self.system = self.conversation.system
-        loaded = f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.pictures)} picture(s) loaded"
+        loaded = f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.images)} image(s) loaded"
         notice(loaded + (f", the first of {len(rows)} conversations" if len(rows) > 1 else ""))
 
 
@@ -192,7 +196,7 @@ def check_replaceable(file: Path) -> None:
     except (OSError, ValueError):
         rows = None
     if not (isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], dict) and "conversations" in rows[0]):
-        raise UserError(f"{file}: is there already and is not one saved conversation; take another name")
+        raise UserError("is there already and is not one saved conversation", file=file, remedy="take another name")
 
 
 @contextlib.contextmanager
@@ -210,7 +214,9 @@ def words(text: str, command: str, example: str) -> list[str]:
     try:
         found = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"{command}: {error}; quote a path with blanks, as in {command} 'my {example}'") from error
+        raise UserError(
+            f"{command}: {error}", remedy=f"quote a path with blanks, as in {command} 'my {example}'"
+        ) from error
     if not found:
         raise UserError(f"{command}: name a file, as in '{command} {example}'")
     return found
@@ -221,7 +227,7 @@ def one_file(text: str, command: str) -> Path:
     found = words(text, command, "chat.json")
     if len(found) > 1:
         raise UserError(
-            f"{command}: one file, not {len(found)}; quote a path with blanks, as in {command} 'my chat.json'"
+            f"{command}: one file, not {len(found)}", remedy=f"quote a path with blanks, as in {command} 'my chat.json'"
         )
     return Path(found[0]).expanduser()
 
@@ -235,7 +241,7 @@ def dropped_files(line: str) -> list[str]:
     """The files of a line that is nothing but paths or file:// addresses, as terminals type dropped files.
 
     Raises:
-        UserError: paths of pictures that are not there.
+        UserError: paths of images that are not there.
     """
     try:
         found = shlex.split(line)
@@ -244,12 +250,12 @@ def dropped_files(line: str) -> list[str]:
     paths = [unquote(urlparse(word).path) if word.startswith("file://") else word for word in found]
     if os.path.isfile(line):  # blanks that were not escaped
         paths = [line]
-    # A question may be a single word, and there may be a file of that name; pictures have endings.
+    # A question may be a single word, and there may be a file of that name; images have endings.
     path_like = line.startswith((".", "/", "'", '"', "~", "file://"))
     named = all(path_like or Path(path).suffix for path in paths)
     gone = [path for path in paths if not os.path.isfile(os.path.expanduser(path))]
     if gone and all(Path(path).suffix.lower() in ENDINGS for path in paths):
-        raise UserError(f"{gone[0]}: no such picture; check the path")
+        raise UserError(f"{gone[0]}: no such image", remedy="check the path")
     return paths if named and all(os.path.isfile(os.path.expanduser(path)) for path in paths) else []
 
 
@@ -259,7 +265,7 @@ def changed(sampling: Sampling, text: str) -> Sampling:
     for word in text.split():
         name, _, value = word.partition("=")
         if name not in PARAMETERS:
-            raise UserError(f"/params: no '{name}'; there are {', '.join(PARAMETERS)}")
+            raise UserError(f"/params: no '{name}'", remedy=f"there are {', '.join(PARAMETERS)}")
         try:
             new[name] = PARAMETERS[name](value)
         except ValueError as error:

@@ -25,11 +25,13 @@ def choose_attention(model: PreTrainedModel, attention: Attention, bf16: bool, d
             (not bf16, "it computes in 16 bits; set training.precision=bf16"),
         ):
             if missing:
-                raise UserError(f"model.attention=flash_attention_2: {remedy}")
+                raise UserError(f"{remedy}", key="model.attention", value="flash_attention_2")
     try:
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as error:
-        raise UserError(f"model.attention={attention}: {' '.join(str(error).split())[:300]}; take eager") from error
+        raise UserError(
+            f"{' '.join(str(error).split())[:300]}", key="model.attention", value=attention, remedy="take eager"
+        ) from error
 
 
 def liger_arguments(wanted: bool) -> dict[str, Any]:
@@ -40,8 +42,8 @@ def liger_arguments(wanted: bool) -> dict[str, Any]:
     if not wanted:
         return {}
     if not torch.cuda.is_available():
-        raise UserError("training.liger: its Triton kernels need a GPU; leave it out")
+        raise UserError("its Triton kernels need a GPU", key="training.liger", remedy="leave it out")
     if find_spec("liger_kernel") is None:
-        raise UserError("training.liger: not installed; pip install liger-kernel")
+        raise UserError("not installed", key="training.liger", remedy="pip install liger-kernel")
     own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     return {"use_liger_kernel": True, "liger_kernel_config": own_loss}

@@ -49,12 +49,14 @@ def load_scorer(recipe: TrainEvaluationRecipe) -> Scorer | None:
     if recipe.tasks is None:
         return None
     if not Path(recipe.tasks).is_file():
-        raise UserError(f"{recipe.tasks}: no such recipe (evaluation.tasks); see configs/eval/")
+        raise UserError("no such recipe (evaluation.tasks)", file=recipe.tasks, remedy="see configs/eval/")
     module, _, name = recipe.scorer.partition(":")
     try:
         build: Callable[[str], Scorer] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"evaluation.scorer={recipe.scorer}: cannot be used ({error}); give MODULE:FUNCTION") from error
+        raise UserError(
+            f"cannot be used ({error})", key="evaluation.scorer", value=recipe.scorer, remedy="give MODULE:FUNCTION"
+        ) from error
     return build(recipe.tasks)
 
 
@@ -107,7 +109,9 @@ class Measuring(TrainerCallback):
         recipe = self.recipe
         there = dict.fromkeys(["loss", *names] if self.held is not None else names)
         if (recipe.keep_best or recipe.patience) and recipe.best_by not in there:
-            raise UserError(f"evaluation.best_by={recipe.best_by}: not measured; there are {', '.join(there)}")
+            raise UserError(
+                "not measured", key="evaluation.best_by", value=recipe.best_by, remedy=f"there are {', '.join(there)}"
+            )
 
     def _task_scores(self, trainer: MllmTrainer) -> dict[str, float]:
         """On all ranks in step, as weights that are divided need; rank 0's scores count."""

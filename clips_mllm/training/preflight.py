@@ -65,8 +65,10 @@ def check_space(trainer: MllmTrainer, folder: Path) -> None:
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     if free_bytes(folder) + there < final + beside:
         raise UserError(
-            f"{folder}: {gigabytes(free_bytes(folder))} free, the run will write at least {gigabytes(final + beside)} "
-            "(the model and its checkpoints); free some space, or lower training.keep_checkpoints"
+            f"{gigabytes(free_bytes(folder))} free, the run will write at least "
+            f"{gigabytes(final + beside)} (the model and its checkpoints)",
+            file=folder,
+            remedy="free some space, or lower training.keep_checkpoints",
         )
 
 
@@ -89,7 +91,7 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
         processor = read_pretrained(type(trainer.processor), probe)
         check_image_token(processor.tokenizer, probe)
         _expect(processor.chat_template == trainer.processor.chat_template, "the chat template")
-        words = f"A picture: {processor.image_token} and words."
+        words = f"An image: {processor.image_token} and words."
         tokens = [p.tokenizer(words)["input_ids"] for p in (processor, trainer.processor)]
         _expect(tokens[0] == tokens[1], "the tokenizer")
         images = [p.image_processor.to_dict() for p in (processor, trainer.processor)]
@@ -105,7 +107,7 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
     except OSError as error:
         if disk_is_full(error):
             raise
-        raise UserError(f"{probe.parent}: cannot be written to ({error}); take another output_dir") from error
+        raise UserError(f"{probe.parent}: cannot be written to ({error})", remedy="take another output_dir") from error
     finally:
         shutil.rmtree(probe, ignore_errors=True)
 
@@ -124,8 +126,9 @@ def _bits(weights: torch.Tensor) -> tuple[tuple[int, ...], str]:
 def _expect(same: bool, what: str) -> None:
     if not same:
         raise UserError(
-            f"dry save: {what} does not come back as saved, so no checkpoint of this run would; another version of "
-            "transformers, or a tokenizer or processor of an unusual class, is the likely cause"
+            f"dry save: {what} does not come back as saved, so no checkpoint of this run would",
+            remedy="another version of transformers, or a tokenizer or processor of an unusual class, is "
+            "the likely cause",
         )
 
 

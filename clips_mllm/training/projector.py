@@ -20,7 +20,7 @@ from clips_mllm.model.tiles import AnyModel
 def fit_projector(
     model: AnyModel, pixel_values: torch.Tensor, *, device: torch.device | None = None, **sizes: torch.Tensor
 ) -> None:
-    """Set the projector's starting values from pictures, a hundred or so.
+    """Set the projector's starting values from images, a hundred or so.
 
     Args:
         pixel_values: (n, 3, h, w), or (n, tiles, 3, h, w).

@@ -40,11 +40,14 @@ class TrainRecipe:
         self.training.check()
         self.evaluation.check(self.training.save_every)
         if self.model.tiles is not None and self.data.feature_cache is not None:
-            raise UserError("data.feature_cache: pictures in tiles are not kept; take the cache out of the recipe")
+            raise UserError(
+                "images in tiles are not kept", key="data.feature_cache", remedy="take the cache out of the recipe"
+            )
         if self.stage.adapter.kind != "none" and self.model.checkpoint is None:
             raise UserError(
-                "model.checkpoint: an adapter is saved without its base, which must be a checkpoint; give a run of "
-                "stage 1 (configs/mllm/*_align.yaml) instead of tower and llm"
+                "an adapter is saved without its base, which must be a checkpoint",
+                key="model.checkpoint",
+                remedy="give a run of stage 1 (configs/mllm/*_align.yaml) instead of tower and llm",
             )
         self._check_zero()
 
@@ -58,10 +61,14 @@ class TrainRecipe:
             return
         if self.model.word_steps:
             raise UserError(
-                f"model.word_steps={self.model.word_steps}: under ZeRO-3 the projector is in pieces before it can "
-                "start; take configs/deepspeed/zero2.json, or leave it out"
+                "under ZeRO-3 the projector is in pieces before it can start",
+                key="model.word_steps",
+                value=self.model.word_steps,
+                remedy="take configs/deepspeed/zero2.json, or leave it out",
             )
         raise UserError(
-            f"training.deepspeed={self.training.deepspeed}: ZeRO-3 cannot divide 4-bit weights; take "
-            "configs/deepspeed/zero2.json, or stage.adapter.kind=lora"
+            "ZeRO-3 cannot divide 4-bit weights",
+            key="training.deepspeed",
+            value=self.training.deepspeed,
+            remedy="take configs/deepspeed/zero2.json, or stage.adapter.kind=lora",
         )

@@ -37,24 +37,32 @@ class StageRecipe:
     def check(self) -> None:
         """Raise UserError where nothing would train, or a value has no meaning."""
         if not (self.projector or self.llm or self.tower):
-            raise UserError("stage: nothing trains; set at least one of projector, llm and tower to true")
+            raise UserError(
+                "nothing trains", key="stage", remedy="set at least one of projector, llm and tower to true"
+            )
         if self.tower_from_layer and not self.tower:
-            raise UserError("stage.tower_from_layer: the tower is frozen; set stage.tower=true")
+            raise UserError("the tower is frozen", key="stage.tower_from_layer", remedy="set stage.tower=true")
         for name in ("projector", "llm", "tower"):
             rate = getattr(self, f"{name}_learning_rate")
             if rate is not None and not getattr(self, name):
-                raise UserError(f"stage.{name}_learning_rate={rate}: the {name} is frozen; set stage.{name}=true")
+                raise UserError(
+                    f"stage.{name}_learning_rate={rate}: the {name} is frozen", remedy=f"set stage.{name}=true"
+                )
             if rate is not None and not 0 <= rate < math.inf:
                 raise UserError(f"stage.{name}_learning_rate={rate}: a number from 0")
         adapter = self.adapter
         if adapter.kind == "none":
             return
         if not (self.llm or self.tower):
-            raise UserError(f"stage.adapter.kind={adapter.kind}: adapts LLM or tower; set stage.llm=true")
+            raise UserError(
+                "adapts LLM or tower", key="stage.adapter.kind", value=adapter.kind, remedy="set stage.llm=true"
+            )
         if adapter.kind == "qlora" and not self.llm:
-            raise UserError("stage.adapter.kind=qlora: it is the LLM that is in 4 bits; set stage.llm=true")
+            raise UserError(
+                "it is the LLM that is in 4 bits", key="stage.adapter.kind", value="qlora", remedy="set stage.llm=true"
+            )
         if adapter.rank < 1 or adapter.alpha < 1 or not 0 <= adapter.dropout < 1:
-            raise UserError("stage.adapter: rank and alpha are at least 1, dropout is from 0 to below 1")
+            raise UserError("rank and alpha are at least 1, dropout is from 0 to below 1", key="stage.adapter")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,22 +98,34 @@ class TrainEvaluationRecipe:
         """Raise UserError where the values do not fit each other."""
         if not self.every:
             if self.keep_best or self.patience:
-                raise UserError("evaluation.every=0: nothing is measured to tell the best by; set it")
+                raise UserError(
+                    "nothing is measured to tell the best by", key="evaluation.every", value="0", remedy="set it"
+                )
             return
         if self.file is None and not self.share and self.tasks is None:
-            raise UserError("evaluation.every: nothing to measure; give evaluation.file, .share or .tasks")
+            raise UserError(
+                "nothing to measure", key="evaluation.every", remedy="give evaluation.file, .share or .tasks"
+            )
         if not 0 <= self.share < 1:
-            raise UserError(f"evaluation.share={self.share}: from 0 to below 1, for example 0.01")
+            raise UserError("from 0 to below 1, for example 0.01", key="evaluation.share", value=self.share)
         if self.batch_size < 1:
-            raise UserError(f"evaluation.batch_size={self.batch_size}: at least 1")
+            raise UserError("at least 1", key="evaluation.batch_size", value=self.batch_size)
         if self.best_by == "loss" and (self.keep_best or self.patience) and self.file is None and not self.share:
-            raise UserError("evaluation.best_by=loss: no held-out loss; give evaluation.file or .share")
+            raise UserError(
+                "no held-out loss", key="evaluation.best_by", value="loss", remedy="give evaluation.file or .share"
+            )
         if self.best_by != "loss" and self.tasks is None:
-            raise UserError(f"evaluation.best_by={self.best_by}: a score of tasks; give evaluation.tasks, or take loss")
+            raise UserError(
+                "a score of tasks",
+                key="evaluation.best_by",
+                value=self.best_by,
+                remedy="give evaluation.tasks, or take loss",
+            )
         if self.keep_best and (not save_every or save_every % self.every):
             raise UserError(
-                f"evaluation.keep_best: training.save_every={save_every} must be a multiple of "
-                f"evaluation.every={self.every}, so that there is a checkpoint of the best"
+                f"training.save_every={save_every} must be a multiple of evaluation.every={self.every}, "
+                f"so that there is a checkpoint of the best",
+                key="evaluation.keep_best",
             )
 
 

@@ -79,7 +79,10 @@ def reached_modules(model: AnyModel, first: int) -> list[nn.Module]:
     reach = max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
     if not 0 <= first < reach:
         raise UserError(
-            f"stage.tower_from_layer={first}: the projector reads what block {reach - 1} gives; from 0 to {reach - 1}"
+            f"the projector reads what block {reach - 1} gives",
+            key="stage.tower_from_layer",
+            value=first,
+            remedy=f"from 0 to {reach - 1}",
         )
     chosen: list[nn.Module] = list(blocks[first:reach])
     if first == 0:

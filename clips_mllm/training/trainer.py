@@ -121,8 +121,9 @@ class MllmTrainer(ResumableTrainer):
         batches, count = super().get_batch_samples(*args, **kwargs)
         if batches and not count:
             raise UserError(
-                f"step {self.state.global_step + 1}: no supervised token in the whole batch, so there is nothing to "
-                "learn; look at the data with `clips-mllm data doctor`, or raise data.max_length"
+                f"step {self.state.global_step + 1}: no supervised token in the whole batch, so there is "
+                f"nothing to learn",
+                remedy="look at the data with `clips-mllm data doctor`, or raise data.max_length",
             )
         self._batches = batches
         return batches, count
@@ -139,7 +140,7 @@ class MllmTrainer(ResumableTrainer):
         return summed / (count if num_items_in_batch is None else num_items_in_batch) * self.accelerator.num_processes
 
     def sum_and_count(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`supervised_loss` of a batch, whose pictures may be in the feature cache."""
+        """`supervised_loss` of a batch, whose images may be in the feature cache."""
         with nullcontext(inputs) if self.tower is None else self.tower.completed(inputs, self.accelerator) as batch:
             return supervised_loss(model, self.bare, batch)
 

@@ -2,7 +2,7 @@
 
 The LLM already reads word embeddings, so image tokens that resemble the right ones are half read. Which patch shows
 what, no caption says. That is translation without alignments, and IBM's Model 1 (Brown et al. 1993) solves it: each
-word of a caption comes from some position of the picture, p(word | picture) = mean over patches of p(word | patch).
+word of a caption comes from some position of the image, p(word | image) = mean over patches of p(word | patch).
 Here p(word | patch) falls with the squared distance between projected patch and word embedding, among the rarer pieces
 of all captions, and a piece counts by its rarity. Measured in docs/LOG.md; only the starting values differ.
 """
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
     from clips_mllm.model.tiles import AnyModel
 
-PICTURES = 16_384  # looked at, at most
-FEATURE_BYTES = 4 * 2**30  # of their features, which stay in memory: with a large tower, fewer pictures
+IMAGES = 16_384  # looked at, at most
+FEATURE_BYTES = 4 * 2**30  # of their features, which stay in memory: with a large tower, fewer images
 READ_AT_ONCE = 128
 BATCH = 32
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
@@ -41,7 +41,7 @@ PULL = 0.2  # towards the nearest word, in the same units
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
-    """Pictures with the rare words of their captions.
+    """Images with the rare words of their captions.
 
     Args:
         features: (n, patches, w) what the projector reads.
@@ -57,7 +57,7 @@ class Captioned:
 def start_by_words(
     model: AnyModel, dataset: InstructionDataset, collator: InstructionCollator, *, steps: int, device: torch.device
 ) -> None:
-    """Fit the projector to the captions' words in `steps` steps of 32 pictures; every rank does the same.
+    """Fit the projector to the captions' words in `steps` steps of 32 images; every rank does the same.
 
     Under ZeRO-3 the weights are in pieces before training starts, and the projector stays as it is.
     """
@@ -101,18 +101,18 @@ def word_loss(patches: torch.Tensor, embeddings: torch.Tensor, weights: torch.Te
     lengths = patches.square().sum(dim=-1, keepdim=True) + embeddings.square().sum(dim=1)
     distances = (lengths - 2 * patches @ embeddings.T) / unit  # (b, p, v)
     by_patch = (-SHARPNESS * distances).log_softmax(dim=-1)
-    by_picture = by_patch.logsumexp(dim=1) - math.log(patches.shape[1])
-    likelihood = (weights * by_picture).sum(dim=1).mean()
+    by_image = by_patch.logsumexp(dim=1) - math.log(patches.shape[1])
+    likelihood = (weights * by_image).sum(dim=1).mean()
     return PULL * distances.amin(dim=-1).mean() - likelihood
 
 
 @torch.no_grad()
 def read_captions(model: AnyModel, dataset: InstructionDataset, collator: InstructionCollator) -> Captioned:
-    """Features and supervised words of the samples with one picture, evenly taken from the whole set."""
+    """Features and supervised words of the samples with one image, evenly taken from the whole set."""
     features, captions = [], []
-    a_picture = 4 * model.config.image_seq_length * model.model.multi_modal_projector.linear_1.in_features
-    pictures = max(min(PICTURES, FEATURE_BYTES // a_picture), 1)
-    taken = range(0, len(dataset), math.ceil(len(dataset) / pictures))
+    a_image = 4 * model.config.image_seq_length * model.model.multi_modal_projector.linear_1.in_features
+    images = max(min(IMAGES, FEATURE_BYTES // a_image), 1)
+    taken = range(0, len(dataset), math.ceil(len(dataset) / images))
     starts = range(0, len(taken), READ_AT_ONCE)
     for start in tqdm(starts, desc="projector: captions", unit="batch", disable=not is_main_process()):
         samples = [dataset[index] for index in taken[start : start + READ_AT_ONCE]]
@@ -128,7 +128,7 @@ def read_captions(model: AnyModel, dataset: InstructionDataset, collator: Instru
 
 
 def rare_words(captions: list[set[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (v,) of the pieces that are neither too rare to learn nor too common to tell pictures apart, and their
+    """Ids (v,) of the pieces that are neither too rare to learn nor too common to tell images apart, and their
     weights in each caption (n, v), in proportion to log(n / captions with the piece)."""
     counts = Counter(piece for caption in captions for piece in caption)
     rarity = {piece: math.log(len(captions) / count) for piece, count in counts.items() if count >= SEEN}

@@ -44,7 +44,9 @@ def _check(recipe: AblateRecipe) -> int:
     run.check()
     recipe.check(run.model.text_room)
     if not recipe.data.is_file():
-        raise UserError(f"{recipe.data}: no such file; build the sample world, or give a Karpathy-style JSON by --data")
+        raise UserError(
+            "no such file", file=recipe.data, remedy="build the sample world, or give a Karpathy-style JSON by --data"
+        )
     return run.training.max_steps * run.training.global_batch_size
 
 

@@ -37,7 +37,9 @@ def main(argv: list[str]) -> None:
     everything = jobs(recipe)
     for job in everything:
         if job.done.is_file() and job.done.read_text() != job.order:
-            raise UserError(f"{job.done}: made with another recipe; remove {job.folder}, or choose another output_dir")
+            raise UserError(
+                f"{job.done}: made with another recipe", remedy=f"remove {job.folder}, or choose another output_dir"
+            )
     with sigterm_stops("compare"):
         _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
 
@@ -64,7 +66,8 @@ def _run_all(waiting: list[Job], launcher: list[str]) -> None:
         code = _run([*start, job.module, *job.arguments], log)
         if code:
             raise UserError(
-                f"{log}: {job.title} ended with code {code}; mend the cause, the same command goes on from here"
+                f"{log}: {job.title} ended with code {code}",
+                remedy="mend the cause, the same command goes on from here",
             )
         took[job.step] = time.monotonic() - started
         write_text(job.done, job.order)

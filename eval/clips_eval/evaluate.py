@@ -64,7 +64,9 @@ def main(argv: list[str]) -> None:
             failed |= result["failed"]
     if failed:
         told = "; ".join(f"{task}: {reason}" for task, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(ready)} tasks failed ({told}); the same command goes on with them")
+        raise UserError(
+            f"{len(failed)} of {len(ready)} tasks failed ({told})", remedy="the same command goes on with them"
+        )
 
 
 def _say(line: str) -> None:

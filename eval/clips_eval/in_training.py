@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from clips_mllm.model.checkpoint import Mllm
 
-# What a run can measure: its own model, with the tasks' pictures and words.
+# What a run can measure: its own model, with the tasks' images and words.
 MEASURED = {"model": "clips_mllm", "control": "none", "wording": "0", "mode": "chat", "quantize": "none"}
 
 
@@ -44,7 +44,9 @@ def load_scorer(recipe: str) -> TaskScorer:
     parsed.check()
     for name, only in MEASURED.items():
         if (value := getattr(parsed, name)) != only:
-            raise UserError(f"{recipe}: {name} '{value}': not measured inside a run; take {name} out of this recipe")
+            raise UserError(
+                f"{name} '{value}': not measured inside a run", file=recipe, remedy=f"take {name} out of this recipe"
+            )
     with untouched_randomness(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
         from clips_eval.lmms.run import quiet_libraries, survey_tasks
         from clips_eval.lmms.scores import metric_names
@@ -55,10 +57,10 @@ def load_scorer(recipe: str) -> TaskScorer:
                 _, skipped, manager = survey_tasks(parsed)
                 if skipped:  # a score that is there at no step is noticed days later
                     told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
-                    raise UserError(f"tasks that cannot run here ({told}); mend the cause, or take them out")
+                    raise UserError(f"tasks that cannot run here ({told})", remedy="mend the cause, or take them out")
                 tasks = [load_task(spec, manager, Path(folder)) for spec in parsed.specs]
         except UserError as error:
-            raise UserError(f"{recipe}: {error}") from error
+            raise UserError(f"{error}", file=recipe) from error
     names = [_score_name(name, key) for some in tasks for name, task in some.items() for key in metric_names(task)]
     return TaskScorer(parsed, manager, names)
 

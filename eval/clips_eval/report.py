@@ -15,7 +15,7 @@ from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import write_text
 from vision_tower.common.recipe import parse_recipe
 
-LEAD = "From image-text pairs to answers about pictures: what this run measured, and how to measure it again."
+LEAD = "From image-text pairs to answers about images: what this run measured, and how to measure it again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     """
     recipe = parse_recipe(ReportRecipe, argv, command="report", positional=("run",))
     if recipe.fail_if_worse and recipe.against is None:
-        raise UserError("--fail_if_worse: worse than what? give the other run by --against FOLDER")
+        raise UserError("worse than what? give the other run by --against FOLDER", key="--fail_if_worse")
 
     from clips_eval.reporting import html as report_html
     from clips_eval.reporting import markdown as report_markdown
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     # All three are rendered before the first is written, so that a malformed file leaves no half a report.
     tree, parts = numbers(run, against), sections(run, against)
     title = f"clips-mllm: {run.root.resolve().name}"
-    markdown = report_markdown.render([metadata(run), f"# {title}", "Plots and pictures are in report.html."], parts)
+    markdown = report_markdown.render([metadata(run), f"# {title}", "Plots and images are in report.html."], parts)
     page = report_html.render(title, LEAD, parts, tiles=report_html.run_tiles(run))
     write_json(recipe.run / "report.json", tree)
     write_text(recipe.run / "report.md", markdown)
@@ -86,7 +86,7 @@ def _refuse_worse(recipe: ReportRecipe, against: dict[str, Any]) -> None:
     told = [f"worse in {', '.join(worse)}"] if worse else []
     told += [f"not to be compared in {', '.join(lost)}"] if lost else []
     if told:
-        raise UserError(f"{recipe.run}: against {recipe.against} {' and '.join(told)}; see its report.md")
+        raise UserError(f"against {recipe.against} {' and '.join(told)}", file=recipe.run, remedy="see its report.md")
 
 
 def summary(tree: dict[str, Any]) -> list[str]:

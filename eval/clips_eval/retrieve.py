@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import make_folder, read_text
 from vision_tower.common.recipe import parse_recipe
-from vision_tower.data.image_batches import Pair, Skips
+from vision_tower.data.image_batches import Pair, SkipCounter
 
 FORMAT = 1  # of retrieval.json
 SHOWN = 5  # names that no caption contains, on the screen
@@ -29,19 +29,19 @@ class RetrieveRecipe:
         encoder: folder of an encoder, as 'pretrain' and 'convert' write it.
         data: the file with the captions; for shards a path or URL, with globs and braces as {000..009}.
         format: karpathy (images with "filename", "split", "sentences" and, as COCO's do, a folder "filepath"), csv
-            (a header, then a row for each caption; rows that name the same picture describe it together), or shards
-            (WebDataset tars or Parquet; a row is a picture with its captions).
-        images: karpathy and csv; folder of the pictures, the file's own folder if not given.
+            (a header, then a row for each caption; rows that name the same image describe it together), or shards
+            (WebDataset tars or Parquet; a row is an image with its captions).
+        images: karpathy and csv; folder of the images, the file's own folder if not given.
         split: karpathy; which of the file's splits to measure.
-        image_column: csv; the column with the picture's path. shards; the picture's column, or ending in a tar.
+        image_column: csv; the column with the image's path. shards; the image's column, or ending in a tar.
         caption_column: csv; the column with the caption. shards; the column, or in a tar a key of the json or an ending
             such as txt; one caption or a list.
         separator: csv; what stands between columns.
         positives: karpathy; a JSON with further right answers (ECCV Caption, CxC), for recall and mAP@R over all.
         objects: a text file with a name a line; recalls are broken down by the captions that contain it.
         output: where the scores go; ENCODER/retrieval.json if not given.
-        batch_size: pictures, or captions, at a time.
-        most_bad: share of unreadable pictures above which the run stops; below it they are left out and counted.
+        batch_size: images, or captions, at a time.
+        max_bad_fraction: share of unreadable images above which the run stops; below it they are left out and counted.
         device: auto, cpu or cuda.
     """
 
@@ -57,26 +57,30 @@ class RetrieveRecipe:
     objects: Path | None = None
     output: Path | None = None
     batch_size: int = 64
-    most_bad: float = 0.01
+    max_bad_fraction: float = 0.01
     device: str = "auto"
 
     def check(self) -> None:
         """Raise UserError where a value has no meaning."""
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: at least 1 is needed")
-        if not 0 <= self.most_bad < 1:
-            raise UserError(f"--most_bad {self.most_bad}: a share from 0 to below 1 is needed")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise UserError(f"--max_bad_fraction {self.max_bad_fraction}: a share from 0 to below 1 is needed")
         if self.positives is not None and self.format != "karpathy":
-            raise UserError(f"--positives {self.positives}: names pictures by ids of a Karpathy JSON; use that format")
+            raise UserError(
+                f"--positives {self.positives}: names images by ids of a Karpathy JSON", remedy="use that format"
+            )
         if len(self.separator) != 1:
-            raise UserError(f"--separator {self.separator!r}: one character is needed; a tab is $'\\t' in the shell")
+            raise UserError(
+                f"--separator {self.separator!r}: one character is needed", remedy="a tab is $'\\t' in the shell"
+            )
 
 
 def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: bad data, no picture of the split, too many unreadable pictures, an unusable encoder.
+        UserError: bad data, no image of the split, too many unreadable images, an unusable encoder.
     """
     start = time.perf_counter()
     recipe = parse_recipe(RetrieveRecipe, argv, command="retrieve", positional=("encoder",))
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.evaluation.embedding import embed_pairs
 
     objects = _names(recipe.objects)
-    skips = Skips(recipe.data, recipe.most_bad)
+    skips = SkipCounter(recipe.data, recipe.max_bad_fraction)
     pairs, total = _pairs(recipe, skips)
     encoder = load_encoder(recipe.encoder, recipe.device)
     output = recipe.output or recipe.encoder / "retrieval.json"
@@ -117,7 +121,7 @@ def main(argv: list[str]) -> None:
         print(f"{recipe.objects}: {unseen}")
 
 
-def _pairs(recipe: RetrieveRecipe, skips: Skips) -> tuple[Iterable[Pair], int | None]:
+def _pairs(recipe: RetrieveRecipe, skips: SkipCounter) -> tuple[Iterable[Pair], int | None]:
     """The pairs, and how many there are where that is known."""
     file = Path(recipe.data)
     folder = recipe.images or file.parent
@@ -153,7 +157,7 @@ def _names(file: Path | None) -> list[str]:
         return []
     names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not names:
-        raise UserError(f"{file}: no names in it; write one a line")
+        raise UserError("no names in it", file=file, remedy="write one a line")
     return list(dict.fromkeys(names))
 
 
@@ -178,7 +182,7 @@ def _table(result: dict[str, Any], output: Path) -> str:
         spans = [result["intervals"][f"{way}_r{k}"] for k in KS]
         ends = "".join(f"{100 * span['low']:.0f}–{100 * span['high']:.0f}".rjust(8) for span in spans)
         body.append(f"{'  95 %':16}{ends}   median rank {result['median_rank'][way]:.0f}")
-    left_out = f" ({result['n_skipped']} unreadable pictures left out)" if result["n_skipped"] else ""
+    left_out = f" ({result['n_skipped']} unreadable images left out)" if result["n_skipped"] else ""
     counts = f"{result['n_images']} images{left_out}, {result['n_texts']} texts; {result['seconds']:.0f} s"
     return "\n".join([head, *body, f"{counts}; written to {output}"])
 

@@ -1,4 +1,4 @@
-"""`clips-mllm zeroshot ENCODER --data FOLDER`: zero-shot classification of the pictures in class folders.
+"""`clips-mllm zeroshot ENCODER --data FOLDER`: zero-shot classification of the images in class folders.
 
 FOLDER/CLASS/*.jpg, templates, class names --encoder--> top-1, top-5, mean per class --> zeroshot.json
 """
@@ -24,13 +24,13 @@ class ZeroShotRecipe:
 
     Args:
         encoder: folder of an encoder, as 'pretrain' and 'convert' write it.
-        data: the folder that holds a folder of pictures for each class.
+        data: the folder that holds a folder of images for each class.
         templates: text file with one prompt a line, {} where the class name goes; eight simple ones if not given.
         classes: text file with one class name a line, in the order of the sorted class folders; if not given, the
             folders' names with spaces for underscores.
         output: where the scores go; ENCODER/zeroshot.json if not given.
-        batch_size: pictures, or prompts, at a time.
-        most_bad: share of unreadable pictures above which the run stops; below it they are left out and counted.
+        batch_size: images, or prompts, at a time.
+        max_bad_fraction: share of unreadable images above which the run stops; below it they are left out and counted.
         device: auto, cpu or cuda.
     """
 
@@ -40,22 +40,22 @@ class ZeroShotRecipe:
     classes: Path | None = None
     output: Path | None = None
     batch_size: int = 64
-    most_bad: float = 0.01
+    max_bad_fraction: float = 0.01
     device: str = "auto"
 
     def check(self) -> None:
         """Raise UserError where a value has no meaning."""
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: at least 1 is needed")
-        if not 0 <= self.most_bad < 1:
-            raise UserError(f"--most_bad {self.most_bad}: a share from 0 to below 1 is needed")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise UserError(f"--max_bad_fraction {self.max_bad_fraction}: a share from 0 to below 1 is needed")
 
 
 def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: bad data, too many unreadable pictures, an unusable encoder.
+        UserError: bad data, too many unreadable images, an unusable encoder.
     """
     start = time.perf_counter()
     recipe = parse_recipe(ZeroShotRecipe, argv, command="zeroshot", positional=("encoder",))
@@ -65,20 +65,20 @@ def main(argv: list[str]) -> None:
 
     task = load_task(recipe.data, recipe.templates, recipe.classes)
     for name, folders in task.twins.items():
-        said = f"note: {', '.join(folders)}: all named '{name}'; no encoder can tell their pictures apart"
+        said = f"note: {', '.join(folders)}: all named '{name}'; no encoder can tell their images apart"
         print(said, file=sys.stderr)
 
     from clips_eval.retrieval.zeroshot_intervals import intervals
     from clips_eval.stats.json_files import write_json
     from clips_eval.stats.provenance import diverged, provenance
     from vision_tower.checkpoints.encoder import load_encoder
-    from vision_tower.data.image_batches import Skips
+    from vision_tower.data.image_batches import SkipCounter
     from vision_tower.evaluation.zeroshot import classify
 
     encoder = load_encoder(recipe.encoder, recipe.device)
     output = recipe.output or recipe.encoder / "zeroshot.json"
     make_folder(output.parent)  # before the work, not after it
-    skips = Skips(str(recipe.data), recipe.most_bad)
+    skips = SkipCounter(str(recipe.data), recipe.max_bad_fraction)
     try:
         scores = classify(encoder, task, recipe.batch_size, skips)
     except NotFinite as error:
@@ -111,7 +111,7 @@ def _table(result: dict[str, Any], output: Path) -> str:
         for key, name in names.items()
         if result[key] is not None
     ]
-    left_out = f" ({result['n_skipped']} unreadable pictures left out)" if result["n_skipped"] else ""
+    left_out = f" ({result['n_skipped']} unreadable images left out)" if result["n_skipped"] else ""
     counts = f"{result['n_images']} images{left_out}, {result['n_classes']} classes, {result['n_texts']} prompts"
     return "\n".join([*body, f"{counts}; {result['seconds']:.0f} s; written to {output}"])
 

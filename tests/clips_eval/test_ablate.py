@@ -30,7 +30,7 @@ RUN = {
     "output_dir": "unused",
     "model": {tower: {"width": 16, "layers": 1, "mlp": 32, "heads": 2} for tower in ("image", "text", "captioner")}
     | {
-        "joint": 16,
+        "embed_dim": 16,
         "image_size": 96,
         "patch_size": 32,
         "text_length": 24,

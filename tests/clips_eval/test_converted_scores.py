@@ -28,13 +28,13 @@ NAMES = ["cat", "dog", "hat", "moon", "cup", "bus"]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose tower has a class token, as published ones; it as open_clip's checkpoint; that converted back."""
     root = tmp_path_factory.mktemp("converted")
-    tokenizer = ClipsTokenizer.train([f"a photo of the {name} in a picture" for name in NAMES], 90)
+    tokenizer = ClipsTokenizer.train([f"a photo of the {name} in an image" for name in NAMES], 90)
     tower = TowerRecipe(width=16, layers=2, mlp=20, heads=2)
     recipe = ModelRecipe(
         image=tower,
         text=tower,
         captioner=tower,
-        joint=10,
+        embed_dim=10,
         image_size=24,
         patch_size=8,
         class_token=True,

@@ -15,7 +15,7 @@ import pytest
 from clips_eval.evaluate import main
 from clips_eval.lmms.journal import Journal
 from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec
-from tests.helpers.tiny_llava import ROWS, build_tiny_mllm, make_requests, picture, pope_rows, write_parquet
+from tests.helpers.tiny_llava import ROWS, build_tiny_mllm, make_image, make_requests, pope_rows, write_parquet
 from tests.helpers.train_runs import accelerate_launcher, launch
 from vision_tower.common.errors import UserError, run_command
 
@@ -37,7 +37,7 @@ def checkpoint(mllm: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def recipe(checkpoint: Path) -> Path:
-    """Three tasks; easy-VQA with two questions about each of two pictures."""
+    """Three tasks; easy-VQA with two questions about each of two images."""
     lines = ["tasks:"]
     for task, rows in ROWS.items():
         data = write_parquet(checkpoint.parent / "data" / f"{task}.parquet", rows())
@@ -64,7 +64,7 @@ def test_answers_equal_stock_llava_hf(checkpoint: Path, mllm: SimpleNamespace, m
 
     from clips_eval.lmms.model import ClipsMllm, ClipsMllmSimple
 
-    documents = [([picture(n % 7)], f"Is there {'a very ' * (n % 4)}small thing {n}?") for n in range(30)]
+    documents = [([make_image(n % 7)], f"Is there {'a very ' * (n % 4)}small thing {n}?") for n in range(30)]
     stock = (StockChat if mode == "chat" else StockSimple)(str(checkpoint), device="cpu", device_map="cpu")
     answers = stock.generate_until(make_requests(documents, stock, simple=mode == "simple"))
     expected = [answer if isinstance(answer, str) else answer.text for answer in answers]
@@ -107,7 +107,7 @@ def test_every_control_and_its_intervals(checkpoint: Path, recipe: Path, tmp_pat
         assert result["control"] == (suffix.removeprefix("_") or "none") and not result["failed"]
         answers[suffix] = [row["answer"] for row in rows]
         easy = [row for row in rows if row["task"] == "clips_easy_vqa"]
-        assert [row["cluster"] for row in easy[:2]] == [row["cluster"] for row in easy[2:]], "by the document's picture"
+        assert [row["cluster"] for row in easy[:2]] == [row["cluster"] for row in easy[2:]], "by the document's image"
         found = result["intervals"]["clips_easy_vqa"]
         assert (found["accuracy"]["n"], found["open_accuracy"]["n"], found["accuracy"]["clusters"]) == (4, 2, 2)
         for task, scores in result["tasks"].items():
@@ -145,15 +145,15 @@ def test_blank_and_no_image_show_what_they_say(mllm: SimpleNamespace) -> None:
     from clips_eval.lmms.requests import ask_chat
 
     model = ClipsMllm(mllm=mllm)
-    (request,) = make_requests([([picture(1)], "What?")], model)
-    document = ([picture(1)], "What?")
+    (request,) = make_requests([([make_image(1)], "What?")], model)
+    document = ([make_image(1)], "What?")
     blank = ask_chat(request, document, mllm.processor, "blank")
     none = ask_chat(request, document, mllm.processor, "no_image")
-    assert blank.pictures == [Image.new("RGB", (40, 40), (128, 128, 128))] and blank.prompt.count("<image>") == 1
-    assert none.pictures == [] and none.prompt == blank.prompt.replace("<image>", "")
+    assert blank.images == [Image.new("RGB", (40, 40), (128, 128, 128))] and blank.prompt.count("<image>") == 1
+    assert none.images == [] and none.prompt == blank.prompt.replace("<image>", "")
 
 
-def test_a_picture_given_by_path_is_upright(mllm: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_image_given_by_path_is_upright(mllm: SimpleNamespace, tmp_path: Path) -> None:
     from PIL import ExifTags, Image
 
     from clips_eval.lmms.model import ClipsMllm
@@ -164,7 +164,7 @@ def test_a_picture_given_by_path_is_upright(mllm: SimpleNamespace, tmp_path: Pat
     lying.save(tmp_path / "lying.jpg", exif=lying.getexif())
     document = ([str(tmp_path / "lying.jpg")], "What?")
     (request,) = make_requests([document], ClipsMllm(mllm=mllm))
-    (shown,) = ask_chat(request, document, mllm.processor, "none").pictures
+    (shown,) = ask_chat(request, document, mllm.processor, "none").images
     assert shown.size == (20, 40)
 
 
@@ -351,12 +351,12 @@ def test_sigterm_keeps_the_answers_and_leaves_no_folder(
 
 
 @pytest.mark.parametrize("mode", ["chat", "simple"])
-def test_a_picture_that_cannot_be_decoded_is_named(
+def test_a_image_that_cannot_be_decoded_is_named(
     checkpoint: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place in (0, 4):
         rows = pope_rows()
-        rows[place]["image"] = {"bytes": b"no picture", "path": None}
+        rows[place]["image"] = {"bytes": b"no image", "path": None}
         data = write_parquet(tmp_path / f"{place}.parquet", rows)
         tasks = f"[{{task: clips_pope_random, data: {data}}}]"
         words = [str(checkpoint), "--tasks", tasks, "--mode", mode, "--output", str(tmp_path / "lmms.json")]
@@ -379,19 +379,19 @@ def test_tasks_without_the_wordings_line_are_told(
     assert lines[-1] == "nothing written"
 
 
-def test_a_picture_that_one_process_cannot_read_ends_all(
+def test_a_image_that_one_process_cannot_read_ends_all(
     checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The others wait for its answers to this task; with the next one it would leave them waiting for ever."""
     from clips_eval.lmms import run as lmms_run
 
     def breaks(*_: Any) -> Any:
-        raise UserError("picture 3 cannot be read")
+        raise UserError("image 3 cannot be read")
 
     monkeypatch.setattr(lmms_run, "evaluate_task", breaks)
     monkeypatch.setenv("RANK", "1")
     assert run_command(main, [str(checkpoint), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: picture 3 cannot be read"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: image 3 cannot be read"
 
 
 def test_what_a_machine_lacks_is_left_out_with_its_reason(

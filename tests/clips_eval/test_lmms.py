@@ -19,9 +19,9 @@ from tests.helpers.tiny_llava import (
     ROWS,
     build_tiny_mllm,
     easy_vqa_rows,
+    make_image,
     make_requests,
     mmbench_rows,
-    picture,
     plain_answer,
     pope_rows,
     write_parquet,
@@ -38,15 +38,15 @@ def mllm() -> SimpleNamespace:
 
 
 DOCUMENTS = [
-    ([picture(1)], "Is there a cat?"),
-    ([picture(2)], "What colour?"),
-    ([], "Without a picture, what then?"),
-    ([picture(1)], "Is there a dog?"),
-    ([picture(3), picture(4)], "Which of the two is larger?"),
-    ([picture(2)], "Is there a rather small elephant?"),
-    ([picture(5)], "?"),
-    ([picture(4), picture(3)], "Which of the two is larger?"),
-    ([picture(1)], "Is there a cat?"),
+    ([make_image(1)], "Is there a cat?"),
+    ([make_image(2)], "What colour?"),
+    ([], "Without an image, what then?"),
+    ([make_image(1)], "Is there a dog?"),
+    ([make_image(3), make_image(4)], "Which of the two is larger?"),
+    ([make_image(2)], "Is there a rather small elephant?"),
+    ([make_image(5)], "?"),
+    ([make_image(4), make_image(3)], "Which of the two is larger?"),
+    ([make_image(1)], "Is there a cat?"),
 ]
 
 
@@ -74,22 +74,22 @@ def test_features_are_computed_once_an_image_and_equal_the_towers(mllm: SimpleNa
         model.generate_until(make_requests(DOCUMENTS, model))
     finally:
         handle.remove()
-    assert sum(seen) == 5  # pictures 1 to 5, though shown nine times
+    assert sum(seen) == 5  # images 1 to 5, though shown nine times
     from clips_eval.lmms.images import pixel_digest
 
-    pixels = mllm.processor.image_processor([picture(4)], return_tensors="pt")["pixel_values"]
+    pixels = mllm.processor.image_processor([make_image(4)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         alone = mllm.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
-    kept = model.features.get(pixel_digest(picture(4)))
+    kept = model.features.get(pixel_digest(make_image(4)))
     assert kept is not None
     torch.testing.assert_close(kept, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_shared_beginning_is_read_once(mllm: SimpleNamespace) -> None:
-    """Four questions about two pictures: the model reads two beginnings with an "A", then the rests alone."""
+    """Four questions about two images: the model reads two beginnings with an "A", then the rests alone."""
     from clips_eval.lmms.model import ClipsMllm
 
-    documents = [([picture(n % 2)], question) for n, question in enumerate(("A cat?", "Anything?", "A dog?", "A?"))]
+    documents = [([make_image(n % 2)], question) for n, question in enumerate(("A cat?", "Anything?", "A dog?", "A?"))]
     expected = [plain_answer(mllm, images, question) for images, question in documents]
     seen: list[tuple[int, ...]] = []
     language = mllm.model.model.language_model
@@ -101,7 +101,7 @@ def test_a_shared_beginning_is_read_once(mllm: SimpleNamespace) -> None:
         assert model.generate_until(make_requests(documents, model)) == expected
     finally:
         handle.remove()
-    beginning = len("<|user|>") + 4 + len("A")  # tokens are characters here; a picture has four
+    beginning = len("<|user|>") + 4 + len("A")  # tokens are characters here; an image has four
     assert seen[0] == (2, beginning)
     assert seen[1] == (4, len("nything?") + len("<|assistant|>"))
 
@@ -119,7 +119,7 @@ def test_small_cache_gives_the_same_answers(mllm: SimpleNamespace) -> None:
     assert [cache.get(name) is not None for name in "abcd"] == [False, True, True, True] and cache.size == 48
 
 
-def test_shuffled_shows_other_pictures_and_keeps_the_questions(mllm: SimpleNamespace) -> None:
+def test_shuffled_shows_other_images_and_keeps_the_questions(mllm: SimpleNamespace) -> None:
     from clips_eval.lmms.images import pixel_digest
     from clips_eval.lmms.model import ClipsMllm
 
@@ -130,9 +130,9 @@ def test_shuffled_shows_other_pictures_and_keeps_the_questions(mllm: SimpleNames
         for _ in range(2)
     ]
     assert answers[0] == answers[1]
-    digests = {pixel_digest(picture(n)): n for n in range(1, 6)}
+    digests = {pixel_digest(make_image(n)): n for n in range(1, 6)}
     other = {digests[a]: digests[b] for a, b in derangement(digests, 1).items()}
-    shown = [([picture(other[digests[pixel_digest(i)]]) for i in images], text) for images, text in DOCUMENTS]
+    shown = [([make_image(other[digests[pixel_digest(i)]]) for i in images], text) for images, text in DOCUMENTS]
     assert answers[0] == [plain_answer(mllm, images, text) for images, text in shown]
     with pytest.raises(UserError, match="two different images"):
         model.generate_until(make_requests(DOCUMENTS[:1], model))
@@ -153,7 +153,7 @@ def test_a_failing_document_raises_and_is_named(mllm: SimpleNamespace) -> None:
 
     model = ClipsMllm(mllm=mllm)
     with pytest.raises(UserError, match="task t, document 1: 2 '<image>' in the prompt but 1 images"):
-        model.generate_until(make_requests([DOCUMENTS[0], ([picture(1)], "What is <image>?")], model))
+        model.generate_until(make_requests([DOCUMENTS[0], ([make_image(1)], "What is <image>?")], model))
 
 
 def test_bad_arguments_of_the_model_are_said(mllm: SimpleNamespace) -> None:

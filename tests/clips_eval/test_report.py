@@ -37,7 +37,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def picture(path: Path, colour: str = "red") -> None:
+def make_image(path: Path, colour: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (24, 24), COLOURS[colour]).save(path)
 
@@ -46,7 +46,7 @@ def picture(path: Path, colour: str = "red") -> None:
 def run(tmp_path: Path) -> Path:
     """A complete run, as the commands leave it."""
     root = tmp_path / "quickstart"
-    picture(root / "finetune" / "lmms_images" / "a.png")
+    make_image(root / "finetune" / "lmms_images" / "a.png")
     example = {
         "query": "a <red> scene",
         "images": ["../finetune/lmms_images/a.png", "gone.png"],
@@ -158,7 +158,7 @@ def test_page_is_self_contained(run: Path) -> None:
     assert sources and all(source.startswith("data:image/") for source in sources)
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
     assert page.count("data:image/svg+xml") == 2 * 5  # two bar charts and three curves, light and dark
-    assert "a &lt;red&gt; scene" in page and "picture not kept" in page
+    assert "a &lt;red&gt; scene" in page and "image not kept" in page
 
 
 ZEROSHOT = {"top1": 0.437, "top5": 0.719, "mean_per_class": 0.428, "n_images": 600, "n_classes": 20, "n_texts": 160}

@@ -21,7 +21,7 @@ def span(low: float | None, high: float | None) -> dict[str, Any]:
 
 
 def retrieval() -> dict[str, Any]:
-    """Two pictures with one and two captions."""
+    """Two images with one and two captions."""
     several = {"r1": 0.4, "r5": 0.5, "r10": 0.6, "r_precision": 0.3, "map_at_r": 0.2, "n": 2}
     return {
         "format": 1,
@@ -79,11 +79,11 @@ def test_intervals_stand_in_brackets(tmp_path: Path) -> None:
     assert cells(write(tmp_path, "retrieval.json", retrieval())) == [
         ["Median rank", "1", "12 (8–15)"],
         ["mAP@R, own captions", "25.0 (20.0–30.0)", "50.0 (40.0–60.0)"],
-        ["R@1, any right answer (n = 2 pictures, 3 captions)", "40.0 (35.0–45.0)", "40.0"],
-        ["R@5, any right answer (n = 2 pictures, 3 captions)", "50.0", "50.0"],
-        ["mAP@R, all (n = 2 pictures, 3 captions)", "20.0", "20.0 (10.0–30.0)"],
+        ["R@1, any right answer (n = 2 images, 3 captions)", "40.0 (35.0–45.0)", "40.0"],
+        ["R@5, any right answer (n = 2 images, 3 captions)", "50.0", "50.0"],
+        ["mAP@R, all (n = 2 images, 3 captions)", "20.0", "20.0 (10.0–30.0)"],
         ["R@5, captions of 2 to 4 words (n = 3)", "–", "20.0 (0.0–100.0)"],
-        ["R@5, “cat” (n = 1 pictures, 2 captions)", "50.0", "50.0"],
+        ["R@5, “cat” (n = 1 images, 2 captions)", "50.0", "50.0"],
     ]
 
 

@@ -131,7 +131,7 @@ def test_controls_wordings_baselines_and_provenance_are_shown(runs: tuple[Path, 
     measured = next(line for line in markdown.splitlines() if line.startswith("| benchmarks |"))
     assert "| 11 |" in measured and "| 1 h 06 min |" in measured
     for text in (markdown, page):
-        assert "abababababababab" in text and "needs a judge" in text and "draws pictures" in text
+        assert "abababababababab" in text and "needs a judge" in text and "draws images" in text
     assert "Inverse effect" in page
 
 
@@ -188,7 +188,7 @@ def test_baselines_of_one_name_and_of_the_encoder(runs: tuple[Path, Path], tmp_p
     head = next(line for line in markdown.splitlines() if line.startswith("| Benchmark")).split(" | ")
     row = next(line for line in markdown.splitlines() if line.startswith("| easy-VQA |")).split(" | ")
     cells = dict(zip(head, row, strict=True))
-    assert cells[f"m ({few})"].endswith("n = 80") and "n =" not in cells[f"m ({other})"] and cells["Pictures"] == "100"
+    assert cells[f"m ({few})"].endswith("n = 80") and "n =" not in cells[f"m ({other})"] and cells["Images"] == "100"
     assert "| clip-b16, 5,000 images | 40.0 |" in markdown and "| 95 % | 38.7–41.4 |" in markdown
     with pytest.raises(UserError, match="no result there"):
         report.main([str(run), "--baselines", str(tmp_path / "none.json")])

@@ -36,7 +36,7 @@ from vision_tower.evaluation.recall import hits_at_k, recall_at_k
 
 @pytest.fixture(scope="module")
 def found() -> EmbeddedPairs:
-    """30 pictures with two or three captions each, embedded at random but not quite."""
+    """30 images with two or three captions each, embedded at random but not quite."""
     torch.manual_seed(0)
     owner = torch.tensor([image for image in range(30) for _ in range(2 + image % 2)])
     images = F.normalize(torch.randn(30, 8), dim=1)
@@ -50,7 +50,7 @@ def found() -> EmbeddedPairs:
 def from_texts(found: EmbeddedPairs, positives: Positives | None = None) -> Way:
     owner = found.owner.tolist()
     own = [[image] for image in owner] if positives is None else positives
-    return Way(queries=found.texts, candidates=found.images, positives=own, pictures=owner)
+    return Way(queries=found.texts, candidates=found.images, positives=own, images=owner)
 
 
 def from_images(found: EmbeddedPairs, positives: Positives | None = None) -> Way:
@@ -59,7 +59,7 @@ def from_images(found: EmbeddedPairs, positives: Positives | None = None) -> Way
         queries=found.images,
         candidates=found.texts,
         positives=own if positives is None else positives,
-        pictures=range(len(found.images)),
+        images=range(len(found.images)),
     )
 
 
@@ -88,11 +88,11 @@ def test_ranks_by_hand_and_of_a_collapsed_encoder(found: EmbeddedPairs) -> None:
     assert (told["i2t"], told["t2i"]) == (median(ranks["i2t"]), median(ranks["t2i"]))
     assert told["intervals"]["t2i"] == asdict(median_interval(ranks["t2i"], [str(i) for i in found.owner.tolist()]))
     assert (told["intervals"]["t2i"]["n"], told["intervals"]["t2i"]["clusters"]) == (75, 30)
-    same = Way(queries=torch.ones(30, 8), candidates=torch.ones(10, 8), positives=[[0]] * 30, pictures=range(30))
+    same = Way(queries=torch.ones(30, 8), candidates=torch.ones(10, 8), positives=[[0]] * 30, images=range(30))
     assert set(best_ranks(same)) == {10}
 
 
-def test_the_interval_of_a_median_draws_pictures() -> None:
+def test_the_interval_of_a_median_draws_images() -> None:
     """Against a loop that writes every resample out."""
     random = np.random.default_rng(3)
     values, clusters = random.integers(1, 40, 31).tolist(), [str(n // 4) for n in range(31)]
@@ -104,7 +104,7 @@ def test_the_interval_of_a_median_draws_pictures() -> None:
         medians.append(median([v for place in drawn for v in list(of.values())[place]]))
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(medians, (0.025, 0.975))))
     assert (found.n, found.clusters) == (31, 8)
-    # Captions that all rank alike are one observation of their picture, not five: the interval is wider.
+    # Captions that all rank alike are one observation of their image, not five: the interval is wider.
     ranks = [float(n) for n in range(1, 31) for _ in range(5)]
     shared = median_interval(ranks, [str(n // 5) for n in range(150)], resamples=300)
     apart = median_interval(ranks, [str(n) for n in range(150)], resamples=300)
@@ -187,8 +187,8 @@ def test_breakdowns_add_up(found: EmbeddedPairs) -> None:
     assert rows[1]["t2i_r1"] == sum(hits["t2i_r1"][place] == "1" for place in dogs) / len(dogs)
 
 
-def test_a_group_rests_on_its_own_pictures() -> None:
-    """Four pictures with a caption each, all found: of two of them Wilson's interval is that of two, not of four."""
+def test_a_group_rests_on_its_own_images() -> None:
+    """Four images with a caption each, all found: of two of them Wilson's interval is that of two, not of four."""
     eye = torch.eye(4)
     captions = ["a cat", "the cat", "one long long dog", "one very long dog"]
     pairs = EmbeddedPairs(images=eye, texts=eye, owner=torch.arange(4), names=list("abcd"), captions=captions)

@@ -26,7 +26,7 @@ from vision_tower.evaluation.embedding import EmbeddedPairs
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
-    """Three pictures with two captions each, one of them described wrongly, and one picture of another split."""
+    """Three images with two captions each, one of them described wrongly, and one image of another split."""
     rows = []
     for number, colour in enumerate(COLOURS):
         paint(tmp_path / "val" / f"{colour}.png", colour)
@@ -53,7 +53,7 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     root, tree = world
     dump(root / "test.json", tree)
     found = run(root, "--batch_size", "2")
-    # The blue picture's captions say red: it is never first, and its two captions rank the red picture before it.
+    # The blue image's captions say red: it is never first, and its two captions rank the red image before it.
     assert (found["i2t_r1"], found["t2i_r1"]) == pytest.approx((2 / 3, 4 / 6))
     assert (found["t2i_r5"], found["n_images"], found["n_texts"], found["n_skipped"]) == (1.0, 3, 6, 0)
     assert found["sha256"] == hashlib.sha256(b"weights").hexdigest()
@@ -63,7 +63,7 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     for row in found["examples"]["text_to_image"]:
         assert all((root / "encoder" / name).is_file() for name in row["images"])
     assert found["format"] == 1 and found["by_object"] == []
-    # Three pictures are too few for an interval of the median rank; with one right answer mAP@R is recall@1.
+    # Three images are too few for an interval of the median rank; with one right answer mAP@R is recall@1.
     assert found["median_rank"]["intervals"]["t2i"] == {"low": None, "high": None, "n": 6, "clusters": 3}
     assert found["map_at_r"]["t2i"] == pytest.approx(4 / 6)
     assert found["map_at_r"]["intervals"]["t2i"] == found["intervals"]["t2i_r1"]
@@ -89,19 +89,19 @@ def test_names_that_no_caption_contains_are_told_of(
     assert "in no caption" not in capsys.readouterr().out
 
 
-def test_the_data_digest_covers_pictures_and_captions(world: tuple[Path, dict[str, Any]]) -> None:
+def test_the_data_digest_covers_images_and_captions(world: tuple[Path, dict[str, Any]]) -> None:
     root, tree = world
     dump(root / "test.json", tree)
     first = run(root)["data_sha256"]
     assert run(root, "--batch_size", "1")["data_sha256"] == first
-    (root / "val" / "red.png").rename(root / "val" / "crimson.png")  # another name for the same picture
+    (root / "val" / "red.png").rename(root / "val" / "crimson.png")  # another name for the same image
     tree["images"][0]["filename"] = "crimson.png"
     dump(root / "test.json", tree)
     assert run(root)["data_sha256"] == first
-    picture = (root / "val" / "blue.png").read_bytes()
+    image = (root / "val" / "blue.png").read_bytes()
     paint(root / "val" / "blue.png", "green")
     assert run(root)["data_sha256"] != first
-    (root / "val" / "blue.png").write_bytes(picture)
+    (root / "val" / "blue.png").write_bytes(image)
     tree["images"][1]["sentences"][0]["raw"] += "."
     dump(root / "test.json", tree)
     assert run(root)["data_sha256"] != first
@@ -121,7 +121,7 @@ def write_csv(file: Path, rows: list[tuple[str, ...]], separator: str = ",") -> 
 
 
 def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> None:
-    """Rows of one picture need not be neighbours; columns and separator are the user's, captions may hold both."""
+    """Rows of one image need not be neighbours; columns and separator are the user's, captions may hold both."""
     root, tree = world
     dump(root / "test.json", tree)
     wanted = run(root)
@@ -143,7 +143,7 @@ def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> Non
 
 
 def rows_of(tree: dict[str, Any], root: Path) -> list[tuple[str, bytes, list[str]]]:
-    """Key, picture and captions of the test split."""
+    """Key, image and captions of the test split."""
     rows = [row for row in tree["images"] if row["split"] == "test"]
     names = [f"val/{row['filename']}" for row in rows]
     texts = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
@@ -163,13 +163,11 @@ def write_shards(root: Path, kind: str, rows: list[tuple[str, bytes, list[str]]]
                 write_tar(root / f"s{number}.tar", members)
             case "txt":
                 lines = [(f"{key}.txt", ("\n".join(texts) + "\n").encode()) for key, _, texts in part]
-                pictures = [(f"{key}.pic", content) for key, content, _ in part]
-                write_tar(
-                    root / f"s{number}.tar", [each for pair in zip(lines, pictures, strict=True) for each in pair]
-                )
+                images = [(f"{key}.pic", content) for key, content, _ in part]
+                write_tar(root / f"s{number}.tar", [each for pair in zip(lines, images, strict=True) for each in pair])
             case "parquet":
-                pictures = [{"bytes": content, "path": None} for _, content, _ in part]
-                columns = {"photo": pictures, "said": [texts for _, _, texts in part], "other": [1] * len(part)}
+                images = [{"bytes": content, "path": None} for _, content, _ in part]
+                columns = {"photo": images, "said": [texts for _, _, texts in part], "other": [1] * len(part)}
                 write_parquet(root / f"s{number}.parquet", columns)
     return {
         "json": ["--data", str(root / "s{0..1}.tar"), "--caption_column", "said"],
@@ -209,15 +207,15 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(
         *[("a.png", good[0][1]), ("a.json", b'{"said": []}')],
         *[("b.png", good[0][1]), ("b.json", b'{"other": "text"}')],
         *[("c.png", good[0][1]), ("c.json", b"{")],
-        ("d.json", b'{"said": "no picture"}'),
-        *[("e.png", good[0][1][:40]), ("e.json", b'{"said": "half a picture"}')],
+        ("d.json", b'{"said": "no image"}'),
+        *[("e.png", good[0][1][:40]), ("e.json", b'{"said": "half an image"}')],
         *[("f.png", good[0][1]), ("f.json", b'{"said": null}')],
     ]
     write_tar(root / "s1.tar", bad)
-    found = run_shards(root, [*options, "--most_bad", "0.8"])
+    found = run_shards(root, [*options, "--max_bad_fraction", "0.8"])
     assert (found["n_images"], found["n_texts"], found["n_skipped"], found["t2i_r1"]) == (2, 4, 6, 1.0)
     assert capsys.readouterr().err.count("skipped: ") == 1
-    with pytest.raises(UserError, match=r"6 of 8 pictures cannot be used \(first: .*s1\.tar: a: no caption\)"):
+    with pytest.raises(UserError, match=r"6 of 8 images cannot be used \(first: .*s1\.tar: a: no caption\)"):
         run_shards(root, options)
 
 
@@ -246,18 +244,18 @@ def test_bad_shards_are_named(
     assert not (root / "encoder" / "retrieval.json").exists()
 
 
-def test_unreadable_pictures_are_left_out_counted_and_told(
+def test_unreadable_images_are_left_out_counted_and_told(
     world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With its captions: they would have no picture to find."""
+    """With its captions: they would have no image to find."""
     root, tree = world
-    (root / "val" / "blue.png").write_bytes(b"no picture")
+    (root / "val" / "blue.png").write_bytes(b"no image")
     dump(root / "test.json", tree)
-    found = run(root, "--most_bad", "0.4", "--batch_size", "1")
+    found = run(root, "--max_bad_fraction", "0.4", "--batch_size", "1")
     assert (found["n_images"], found["n_texts"], found["n_skipped"]) == (2, 4, 1)
     assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 1.0)  # the blue one was the wrong one
     shown = capsys.readouterr()
-    assert "1 unreadable pictures left out" in shown.out
+    assert "1 unreadable images left out" in shown.out
     assert shown.err.count("skipped: ") == 1 and "blue.png" in shown.err
 
 
@@ -284,18 +282,18 @@ def break_caption(root: Path, tree: dict[str, Any]) -> None:
     dump(root / "test.json", tree)
 
 
-def break_missing_picture(root: Path, tree: dict[str, Any]) -> None:
+def break_missing_image(root: Path, tree: dict[str, Any]) -> None:
     (root / "val" / "green.png").unlink()
     dump(root / "test.json", tree)
 
 
-def break_corrupt_picture(root: Path, tree: dict[str, Any]) -> None:
+def break_corrupt_image(root: Path, tree: dict[str, Any]) -> None:
     file = root / "val" / "green.png"
     file.write_bytes(file.read_bytes()[:40])
     dump(root / "test.json", tree)
 
 
-def break_every_picture(root: Path, tree: dict[str, Any]) -> None:
+def break_every_image(root: Path, tree: dict[str, Any]) -> None:
     for file in (root / "val").iterdir():
         file.write_bytes(b"")
     dump(root / "test.json", tree)
@@ -313,9 +311,9 @@ def break_encoder(root: Path, tree: dict[str, Any]) -> None:
         (break_json, ["test.json", "not valid JSON"]),
         (break_split, ["split 'test'", "train", "--split"]),
         (break_caption, ["images[1].sentences[1]", "raw"]),
-        (break_missing_picture, ["green.png", "images[1]", "--images"]),
-        (break_corrupt_picture, ["test.json", "1 of 3 pictures", "green.png", "0.01"]),
-        (break_every_picture, ["test.json", "3 of 3 pictures"]),
+        (break_missing_image, ["green.png", "images[1]", "--images"]),
+        (break_corrupt_image, ["test.json", "1 of 3 images", "green.png", "0.01"]),
+        (break_every_image, ["test.json", "3 of 3 images"]),
         (break_encoder, ["encoder", "model.safetensors"]),
     ],
 )
@@ -344,7 +342,7 @@ def test_retrieve_names_what_is_wrong(world: tuple[Path, dict[str, Any]], damage
         ('image,caption\nval/red.png,"red\n', [], ["data.csv", "after line 1", "not CSV"]),
         (b"image,caption\nval/red.png,\xff\n", [], ["data.csv", "not UTF-8"]),
         ("image,caption\nval/red.png,red\n", ["--separator", ";;"], ["--separator ';;'", "one character"]),
-        ("image,caption\nval/red.png,red\n", ["--most_bad", "1"], ["--most_bad 1", "share"]),
+        ("image,caption\nval/red.png,red\n", ["--max_bad_fraction", "1"], ["--max_bad_fraction 1", "share"]),
     ],
 )
 def test_a_bad_csv_is_named(

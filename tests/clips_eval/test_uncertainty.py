@@ -29,14 +29,14 @@ def test_independent_answers_give_the_binomial_interval() -> None:
     assert (found.n, found.clusters, value(shares(right))) == (1000, 1000, share)
 
 
-def test_questions_about_one_picture_widen_the_interval() -> None:
-    """Ten questions a picture that are all right or all wrong are worth one: the width is that of the pictures."""
+def test_questions_about_one_image_widen_the_interval() -> None:
+    """Ten questions an image that are all right or all wrong are worth one: the width is that of the images."""
     rng = random.Random(1)
-    picture = [float(rng.random() < 0.5) for _ in range(100)]
-    right = [score for score in picture for _ in range(10)]
+    image = [float(rng.random() < 0.5) for _ in range(100)]
+    right = [score for score in image for _ in range(10)]
     apart = interval(shares(right))
     together = interval(shares(right, [str(place // 10) for place in range(1000)]))
-    low, high = wilson(sum(picture) / 100, 100)
+    low, high = wilson(sum(image) / 100, 100)
     assert together.high - together.low == pytest.approx(high - low, rel=0.1)  # type: ignore[operator]
     assert together.high - together.low > 2.5 * (apart.high - apart.low)  # type: ignore[operator]
     assert together.clusters == 100 and together.n == 1000
@@ -56,7 +56,7 @@ def test_a_metric_of_few_documents_among_many() -> None:
 
 
 def test_resamples_without_a_counted_document_are_left_out() -> None:
-    """Two pictures of fourteen have the open questions, one right and one wrong: their resamples are all there is."""
+    """Two images of fourteen have the open questions, one right and one wrong: their resamples are all there is."""
     top, bottom = [1.0, 0.0] + [0.0] * 12, [1.0, 1.0] + [0.0] * 12
     found = interval(Scores(numerators=top, denominators=bottom, clusters=[str(place) for place in range(14)]))
     assert (found.low, found.high) == (0.0, 1.0) and found.clusters == 2
@@ -93,7 +93,7 @@ def test_ratio_metrics_equal_a_naive_bootstrap() -> None:
     assert fast.low == pytest.approx(low, abs=0.015) and fast.high == pytest.approx(high, abs=0.015)
 
 
-def test_all_right_or_a_single_picture_is_not_certain() -> None:
+def test_all_right_or_a_single_image_is_not_certain() -> None:
     assert interval(shares([1.0] * 20)).low == pytest.approx(wilson(1.0, 20)[0])
     one = interval(shares([1.0, 0.0, 1.0], ["a"] * 3))
     assert one.clusters == 1 and one.high - one.low > 0.7  # type: ignore[operator]
@@ -105,8 +105,8 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(3)
     hit = 0
     for _ in range(200):
-        picture = rng.random(60) < 0.6
-        right = [float(x) for x in np.repeat(picture, 3)]
+        image = rng.random(60) < 0.6
+        right = [float(x) for x in np.repeat(image, 3)]
         found = interval(shares(right, [str(n // 3) for n in range(180)]), resamples=400)
         hit += found.low <= 0.6 <= found.high  # type: ignore[operator]
     assert 0.89 <= hit / 200 <= 0.99

@@ -45,10 +45,10 @@ def run(request: pytest.FixtureRequest, mllm_dir: Path, sample_world: Path, tmp_
     return folder
 
 
-def answer(model: Any, processor: Any, picture: Path) -> list[int]:
+def answer(model: Any, processor: Any, image: Path) -> list[int]:
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=text, images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+    inputs = processor(text=text, images=[Image.open(image).convert("RGB")], return_tensors="pt")
     with torch.inference_mode():
         out = model.eval().generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -109,13 +109,13 @@ def test_merged_checkpoint_answers_as_the_adapter(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    pictures = sorted((sample_world / "llava" / "images").rglob("*.*g"))[:4]
+    images = sorted((sample_world / "llava" / "images").rglob("*.*g"))[:4]
     ours = load_mllm(adapter, device="cpu")
     untrained = LlavaForConditionalGeneration.from_pretrained(mllm_dir)
-    answers = [answer(unmerged, processor, picture) for picture in pictures]
-    assert [answer(stock, processor, picture) for picture in pictures] == answers
-    assert [answer(ours.model, ours.processor, picture) for picture in pictures] == answers
-    assert [answer(untrained, processor, picture) for picture in pictures] != answers
+    answers = [answer(unmerged, processor, image) for image in images]
+    assert [answer(stock, processor, image) for image in images] == answers
+    assert [answer(ours.model, ours.processor, image) for image in images] == answers
+    assert [answer(untrained, processor, image) for image in images] != answers
     state, loaded = stock.state_dict(), ours.model.state_dict()
     assert set(state) == set(loaded) and all(torch.equal(state[name], loaded[name]) for name in state)
 
@@ -172,7 +172,7 @@ def test_only_the_projector_and_what_is_adapted_change(run: Path, mllm_dir: Path
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_an_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world: Path, quantize: Any) -> None:
-    picture = next((sample_world / "llava" / "images").rglob("*.*g"))
+    image = next((sample_world / "llava" / "images").rglob("*.*g"))
     if (run.name, quantize) == ("dora", "8bit"):
         with pytest.raises(UserError, match="cannot put a DoRA adapter beside 8-bit weights"):
             load_mllm(run, device="cpu", quantize=quantize)
@@ -183,7 +183,7 @@ def test_an_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world:
         kind = type(layer.base_layer if folder == run else layer).__name__
         assert kind == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantize]
         assert type(mllm.model.lm_head) is torch.nn.Linear
-        assert len(answer(mllm.model, mllm.processor, picture)) == 12
+        assert len(answer(mllm.model, mllm.processor, image)) == 12
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])

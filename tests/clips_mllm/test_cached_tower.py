@@ -39,14 +39,14 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def few(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen conversations: with one picture, with two, and with none."""
+    """Sixteen conversations: with one image, with two, and with none."""
     rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
-    by_pictures: dict[int, list[Any]] = {}
+    by_images: dict[int, list[Any]] = {}
     for row in rows:
         count = sum(turn["value"].count("<image>") for turn in row["conversations"])
-        by_pictures.setdefault(count, []).append(row)
+        by_images.setdefault(count, []).append(row)
     file = tmp_path_factory.mktemp("few") / "few.json"
-    file.write_text(json.dumps([*by_pictures[1][:9], *by_pictures[2][:3], *by_pictures[0][:4]]))
+    file.write_text(json.dumps([*by_images[1][:9], *by_images[2][:3], *by_images[0][:4]]))
     return file
 
 
@@ -62,7 +62,7 @@ def test_losses_are_those_without_a_cache(
 ) -> None:
     """Two epochs without a cache, with an empty one, and with a full one: to the last bit in fp32.
 
-    In bf16 a CPU's kernels may round a picture differently in a batch of another size, as when some of it are known.
+    In bf16 a CPU's kernels may round an image differently in a batch of another size, as when some of it are known.
     """
     options: dict[str, Any] = {"training.precision": precision, "training.workers": workers, "stage.llm": True}
     cached = options | {"data.feature_cache": tmp_path / "cache"}
@@ -85,7 +85,7 @@ def test_losses_are_those_without_a_cache(
     assert all(torch.equal(value, found[name]) for name, value in state.items())
 
 
-def test_the_tower_does_not_run_for_known_pictures(
+def test_the_tower_does_not_run_for_known_images(
     sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stage 1 fills the cache, stage 2 reads it: the tower is the same."""
@@ -100,7 +100,7 @@ def test_the_tower_does_not_run_for_known_pictures(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-@pytest.mark.usefixtures("one_thread")  # which rounds the one picture, computed alone, as it did in its batch
+@pytest.mark.usefixtures("one_thread")  # which rounds the one image, computed alone, as it did in its batch
 def test_a_damaged_cache_costs_time_and_nothing_else(
     sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_damaged_cache_costs_time_and_nothing_else(
 def test_another_preprocessing_is_another_cache(sample_world: Path, mllm_dir: Path, few: Path, tmp_path: Path) -> None:
     cache = {"data.feature_cache": tmp_path / "cache", "training.precision": "fp32", "training.max_steps": 1}
     main(words(tmp_path / "one", sample_world, mllm_dir, few, **cache))
-    main(words(tmp_path / "two", sample_world, mllm_dir, few, **cache, **{"data.square": "pad"}))
+    main(words(tmp_path / "two", sample_world, mllm_dir, few, **cache, **{"data.image_aspect_ratio": "pad"}))
     folders = sorted((tmp_path / "cache").iterdir())
     assert len(folders) == 2
     told = [json.loads((folder / "about.json").read_text()) for folder in folders]
@@ -133,7 +133,7 @@ def test_a_tower_that_trains_cannot_be_cached(sample_world: Path, mllm_dir: Path
 
 @pytest.mark.slow
 def test_two_ranks_of_which_one_has_only_text(sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:
-    """Batches of one picture and one text alternate over the ranks; no rank waits for the other's tower."""
+    """Batches of one image and one text alternate over the ranks; no rank waits for the other's tower."""
     rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
     seen = [row for row in rows if sum(turn["value"].count("<image>") for turn in row["conversations"]) == 1][:4]
     text = [row for row in rows if not any("<image>" in turn["value"] for turn in row["conversations"])][:4]

@@ -71,10 +71,10 @@ def trained(
     template = adopt_template(processor, name, model)
     tokenizer = processor.tokenizer
     samples = []
-    for talk, images in (("several", 1), ("text", 0)):
+    for talk, count in (("several", 1), ("text", 0)):
         sample = render(TALKS[talk], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000)
-        pictures = [Image.new("RGB", (40, 30), "red")] * images
-        samples.append({"ids": sample.ids, "labels": sample.labels, "images": pictures})
+        images = [Image.new("RGB", (40, 30), "red")] * count
+        samples.append({"ids": sample.ids, "labels": sample.labels, "images": images})
     batch = InstructionCollator(processor)(samples)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     curve = []
@@ -132,15 +132,15 @@ def test_every_reader_gets_the_ids_of_training(trained: tuple[str, str, Path], t
 
     for at in (at for at, message in enumerate(messages) if message["role"] == "assistant"):
         before = messages[:at]
-        picture = Image.new("RGB", (40, 30))
+        image = Image.new("RGB", (40, 30))
         count = sum(part["type"] == "image" for message in before for part in message["content"])
         shown = [
-            message | {"content": [p if "text" in p else {"image": picture, **p} for p in message["content"]]}
+            message | {"content": [p if "text" in p else {"image": image, **p} for p in message["content"]]}
             for message in before
         ]
         prompt = processor.apply_chat_template(before, add_generation_prompt=True)
         by_chat = processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=True, return_dict=True)
-        by_text = processor(text=prompt, images=[picture] * count or None)
+        by_text = processor(text=prompt, images=[image] * count or None)
         server = tokenizer(prompt.replace(IMAGE, IMAGE * PATCHES), add_special_tokens=False)
         ids = by_text["input_ids"][0]
         assert sample.ids[: len(ids)] == ids == server["input_ids"]
@@ -216,7 +216,7 @@ def test_the_words_after_bos_are_what_the_llm_knows(family: str, name: Any) -> N
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "plain"])
 @pytest.mark.parametrize("family", ["llama_2", "llama_3", "qwen2", "sentencepiece", "without BOS"])
-def test_pieces_between_pictures_are_those_of_the_original(family: str, name: Any, tmp_path: Path) -> None:
+def test_pieces_between_images_are_those_of_the_original(family: str, name: Any, tmp_path: Path) -> None:
     """The original LLaVA tokenizes each by itself and drops its BOS; with sentencepiece `▁` begins them all.
 
     Yi's, for one, is such a tokenizer that adds no BOS.
@@ -236,7 +236,7 @@ def test_pieces_between_pictures_are_those_of_the_original(family: str, name: An
     image = add_image_token(tokenizer)
     template = template_for(tokenizer, name)
     talk = TALKS["images"][:2] if name == "plain" else TALKS["images"]
-    if name == "plain":  # the original has one picture there
+    if name == "plain":  # the original has one image there
         talk = [{"role": "user", "content": [{"type": "image"}]}, talk[1]]
     sample = render(talk, template=template, tokenizer=tokenizer, image_tokens=1, max_length=1000)
     raw, _ = render_text(talk, load_template(name), tokenizer)
@@ -248,7 +248,7 @@ def test_pieces_between_pictures_are_those_of_the_original(family: str, name: An
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "llama_3", "chatml", "plain"])
-def test_content_as_string_renders_like_parts_where_a_blank_follows_a_picture(name: Any) -> None:
+def test_content_as_string_renders_like_parts_where_a_blank_follows_a_image(name: Any) -> None:
     tokenizer = tiny_tokenizer("llama_2")
     template = template_for(tokenizer, name)
     strings = [

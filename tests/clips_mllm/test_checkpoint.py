@@ -29,12 +29,12 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-folder, picture, question = sys.argv[1:]
+folder, image, question = sys.argv[1:]
 model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
 processor = AutoProcessor.from_pretrained(folder)
 content = [{"type": "image"}, {"type": "text", "text": question}]
 text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-inputs = processor(text=text, images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+inputs = processor(text=text, images=[Image.open(image).convert("RGB")], return_tensors="pt")
 with torch.inference_mode():
     out = model.eval().generate(**inputs.to(model.dtype), max_new_tokens=12, do_sample=False)
 print(json.dumps({
@@ -82,14 +82,14 @@ def answer_in_a_process(command: list[str], paths: list[Path], folder: Path) -> 
 
 
 def test_stock_process_answers_like_chat(trained: Path, sample_world: Path, tmp_path: Path) -> None:
-    picture = next((sample_world / "retrieval" / "images").glob("test-*.png"))
+    image = next((sample_world / "retrieval" / "images").glob("test-*.png"))
     question = "What color is the background?"
-    out = answer_in_a_process([sys.executable, "-c", STOCK, str(trained), str(picture), question], [], tmp_path)
+    out = answer_in_a_process([sys.executable, "-c", STOCK, str(trained), str(image), question], [], tmp_path)
     stock = json.loads(out.splitlines()[-1])
     assert stock["ours"] == []
     assert (stock["missing"], stock["unexpected"], stock["mismatched"]) == ([], [], [])
     assert stock["answer"].strip()
-    chat = [sys.executable, "-m", "clips_mllm.cli", "chat", str(trained), "--image", str(picture)]
+    chat = [sys.executable, "-m", "clips_mllm.cli", "chat", str(trained), "--image", str(image)]
     said = answer_in_a_process(
         [*chat, "--question", question, "--max_new_tokens", "12"], [ROOT, ROOT / "eval"], tmp_path
     )
@@ -105,7 +105,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def test_save_and_load_give_the_same_logits(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """Also twice over, and the picture matters."""
+    """Also twice over, and the image matters."""
     model, processor = build_mllm(
         str(encoder_dir / "tower"),
         str(sample_world / "llm"),
@@ -157,14 +157,14 @@ def test_processor_is_ready_for_batched_generation(mllm_dir: Path) -> None:
         for parameter in mllm.model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
-    pictures = [Image.new("RGB", (50, 40), color) for color in ("green", "red")]
+    images = [Image.new("RGB", (50, 40), color) for color in ("green", "red")]
     talks = [[{"role": "user", "content": f"<image>\n{text}"}] for text in ("What?", "How many objects are there?")]
     texts = [mllm.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
 
     def generate(chosen: list[int]) -> list[list[int]]:
         inputs = mllm.processor(
             text=[texts[at] for at in chosen],
-            images=[pictures[at] for at in chosen],
+            images=[images[at] for at in chosen],
             return_tensors="pt",
             padding=True,
         )

@@ -1,4 +1,4 @@
-"""LLaVA JSON to batches: rows, errors, bad pictures, the collator's blank picture, grouping by length."""
+"""LLaVA JSON to batches: rows, errors, bad images, the collator's blank image, grouping by length."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from clips_mllm.data.row_source import require_file
 from clips_mllm.data.row_store import RowStore
 from clips_mllm.data.sampler import LengthGroupedSampler
 from clips_mllm.model.checkpoint import Mllm, load_mllm
-from clips_mllm.model.processors import image_tokens, make_square
+from clips_mllm.model.processors import image_tokens, set_aspect_ratio
 from clips_mllm.prompts.conversation import IGNORED
 from clips_mllm.training.trainer import supervised_loss
-from tests.helpers.conversations import open_rows, picture, row
+from tests.helpers.conversations import make_image, open_rows, row
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
 
@@ -40,7 +40,7 @@ def text(value: str) -> dict[str, str]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lone_picture_moves_to_the_front() -> None:
+def test_a_lone_image_moves_to_the_front() -> None:
     for question in ("<image>\nWhat?", "What?\n<image>", "What?\n<image>\n"):
         example = to_example(row(question, "A cat.", image="a.png"))
         assert example.messages[0]["content"] == [IMAGE_PART, text("What?")]
@@ -48,7 +48,7 @@ def test_a_lone_picture_moves_to_the_front() -> None:
     assert example.messages[0]["content"] == [IMAGE_PART, text("In\nhere, what?")]
 
 
-def test_several_pictures_keep_their_places() -> None:
+def test_several_images_keep_their_places() -> None:
     example = to_example(row("First <image> then <image>: same?", "No.", image=["a.png", "b.png"]))
     content = example.messages[0]["content"]
     assert content == [text("First "), IMAGE_PART, text(" then "), IMAGE_PART, text(": same?")]
@@ -57,7 +57,7 @@ def test_several_pictures_keep_their_places() -> None:
     assert opened.images == ["a.png", "b.png"]
 
 
-def test_pictures_in_two_turns() -> None:
+def test_images_in_two_turns() -> None:
     example = to_example(row("<image>\nWhat?", "Cat.", "And <image>?", "Dog.", image=["a.png", "b.png"]))
     assert example.messages[2]["content"] == [IMAGE_PART, text("And\n?")]
 
@@ -188,56 +188,56 @@ def test_json_and_jsonl_are_the_same_rows(tmp_path: Path) -> None:
 def test_unusable_rows_are_dropped_counted_and_limited(
     tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     good = row("<image>\nWhat?", "Cat.", image="a.png")
     rows = [*[good] * 17, row("<image>\nWhat?", "Cat.", image="gone.png"), row("Why?", ""), row("Why?", " ")]
-    opened = open_rows(tmp_path, rows, mllm, most_bad=0.15)
+    opened = open_rows(tmp_path, rows, mllm, max_bad_fraction=0.15)
     assert len(opened) == 17
     assert dict(opened.dropped) == {"missing image": 1, "empty answer": 2}
     said = capsys.readouterr().err
     assert f"{tmp_path / 'gone.png'}" in said
     assert "3 of 20 rows: 2 x empty answer, 1 x missing image" in said
-    with pytest.raises(UserError, match=r"rows\.json: 3 of 20 rows are unusable .*data\.most_bad=0\.14"):
-        open_rows(tmp_path, rows, mllm, most_bad=0.14)
+    with pytest.raises(UserError, match=r"rows\.json: 3 of 20 rows are unusable .*data\.max_bad_fraction=0\.14"):
+        open_rows(tmp_path, rows, mllm, max_bad_fraction=0.14)
 
 
 def test_no_usable_row_at_all(tmp_path: Path, mllm: Mllm) -> None:
     with pytest.raises(UserError, match="1 of 1 rows"):
-        open_rows(tmp_path, [row("Why?", "")], mllm, most_bad=1.0)
+        open_rows(tmp_path, [row("Why?", "")], mllm, max_bad_fraction=1.0)
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "empty"])
-def test_a_corrupt_picture_is_replaced_and_counted(
+def test_a_corrupt_image_is_replaced_and_counted(
     kind: str, tmp_path: Path, mllm: Mllm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "bad.png").write_bytes({"text": b"<html>404</html>", "cut": whole[:45], "empty": b""}[kind])
     rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
-    opened = open_rows(tmp_path, rows, mllm, most_bad=0.5)
+    opened = open_rows(tmp_path, rows, mllm, max_bad_fraction=0.5)
     assert opened[0]["ids"] == opened[1]["ids"]
     assert (opened.corrupt.value, opened.seen.value) == (1, 3)
     assert str(tmp_path / "bad.png") in capsys.readouterr().err
     monkeypatch.setattr(data, "SETTLED", 4)
     opened[0]  # 2 of 4 is not above the share
-    strict = open_rows(tmp_path, rows, mllm, most_bad=0.4)
+    strict = open_rows(tmp_path, rows, mllm, max_bad_fraction=0.4)
     strict[0], strict[1]
-    with pytest.raises(UserError, match=r"2 of 4 samples could not be used .*bad\.png.*data\.most_bad=0\.4"):
+    with pytest.raises(UserError, match=r"2 of 4 samples could not be used .*bad\.png.*data\.max_bad_fraction=0\.4"):
         strict[0]
 
 
-def test_when_every_picture_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_when_every_image_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
     opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 3, mllm)
     with pytest.raises(UserError, match="not one usable sample"):
         opened[0]
 
 
-def test_a_log_of_many_corrupt_pictures_stays_readable(
+def test_a_log_of_many_corrupt_images_stays_readable(
     tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 20, mllm, most_bad=1.0)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 20, mllm, max_bad_fraction=1.0)
     with pytest.raises(UserError, match="not one usable sample"):
         opened[0]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
@@ -245,7 +245,7 @@ def test_a_log_of_many_corrupt_pictures_stays_readable(
 
 
 def test_samples_beyond_the_context_are_counted_not_zeroed(tmp_path: Path, mllm: Mllm) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2?", "2")]
     opened = open_rows(tmp_path, rows, mllm, max_length=18)
     assert opened[0]["ids"] == opened[1]["ids"]
@@ -256,8 +256,8 @@ def test_samples_beyond_the_context_are_counted_not_zeroed(tmp_path: Path, mllm:
 
 
 def test_collator_pads_on_the_right(tmp_path: Path, mllm: Mllm) -> None:
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png", "blue")
+    make_image(tmp_path / "a.png")
+    make_image(tmp_path / "b.png", "blue")
     rows = [
         row("<image>\n<image>\nWhich is it, the first or the second of them?", "Second.", image=["a.png", "b.png"]),
         row("2 plus 2?", "Four."),
@@ -284,8 +284,8 @@ def test_collator_pads_on_the_right(tmp_path: Path, mllm: Mllm) -> None:
     assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
 
 
-def test_text_only_batch_is_as_if_there_were_no_picture(tmp_path: Path, mllm: Mllm) -> None:
-    """Loss and gradients with the blank picture equal those of the language model alone, and the tower runs."""
+def test_text_only_batch_is_as_if_there_were_no_image(tmp_path: Path, mllm: Mllm) -> None:
+    """Loss and gradients with the blank image equal those of the language model alone, and the tower runs."""
     rows = [row("2 plus 2?", "Four."), row("What is 3 plus 4, please?", "Seven.", "And 1 plus 1?", "Two.")]
     opened = open_rows(tmp_path, rows, mllm)
     samples = [opened[at] for at in range(2)]
@@ -321,27 +321,29 @@ def test_text_only_batch_is_as_if_there_were_no_picture(tmp_path: Path, mllm: Ml
     assert set(wanted) <= set(found)
 
 
-def naively_padded(picture: Image.Image, mean: list[float]) -> Image.Image:
-    side = max(picture.size)
+def naively_padded(image: Image.Image, mean: list[float]) -> Image.Image:
+    side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
 @pytest.mark.parametrize("size", [(60, 20), (21, 64), (96, 96)])
 def test_padding_is_trained_saved_and_used(size: tuple[int, int], mllm_dir: Path, tmp_path: Path) -> None:
-    """Padded pixels are those of a naively padded picture, in training and for whoever loads the checkpoint."""
+    """Padded pixels are those of a naively padded image, in training and for whoever loads the checkpoint."""
     processor = load_mllm(mllm_dir, device="cpu").processor
     own = processor.image_processor
-    picture(tmp_path / "a.png", "red", size)
+    make_image(tmp_path / "a.png", "red", size)
     shown = Image.open(tmp_path / "a.png").convert("RGB")
     wanted = own(images=[naively_padded(shown, own.image_mean)], return_tensors="pt")["pixel_values"]
     squashed = own(images=[shown], return_tensors="pt")["pixel_values"]
 
-    make_square(processor, "pad")
+    set_aspect_ratio(processor, "pad")
     assert image_tokens(processor) == 9
     (tmp_path / "rows.json").write_text(json.dumps([row("<image>\nWhat?", "Cat.", image="a.png")]))
-    recipe = InstructionRecipe(file=str(tmp_path / "rows.json"), images=str(tmp_path), template="chatml", square="pad")
+    recipe = InstructionRecipe(
+        file=str(tmp_path / "rows.json"), images=str(tmp_path), template="chatml", image_aspect_ratio="pad"
+    )
     batch = InstructionCollator(processor)([InstructionDataset(recipe, processor)[0]])
     torch.testing.assert_close(batch["pixel_values"], wanted)
     processor.save_pretrained(tmp_path / "saved")
@@ -349,23 +351,21 @@ def test_padding_is_trained_saved_and_used(size: tuple[int, int], mllm_dir: Path
     used = loaded(text="<image>", images=[shown], return_tensors="pt")
     torch.testing.assert_close(used["pixel_values"], wanted)
     assert used["input_ids"].tolist() == [[loaded.image_token_id] * 9]
-    make_square(loaded, "squash")
+    set_aspect_ratio(loaded, "squash")
     torch.testing.assert_close(loaded.image_processor(images=[shown], return_tensors="pt")["pixel_values"], squashed)
 
 
 # --- grouping ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("pictures", "texts", "batch"), [(203, 51, 8), (16, 16, 8), (5, 2, 8), (0, 20, 4), (400, 3, 2)]
-)
-def test_grouped_order(pictures: int, texts: int, batch: int) -> None:
+@pytest.mark.parametrize(("images", "texts", "batch"), [(203, 51, 8), (16, 16, 8), (5, 2, 8), (0, 20, 4), (400, 3, 2)])
+def test_grouped_order(images: int, texts: int, batch: int) -> None:
     random = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 300, (pictures + texts,), generator=random)
+    lengths = torch.randint(1, 300, (images + texts,), generator=random)
     lengths[torch.randperm(len(lengths), generator=random)[:texts]] *= -1
     sampler = LengthGroupedSampler(lengths.tolist(), batch, seed=3)
     order = list(sampler)
-    assert sorted(order) == list(range(pictures + texts)), "every sample once"
+    assert sorted(order) == list(range(images + texts)), "every sample once"
     assert order == list(LengthGroupedSampler(lengths.tolist(), batch, seed=3)), "same seed, same order"
     batches = lengths[order][: len(order) // batch * batch].view(-1, batch)
     mixed = ((batches > 0).any(1) & (batches < 0).any(1)).sum()
@@ -396,8 +396,8 @@ def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches: list[list[int]] = []
     rest: list[int] = []
-    for with_picture in (True, False):
-        members = [index for index in order if (lengths[index] > 0) == with_picture]
+    for with_image in (True, False):
+        members = [index for index in order if (lengths[index] > 0) == with_image]
         for start in range(0, len(members), 50 * batch):
             chunk = sorted(members[start : start + 50 * batch], key=lambda index: -abs(lengths[index]))
             cut = len(chunk) - len(chunk) % batch
@@ -409,10 +409,10 @@ def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
     return [index for members in shuffled for index in members] + tail
 
 
-@pytest.mark.parametrize(("pictures", "texts", "batch"), [(203, 51, 8), (5, 2, 8), (0, 20, 4), (900, 3, 2), (1, 0, 1)])
-def test_the_grouped_order_is_what_it_always_was(pictures: int, texts: int, batch: int) -> None:
+@pytest.mark.parametrize(("images", "texts", "batch"), [(203, 51, 8), (5, 2, 8), (0, 20, 4), (900, 3, 2), (1, 0, 1)])
+def test_the_grouped_order_is_what_it_always_was(images: int, texts: int, batch: int) -> None:
     random = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 30, (pictures + texts,), generator=random)  # many of the same length
+    lengths = torch.randint(1, 30, (images + texts,), generator=random)  # many of the same length
     lengths[torch.randperm(len(lengths), generator=random)[:texts]] *= -1
     sampler = LengthGroupedSampler(lengths.numpy().astype("int32"), batch, seed=5)
     sampler.set_epoch(2)
@@ -421,8 +421,8 @@ def test_the_grouped_order_is_what_it_always_was(pictures: int, texts: int, batc
     assert {type(index) for index in found} <= {int}
 
 
-def test_lengths_tell_pictures_from_text(tmp_path: Path, mllm: Mllm) -> None:
-    picture(tmp_path / "a.png")
+def test_lengths_tell_images_from_text(tmp_path: Path, mllm: Mllm) -> None:
+    make_image(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2 plus 2?", "Four.")]
     first, second = open_rows(tmp_path, rows, mllm).lengths()
     assert first > 0 > second
@@ -430,8 +430,8 @@ def test_lengths_tell_pictures_from_text(tmp_path: Path, mllm: Mllm) -> None:
 
 def test_the_dataset_survives_a_loader_process(tmp_path: Path, mllm: Mllm) -> None:
     """Counts made in a worker reach the main process."""
-    picture(tmp_path / "a.png")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    make_image(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
     opened = open_rows(tmp_path, rows, mllm)
     loader = torch.utils.data.DataLoader(
@@ -445,7 +445,7 @@ def test_a_held_out_sample_is_not_trained_on_in_another_pass() -> None:
     """A source of weight 2 has every row twice."""
     from types import SimpleNamespace
 
-    from clips_mllm.data.held_out import hold_out
+    from clips_mllm.data.held_out import train_eval_split
 
     rows = np.array([*range(50), *range(50), 60, 61])
 
@@ -456,7 +456,7 @@ def test_a_held_out_sample_is_not_trained_on_in_another_pass() -> None:
             return len(rows)
 
     whole: Any = Whole()
-    trained, held = hold_out(whole, 0.1, seed=0)
+    trained, held = train_eval_split(whole, 0.1, seed=0)
     assert len(held) == 5 and len(set(rows[held.places])) == 5
     assert not set(rows[held.places]) & set(rows[trained.places])
     assert set(rows[held.places]) | set(rows[trained.places]) == set(rows)

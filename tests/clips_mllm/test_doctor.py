@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "one empty of two": ({"conversations": turns("Why?", "So.", "Why?", "")}, "dropped: empty answer"),
     "no answer": ({"conversations": turns("Why?")}, "dropped: no answer"),
     "missing": ({"image": "gone.png", "conversations": turns(SEEN, "Cat.")}, "dropped: missing image"),
-    "renamed": ({"image": "a.jpg", "conversations": turns(SEEN, "A.")}, "mended: picture under another ending"),
+    "renamed": ({"image": "a.jpg", "conversations": turns(SEEN, "A.")}, "mended: image under another ending"),
     "gif": ({"image": "g.gif", "conversations": turns(SEEN, "G.")}, "mended: GIF, of which the first frame is taken"),
     "gif named jpg": ({"image": "h.jpg", "conversations": turns(SEEN, "H.")}, "mended: GIF, of which the first frame"),
     "html": ({"image": "html.png", "conversations": turns(SEEN, "X.")}, "dropped: corrupt image"),
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "empty file": ({"image": "empty.png", "conversations": turns(SEEN, "X.")}, "dropped: corrupt image"),
     "far too long": ({"conversations": turns("Go on.", "on " * 400, "And?", "No.")}, "kept"),
     "long question": ({"conversations": turns("on " * 400, "No.")}, "dropped: nothing to learn"),
-    "late picture": (
+    "late image": (
         {"image": "a.png", "conversations": turns("Go on.", "on " * 400, SEEN, "No.")},
         "dropped: nothing to learn",
     ),
@@ -75,7 +75,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"image": "a.png", "conversations": turns("<image><image> Same?", "No.")},
         "dropped: 2 <image> for 1 images",
     ),
-    "two pictures": ({"image": ["a.png", "b.png"], "conversations": turns("<image><image> Same?", "No.")}, "kept"),
+    "two images": ({"image": ["a.png", "b.png"], "conversations": turns("<image><image> Same?", "No.")}, "kept"),
     "null image": ({"image": None, "conversations": turns("2?", "2.")}, "kept"),
     "unknown speaker": (
         {"conversations": [{"from": "robot", "value": "x"}]},
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All edge cases in one file, with their pictures."""
+    """All edge cases in one file, with their images."""
     folder = tmp_path_factory.mktemp("cases")
     for name in ("a", "b"):
         (folder / f"{name}.png").write_bytes(encoded("PNG"))
@@ -139,7 +139,7 @@ def test_the_counts(found: dict[str, Any], mllm_dir: Path, world: Path) -> None:
     assert set(corrupt) == {"html", "cut jpeg", "empty file"}
     assert all(str(world) in detail for detail in corrupt.values())
     # What the doctor says of tokens is what training does.
-    recipe = InstructionRecipe(file=str(world / "rows.json"), template="chatml", max_length=120, most_bad=1.0)
+    recipe = InstructionRecipe(file=str(world / "rows.json"), template="chatml", max_length=120, max_bad_fraction=1.0)
     opened = InstructionDataset(recipe, AutoProcessor.from_pretrained(mllm_dir))
     _, rendered = opened.load(0)
     assert rendered.whole <= found["tokens"]["max"]
@@ -161,7 +161,7 @@ def test_the_clean_copy_has_nothing_to_drop(found: dict[str, Any], world: Path, 
     assert by_id["renamed"]["image"] == "a.png"
     assert by_id["begins with gpt"]["conversations"] == turns("2?", "2.")
     assert "opening answer dropped" not in again["mended"]
-    assert by_id["two pictures"] == {"id": "two pictures"} | CASES["two pictures"][0], "a good row stays as it was"
+    assert by_id["two images"] == {"id": "two images"} | CASES["two images"][0], "a good row stays as it was"
     assert again["tokens"]["total"] == found["tokens"]["total"]
 
 
@@ -180,7 +180,7 @@ def test_processes_find_the_same(world: Path, found: dict[str, Any], tmp_path: P
 
 
 def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
-    """Under either name, as JSON text too; a renamed picture where the row has it, or a part of a message."""
+    """Under either name, as JSON text too; a renamed image where the row has it, or a part of a message."""
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     asked = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
@@ -213,12 +213,12 @@ def test_messages_are_mended_in_the_copy(tmp_path: Path) -> None:
     ]
 
 
-def test_parquet_with_pictures_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = [encoded("PNG"), b"no picture", encoded("JPEG")]
+def test_parquet_with_images_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [encoded("PNG"), b"no image", encoded("JPEG")]
     table = datasets.Dataset.from_list(
         [
             {"id": str(at), "image": {"bytes": content, "path": None}, "conversations": turns(SEEN, f"{at}.")}
-            for at, content in enumerate(pictures)
+            for at, content in enumerate(images)
         ]
     )
     table.to_parquet(str(tmp_path / "rows.parquet"))
@@ -226,9 +226,9 @@ def test_parquet_with_pictures_inside(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {cause: about["rows"] for cause, about in told["dropped"].items()} == {"corrupt image": 1}
     said = capsys.readouterr().out
     assert re.search(r"^rows +3$", said, re.M)
-    assert re.search(r"^  dropped: corrupt image +1  row 1 picture 0", said, re.M)
+    assert re.search(r"^  dropped: corrupt image +1  row 1 image 0", said, re.M)
     store = RowStore(InstructionSource(file=str(tmp_path / "clean.parquet")))
-    assert [store.picture(at, 0) for at in range(2)] == [pictures[0], pictures[2]]
+    assert [store.make_image(at, 0) for at in range(2)] == [images[0], images[2]]
 
 
 def write_tar(file: Path, members: dict[str, bytes]) -> None:

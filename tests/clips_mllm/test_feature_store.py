@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from clips_mllm.model.feature_store import ENTRY, FeatureStore
-from clips_mllm.model.fingerprints import picture_digest, weights_hash
+from clips_mllm.model.fingerprints import image_digest, weights_hash
 
 WIDTH = 8
 
@@ -25,7 +25,7 @@ def store(folder: Path, dtype: torch.dtype = torch.bfloat16) -> FeatureStore:
 
 
 def digest(number: int) -> bytes:
-    return picture_digest(str(number).encode())
+    return image_digest(str(number).encode())
 
 
 def features(number: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_what_one_run_adds_the_next_reads_bit_for_bit(tmp_path: Path, dtype: tor
     assert second.summary() == "feature cache: 20 read, 0 computed"
 
 
-def test_rows_may_differ_from_picture_to_picture(tmp_path: Path) -> None:
+def test_rows_may_differ_from_image_to_image(tmp_path: Path) -> None:
     one = store(tmp_path)
     for number in range(5):
         one.put(digest(number), features(number).repeat(number + 1, 1))
@@ -121,7 +121,7 @@ def _write_many(folder: Path, begin: int, end: int) -> None:
 
 
 def test_writers_at_the_same_time(tmp_path: Path) -> None:
-    """Four processes with overlapping pictures; a reader that looks on sees right features or none."""
+    """Four processes with overlapping images; a reader that looks on sees right features or none."""
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_write_many, args=(tmp_path, 50 * at, 50 * at + 100)) for at in range(4)]
     for writer in writers:
@@ -160,18 +160,18 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(
     assert one.added.value == 0 and one.get(digest(1)) is None
 
 
-def test_pictures_are_decoded_only_where_they_are_unknown(tmp_path: Path) -> None:
+def test_images_are_decoded_only_where_they_are_unknown(tmp_path: Path) -> None:
     one, decoded = store(tmp_path), []
 
     def decode(content: bytes) -> Image.Image:
         decoded.append(content)
         return Image.new("RGB", (4, 4))
 
-    assert one.look_up(b"first", decode).picture is not None
-    one.put(picture_digest(b"first"), features(1))
+    assert one.look_up(b"first", decode).image is not None
+    one.put(image_digest(b"first"), features(1))
     time.sleep(0.1)  # what has been added is looked for every now and then
     looked = one.look_up(b"first", decode)
-    assert looked.picture is None and torch.equal(looked.features, features(1))  # type: ignore[arg-type]
+    assert looked.image is None and torch.equal(looked.features, features(1))  # type: ignore[arg-type]
     assert decoded == [b"first"]
 
 

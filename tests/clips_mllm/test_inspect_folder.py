@@ -162,7 +162,7 @@ def test_what_is_refused(mllm_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_table_is_known_by_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its size: the middle, where pictures lie, is not read."""
+    """Whatever its size: the middle, where images lie, is not read."""
     from clips_mllm.model import fingerprints
 
     monkeypatch.setattr(fingerprints, "BLOCK", 4)

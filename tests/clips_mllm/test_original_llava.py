@@ -28,12 +28,12 @@ from transformers import (
 from clips_mllm.convert import main
 from clips_mllm.model.build import build_mllm
 from clips_mllm.model.checkpoint import load_mllm, save_mllm
-from clips_mllm.model.processors import make_square
+from clips_mllm.model.processors import set_aspect_ratio
 from vision_tower.common.errors import UserError
 
 SIDE, PATCH, WIDTH = 56, 14, 48
 CHATML = ("--template", "chatml")  # that of the tokenizer here
-PICTURE = -200  # what the original code has in place of the image
+IMAGE = -200  # what the original code has in place of the image
 
 
 class Original:
@@ -63,9 +63,9 @@ class Original:
 
     @torch.no_grad()
     def logits(self, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
-        """(tokens, vocabulary), the picture's tokens in the place of `PICTURE`."""
+        """(tokens, vocabulary), the image's tokens in the place of `IMAGE`."""
         features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        place = ids.index(PICTURE)
+        place = ids.index(IMAGE)
         embed = self.llm.get_input_embeddings()
         words = [embed(torch.tensor(part)) for part in (ids[:place], ids[place + 1 :])]
         return self.llm(inputs_embeds=torch.cat([words[0], self.projector(features)[0], words[1]])[None]).logits[0]
@@ -135,16 +135,16 @@ def whole(original: Original, clip: Path, sample_world: Path, tmp_path: Path) ->
 def compare(folder: Path, original: Original) -> None:
     """The stock checkpoint in `folder` has the logits of the original."""
     mllm = load_mllm(folder, device="cpu", dtype="float32")
-    picture = Image.effect_noise((SIDE, SIDE), 90).convert("RGB")
+    photo = Image.effect_noise((SIDE, SIDE), 90).convert("RGB")
     text = "What is <image> here?"
-    batch = mllm.processor(text=text, images=[picture], return_tensors="pt")
+    batch = mllm.processor(text=text, images=[photo], return_tensors="pt")
     with torch.no_grad():
         found = mllm.model(**batch).logits[0]
     image, patches = mllm.processor.image_token_id, (SIDE // PATCH) ** 2
     ids = batch["input_ids"][0].tolist()
     assert ids.count(image) == patches
     place = ids.index(image)
-    wanted = original.logits([*ids[:place], PICTURE, *ids[place + patches :]], batch["pixel_values"])
+    wanted = original.logits([*ids[:place], IMAGE, *ids[place + patches :]], batch["pixel_values"])
     assert wanted.std() > 0.1
     torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
     assert "<|im_start|>" in mllm.processor.chat_template
@@ -230,7 +230,7 @@ def test_a_projector_goes_in_and_out(original: Original, clip: Path, sample_worl
 
 
 @pytest.mark.parametrize("square", ["pad", "crop"])
-def test_how_pictures_become_square_goes_in_and_out(
+def test_how_images_become_square_goes_in_and_out(
     square: Any, original: Original, clip: Path, sample_world: Path, tmp_path: Path
 ) -> None:
     original.llm.save_pretrained(tmp_path / "llm")
@@ -238,13 +238,13 @@ def test_how_pictures_become_square_goes_in_and_out(
     model, processor = build_mllm(
         str(clip), str(tmp_path / "llm"), feature_layer=-2, feature_select="auto", dtype=torch.float32
     )
-    make_square(processor, square)
+    set_aspect_ratio(processor, square)
     save_mllm(model, processor, tmp_path / "stock")
     main([str(tmp_path / "stock"), str(tmp_path / "out"), "--to", "llava_projector", "--tower", str(clip)])
     main([str(tmp_path / "out"), str(tmp_path / "again"), "--to", "llava", "--llm", str(tmp_path / "llm"), *CHATML])
     again = load_mllm(tmp_path / "again", device="cpu").processor.image_processor
-    picture = Image.linear_gradient("L").resize((90, 40)).convert("RGB")
-    pixels = [one(images=picture, return_tensors="pt")["pixel_values"] for one in (again, processor.image_processor)]
+    image = Image.linear_gradient("L").resize((90, 40)).convert("RGB")
+    pixels = [one(images=image, return_tensors="pt")["pixel_values"] for one in (again, processor.image_processor)]
     assert torch.equal(*pixels)
 
 
@@ -342,7 +342,7 @@ def test_options_that_belong_elsewhere(encoder_dir: Path, whole: Path, tmp_path:
     with pytest.raises(UserError, match="not a stock LLaVA model"):
         main([str(tmp_path / "tower"), str(tmp_path / "out"), "--to", "llava_projector"])
     LlavaNextConfig().save_pretrained(tmp_path / "tiles")
-    with pytest.raises(UserError, match=r"tiles: shows pictures in tiles .*; give a run without model\.tiles"):
+    with pytest.raises(UserError, match=r"tiles: shows images in tiles .*; give a run without model\.tiles"):
         main([str(tmp_path / "tiles"), str(tmp_path / "out"), "--to", "llava_projector"])
     LlavaConfig(vision_feature_layer=[-2, -5]).save_pretrained(tmp_path / "several")
     with pytest.raises(UserError, match=r"reads the hidden states \[-2, -5\] of the tower, the original code one"):

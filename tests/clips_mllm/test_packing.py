@@ -1,4 +1,4 @@
-"""Packed rows: the same loss and gradients as rows of their own, no row longer, every picture with its tokens."""
+"""Packed rows: the same loss and gradients as rows of their own, no row longer, every image with its tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.checkpoint import Mllm
 from clips_mllm.prompts.conversation import IGNORED
 from clips_mllm.training.trainer import supervised_loss
-from tests.helpers.conversations import open_rows, picture, row
+from tests.helpers.conversations import make_image, open_rows, row
 from tests.helpers.train_runs import losses, words
 
 
@@ -43,8 +43,8 @@ def samples(folder: Path, mllm: Mllm, kind: str) -> list[dict[str, Any]]:
     rows = []
     for number, length in enumerate((40, 3, 11, 2, 25, 1)):
         question, answer = "Say " + "one two " * number, "a cat and a dog " * length
-        if kind == "pictures" and number % 3 != 1:
-            picture(folder / f"{number}.png", (40 * number, 90, 250 - 40 * number))
+        if kind == "images" and number % 3 != 1:
+            make_image(folder / f"{number}.png", (40 * number, 90, 250 - 40 * number))
             rows.append(row("<image>\n" + question, answer, image=f"{number}.png"))
         else:
             rows.append(row(question, answer))
@@ -63,7 +63,7 @@ def loss_and_gradients(mllm: Mllm, batch: dict[str, torch.Tensor]) -> tuple[floa
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["pictures", "text"])
+@pytest.mark.parametrize("kind", ["images", "text"])
 @pytest.mark.parametrize("layout", ["rows", "one_row"])
 def test_packed_loss_and_gradients_equal_unpacked(
     layout: Any, kind: str, attention: str, mllm: Mllm, tmp_path: Path

@@ -190,8 +190,8 @@ def test_checkpointing_zero_and_offload_save_memory() -> None:
     )
 
 
-QUICKSTART_ALIGN = {"batch": 8, "tokens": 81, "supervised": 28, "pictures": 1.0}
-QUICKSTART_FINETUNE = {"train_llm": True, "batch": 4, "tokens": 333, "supervised": 15, "pictures": 0.81}
+QUICKSTART_ALIGN = {"batch": 8, "tokens": 81, "supervised": 28, "images": 1.0}
+QUICKSTART_FINETUNE = {"train_llm": True, "batch": 4, "tokens": 333, "supervised": 15, "images": 0.81}
 FP32 = {"mixed": False, "eager": False}
 
 
@@ -220,7 +220,7 @@ def test_the_plan_of_the_quickstart_agrees_with_what_was_measured(
 def test_operations_of_a_sample() -> None:
     """6 N for each token of a dense model that trains, 4 N where it is frozen, 2 N more with checkpointing."""
     small = dataclasses.replace(CLIPS_L84, layers=0, width=1)
-    setup = Setup(shape=Shape(tower=small, llm=VICUNA_7B), train_llm=True, supervised=0, pictures=0)
+    setup = Setup(shape=Shape(tower=small, llm=VICUNA_7B), train_llm=True, supervised=0, images=0)
     attention = 12 * 10**2 * VICUNA_7B.query * 32
     assert sample_flops(setup, 10) == 6 * VICUNA_7B.matrices * 10 + attention
     frozen = dataclasses.replace(setup, train_llm=False)
@@ -280,7 +280,7 @@ def test_an_adapter_has_the_sizes_of_its_base(
 
 
 def test_every_form_of_a_row_is_read(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row that training leaves out, for want of its picture's placeholder, does not stand in the way."""
+    """A row that training leaves out, for want of its image's placeholder, does not stand in the way."""
     said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red square"}]
     spoken = [{"role": "user", "content": said[0]["value"]}, {"role": "assistant", "content": said[1]["value"]}]
     forms: list[dict[str, Any]] = [
@@ -293,7 +293,7 @@ def test_every_form_of_a_row_is_read(words: list[str], tmp_path: Path, capsys: p
     for rows in ([form] for form in forms):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"image": "a.png"}]))
         found.append(planned(capsys, *words, f"--data.file={tmp_path / 'rows.jsonl'}")["lengths"])
-    assert all(one == found[0] for one in found[1:]) and found[0]["pictures"] == 1
+    assert all(one == found[0] for one in found[1:]) and found[0]["images"] == 1
 
 
 def test_plain_writes_no_question(words: list[str], mllm_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -282,9 +282,9 @@ def test_training_sees_what_inference_sees(template: str, talk: str, make: Any) 
     for at in turns:
         before = TALKS[talk][:at]
         images = sum(part["type"] == "image" for message in before for part in message["content"])
-        pictures = [Image.new("RGB", (40, 30))] * images
+        photos = [Image.new("RGB", (40, 30))] * images
         text = processor.apply_chat_template(before, add_generation_prompt=True)
-        prompt = processor(text=text, images=pictures or None)["input_ids"][0]
+        prompt = processor(text=text, images=photos or None)["input_ids"][0]
         assert sample.ids[: len(prompt)] == prompt
         assert prompt.count(processor.image_token_id) == images * PATCHES
         said.append(TALKS[talk][at]["content"][0]["text"] + ENDS[template])
@@ -295,7 +295,7 @@ def test_training_sees_what_inference_sees(template: str, talk: str, make: Any) 
 
 
 def test_nothing_predicts_the_first_position() -> None:
-    """Plain text without a picture or `<s>`: the first token has no predecessor, so it is not counted as learnt."""
+    """Plain text without an image or `<s>`: the first token has no predecessor, so it is not counted as learnt."""
     tokenizer = byte_level("chatml")
     sample = rendered(TEXT, "plain", tokenizer)
     assert sample.labels == [IGNORED, *sample.ids[1:]]
@@ -311,14 +311,14 @@ def test_truncation() -> None:
     with pytest.raises(Unsupervised, match="no supervised token"):
         rendered(SEVERAL, "chatml", tokenizer, max_length=first)
     end_of_image = max(at for at, token in enumerate(whole.ids) if token == tokenizer.convert_tokens_to_ids(IMAGE))
-    with pytest.raises(Unsupervised, match="pictures need more than max_length"):
+    with pytest.raises(Unsupervised, match="images need more than max_length"):
         rendered(SEVERAL, "chatml", tokenizer, max_length=end_of_image)
 
 
-def test_a_later_picture_may_not_be_cut_either() -> None:
-    """The first answer fits, the second picture does not: the model would get a picture without its positions."""
+def test_a_later_image_may_not_be_cut_either() -> None:
+    """The first answer fits, the second image does not: the model would get an image without its positions."""
     tokenizer = byte_level("chatml")
     talk = [*ONE, user("And this?", 1), assistant("A dog.")]
     fits = len(rendered(ONE, "chatml", tokenizer).ids)
-    with pytest.raises(Unsupervised, match="pictures need more"):
+    with pytest.raises(Unsupervised, match="images need more"):
         rendered(talk, "chatml", tokenizer, max_length=fits + 6)

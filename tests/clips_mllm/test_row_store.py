@@ -89,7 +89,7 @@ FORMS = {
             {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
         ],
     },
-    "parts with their pictures": lambda image: {
+    "parts with their images": lambda image: {
         "messages": [
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
@@ -107,7 +107,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
-    """As JSON with a path, and as Parquet with the picture inside, as Image feature and as plain struct."""
+    """As JSON with a path, and as Parquet with the image inside, as Image feature and as plain struct."""
     wanted = Example(
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
@@ -118,28 +118,28 @@ def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png("red"))
     found = store(tmp_path / "rows.json", [FORMS[form]("a.png")])
     assert found.example(0) == wanted
-    assert found.picture(0, "a.png") == png("red")
+    assert found.make_image(0, "a.png") == png("red")
     by_address = store(tmp_path / "address.json", [FORMS[form](f"file://{tmp_path}/a.png")])
-    assert by_address.picture(0, by_address.example(0).images[0]) == png("red")
+    assert by_address.make_image(0, by_address.example(0).images[0]) == png("red")
     inside = [FORMS[form]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
     datasets.Dataset.from_list(inside).to_parquet(str(tmp_path / "rows.parquet"))
     table = RowStore(InstructionSource(file=str(tmp_path / "rows.parquet")))
     assert table.example(1) == Example(wanted.messages, [0])
-    assert table.picture(1, 0) == png("blue")
+    assert table.make_image(1, 0) == png("blue")
 
 
-def test_pictures_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path: Path) -> None:
-    """As `datasets` keeps messages with pictures in them: an Image deep in a column."""
+def test_images_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path: Path) -> None:
+    """As `datasets` keeps messages with images in them: an Image deep in a column."""
     part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
     messages = datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)})
-    rows = [FORMS["parts with their pictures"]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
+    rows = [FORMS["parts with their images"]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
     for one in rows:
         for message in one["messages"]:
             message["content"] = [{"image": None, "text": None} | part for part in message["content"]]
     made = datasets.Dataset.from_list(rows, features=datasets.Features(messages=messages))
     made.save_to_disk(str(tmp_path / "rows"))
     table = RowStore(InstructionSource(file=str(tmp_path / "rows")))
-    assert len(table) == 2 and table.picture(1, 0) == png("blue")
+    assert len(table) == 2 and table.make_image(1, 0) == png("blue")
     assert {file.name for file in (tmp_path / "rows").iterdir()} == {
         "data-00000-of-00001.arrow",
         "dataset_info.json",
@@ -150,7 +150,7 @@ def test_pictures_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_pa
 @pytest.mark.parametrize("kind", ["folder", "saved", "parquet"])
 def test_contents_of_several_types_are_read(kind: str, tmp_path: Path) -> None:
     """A system message as text beside parts: `datasets` keeps such a column as JSON."""
-    one = FORMS["parts with their pictures"]("a.png")
+    one = FORMS["parts with their images"]("a.png")
     one["messages"].insert(0, {"role": "system", "content": "Be brief."})
     (tmp_path / "a.png").write_bytes(png("red"))
     file = tmp_path / "set"
@@ -167,7 +167,7 @@ def test_contents_of_several_types_are_read(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["image feature", "list of images", "bytes", "saved", "folder", "glob", "path"])
 def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
-    """Hub data sets come by the same call as a folder; undecoded pictures either way."""
+    """Hub data sets come by the same call as a folder; undecoded images either way."""
     rows = [row(number) for number in range(3)]
     for one in rows:
         one["conversations"][0]["value"] = "<image>" + one["conversations"][0]["value"]
@@ -198,7 +198,7 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
     found = RowStore(source)
     assert answers(map(found.example, range(3))) == ["Answer 0.", "Answer 1.", "Answer 2."]
     name = found.example(2).images[0]
-    assert found.picture(2, name) == png("blue")
+    assert found.make_image(2, name) == png("blue")
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ def test_converted_once_and_again_when_the_file_changes(tmp_path: Path, monkeypa
     again = RowStore(first.source)
     assert len(made) == 1
     assert again.report == first.report
-    (tmp_path / "gone.png").write_bytes(png("blue"))  # a missing picture has come: what was cached is no longer true
+    (tmp_path / "gone.png").write_bytes(png("blue"))  # a missing image has come: what was cached is no longer true
     assert len(RowStore(first.source)) == 2
     store(tmp_path / "rows.json", [*rows, row(2)])
     assert len(made) == 3
     assert first.example(0).images == ["a.png"], "who has the old one mapped keeps it"
     RowStore(InstructionSource(file=first.source.file, images=str(tmp_path / "elsewhere")))
-    assert len(made) == 4, "another image folder, other missing pictures"
+    assert len(made) == 4, "another image folder, other missing images"
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_mixture_reads_the_right_rows_and_lengths(tmp_path: Path) -> None:
         ({"mixture": (source(), source(weight=0))}, r"data\.mixture\[1\]\.weight=0"),
         ({"mixture": (source(weight=float("nan")),)}, r"data\.mixture\[0\]\.weight=nan"),
         ({"mixture": (source(cap=-1),)}, r"data\.mixture\[0\]\.cap=-1"),
-        ({"file": "a.json", "most_bad": 2}, "most_bad=2"),
+        ({"file": "a.json", "max_bad_fraction": 2}, "max_bad_fraction=2"),
         ({"file": "a.json", "max_length": 1}, "max_length=1"),
     ],
 )

@@ -23,7 +23,7 @@ from clips_mllm.sample import exams, wording
 from clips_mllm.sample.build import main
 from clips_mllm.sample.instructions import make_choice
 from clips_mllm.sample.objects import THEMES, glyph, spoken_names
-from clips_mllm.sample.scenes import BACKGROUNDS, CELL, GRID, PICTURE, Scene, draw_scene, render_scene
+from clips_mllm.sample.scenes import BACKGROUNDS, CELL, GRID, IMAGE, Scene, draw_scene, render_scene
 from clips_mllm.sample.shapes import draw_shape, is_open, load_shapes
 from vision_tower.common.errors import UserError
 
@@ -62,7 +62,7 @@ def rows_of(world: Path, stage: str) -> list[dict[str, Any]]:
     return json.loads((world / "llava" / f"{stage}.json").read_text())
 
 
-def pictures_of(row: dict[str, Any]) -> list[str]:
+def images_of(row: dict[str, Any]) -> list[str]:
     given = row.get("image", [])
     return [given] if isinstance(given, str) else given
 
@@ -132,18 +132,18 @@ def test_objects_are_many_and_look_different() -> None:
     assert len(names) >= 120
     assert len(set(names.values())) == len(names)
     assert sum(len(members) for members in THEMES.values()) == len(names), "an object in two themes"
-    pictures = {glyph(short, 24).tobytes() for short in names}
-    assert len(pictures) == len(names)
+    images = {glyph(short, 24).tobytes() for short in names}
+    assert len(images) == len(names)
 
 
 def test_every_object_stays_in_its_cell() -> None:
     for index in range(60):
         scene = draw_scene(0, "cells", index)
-        picture, cells = render_scene(scene), {(thing.row, thing.column) for thing in scene.things}
-        assert picture.size == (PICTURE, PICTURE) and len(cells) == len(scene.things) in range(1, 5)
+        image, cells = render_scene(scene), {(thing.row, thing.column) for thing in scene.things}
+        assert image.size == (IMAGE, IMAGE) and len(cells) == len(scene.things) in range(1, 5)
         for row, column in itertools.product(range(GRID), repeat=2):
             box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
-            colors = picture.crop(box).getcolors(CELL * CELL)
+            colors = image.crop(box).getcolors(CELL * CELL)
             assert colors is not None
             assert (len(colors) > 1) == ((row, column) in cells), (scene.key, row, column)
             if len(colors) == 1:
@@ -282,7 +282,7 @@ def test_evaluation_files_have_the_columns_of_the_real_ones(sample_world: Path) 
         file = str(sample_world / "eval" / f"{name}.parquet")
         table = load_dataset("parquet", data_files=file, split="train", cache_dir=str(sample_world / ".cache"))
         assert table.column_names == expected and isinstance(table.features["image"], Image)
-        assert table[0]["image"].size in ((PICTURE, PICTURE), (64, 64))
+        assert table[0]["image"].size in ((IMAGE, IMAGE), (64, 64))
 
 
 def test_multiple_choice_has_one_right_answer_and_no_tell() -> None:
@@ -326,7 +326,7 @@ def test_easy_vqa_questions_come_from_its_test_split(sample_world: Path) -> None
 
 
 def test_figures_look_as_easy_vqa_names_them() -> None:
-    """Our own geometric pictures: the colour that the caption says is the colour easy-VQA draws under that name."""
+    """Our own geometric images: the colour that the caption says is the colour easy-VQA draws under that name."""
     drawn: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
     for shape in load_shapes("train")[:400]:
         if shape.color:
@@ -357,14 +357,14 @@ def test_llava_rows_are_sound(sample_world: Path) -> None:
             turns = row["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
             assert all(turn["value"].strip() for turn in turns)
-            assert turns[0]["value"].count("<image>") == len(pictures_of(row))
+            assert turns[0]["value"].count("<image>") == len(images_of(row))
             assert not any("<image>" in turn["value"] for turn in turns[1:])
-            for name in pictures_of(row):
+            for name in images_of(row):
                 assert (sample_world / "llava" / "images" / name).is_file()
-    counts = collections.Counter(len(pictures_of(row)) for row in rows_of(sample_world, "stage2"))
+    counts = collections.Counter(len(images_of(row)) for row in rows_of(sample_world, "stage2"))
     assert counts[0] == 12 and counts[2] >= 1 and counts[1] > 20
     assert any(len(row["conversations"]) > 2 for row in rows_of(sample_world, "stage2"))
-    assert {len(pictures_of(row)) for row in rows_of(sample_world, "stage1")} == {1}
+    assert {len(images_of(row)) for row in rows_of(sample_world, "stage1")} == {1}
 
 
 def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
@@ -377,7 +377,7 @@ def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
     assert answers["No."] == sum(count for answer, count in answers.items() if answer.startswith("Yes, in the ")) > 0
 
 
-def test_told_scenes_stand_where_their_pictures_would(sample_world: Path) -> None:
+def test_told_scenes_stand_where_their_images_would(sample_world: Path) -> None:
     """A word for each of 6 x 6 patches: the background's colour, and in each thing's patches a word of its name."""
     told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-told-")]
     assert len(told) == 4

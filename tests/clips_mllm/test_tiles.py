@@ -29,7 +29,7 @@ from clips_mllm.plan import main as plan
 from clips_mllm.provenance.folder_kinds import find_kind
 from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.web.attention import attention_maps
 from clips_mllm.train import main
@@ -60,11 +60,11 @@ def tiled(mllm_dir: Path) -> Any:
 @pytest.mark.parametrize("size", SIZES)
 def test_our_count_is_what_the_model_makes(size: tuple[int, int], tiled: Any) -> None:
     model, processor = tiled
-    picture = Image.effect_noise(size, 60).convert("RGB")
-    (count,) = tiled_tokens(processor, [picture])
-    inputs = processor(text="<image>", images=[picture], return_tensors="pt")
-    assert inputs["input_ids"].shape[1] == count > 9, "tiles beside the whole picture"
-    assert inputs["pixel_values"].shape[1] == views(processor, picture)
+    image = Image.effect_noise(size, 60).convert("RGB")
+    (count,) = tiled_tokens(processor, [image])
+    inputs = processor(text="<image>", images=[image], return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == count > 9, "tiles beside the whole image"
+    assert inputs["pixel_values"].shape[1] == views(processor, image)
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     assert [len(one) for one in features] == [count]
@@ -76,11 +76,11 @@ def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
     CLIPImageProcessor(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}).save_pretrained(tmp_path)
     made: dict[str, Any] = {"feature_layer": [-2, -1], "dtype": torch.float32, "tiles": 4}
     model, processor = build_mllm(str(tmp_path), str(sample_world / "llm"), feature_select="auto", **made)
-    picture = Image.effect_noise((97, 333), 60).convert("RGB")
+    image = Image.effect_noise((97, 333), 60).convert("RGB")
     for side in (processor.image_processor.size, {"shortest_edge": 96}):  # the second as in published checkpoints
         processor.image_processor.size = side
-        inputs = processor(text="<image>", images=[picture], return_tensors="pt")
-        (count,) = tiled_tokens(processor, [picture])
+        inputs = processor(text="<image>", images=[image], return_tensors="pt")
+        (count,) = tiled_tokens(processor, [image])
         with torch.no_grad():
             features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
         assert inputs["input_ids"].shape[1] == len(features[0]) == count
@@ -90,7 +90,7 @@ def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["none", "rows"])
 def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_path: Path) -> None:
-    """Pictures of several shapes and a text in one batch; reloaded by the stock class, the loss is the same."""
+    """Images of several shapes and a text in one batch; reloaded by the stock class, the loss is the same."""
     model, processor = tiled
     rows = [row("2?", "2.")]
     for number, size in enumerate(SIZES):
@@ -106,7 +106,7 @@ def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_pat
     assert model.model.image_newline.grad.abs().sum() > 0
     model.zero_grad()
     text_only = collator([dataset[0]])
-    assert "image_sizes" in text_only, "a blank picture, so that every rank runs the tower"
+    assert "image_sizes" in text_only, "a blank image, so that every rank runs the tower"
     assert torch.isfinite(supervised_loss(model, model, text_only)[0])
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -116,8 +116,8 @@ def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_pat
         torch.testing.assert_close(supervised_loss(stock, stock, batch)[0], summed.detach())
     used = AutoProcessor.from_pretrained(tmp_path / "saved")
     assert isinstance(used, LlavaNextProcessor)
-    picture = Image.open(tmp_path / "1.png")
-    ids = used(text=used.apply_chat_template(dataset.examples[2].messages), images=[picture])["input_ids"][0]
+    image = Image.open(tmp_path / "1.png")
+    ids = used(text=used.apply_chat_template(dataset.examples[2].messages), images=[image])["input_ids"][0]
     assert ids == dataset[2]["ids"]
 
 
@@ -167,10 +167,10 @@ def test_both_stages_leave_stock_checkpoints(stages: Path) -> None:
         assert not info["missing_keys"] and not info["unexpected_keys"]
         processor = LlavaNextProcessor.from_pretrained(stages / name)
         assert processor.image_processor.image_grid_pinpoints == stock.config.image_grid_pinpoints == grid(96, 2)
-        picture = Image.effect_noise((200, 90), 60).convert("RGB")
+        image = Image.effect_noise((200, 90), 60).convert("RGB")
         content = [{"type": "image"}, {"type": "text", "text": "What?"}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=text, images=[picture], return_tensors="pt")
+        inputs = processor(text=text, images=[image], return_tensors="pt")
         assert stock.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
         assert isinstance(load_mllm(stages / name, device="cpu").model, LlavaNextForConditionalGeneration)
         assert "LLaVA-NeXT" in find_kind(stages / name).line
@@ -240,8 +240,8 @@ def test_the_row_end_is_in_the_projectors_group(tiled: Any) -> None:
 
 BAD = [
     ({"model.tiles": 1}, "model.tiles=1: at least 2"),
-    ({"model.tiles": 2, "data.square": "pad"}, "data.square=pad: pictures in tiles"),
-    ({"model.tiles": 2, "data.feature_cache": "cache"}, "data.feature_cache: pictures in tiles"),
+    ({"model.tiles": 2, "data.image_aspect_ratio": "pad"}, "data.image_aspect_ratio=pad: images in tiles"),
+    ({"model.tiles": 2, "data.feature_cache": "cache"}, "data.feature_cache: images in tiles"),
 ]
 
 
@@ -260,18 +260,18 @@ def test_tiles_are_chosen_in_stage_1(recipe: dict[str, Any], parts: dict[str, An
         main(words(recipe | values))
 
 
-def test_no_plan_without_pictures(stages: Path, recipe: dict[str, Any], parts: dict[str, Any]) -> None:
+def test_no_plan_without_images(stages: Path, recipe: dict[str, Any], parts: dict[str, Any]) -> None:
     for model in (
         {"model.tiles": 2, "model.tower": parts["model.tower"], "model.llm": parts["model.llm"]},
         {"model.checkpoint": stages / "align"},
     ):
-        with pytest.raises(UserError, match="no picture is opened here"):
+        with pytest.raises(UserError, match="no image is opened here"):
             plan(words(recipe | model | {"data.file": parts["data.file"]}))
 
 
 @pytest.fixture(scope="module")
 def talking(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Tiles around weights so large that every prompt and picture has another answer."""
+    """Tiles around weights so large that every prompt and image has another answer."""
     loaded = load_mllm(talker, device="cpu")
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("talking")
@@ -292,11 +292,11 @@ def test_talking(talking: Any) -> None:
         for sizes, text in ASKED:
             shown = [Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes]
             content: list[Any] = [*({"type": "image"} for _ in shown), {"type": "text", "text": text}]
-            prompt = engine.prompt([{"role": "user", "content": content}], [Picture(image) for image in shown])
+            prompt = engine.prompt([{"role": "user", "content": content}], [InputImage(image) for image in shown])
             answer = "".join(Answer(engine, prompt, Sampling(max_new_tokens=6)))
             assert answer.strip() == plain_answer(talking, shown, text).strip()
             maps = attention_maps(engine, prompt, "this")
-            assert [tuple(one.shape) for one in maps] == [(3, 3)] * len(shown), "of the whole picture"
+            assert [tuple(one.shape) for one in maps] == [(3, 3)] * len(shown), "of the whole image"
 
 
 def test_measuring(talking: Any) -> None:

@@ -1,4 +1,4 @@
-"""Towers of every kind and size: built, trained a step, saved, reloaded as stock LLaVA; how pictures become square."""
+"""Towers of every kind and size: built, trained a step, saved, reloaded as stock LLaVA; how images become square."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from transformers import (
 from clips_mllm.data.dataset import InstructionCollator
 from clips_mllm.model.build import build_mllm, read_llm
 from clips_mllm.model.checkpoint import save_mllm
-from clips_mllm.model.processors import image_tokens, make_square
+from clips_mllm.model.processors import image_tokens, set_aspect_ratio
 from clips_mllm.model.towers import at_size
 from clips_mllm.prompts.chat_template import adopt_template
 from clips_mllm.prompts.render import render
@@ -127,8 +127,8 @@ def test_built_trained_saved_reloaded(
         {"role": "assistant", "content": "A cat."},
     ]
     sample = render(talk, template=template, tokenizer=processor.tokenizer, image_tokens=count, max_length=999)
-    picture = Image.effect_noise((90, 50), 60).convert("RGB")
-    batch = InstructionCollator(processor)([{"ids": sample.ids, "labels": sample.labels, "images": [picture]}])
+    image = Image.effect_noise((90, 50), 60).convert("RGB")
+    batch = InstructionCollator(processor)([{"ids": sample.ids, "labels": sample.labels, "images": [image]}])
     layers = values.get("feature_layer", -2)
     assert model.model.multi_modal_projector.linear_1.in_features == 32 * (len(layers) if layers != -2 else 1)
     summed, _ = supervised_loss(model, model, batch)
@@ -144,7 +144,7 @@ def test_built_trained_saved_reloaded(
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
         torch.testing.assert_close(supervised_loss(stock.eval(), stock, batch)[0], after)
-    used = AutoProcessor.from_pretrained(tmp_path)(text="<image>", images=[picture], return_tensors="pt")
+    used = AutoProcessor.from_pretrained(tmp_path)(text="<image>", images=[image], return_tensors="pt")
     assert used["input_ids"][0].tolist() == [processor.image_token_id] * count
     torch.testing.assert_close(used["pixel_values"], batch["pixel_values"])
 
@@ -221,14 +221,14 @@ def test_an_llm_that_does_not_fit(config: Any, message: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("square", ["squash", "pad", "crop"])
 def test_squares_of_a_clip_processor(square: Any, towers: dict[str, str], sample_world: Path) -> None:
-    """A wide picture with a red left and a blue right end, 2:1, on a processor that crops by itself."""
-    picture = Image.new("RGB", (128, 64), (0, 255, 0))
-    picture.paste((255, 0, 0), (0, 0, 16, 64))
-    picture.paste((0, 0, 255), (112, 0, 128, 64))
+    """A wide image with a red left and a blue right end, 2:1, on a processor that crops by itself."""
+    image = Image.new("RGB", (128, 64), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 16, 64))
+    image.paste((0, 0, 255), (112, 0, 128, 64))
     _, given = build(towers["clip"], sample_world)
-    make_square(given, square)
+    set_aspect_ratio(given, square)
     own = given.image_processor
-    pixels = torch.as_tensor(own(images=[picture], return_tensors="pt")["pixel_values"])[0]
+    pixels = torch.as_tensor(own(images=[image], return_tensors="pt")["pixel_values"])[0]
     assert pixels.shape == (3, 64, 64)
     mean, std = torch.tensor(own.image_mean).view(3, 1, 1), torch.tensor(own.image_std).view(3, 1, 1)
     seen = (pixels * std + mean).clamp(0, 1)

@@ -36,7 +36,7 @@ def part(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def batch(sample_world: Path, mllm_dir: Path) -> dict[str, torch.Tensor]:
-    """Multi-turn, two pictures and text-only in one batch."""
+    """Multi-turn, two images and text-only in one batch."""
     recipe = InstructionRecipe(
         file=str(sample_world / "llava" / "stage2.json"),
         images=str(sample_world / "llava" / "images"),

@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": ADAPTER,
     "qlora": ADAPTER | {"stage.adapter.kind": "qlora"},
-    "tiles": ADAPTER,  # on a checkpoint whose pictures are in tiles
+    "tiles": ADAPTER,  # on a checkpoint whose images are in tiles
 }
 RUNS = [  # engine, kind
     *(("zero2", kind) for kind in KINDS),

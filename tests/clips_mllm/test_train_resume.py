@@ -112,8 +112,8 @@ def test_every_checkpoint_is_complete_by_itself(finished: Path, sample_world: Pa
     assert json.loads((folder / "config.json").read_text()).get("use_cache", True)
     before, after = weights(folder), weights(finished)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    picture = next((sample_world / "llava" / "images").rglob("*.*g"))
-    chat([str(folder), "--image", str(picture), "--question", "What is this?", "--max_new_tokens", "3"])
+    image = next((sample_world / "llava" / "images").rglob("*.*g"))
+    chat([str(folder), "--image", str(image), "--question", "What is this?", "--max_new_tokens", "3"])
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_the_loss_by_hand() -> None:
     weights = torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0]])
     unit = sum(float(word @ word) for word in embeddings) / 5
     wanted = 0.0
-    for picture, shares in zip(patches, weights, strict=True):
-        distances = [[float((patch - word) @ (patch - word)) / unit for word in embeddings] for patch in picture]
+    for image, shares in zip(patches, weights, strict=True):
+        distances = [[float((patch - word) @ (patch - word)) / unit for word in embeddings] for patch in image]
         for at, share in enumerate(shares.tolist()):
             said = [
                 math.exp(-SHARPNESS * row[at]) / sum(math.exp(-SHARPNESS * other) for other in row) for row in distances
@@ -56,16 +56,16 @@ def test_pieces_too_rare_or_too_common_are_not_words() -> None:
     assert weights[1].tolist() == [1, 0] and weights[6].tolist() == [0, 0]
 
 
-def test_a_set_without_single_pictures_has_no_words() -> None:
-    """Texts alone, or several pictures a row: the projector is left as it is."""
+def test_a_set_without_single_images_has_no_words() -> None:
+    """Texts alone, or several images a row: the projector is left as it is."""
     dataset: Any = [{"images": [], "labels": [1, 2]}] * 3
     model: Any = _model(features=4)
     captioned = read_captions(model, dataset, lambda _: {})  # type: ignore[arg-type]
     assert not len(captioned.words) and not len(captioned.features)
 
 
-def test_no_more_pictures_than_their_features_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of ten rows, evenly taken, as many as fit: 2 patches x 4 features x 4 bytes are 32 bytes a picture."""
+def test_no_more_images_than_their_features_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten rows, evenly taken, as many as fit: 2 patches x 4 features x 4 bytes are 32 bytes an image."""
     seen: list[int] = []
 
     class Rows(list[dict[str, Any]]):
@@ -88,7 +88,7 @@ def _model(features: int) -> Any:
 
 
 def test_it_finds_which_patch_shows_which_word() -> None:
-    """Pictures of four patches, two of them things, in any order; captions name the two things, not where they are."""
+    """Images of four patches, two of them things, in any order; captions name the two things, not where they are."""
     torch.manual_seed(0)
     things, draws = torch.randn(6, 16), torch.Generator().manual_seed(1)
     embeddings = torch.randn(6, 8)

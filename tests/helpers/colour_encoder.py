@@ -1,4 +1,4 @@
-"""An encoder whose answers are known: a picture is its mean colour, a text the colours it names. Nothing is trained."""
+"""An encoder whose answers are known: an image is its mean colour, a text the colours it names. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def paint(file: Path, colour: str) -> None:
-    """A picture of one colour."""
+    """An image of one colour."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (24, 24), COLOURS[colour]).save(file)

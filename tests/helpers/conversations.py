@@ -1,4 +1,4 @@
-"""LLaVA rows, their pictures, and the data set over them, for the tests of data and training."""
+"""LLaVA rows, their images, and the data set over them, for the tests of data and training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def row(*values: str, image: Any = None, first: str = "human") -> dict[str, Any]
     return {"id": "r", "conversations": talk} | ({} if image is None else {"image": image})
 
 
-def picture(file: Path, color: str | tuple[int, int, int] = "red", size: tuple[int, int] = (40, 30)) -> None:
+def make_image(file: Path, color: str | tuple[int, int, int] = "red", size: tuple[int, int] = (40, 30)) -> None:
     Image.new("RGB", size, color).save(file)
 
 
 def open_rows(folder: Path, rows: list[Any], mllm: Mllm, **values: Any) -> InstructionDataset:
-    """The rows written to a file in `folder`, where their pictures are too."""
+    """The rows written to a file in `folder`, where their images are too."""
     (folder / "rows.json").write_text(json.dumps(rows))
     given = {"file": str(folder / "rows.json"), "images": str(folder), "template": "chatml"}
     return InstructionDataset(InstructionRecipe(**(given | values)), mllm.processor)

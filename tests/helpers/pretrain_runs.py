@@ -14,7 +14,7 @@ def arguments(world: Path, folder: Path, **values: Any) -> list[str]:
         "output_dir": folder,
         "data.shards": world / "pretrain" / "*.tar",
         "data.augmentation.jitter": 0.2,
-        "model.joint": 16,
+        "model.embed_dim": 16,
         "model.image_size": 96,
         "model.patch_size": 32,
         "model.text_length": 16,

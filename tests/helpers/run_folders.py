@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def write_run(root: Path, share: float, *, seed: int = 0, n: int = 400) -> Path:
-    """A run whose easy-VQA answers are right with probability `share`, four questions a picture, with all controls."""
+    """A run whose easy-VQA answers are right with probability `share`, four questions an image, with all controls."""
     folder = root / "finetune"
     folder.mkdir(parents=True)
     for control, less in (("none", 0.0), ("shuffled", 0.2), ("blank", 0.25), ("no_image", 0.3)):
@@ -43,7 +43,7 @@ def write_result(folder: Path, suffix: str, share: float, seed: int, n: int, **a
         row = {
             "task": "clips_easy_vqa",
             "doc_id": place,
-            "prompt": f"what shape is in picture {place // 4}?",
+            "prompt": f"what shape is in image {place // 4}?",
             "answer": "circle" if right else "square",
             "target": "circle",
             "correct": right,

@@ -20,7 +20,7 @@ def assert_no_paths(text: str) -> None:
 
 
 def bomb(side: int) -> bytes:
-    """A few hundred bytes that say they are a picture of side x side pixels."""
+    """A few hundred bytes that say they are an image of side x side pixels."""
 
     def part(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def png(color: int = 0, size: int = 8) -> bytes:
-    """A plain picture."""
+    """A plain image."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -36,11 +36,11 @@ def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def pair(
-    key: str, web: Any = "web", full: Any = "Full caption.", picture: bytes | None = None
+    key: str, web: Any = "web", full: Any = "Full caption.", image: bytes | None = None
 ) -> list[tuple[str, bytes]]:
     """The members of one sample."""
     row = {"web_caption": web, "synthetic_caption": full}
-    return [(f"{key}.png", picture or png()), (f"{key}.json", json.dumps(row).encode())]
+    return [(f"{key}.png", image or png()), (f"{key}.json", json.dumps(row).encode())]
 
 
 def counted(start: int, end: int) -> bytes:

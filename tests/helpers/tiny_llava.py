@@ -1,4 +1,4 @@
-"""A tiny random LLaVA of stock classes, pictures, and benchmark files, for the tests of measuring."""
+"""A tiny random LLaVA of stock classes, images, and benchmark files, for the tests of measuring."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plain_answer(mllm: Any, images: list[Image.Image], question: str) -> str:
 
 
 def build_tiny_mllm() -> SimpleNamespace:
-    """What `clips_mllm.model.checkpoint.load_mllm` returns, with random weights large enough that pictures matter."""
+    """What `clips_mllm.model.checkpoint.load_mllm` returns, with random weights large enough that images matter."""
     from transformers import (
         LlamaConfig,
         LlavaConfig,
@@ -99,7 +99,7 @@ def build_tiny_mllm() -> SimpleNamespace:
     return SimpleNamespace(model=model, processor=processor, device=torch.device("cpu"))
 
 
-def picture(seed: int, size: int = 40) -> Image.Image:
+def make_image(seed: int, size: int = 40) -> Image.Image:
     rng = random.Random(seed)
     image = Image.new("RGB", (size, size), tuple(rng.randrange(256) for _ in range(3)))
     image.paste(tuple(rng.randrange(256) for _ in range(3)), (0, 0, size // 2, rng.randrange(4, size)))
@@ -109,7 +109,7 @@ def picture(seed: int, size: int = 40) -> Image.Image:
 def make_requests(
     documents: list[tuple[list[Image.Image], str]], model: Any, task: str = "t", *, simple: bool = False
 ) -> list[Any]:
-    """lmms-eval's requests for (pictures, question) documents, in chat or in simple mode."""
+    """lmms-eval's requests for (images, question) documents, in chat or in simple mode."""
     from lmms_eval.api.instance import Instance
 
     def doc_to_messages(doc: tuple[list[Image.Image], str]) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def pope_rows(count: int = 6) -> list[dict[str, Any]]:
             "question": f"Is there a thing {'x' * (n % 3)}?",
             "answer": "yes" if n % 2 else "no",
             "image_source": "s",
-            "image": png(picture(n % 3)),
+            "image": png(make_image(n % 3)),
             "category": "random",
         }
         for n in range(count)
@@ -175,7 +175,7 @@ def mmbench_rows() -> list[dict[str, Any]]:
             "answer": "AB"[n % 2],
             "A": "cat",
             "B": "dog",
-            "image": png(picture(n)),
+            "image": png(make_image(n)),
             **fixed,
         }
         for n in range(4)
@@ -185,7 +185,14 @@ def mmbench_rows() -> list[dict[str, Any]]:
 def easy_vqa_rows() -> list[dict[str, Any]]:
     kinds = [("open", "red"), ("yes_no", "yes"), ("open", "circle"), ("yes_no", "no")]
     return [
-        {"question_id": str(n), "question": "Q?", "answer": a, "kind": k, "image_id": "1", "image": png(picture(n % 2))}
+        {
+            "question_id": str(n),
+            "question": "Q?",
+            "answer": a,
+            "kind": k,
+            "image_id": "1",
+            "image": png(make_image(n % 2)),
+        }
         for n, (k, a) in enumerate(kinds)
     ]
 

@@ -101,11 +101,11 @@ def test_recipes(recipe: str, names: list[str], run: Run, tmp_path: Path) -> Non
         (["web", "/no/model"], ["/no/model"]),
         (["web", "owner/name", "--examples", "/no/examples"], ["/no/examples: no such file"]),
         (["web", "owner/name", "--beside", "runs/none/here"], ["runs/none/here: no such folder (beside)"]),
-        (["web", "owner/name", "--encoder", "."], ["encoder and pictures belong together"]),
-        (["web", "owner/name", "--encoder", "/no/encoder", "--pictures", "."], ["/no/encoder: no such folder"]),
+        (["web", "owner/name", "--encoder", "."], ["encoder and images belong together"]),
+        (["web", "owner/name", "--encoder", "/no/encoder", "--images", "."], ["/no/encoder: no such folder"]),
         (["web", "owner/name", "--token_file", "/no/token"], ["/no/token"]),
         (["web", "owner/name", "--feedback", "/"], ["/: cannot be written (feedback)"]),
-        (["web", "owner/name", "--most_megabytes", "0"], ["most_megabytes=0: at least 1"]),
+        (["web", "owner/name", "--max_upload_mb", "0"], ["max_upload_mb=0: at least 1"]),
         (["chat", "owner/name", "--output", "a.json"], ["--output: it keeps the answers to --examples"]),
         (["chat", "owner/name", "--examples", "a.json", "--question", "?"], ["--examples: they bring their own"]),
         (["serve", "owner/name", "--limits.rows", "0"], ["limits.rows=0: must be above 0"]),
@@ -239,12 +239,12 @@ def test_too_many_unusable_rows(
         alone=False,
     )
     assert line.startswith(f"{tmp_path / 'rows.json'}: 3 of {len(rows)} rows are unusable (3 x {cause})")
-    assert "data.most_bad=0.01" in line
+    assert "data.max_bad_fraction=0.01" in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("workers", "before"), [(0, True), (0, False), (1, False)])
-def test_too_many_corrupt_pictures(
+def test_too_many_corrupt_images(
     workers: int,
     before: bool,
     run: Run,
@@ -266,7 +266,7 @@ def test_too_many_corrupt_pictures(
     assert line.startswith(str(sample_world / "llava" / "stage2.json"))
     found = "samples looked at cannot be used (first: " if before else "samples could not be used (last: corrupt image"
     assert found in line
-    assert "data.most_bad=0.01" in line
+    assert "data.max_bad_fraction=0.01" in line
     assert "DataLoader" not in line
     assert not (out / "config.json").exists()
 

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,32 +18,115 @@ from clips_mllm.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"vision_tower": ROOT / "vision_tower", "clips_mllm": ROOT / "clips_mllm"}
 PACKAGES["clips_eval"] = ROOT / "eval" / "clips_eval"
-MAY_IMPORT = {
-    "vision_tower": {"vision_tower"},
-    "clips_mllm": {"vision_tower", "clips_mllm"},
-    "clips_eval": {"vision_tower", "clips_mllm", "clips_eval"},
+# The table of allowed arrows: a folder may import itself and what stands to the right of it. "vt" is vision_tower, "mllm"
+# clips_mllm, "eval" clips_eval; the root of a package, its commands, is written without a folder.
+ARROWS = {
+    "vt/common": "",
+    "vt/text": "vt/common",
+    "vt/training": "vt/common",
+    "vt/data": "vt/common vt/text",
+    "vt/model": "vt/common vt/text",
+    "vt/checkpoints": "vt/common vt/text vt/data vt/model",
+    "vt/evaluation": "vt/common vt/text vt/data vt/model vt/checkpoints",
+    "vt/pretraining": "vt/common vt/text vt/training vt/data vt/model vt/checkpoints vt/evaluation",
+    "vt": "vt/common vt/text vt/training vt/data vt/model vt/checkpoints vt/pretraining",
+    "mllm/prompts": "vt/common",
+    "mllm/model": "mllm/prompts vt/common vt/data vt/model vt/checkpoints",
+    "mllm/data": "mllm/prompts mllm/model vt/common vt/data",
+    "mllm/formats": "mllm/prompts mllm/model vt/common vt/checkpoints",
+    "mllm/checks": "mllm/prompts mllm/model mllm/data vt/common vt/data vt/checkpoints",
+    "mllm/training": "mllm/prompts mllm/model mllm/data mllm/checks vt/common vt/training vt/model vt/checkpoints",
+    "mllm/planning": "mllm/prompts mllm/model mllm/data mllm/training vt/common vt/data",
+    "mllm/provenance": "mllm/model mllm/formats mllm/training vt/common vt/training",
+    "mllm/sample": "vt/common vt/checkpoints",
+    "mllm/talk": "mllm/prompts mllm/model mllm/data mllm/provenance vt/common vt/data",
+    "mllm/talk/web": "mllm/talk mllm/prompts vt/common vt/data vt/checkpoints",
+    "mllm/talk/serve": "mllm/talk mllm/prompts vt/common",
+    "mllm": "mllm/prompts mllm/model mllm/data mllm/formats mllm/checks mllm/training mllm/planning mllm/provenance "
+    "mllm/talk mllm/talk/web mllm/talk/serve vt vt/common vt/training vt/data vt/checkpoints",
+    "eval/tasks": "",
+    "eval/stats": "vt/common vt/checkpoints",
+    "eval/lmms": "eval/tasks eval/stats mllm/prompts mllm/model vt/common vt/training vt/checkpoints",
+    "eval/retrieval": "eval/stats vt/common vt/data vt/evaluation",
+    "eval/reporting": "eval/stats eval/retrieval vt/common",
+    "eval/experiments": "eval/stats eval/retrieval eval/reporting vt/common vt/text",
+    "eval": "eval/stats eval/lmms eval/retrieval eval/reporting eval/experiments mllm/model vt/common vt/data "
+    "vt/checkpoints vt/evaluation vt/pretraining",
 }
+SHORT = {"vision_tower": "vt", "clips_mllm": "mllm", "clips_eval": "eval"}
+MAX_MODULES = 18
 
 
-def imported(file: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, also inside functions and TYPE_CHECKING."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            found.add((node.module or "").partition(".")[0])
+def modules() -> dict[str, Path]:
+    """Dotted name to file, `__init__` files as their folder's name."""
+    found = {}
+    for package, root in PACKAGES.items():
+        for file in sorted(root.rglob("*.py")):
+            parts = file.relative_to(root).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    assert len(found) > 200
     return found
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_dependencies_point_one_way(package: str) -> None:
-    files = sorted(PACKAGES[package].rglob("*.py"))
-    assert files
-    wrong = {str(file): imported(file) & set(PACKAGES) - MAY_IMPORT[package] for file in files}
-    # The table of commands names modules of all packages, as strings, and imports them when they are called.
-    assert not {file: names for file, names in wrong.items() if names}
+def folder(module: str, file: Path) -> str:
+    """The folder of a module as the table writes it."""
+    parts = module.split(".")
+    return "/".join([SHORT[parts[0]], *(parts[1:] if file.name == "__init__.py" else parts[1:-1])])
+
+
+def imports(file: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of this project that a file imports anywhere, also inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & known.keys() or {node.module or ""}
+    return found & known.keys()
+
+
+def test_imports_between_folders_are_those_of_the_table() -> None:
+    known = modules()
+    wrong = []
+    for module, file in known.items():
+        source = folder(module, file)
+        allowed = {source, *ARROWS[source].split()}
+        for target in imports(file, known):
+            if folder(target, known[target]) not in allowed:
+                wrong.append(f"{module} imports {target}: {source} -> {folder(target, known[target])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_no_circle_and_no_unused_folder() -> None:
+    known = modules()
+    used = {folder(module, file) for module, file in known.items()}
+    assert used == set(ARROWS)
+    floors: set[str] = set()
+    while len(floors) < len(ARROWS):
+        ready = {name for name, targets in ARROWS.items() if set(targets.split()) <= floors} - floors
+        assert ready, f"circle among {set(ARROWS) - floors}"
+        floors |= ready
+
+
+def test_no_circle_of_modules() -> None:
+    known = modules()
+    left = {module: imports(file, known) - {module} for module, file in known.items()}
+    while ready := {module for module, targets in left.items() if not targets & left.keys()}:
+        left = {module: targets for module, targets in left.items() if module not in ready}
+    assert not left, f"circle among {sorted(left)}"
+
+
+def test_no_folder_has_more_modules_than_a_reader_can_survey() -> None:
+    counts = Counter(file.parent for file in modules().values() if file.name != "__init__.py")
+    assert max(counts.values()) <= MAX_MODULES, counts.most_common(1)
+
+
+def test_no_test_imports_another_test() -> None:
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        names = re.findall(r"^\s*(?:from|import) ([\w.]+)", file.read_text(), flags=re.MULTILINE)
+        assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], file
 
 
 def environment() -> dict[str, str]:

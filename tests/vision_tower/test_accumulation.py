@@ -28,7 +28,7 @@ def arguments(world: Path, folder: Path, **values: Any) -> list[str]:
     fixed = {
         "output_dir": folder,
         "data.shards": world / "pretrain" / "*.tar",
-        "model.joint": 16,
+        "model.embed_dim": 16,
         "model.image_size": 96,
         "model.patch_size": 32,
         "model.text_length": 16,
@@ -154,7 +154,7 @@ def test_gradients_equal_the_big_batch(size: int, weights: dict[str, float]) -> 
         torch.testing.assert_close(gradients[name], value, atol=1e-5, rtol=0, msg=name)
 
 
-def most_kept(pairs: int, size: int) -> int:
+def max_kept(pairs: int, size: int) -> int:
     """The largest number of bytes that graphs keep for their backward passes at any time, parameters apart."""
     some, whole = model(), batch(pairs)
     fixed = {value.untyped_storage().data_ptr() for value in (*some.parameters(), *some.buffers())}
@@ -178,7 +178,7 @@ def most_kept(pairs: int, size: int) -> int:
 
 
 def test_memory_of_activations_does_not_grow_with_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vision_tower.model.losses.SCORES_AT_ONCE", 512)
-    few, many = most_kept(8, 4), most_kept(64, 4)
+    monkeypatch.setattr("vision_tower.model.losses.LOGITS_CHUNK", 512)
+    few, many = max_kept(8, 4), max_kept(64, 4)
     assert many < 1.1 * few  # what grows is embeddings: (pairs, 12) numbers
-    assert most_kept(64, 64) > 10 * few
+    assert max_kept(64, 64) > 10 * few

@@ -199,7 +199,7 @@ def test_the_largest_tensor_is_no_mask_and_no_batch_of_logits(monkeypatch: pytes
     """What is kept for the backward pass holds neither a dense mask nor the logits of all targets."""
     from vision_tower.model import losses
 
-    monkeypatch.setattr(losses, "SCORES_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr(losses, "LOGITS_CHUNK", 4 * VOCABULARY)
     model = build()
     kept: list[torch.Size] = []
     labels = torch.randint(0, VOCABULARY, (8, QUERIES))

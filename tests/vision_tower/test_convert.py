@@ -152,7 +152,7 @@ def test_published_sizes_both_ways(name: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-def test_the_whole_way_back_with_pictures_and_captions(small: tuple[Any, Path], tmp_path: Path) -> None:
+def test_the_whole_way_back_with_images_and_captions(small: tuple[Any, Path], tmp_path: Path) -> None:
     """A user's view: open_clip's own loader, preprocessing and tokenizer on what `--to open_clip` leaves."""
     main([str(small[1]), str(tmp_path / "ours"), "--to", "clips"])
     main([str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "open_clip"])
@@ -161,9 +161,9 @@ def test_the_whole_way_back_with_pictures_and_captions(small: tuple[Any, Path], 
     ids = open_clip.get_tokenizer(place)(TEXTS)
     encoder = load_encoder(tmp_path / "ours", "cpu")
     assert torch.equal(ids, encoder.tokenizer.contrastive(TEXTS, 80)) and 107 in ids
-    picture = Image.effect_noise((90, 50), 90).convert("RGB").resize((60, 40))
-    pixels = preprocess(picture)[None]
-    ours = encoder.processor(images=[picture], return_tensors="pt")["pixel_values"]
+    photo = Image.effect_noise((90, 50), 90).convert("RGB").resize((60, 40))
+    pixels = preprocess(photo)[None]
+    ours = encoder.processor(images=[photo], return_tensors="pt")["pixel_values"]
     assert pixels.shape == ours.shape and (pixels - ours).abs().max() < 1.01 / 255 / 0.224  # one step of rounding
     with torch.no_grad():
         image, text = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
@@ -250,7 +250,7 @@ def test_pretraining_goes_on_from_a_converted_model(tmp_path: Path) -> None:
         image=TowerRecipe(width=32, layers=2, mlp=128, heads=2),
         text=TowerRecipe(width=24, layers=2, mlp=96, heads=3),
         captioner=TowerRecipe(width=16, layers=1, mlp=16, heads=2),
-        joint=24,
+        embed_dim=24,
         image_size=28,
         patch_size=7,
         class_token=True,
@@ -438,7 +438,7 @@ def test_a_trained_model_leaves_its_captioner_behind(tmp_path: Path) -> None:
         image=tower,
         text=tower,
         captioner=tower,
-        joint=10,
+        embed_dim=10,
         image_size=24,
         patch_size=8,
         class_token=True,

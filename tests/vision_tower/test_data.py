@@ -27,7 +27,7 @@ from vision_tower.data.shards import Row
 from vision_tower.pretraining.recipe import PretrainRecipe
 from vision_tower.text.captions import split_sentences
 from vision_tower.text.objectives import CaptionRecipe, LossWeights, ObjectiveName, choose_objective
-from vision_tower.text.text_streams import TextDrawer
+from vision_tower.text.text_streams import CaptionSampler
 from vision_tower.text.tokenizer import ClipsTokenizer
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
@@ -110,10 +110,10 @@ def test_readers_have_equal_parts(tmp_path: Path) -> None:
 def test_going_on_gives_the_same_samples(tmp_path: Path, workers: int, consumed: int) -> None:
     """From the cursors of the batches that were used, as JSON; pixels and all. Also across passes."""
     pattern = numbered(tmp_path, 5, 5)
-    write_tar(tmp_path / "5.tar", [*pair("bad", picture=b"x"), *pair("good", web="999")])
+    write_tar(tmp_path / "5.tar", [*pair("bad", image=b"x"), *pair("good", web="999")])
 
     def loader(cursors: dict[int, Cursor], turn: int) -> Any:
-        source = stream(pattern, most_bad=0.5, augmentation=Augmentation())
+        source = stream(pattern, max_bad_fraction=0.5, augmentation=Augmentation())
         source.go_on_from(cursors, turn)
         return iter(DataLoader(source, batch_size=2, num_workers=workers, collate_fn=list))
 
@@ -169,8 +169,8 @@ def test_going_on_decodes_nothing_twice_and_holds_one_block(tmp_path: Path, monk
 def test_what_is_drawn_follows_from_seed_pass_and_key(tmp_path: Path) -> None:
     """Not from what came before: other neighbours, another place in the order, the same crop and sentence."""
     sentences = " ".join(f"Sentence {n}." for n in range(40))
-    picture = png(size=32)
-    row = pair("x", full=sentences, picture=picture)
+    image = png(size=32)
+    row = pair("x", full=sentences, image=image)
     write_tar(tmp_path / "a.tar", row)
     (tmp_path / "more").mkdir()
     write_tar(tmp_path / "more" / "a.tar", [*(member for n in range(9) for member in pair(str(n))), *row])
@@ -207,8 +207,8 @@ def test_what_becomes_of_captions(tmp_path: Path) -> None:
 def test_unreadable_samples_are_skipped_and_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     good = [member for n in range(14) for member in pair(f"{n:02d}", web=str(n))]
     bad = [
-        *pair("x1", picture=b"no picture"),
-        *pair("x2", picture=png(size=64)[:60]),
+        *pair("x1", image=b"no image"),
+        *pair("x2", image=png(size=64)[:60]),
         ("x3.png", png()),
         ("x4.png", png()),
         ("x4.json", b"{"),
@@ -222,7 +222,7 @@ def test_unreadable_samples_are_skipped_and_counted(tmp_path: Path, capfd: pytes
         ("x9.png", png()),
     ]
     write_tar(tmp_path / "a.tar", good + bad)
-    source = stream(str(tmp_path / "a.tar"), most_bad=0.5, shuffle_buffer=0)
+    source = stream(str(tmp_path / "a.tar"), max_bad_fraction=0.5, shuffle_buffer=0)
     samples = take(source, 15)  # the 15th is past the bad ones
     assert sorted(int(sample.web) for sample in samples[:14]) == list(range(14))
     causes = {"corrupt image": 2, "malformed json": 2, "no 'web_caption'": 2, "no caption": 1}
@@ -239,8 +239,8 @@ def test_a_pair_is_skipped_where_the_objective_lacks_a_caption(tmp_path: Path, o
     web = [pair(f"{n}", web=None if n % 2 else f"web {n}") for n in range(10)]
     write_tar(tmp_path / "a.tar", [member for row in web for member in row])
     tokenizer = ClipsTokenizer.train(["a web caption 0 1 2 3 4 5 6 7 8 9", "One. Two."], 60)
-    draw = TextDrawer(tokenizer, choose_objective(objective, LossWeights()), CaptionRecipe(), 20)
-    recipe = PairsRecipe(shards=str(tmp_path / "a.tar"), most_bad=0.9, shuffle_buffer=0, augmentation=PLAIN)
+    draw = CaptionSampler(tokenizer, choose_objective(objective, LossWeights()), CaptionRecipe(), 20)
+    recipe = PairsRecipe(shards=str(tmp_path / "a.tar"), max_bad_fraction=0.9, shuffle_buffer=0, augmentation=PLAIN)
     samples = take(PairStream(recipe, 8, 0, 0, 1, draw), 6)  # in clips and clip-web the last one is of the second pass
     wanted = {"no web caption": 5} if objective in ("clips", "clip-web") else {}
     assert samples[-1].cursor.places[0].bad == wanted
@@ -262,14 +262,14 @@ def test_a_vocabulary_from_columns_that_are_not_there_ends_early(
 
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:
-    rows = [member for n in range(20) for member in pair(f"{n:02d}", picture=b"bad" if n < 2 else None)]
+    rows = [member for n in range(20) for member in pair(f"{n:02d}", image=b"bad" if n < 2 else None)]
     write_tar(tmp_path / "a.tar", rows)
-    assert len(take(stream(str(tmp_path / "a.tar"), most_bad=0.1), 100)) == 100
-    with pytest.raises(UserError, match=r"2 of 20 samples are unreadable.*data\.most_bad=0\.09"):
-        take(stream(str(tmp_path / "a.tar"), most_bad=0.09), 100)
-    write_tar(tmp_path / "b.tar", pair("a", picture=b"bad"))
+    assert len(take(stream(str(tmp_path / "a.tar"), max_bad_fraction=0.1), 100)) == 100
+    with pytest.raises(UserError, match=r"2 of 20 samples are unreadable.*data\.max_bad_fraction=0\.09"):
+        take(stream(str(tmp_path / "a.tar"), max_bad_fraction=0.09), 100)
+    write_tar(tmp_path / "b.tar", pair("a", image=b"bad"))
     with pytest.raises(UserError, match="no readable sample in 1 shards"):
-        take(stream(str(tmp_path / "b.tar"), most_bad=1.0), 1)
+        take(stream(str(tmp_path / "b.tar"), max_bad_fraction=1.0), 1)
 
 
 def damaged(file: Path, how: str) -> None:
@@ -300,8 +300,10 @@ def test_a_damaged_shard_gives_what_it_has_and_stops_nobody(
     assert {sample.web for sample in samples} == {str(n) for n in range(20)}
     assert samples[-1].cursor.places[0].broken == {}
     damaged(tmp_path / "0.tar", how)
-    damaged(tmp_path / "2.tar", how)  # one may be bad luck; two of three are more than data.most_bad
-    with pytest.raises(UserError, match=r"cannot read 2 of 3 shards \({'broken shard': 2}\), more than data\.most_bad"):
+    damaged(tmp_path / "2.tar", how)  # one may be bad luck; two of three are more than data.max_bad_fraction
+    with pytest.raises(
+        UserError, match=r"cannot read 2 of 3 shards \({'broken shard': 2}\), more than data\.max_bad_fraction"
+    ):
         take(stream(str(tmp_path / "*.tar")), 48)
     assert len(read_texts(PairsRecipe(shards=str(tmp_path / "*.tar")), 100)) == 2 * (10 + 2 * len(kept))
 
@@ -328,7 +330,7 @@ def test_shards_without_any_sample(tmp_path: Path) -> None:
         ),
         ({"mixture": (SourceRecipe(shards="b.tar", weight=0),)}, "data.mixture[0].weight=0: must be"),
         ({"mixture": (SourceRecipe(shards="b.tar", weight=float("nan")),)}, "data.mixture[0].weight=nan: must be"),
-        ({"shards": "a.tar", "most_bad": 2}, "data.most_bad=2: a share is from 0 to 1"),
+        ({"shards": "a.tar", "max_bad_fraction": 2}, "data.max_bad_fraction=2: a share is from 0 to 1"),
         ({"shards": "a.tar", "shuffle_buffer": -1}, "data.shuffle_buffer=-1: 0 (as they lie in the shards) or"),
     ],
 )
@@ -384,7 +386,7 @@ def test_a_mixture_in_yaml(tmp_path: Path) -> None:
 
 
 def test_grey_of_16_bits_keeps_its_shades() -> None:
-    """Medical pictures and depth maps; as whites alone they would teach nothing."""
+    """Medical images and depth maps; as whites alone they would teach nothing."""
     import numpy as np
 
     def encoded(pixels: np.ndarray, form: str) -> bytes:
@@ -401,13 +403,13 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
             decode_image(encoded((shades / 65535 * most).astype(kind), "TIFF"))
 
 
-def test_damaged_pictures_never_escape_as_other_errors() -> None:
+def test_damaged_images_never_escape_as_other_errors() -> None:
     rng = random.Random(0)
-    picture = Image.effect_noise((40, 40), 80).convert("RGB")
+    image = Image.effect_noise((40, 40), 80).convert("RGB")
     refused = 0
     for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
         buffer = io.BytesIO()
-        picture.save(buffer, format=form)
+        image.save(buffer, format=form)
         for _ in range(60):
             content = bytearray(buffer.getvalue())
             for _ in range(rng.randint(1, 20)):
@@ -421,17 +423,17 @@ def test_damaged_pictures_never_escape_as_other_errors() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_photograph_stands_upright(kind: str) -> None:
-    """Phones store pictures as the sensor lies, with a note of how it was held. A damaged note says nothing."""
+    """Phones store images as the sensor lies, with a note of how it was held. A damaged note says nothing."""
     tall = Image.new("RGB", (32, 64), "red")
     tall.paste("blue", (0, 0, 32, 16))  # sky
     exif = Image.Exif()
     exif[0x0112] = 6
     out = io.BytesIO()
     tall.transpose(Image.Transpose.ROTATE_90).save(out, kind, exif=exif)
-    for picture in (decode_image(out.getvalue()), decode_image(out.getvalue(), least=16)):
-        wide, high = picture.size
+    for image in (decode_image(out.getvalue()), decode_image(out.getvalue(), least=16)):
+        wide, high = image.size
         assert high == 2 * wide
-        assert picture.getpixel((wide // 2, 1))[2] > 200 > 100 > picture.getpixel((wide // 2, high - 2))[2]
+        assert image.getpixel((wide // 2, 1))[2] > 200 > 100 > image.getpixel((wide // 2, high - 2))[2]
     out = io.BytesIO()
     tall.save(out, kind, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode_image(out.getvalue()).size == (32, 64)

@@ -31,7 +31,7 @@ RECIPE = ModelRecipe(
     image=TOWER,
     text=TowerRecipe(width=12, layers=1, mlp=24, heads=2),
     captioner=TowerRecipe(width=8, layers=1, mlp=16, heads=2),
-    joint=10,
+    embed_dim=10,
     image_size=24,
     patch_size=8,
     text_length=9,
@@ -102,10 +102,10 @@ def test_learned_positions_of_a_model(tokenizer: ClipsTokenizer, class_token: bo
 
 def test_an_encoder_is_loaded_at_another_size_with_its_processor(encoder_dir: Path) -> None:
     encoder = load_encoder(encoder_dir, "cpu", image_size=160)
-    picture = Image.effect_noise((50, 30), 80).convert("RGB")
-    pixels = encoder.processor(images=[picture], return_tensors="pt")["pixel_values"]
+    image = Image.effect_noise((50, 30), 80).convert("RGB")
+    pixels = encoder.processor(images=[image], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 160, 160) and encoder.model.patches(pixels).shape[1] == 25
-    assert encoder.embed_images([picture]).norm().item() == pytest.approx(1, abs=1e-5)
+    assert encoder.embed_images([image]).norm().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_run_starts_from_an_encoder_at_a_larger_size(trained: Path, tokenizer:
     ("changes", "message"),
     [
         ({"image": dataclasses.replace(TOWER, layers=3)}, r"model\.image: .*layers=3.* in the recipe, .*layers=2"),
-        ({"joint": 12}, r"model\.joint: 12 in the recipe, 10 in .*first"),
+        ({"embed_dim": 12}, r"model\.embed_dim: 12 in the recipe, 10 in .*first"),
         ({"class_token": True}, r"model\.class_token: True in the recipe, False in "),
         ({"positions": "learned"}, r"model\.positions: learned in the recipe, sincos in "),
         ({"target_length": 8}, r"model\.target_length: 8 in the recipe, 7 in "),
@@ -212,7 +212,7 @@ def test_the_command_goes_on_at_a_larger_size(encoder_dir: Path, sample_world: P
         "output_dir": tmp_path / "larger",
         "data.shards": sample_world / "pretrain" / "*.tar",
         "model.start_from": encoder_dir,
-        "model.joint": 32,
+        "model.embed_dim": 32,
         "model.image_size": 128,
         "model.patch_size": 32,
         "model.text_length": 24,

@@ -83,7 +83,7 @@ def test_blocks_of_similarities_give_the_whole_matrix(monkeypatch: pytest.Monkey
     given = case()
 
     def run(limit: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(module, "SCORES_AT_ONCE", limit)
+        monkeypatch.setattr(module, "LOGITS_CHUNK", limit)
         image, text = (given[name].clone().requires_grad_() for name in ("image", "web"))
         scale = torch.tensor(9.0, requires_grad=True)
         loss = info_nce(image, text, scale)
@@ -94,7 +94,7 @@ def test_blocks_of_similarities_give_the_whole_matrix(monkeypatch: pytest.Monkey
 
 
 def test_the_similarity_matrix_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", 512)
+    monkeypatch.setattr(module, "LOGITS_CHUNK", 512)
     image, text = (torch.randn(256, 6, requires_grad=True) for _ in range(2))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda value: (kept.append(value.numel()), value)[1], lambda v: v):
@@ -113,7 +113,7 @@ def test_summed_cross_entropy_by_hand() -> None:
 @pytest.mark.parametrize("at_once", [1, 40, 2**24])
 def test_summed_cross_entropy_against_torch(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Value and gradients, with either gradient unwanted, and of no token at all."""
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "LOGITS_CHUNK", at_once)
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     labels = torch.randint(0, 11, (9,))
@@ -201,17 +201,17 @@ def _step(model: Callable[..., ClipsOutput], given: dict[str, torch.Tensor], par
     ]
     labels = [batch["labels"] for batch in batches]
     towers = [{name: batch[name] for name in ("image", "web", "sub")} for batch in batches]
-    slopes = first_pass(model, towers, WEIGHTS) if parts > 1 else None
+    grads = first_pass(model, towers, WEIGHTS) if parts > 1 else None
     losses = []
     for number, batch in enumerate(batches):
         waiting = isinstance(model, DistributedDataParallel) and number < parts - 1
         with model.no_sync() if waiting else contextlib.nullcontext():
             out = model(**batch)
             assert out.caption_sum is not None
-            terms = slopes.terms if slopes else contrastive_terms(out.image, out.texts, out.scale, WEIGHTS)
+            terms = grads.terms if grads else contrastive_terms(out.image, out.texts, out.scale, WEIGHTS)
             terms = terms | {"caption": caption_term(out.caption_sum, labels)}
             loss = weighted_losses(terms, out.scale, WEIGHTS).total
-            ((loss + slopes.linear(number, out) if slopes else loss) / parts).backward()
+            ((loss + grads.linear(number, out) if grads else loss) / parts).backward()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 

@@ -272,15 +272,15 @@ def test_the_tower_alone_loads_in_a_process_without_this_project(
 
     from PIL import Image
 
-    picture = sorted((sample_world / "retrieval" / "images").glob("test-*.png"))[0]
-    words = [sys.executable, "-c", FRESH, str(encoder_dir / "tower"), str(picture)]
+    image = sorted((sample_world / "retrieval" / "images").glob("test-*.png"))[0]
+    words = [sys.executable, "-c", FRESH, str(encoder_dir / "tower"), str(image)]
     run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=_without_project(), check=False)
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert answer["bad"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     encoder = load_encoder(encoder_dir, "cpu")
     with torch.no_grad():
-        pixels = encoder.processor(images=Image.open(picture), return_tensors="pt")["pixel_values"]
+        pixels = encoder.processor(images=Image.open(image), return_tensors="pt")["pixel_values"]
         ours = encoder.model.patches(pixels).mean(dim=1)[0]
     torch.testing.assert_close(torch.tensor(answer["mean"]), ours, atol=1e-5, rtol=0)
 
@@ -296,13 +296,13 @@ def test_the_encoder_embeds_the_same_one_by_one_and_together(encoder_dir: Path, 
 
     encoder: Encoder = load_encoder(encoder_dir, "cpu")
     files = sorted((sample_world / "retrieval" / "images").glob("test-*.png"))[:3]
-    pictures = [Image.open(file) for file in files]
+    photos = [Image.open(file) for file in files]
     texts = ["a dog", "", "a very long caption " * 50]
-    images, words = encoder.embed_images(pictures), encoder.embed_texts(texts)
+    images, words = encoder.embed_images(photos), encoder.embed_texts(texts)
     assert images.dtype == words.dtype == torch.float32
     torch.testing.assert_close(torch.cat([images, words]).norm(dim=1), torch.ones(6), atol=1e-5, rtol=0)
     for index in range(3):
-        torch.testing.assert_close(encoder.embed_images(pictures[index : index + 1])[0], images[index])
+        torch.testing.assert_close(encoder.embed_images(photos[index : index + 1])[0], images[index])
         torch.testing.assert_close(encoder.embed_texts(texts[index : index + 1])[0], words[index])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vision_tower.common.errors import UserError
 from vision_tower.text.objectives import OBJECTIVES, CaptionRecipe, LossWeights, choose_objective
-from vision_tower.text.text_streams import TextDrawer
+from vision_tower.text.text_streams import CaptionSampler
 from vision_tower.text.tokenizer import ClipsTokenizer
 
 WEB, FULL = "alt text", "A dog runs. Two cats sleep. The sun is up."
@@ -27,7 +27,7 @@ def drawn(
 ) -> list[dict[str, str]]:
     """500 draws, as words again."""
     objective = choose_objective(name, weights or LossWeights())
-    draw = TextDrawer(tokenizer, objective, CaptionRecipe(**captions), room=20)
+    draw = CaptionSampler(tokenizer, objective, CaptionRecipe(**captions), room=20)
     rng = random.Random(0)
     return [
         {stream: tokenizer.fast.decode(pieces) for stream, pieces in draw(WEB, FULL, rng).items()} for _ in range(500)
@@ -78,7 +78,7 @@ def test_budgets_and_reductions_come_from_the_recipe(tokenizer: ClipsTokenizer) 
 @pytest.mark.parametrize("reduction", ["sentences", "truncation", "random", "block", "sub-caption"])
 def test_no_text_is_blank(tokenizer: ClipsTokenizer, caption: str, reduction: Any) -> None:
     objective = choose_objective("clips", LossWeights())
-    draw = TextDrawer(tokenizer, objective, CaptionRecipe(reduction=reduction, budget=2), room=20)
+    draw = CaptionSampler(tokenizer, objective, CaptionRecipe(reduction=reduction, budget=2), room=20)
     assert all(1 <= len(draw("", caption, random.Random(seed))["sub"]) <= 2 for seed in range(20))
 
 
@@ -97,7 +97,14 @@ def test_without_a_caption_term_there_is_no_captioner(tokenizer: ClipsTokenizer)
 
     tower = TowerRecipe(width=16, layers=1, mlp=32, heads=2)
     recipe = ModelRecipe(
-        image=tower, text=tower, captioner=tower, joint=8, image_size=16, patch_size=8, text_length=9, target_length=12
+        image=tower,
+        text=tower,
+        captioner=tower,
+        embed_dim=8,
+        image_size=16,
+        patch_size=8,
+        text_length=9,
+        target_length=12,
     )
     counts = {}
     for name in OBJECTIVES:
@@ -122,11 +129,18 @@ def test_every_parameter_of_an_objective_is_trained(tokenizer: ClipsTokenizer, n
     torch.manual_seed(0)
     tower = TowerRecipe(width=16, layers=1, mlp=32, heads=2)
     recipe = ModelRecipe(
-        image=tower, text=tower, captioner=tower, joint=8, image_size=16, patch_size=8, text_length=20, target_length=24
+        image=tower,
+        text=tower,
+        captioner=tower,
+        embed_dim=8,
+        image_size=16,
+        patch_size=8,
+        text_length=20,
+        target_length=24,
     )
     objective = choose_objective(name, LossWeights())
     model = ClipsModel.from_scratch(model_config(recipe, tokenizer, objective))
-    draw = TextDrawer(tokenizer, objective, CaptionRecipe(), recipe.text_room)
+    draw = CaptionSampler(tokenizer, objective, CaptionRecipe(), recipe.text_room)
     rng = random.Random(0)
     texts = [draw(WEB, FULL, rng), draw("other", "A bird. A fish.", rng)]
     batch = {

@@ -101,18 +101,18 @@ def test_bad_input_is_one_line_and_leaves_no_model(
 
 
 def test_augmentation_keeps_left_and_right() -> None:
-    """Captions speak of left and right: no augmentation may mirror a picture."""
+    """Captions speak of left and right: no augmentation may mirror an image."""
     from PIL import Image
 
     from vision_tower.data.augmentation import TrainingTransform
     from vision_tower.data.images import normalize
 
-    picture = Image.new("RGB", (64, 64))
-    picture.paste((255, 255, 255), (0, 0, 32, 64))  # the left half is white
+    image = Image.new("RGB", (64, 64))
+    image.paste((255, 255, 255), (0, 0, 32, 64))  # the left half is white
     transform = TrainingTransform(Augmentation(smallest_crop=0.9), 32)
     torch.manual_seed(0)
     for _ in range(50):
-        pixels = transform(picture).float().mean(dim=0)
+        pixels = transform(image).float().mean(dim=0)
         assert pixels[:, :8].mean() > pixels[:, -8:].mean() + 50
     white = normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))[0, :, 0, 0]
     expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
@@ -127,8 +127,8 @@ def test_training_and_evaluation_see_the_same_pixels(encoder_dir: Path) -> None:
     from vision_tower.data.augmentation import TrainingTransform
     from vision_tower.data.images import normalize
 
-    picture = Image.effect_noise((96, 96), 60).convert("RGB")
+    image = Image.effect_noise((96, 96), 60).convert("RGB")
     transform = TrainingTransform(PLAIN, 96)
-    ours = normalize(transform(picture)[None])[0]
-    theirs = load_encoder(encoder_dir, "cpu").processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    ours = normalize(transform(image)[None])[0]
+    theirs = load_encoder(encoder_dir, "cpu").processor(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

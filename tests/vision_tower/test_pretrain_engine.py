@@ -45,7 +45,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 f"{shard}{n}",
                 web=f"a {name} {shard}",
                 full=f"There is one {name} in {shard}.",
-                picture=png(shard * 120 + 15 * n, 96),
+                image=png(shard * 120 + 15 * n, 96),
             )
             for n, name in enumerate(NAMES)
         ]
@@ -334,7 +334,7 @@ def test_bad_options_are_one_line(
 def test_a_nan_stops_the_run_and_leaves_the_last_checkpoint(
     tiny_world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One poisoned picture at step 4: step and samples are told; without it the run ends as if never stopped."""
+    """One poisoned image at step 4: step and samples are told; without it the run ends as if never stopped."""
     from vision_tower.data.pairs import PairCollator
 
     values = {"training.max_steps": 6, "training.save_every": 1}
@@ -426,7 +426,7 @@ def test_without_a_known_peak_there_is_no_mfu(averaged: Path) -> None:
     assert not list(averaged.rglob("events.out.tfevents.*")), "nothing is reported anywhere unless asked"
 
 
-# --- pictures
+# --- images
 
 
 def test_jpeg_is_decoded_no_larger_than_the_smallest_crop_needs() -> None:
@@ -440,7 +440,7 @@ def test_jpeg_is_decoded_no_larger_than_the_smallest_crop_needs() -> None:
 
     assert enough_pixels(Augmentation(smallest_crop=0.25), 112) == 224
     assert enough_pixels(Augmentation(smallest_crop=1.0), 112) == 112
-    picture = Image.radial_gradient("L").resize((900, 700)).convert("RGB")
+    photo = Image.radial_gradient("L").resize((900, 700)).convert("RGB")
     for kind, least, expected in (
         ("JPEG", None, (900, 700)),
         ("JPEG", 224, (450, 350)),
@@ -449,8 +449,8 @@ def test_jpeg_is_decoded_no_larger_than_the_smallest_crop_needs() -> None:
         ("PNG", 112, (900, 700)),
     ):
         buffer = io.BytesIO()
-        picture.save(buffer, format=kind)
+        photo.save(buffer, format=kind)
         found = decode_image(buffer.getvalue(), least)
         assert found.size == expected and found.mode == "RGB", (kind, least)
-        small, whole = (torch.tensor(list(image.resize((20, 16)).tobytes())) for image in (found, picture))
+        small, whole = (torch.tensor(list(image.resize((20, 16)).tobytes())) for image in (found, photo))
         assert (small - whole).abs().float().mean() < 3

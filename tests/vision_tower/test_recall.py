@@ -20,7 +20,7 @@ def naive(images: torch.Tensor, texts: torch.Tensor, image_of_text: torch.Tensor
 
 
 class Lookup(torch.nn.Module):
-    """A "model" whose pictures and token ids are rows of embedding tables, to give CLIP_benchmark our embeddings."""
+    """A "model" whose images and token ids are rows of embedding tables, to give CLIP_benchmark our embeddings."""
 
     def __init__(self, images: torch.Tensor, texts: torch.Tensor) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_equals_clip_benchmark_to_the_last_digit(n_images: int, uneven: bool, wi
 
 @pytest.mark.parametrize("kinds", [1, 2, 20, 90])
 def test_ties_are_decided_as_in_clip_benchmark(kinds: int) -> None:
-    """Captions and pictures that occur many times, as COCO's do: most places lie in a tie, and `topk` draws."""
+    """Captions and images that occur many times, as COCO's do: most places lie in a tie, and `topk` draws."""
     images, texts, owner = world(n_images=300, per_image=2, seed=kinds, dtype=torch.float32, width=48)
     order = owner.argsort(stable=True)
     texts, owner = texts[order], owner[order]
@@ -123,7 +123,7 @@ def test_a_single_tied_query() -> None:
     images, texts, owner = world(n_images=200, per_image=5, seed=3, dtype=torch.float32, width=512)
     order = owner.argsort(stable=True)
     texts, owner = texts[order], owner[order]
-    texts[777] = texts[3]  # the caption of another picture too
+    texts[777] = texts[3]  # the caption of another image too
     assert recall_at_k(images, texts, owner, block=(300, 80)) == clip_benchmark(images, texts, owner, (1, 5, 10))
 
 

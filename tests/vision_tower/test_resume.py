@@ -205,7 +205,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(
             "data.shuffle_buffer=21 (was 20), training.learning_rate=0.001 (was 0.002);",
         ),
         ({"data.augmentation.jitter": 0.1}, "data.augmentation.jitter=0.1 (was 0.2);"),
-        ({"model.joint": 8}, "model.joint=8 (was 16);"),
+        ({"model.embed_dim": 8}, "model.embed_dim=8 (was 16);"),
     ],
 )
 def test_another_recipe_is_refused(

@@ -100,7 +100,7 @@ def test_tars_by_member_and_parquet_by_column(tmp_path: Path) -> None:
 
 
 def test_only_what_is_asked_for_is_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that were used before an interruption cost their headers, not their pictures."""
+    """Rows that were used before an interruption cost their headers, not their images."""
     file = numbered(tmp_path, 1, 50).replace("*", "0")
     read: list[str] = []
     content = shards._content
@@ -242,7 +242,10 @@ def test_bad_remote_shards_do_not_stop_the_rest(server: str, tmp_path: Path, mon
     (tmp_path / "busy.tar").write_bytes(counted(95, 99))
     plain = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
     recipe = PairsRecipe(
-        shards=server + "/{good0,hung,good1,busy,good2,good3}.tar", shuffle_buffer=3, most_bad=0.4, augmentation=plain
+        shards=server + "/{good0,hung,good1,busy,good2,good3}.tar",
+        shuffle_buffer=3,
+        max_bad_fraction=0.4,
+        augmentation=plain,
     )
     begun = time.monotonic()
     batches = DataLoader(

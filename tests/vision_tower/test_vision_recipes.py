@@ -53,9 +53,14 @@ def test_a_recipe_is_what_its_name_says(name: str) -> None:
     recipe = RECIPES[name]
     parts = re.fullmatch(rf"({'|'.join(SIZES)})(\d+)_(\d+)", name)
     assert parts is not None
-    image, text, joint = SIZES[parts[1]]
+    image, text, embed_dim = SIZES[parts[1]]
     model, training = recipe.model, recipe.training
-    assert (model.image, model.text, model.captioner, model.joint) == (tower(image), tower(text), tower(text), joint)
+    assert (model.image, model.text, model.captioner, model.embed_dim) == (
+        tower(image),
+        tower(text),
+        tower(text),
+        embed_dim,
+    )
     assert (model.image_size, model.patch_size) == (int(parts[3]), int(parts[2]))
     assert (model.text_length, model.target_length, model.vocabulary_size) == (80, 128, 32_000)
     assert (recipe.output_dir, training.weight_decay, training.beta1, training.beta2) == (
@@ -103,12 +108,12 @@ def tower_parameters(numbers: tuple[int, int, int, int]) -> int:
 @pytest.mark.parametrize("patch", [8, 14, 16])
 @pytest.mark.parametrize("size", SIZES)
 def test_all_sizes_and_patches_build_with_the_right_number_of_weights(size: str, patch: int, class_token: bool) -> None:
-    image, text, joint = SIZES[size]
+    image, text, embed_dim = SIZES[size]
     recipe = ModelRecipe(
         image=tower(image),
         text=tower(text),
         captioner=tower(text),
-        joint=joint,
+        embed_dim=embed_dim,
         image_size=224,
         patch_size=patch,
         class_token=class_token,
@@ -120,9 +125,9 @@ def test_all_sizes_and_patches_build_with_the_right_number_of_weights(size: str,
     tokens = (224 // patch) ** 2 + class_token
     expected: dict[str, Any] = {
         "vision": tower_parameters(image) + 3 * patch**2 * image[0] + class_token * image[0] + tokens * image[0],
-        "text": tower_parameters(text) + (32_000 + 80) * text[0] + text[0] * joint,
+        "text": tower_parameters(text) + (32_000 + 80) * text[0] + text[0] * embed_dim,
         "captioner": tower_parameters(text) + image[0] * text[0] + text[0] ** 2 + 128 * text[0] + 32_000 * text[0],
-        "rest": image[0] * joint + 1,
+        "rest": image[0] * embed_dim + 1,
     }
     absent = sum(value.numel() for value in model.absent_parameters())
     assert sum(value.numel() for value in model.parameters()) - absent == sum(expected.values())

@@ -21,18 +21,18 @@ from tests.helpers import colour_encoder
 from tests.helpers.colour_encoder import paint
 from vision_tower.checkpoints.encoder import Encoder, load_encoder
 from vision_tower.common.errors import NotFinite, UserError
-from vision_tower.data.image_batches import Skips
+from vision_tower.data.image_batches import SkipCounter
 from vision_tower.data.image_folder import DEFAULT_TEMPLATES, load_task, read_templates
 from vision_tower.data.karpathy import load_pairs
 from vision_tower.evaluation.evaluate import evaluate_retrieval, evaluate_zeroshot
 from vision_tower.evaluation.zeroshot import accuracies, best_classes, class_embeddings, classify
 
-TEMPLATES = ["a photo of a {}.", "{} in a picture", "a drawing of the {}, small"]
+TEMPLATES = ["a photo of a {}.", "{} in an image", "a drawing of the {}, small"]
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two red, two green and three blue pictures; one of the blue folder's is green, one lies deeper."""
+    """Two red, two green and three blue images; one of the blue folder's is green, one lies deeper."""
     for name, colour in (
         ("red/1.png", "red"),
         ("red/2.JPG", "red"),
@@ -43,7 +43,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("blue/deeper/3.webp", "blue"),
     ):
         paint(tmp_path / "data" / name, colour)
-    (tmp_path / "data" / "red" / "notes.txt").write_text("no picture")
+    (tmp_path / "data" / "red" / "notes.txt").write_text("no image")
     colour_encoder.install(tmp_path / "encoder", monkeypatch)
     return tmp_path
 
@@ -76,7 +76,7 @@ def test_zeroshot(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_names_and_templates_from_files(world: Path) -> None:
-    """Names in the order of the sorted folders; with blue and green exchanged only the red pictures are right."""
+    """Names in the order of the sorted folders; with blue and green exchanged only the red images are right."""
     (world / "names.txt").write_text("light green\ndark blue\nred\n")
     (world / "templates.txt").write_text("# ours\n\n a {} thing\n{a} {} thing\n")
     found = run(world, "--classes", str(world / "names.txt"), "--templates", str(world / "templates.txt"))
@@ -98,19 +98,19 @@ def test_underscores_in_folders_are_spaces(world: Path) -> None:
     assert [row["name"] for row in run(world)["classes"]] == ["blue", "deep red", "green"]
 
 
-def test_unreadable_pictures_are_left_out_and_counted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (world / "data" / "blue" / "2.png").write_bytes(b"no picture")
-    found = run(world, "--most_bad", "0.2")
+def test_unreadable_images_are_left_out_and_counted(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "data" / "blue" / "2.png").write_bytes(b"no image")
+    found = run(world, "--max_bad_fraction", "0.2")
     assert (found["n_images"], found["n_skipped"], found["top1"], found["mean_per_class"]) == (6, 1, 1.0, 1.0)
     assert found["classes"][0] == {"folder": "blue", "name": "blue", "n": 2, "top1": 1.0}
     shown = capsys.readouterr()
     assert "1 unreadable" in shown.out and shown.err.count("skipped: ") == 1 and "blue/2.png" in shown.err
 
 
-def test_a_class_whose_pictures_are_all_unreadable_is_not_counted_as_wrong(world: Path) -> None:
+def test_a_class_whose_images_are_all_unreadable_is_not_counted_as_wrong(world: Path) -> None:
     for file in (world / "data" / "red").iterdir():
         file.write_bytes(b"")
-    found = run(world, "--most_bad", "0.5")
+    found = run(world, "--max_bad_fraction", "0.5")
     assert found["classes"][2] == {"folder": "red", "name": "red", "n": 0, "top1": None}
     assert found["mean_per_class"] == pytest.approx((1 + 2 / 3) / 2)
 
@@ -136,7 +136,7 @@ def encoder(encoder_dir: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven classes of nine random pictures: whatever an untrained encoder says of them, the peers must say too."""
+    """Seven classes of nine random images: whatever an untrained encoder says of them, the peers must say too."""
     root = tmp_path_factory.mktemp("noise")
     random = np.random.default_rng(0)
     for place, name in enumerate(("cat", "dog", "big_bus", "red_car", "moon", "hat", "cup")):
@@ -170,14 +170,14 @@ def test_the_classifier_equals_open_clips_and_clip_benchmarks(encoder: Encoder) 
 def test_the_scores_equal_clip_benchmarks(encoder: Encoder, noise: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("\n".join(TEMPLATES))
     task = load_task(noise, tmp_path / "t.txt")
-    ours = classify(encoder, task, 8, Skips("noise"), progress=False)
+    ours = classify(encoder, task, 8, SkipCounter("noise"), progress=False)
     length = encoder.model.config.text_config.max_position_embeddings
     loader = []
-    for picture in task.pictures:
-        assert isinstance(picture.content, Path)
-        image = Image.open(picture.content).convert("RGB")
+    for entry in task.images:
+        assert isinstance(entry.content, Path)
+        image = Image.open(entry.content).convert("RGB")
         pixels = encoder.processor(images=[image], return_tensors="pt")["pixel_values"]
-        loader.append((pixels, torch.tensor([picture.label])))
+        loader.append((pixels, torch.tensor([entry.label])))
     classifier = zeroshot_classification.zero_shot_classifier(
         Peer(encoder),
         lambda texts: encoder.tokenizer.contrastive(texts, length),
@@ -198,7 +198,7 @@ def test_the_scores_equal_clip_benchmarks(encoder: Encoder, noise: Path, tmp_pat
 def test_accuracies_equal_the_naive_computation() -> None:
     random = torch.Generator().manual_seed(0)
     images, classifier = torch.randn(200, 8, generator=random), torch.randn(12, 8, generator=random)
-    labels = torch.randint(11, (200,), generator=random)  # the last class has no picture
+    labels = torch.randint(11, (200,), generator=random)  # the last class has no image
     found = accuracies(best_classes(images, classifier), labels, classes=12)
     ranked = [sorted(range(12), key=lambda c: -float(image @ classifier[c])) for image in images]
     first = [order[0] == label for order, label in zip(ranked, labels.tolist(), strict=True)]
@@ -210,11 +210,11 @@ def test_accuracies_equal_the_naive_computation() -> None:
     assert found.mean_per_class == pytest.approx(np.mean([np.mean(hits) for hits in own if hits]))
 
 
-def test_intervals_draw_pictures() -> None:
+def test_intervals_draw_images() -> None:
     """Against a loop over the same draws; the classes are large enough that none is ever empty."""
     random = np.random.default_rng(0)
     labels = torch.from_numpy(random.integers(0, 5, 150))
-    best = torch.from_numpy(np.array([random.permutation(6)[:5] for _ in range(150)]))  # the last has no picture
+    best = torch.from_numpy(np.array([random.permutation(6)[:5] for _ in range(150)]))  # the last has no image
     scores = accuracies(best, labels, classes=6)
     told = intervals(scores)
     assert set(told) == {"top1", "top5", "mean_per_class"} and scores.per_class[5] is None
@@ -253,7 +253,7 @@ def test_evaluation_inside_training(
 ) -> None:
     """The same numbers as the commands', without bars; the model goes on in the mode it was in, random state kept."""
     model, task = encoder.model, load_task(noise)
-    wanted = classify(encoder, task, 16, Skips("noise"), progress=False)
+    wanted = classify(encoder, task, 16, SkipCounter("noise"), progress=False)
     pairs = load_pairs(sample_world / "retrieval" / "test.json", sample_world / "retrieval", "test")
     model.train()
     state = torch.get_rng_state()
@@ -280,7 +280,7 @@ def no_classes(root: Path) -> None:
 
 
 def corrupt(root: Path) -> None:
-    (root / "data" / "red" / "1.png").write_bytes(b"no picture")
+    (root / "data" / "red" / "1.png").write_bytes(b"no image")
 
 
 def write(name: str, text: str) -> Any:
@@ -292,8 +292,8 @@ def write(name: str, text: str) -> Any:
     [
         (lambda root: (root / "data").rename(root / "moved"), [], ["data", "no such folder"]),
         (no_classes, [], ["data", "0 class folders", "at least two"]),
-        (empty, [], ["data/grey", "no picture of this class"]),
-        (corrupt, [], ["1 of 7 pictures", "red/1.png", "0.01"]),
+        (empty, [], ["data/grey", "no image of this class"]),
+        (corrupt, [], ["1 of 7 images", "red/1.png", "0.01"]),
         (write("f", "red\ngreen\n"), ["--classes", "f"], ["2 names for 3 class folders", "blue ... red"]),
         (write("f", "red\n\nblue\n"), ["--classes", "f"], ["f: line 2", "empty"]),
         (write("f", "a photo\n"), ["--templates", "f"], ["f: line 1", "'a photo'", "{}"]),

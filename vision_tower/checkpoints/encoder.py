@@ -1,4 +1,4 @@
-"""A trained encoder on disk: saving it with its stock tower, loading it, embedding pictures and texts.
+"""A trained encoder on disk: saving it with its stock tower, loading it, embedding images and texts.
 
 folder/          ClipsModel checkpoint, tokenizer.json
 folder/tower/    the stock image tower and its image processor: loads anywhere, without this package
@@ -97,7 +97,7 @@ class Encoder:
 
 
 def load_encoder(folder: str | Path, device: str = "auto", image_size: int | None = None) -> Encoder:
-    """Read what `save_encoder` wrote, for pictures of another side where `image_size` says so.
+    """Read what `save_encoder` wrote, for images of another side where `image_size` says so.
 
     Raises:
         UserError: a missing file, or missing or unexpected weights.
@@ -108,7 +108,7 @@ def load_encoder(folder: str | Path, device: str = "auto", image_size: int | Non
     model = load_model(folder, image_size)
     if not (folder / "tower" / "preprocessor_config.json").is_file():
         raise UserError(
-            f"{folder / 'tower' / 'preprocessor_config.json'}: missing; run `clips-mllm pretrain` to its end"
+            "missing", file=folder / "tower" / "preprocessor_config.json", remedy="run `clips-mllm pretrain` to its end"
         )
     side = model.config.vision_config.image_size
     processor = read_pretrained(AutoImageProcessor, folder / "tower", size={"height": side, "width": side})
@@ -124,5 +124,7 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name}: not usable here ({str(error).splitlines()[0]}); take auto or cpu") from error
+        raise UserError(
+            f"device {name}: not usable here ({str(error).splitlines()[0]})", remedy="take auto or cpu"
+        ) from error
     return torch.device(name)

@@ -1,6 +1,6 @@
 """Weights into models, whole or not at all, and at another resolution where asked.
 
-folder --from_pretrained--> ClipsModel --at_resolution--> ClipsModel for larger pictures
+folder --from_pretrained--> ClipsModel --at_resolution--> ClipsModel for larger images
                                        \\--continued------> the model of a recipe that starts from it
 """
 
@@ -35,17 +35,21 @@ CAPTIONER = (
 
 
 def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
-    """The model that `save_encoder` wrote, in fp32, for pictures of `image_size` where that is given.
+    """The model that `save_encoder` wrote, in fp32, for images of `image_size` where that is given.
 
     Raises:
         UserError: a missing file, or missing or unexpected weights.
     """
     for name in ("config.json", "model.safetensors"):
         if not (Path(folder) / name).is_file():
-            raise UserError(f"{Path(folder) / name}: missing; {folder} is not a finished `clips-mllm pretrain` run")
+            raise UserError(
+                "missing", file=Path(folder) / name, remedy=f"{folder} is not a finished `clips-mllm pretrain` run"
+            )
     kind = read_object(Path(folder) / "config.json").get("model_type")
     if kind != ClipsConfig.model_type:
-        raise UserError(f"{folder}: a '{kind}' checkpoint, not a CLIPS encoder; give the folder of a `pretrain` run")
+        raise UserError(
+            f"a '{kind}' checkpoint, not a CLIPS encoder", file=folder, remedy="give the folder of a `pretrain` run"
+        )
     model, info = read_pretrained(
         ClipsModel, folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -65,12 +69,13 @@ def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
             return kind.from_pretrained(name, **options)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{name}: its weights are damaged, or hold more than plain tensors, and loading that could run code; fetch "
-            "it again, or save its weights as safetensors first"
+            "its weights are damaged, or hold more than plain tensors, and loading that could run code",
+            file=name,
+            remedy="fetch it again, or save its weights as safetensors first",
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{name}: cannot be read as {kind.__name__} ({error}); save or fetch the checkpoint again"
+            f"cannot be read as {kind.__name__} ({error})", file=name, remedy="save or fetch the checkpoint again"
         ) from error
 
 
@@ -95,8 +100,9 @@ def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tupl
         if keys:
             kind = what.removesuffix("_keys") + (" key" if len(keys) == 1 else " keys")
             raise UserError(
-                f"{folder}: {len(keys)} {kind} (first: {keys[0]}); the checkpoint is incomplete or belongs to another "
-                "model, save it again from its run"
+                f"{len(keys)} {kind} (first: {keys[0]})",
+                file=folder,
+                remedy="the checkpoint is incomplete or belongs to another model, save it again from its run",
             )
 
 
@@ -128,7 +134,7 @@ def with_weights(
 
 
 def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
-    """The same weights for square pictures of another side, in pixels.
+    """The same weights for square images of another side, in pixels.
 
     Sin-cos positions are computed anew; learned ones are interpolated.
     """
@@ -136,7 +142,9 @@ def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
     if image_size == vision.image_size:
         return model
     if image_size < vision.patch_size:
-        raise UserError(f"image size {image_size}: smaller than one patch of {vision.patch_size} pixels; take a larger")
+        raise UserError(
+            f"image size {image_size}: smaller than one patch of {vision.patch_size} pixels", remedy="take a larger"
+        )
     config = copy.deepcopy(model.config)
     config.vision_config.image_size = image_size
     side, classed = image_size // vision.patch_size, has_class_token(vision)
@@ -170,8 +178,8 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
         wanted = getattr(recipe, name)
         if wanted != value:
             raise UserError(
-                f"model.{name}: {wanted} in the recipe, {value} in {folder}, where the run starts from; "
-                "make them equal (only image_size may differ)"
+                f"model.{name}: {wanted} in the recipe, {value} in {folder}, where the run starts from",
+                remedy="make them equal (only image_size may differ)",
             )
     if same:
         return model
@@ -193,7 +201,7 @@ def recipe_words(config: ClipsConfig) -> dict[str, object]:
             mlp=config.captioner_mlp,
             heads=config.captioner_heads,
         ),
-        "joint": config.projection_dim,
+        "embed_dim": config.projection_dim,
         "patch_size": image.patch_size,
         "class_token": has_class_token(image),
         "positions": config.positions,

@@ -10,8 +10,8 @@ from vision_tower.model.recipe import LockRecipe
 # Each tower with its projection, and what a recipe says of it: its embeddings stay those of the checkpoint.
 PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model",)}
 WORDS = {
-    "image": ("class_token", "image", "patch_size", "positions", "joint"),
-    "text": ("text", "padding", "text_length", "vocabulary_size", "joint"),
+    "image": ("class_token", "image", "patch_size", "positions", "embed_dim"),
+    "text": ("text", "padding", "text_length", "vocabulary_size", "embed_dim"),
 }
 
 
@@ -27,8 +27,9 @@ def lock_tower(model: ClipsModel, recipe: LockRecipe) -> None:
     for name in WORDS[recipe.tower]:
         if wanted[name] != found[name]:
             raise UserError(
-                f"model.{name}: {wanted[name]} in the recipe, {found[name]} in {recipe.checkpoint}, whose "
-                f"{recipe.tower} tower is locked; make them equal"
+                f"model.{name}: {wanted[name]} in the recipe, {found[name]} in {recipe.checkpoint}, "
+                f"whose {recipe.tower} tower is locked",
+                remedy="make them equal",
             )
     for name in PARTS[recipe.tower]:
         setattr(model, name, getattr(given, name).requires_grad_(False))

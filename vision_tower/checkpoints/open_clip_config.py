@@ -46,15 +46,20 @@ class Section:
     def read(self, file: Path, given: Any) -> dict[str, Any]:
         """The sizes that a JSON's section states. Raises UserError for what is not of the CLIPS layout."""
         if not isinstance(given, dict):
-            raise UserError(f"{file}: no section '{self.name}'; a CLIP model with an image and a text tower is needed")
+            raise UserError(
+                f"no section '{self.name}'", file=file, remedy="a CLIP model with an image and a text tower is needed"
+            )
         for key in given:
             if key not in self.sizes and key not in self.fixed and key not in self.free:
-                raise UserError(f"{file}: {self.name}.{key} is not a field of open_clip's {self.name}; take it out")
+                raise UserError(
+                    f"{self.name}.{key} is not a field of open_clip's {self.name}", file=file, remedy="take it out"
+                )
         for key, (default, needed) in self.fixed.items():
             if given.get(key, default) != needed:
                 raise UserError(
-                    f"{file}: {self.name}.{key} is {given.get(key, default)!r}, and CLIPS has {needed!r}; "
-                    "only CLIPS and OpenVision models can be converted"
+                    f"{self.name}.{key} is {given.get(key, default)!r}, and CLIPS has {needed!r}",
+                    file=file,
+                    remedy="only CLIPS and OpenVision models can be converted",
                 )
         found = {key: given.get(key, default) for key, default in self.sizes.items()}
         for key, value in found.items():
@@ -65,7 +70,7 @@ class Section:
                 or not 0 < value < math.inf
             ):
                 kind = "positive whole number" if whole else "positive number"
-                raise UserError(f"{file}: {self.name}.{key} is {value!r}, where a {kind} is needed")
+                raise UserError(f"{self.name}.{key} is {value!r}, where a {kind} is needed", file=file)
         return found
 
 
@@ -121,14 +126,14 @@ def read_config(file: Path) -> ClipsConfig:
     tree = read_object(file)
     _check_preprocessing(file, tree.get("preprocess_cfg", {}))
     given = tree.get("model_cfg", tree)
-    joint = MODEL.read(file, given)["embed_dim"]
+    embed_dim = MODEL.read(file, given)["embed_dim"]
     image, text = VISION.read(file, given.get("vision_cfg")), TEXT.read(file, given.get("text_cfg"))
     for name, width, heads in (
         ("vision_cfg.head_width", image["width"], image["width"] / image["head_width"]),
         ("text_cfg.heads", text["width"], text["heads"]),
     ):
         if heads % 1 or width % heads:
-            raise UserError(f"{file}: {name} does not divide the width {width}; fetch the file again")
+            raise UserError(f"{name} does not divide the width {width}", file=file, remedy="fetch the file again")
     return ClipsConfig(
         vision_config={
             "model_type": "vit",
@@ -148,13 +153,13 @@ def read_config(file: Path) -> ClipsConfig:
             "num_attention_heads": text["heads"],
             "max_position_embeddings": text["context_length"],
             "vocab_size": text["vocab_size"],
-            "projection_size": joint,
+            "projection_size": embed_dim,
             "hidden_act": "gelu_pytorch_tanh",
             "layer_norm_eps": _eps(file, given["text_cfg"]),
             **PUBLISHED_IDS,
         },
         captioner_layers=0,
-        projection_dim=joint,
+        projection_dim=embed_dim,
     )
 
 
@@ -169,13 +174,13 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
     image, text = config.vision_config, config.text_config
     if config.padding == "masked":
         raise UserError(
-            "--to open_clip: this model masks padding, and open_clip attends to it; "
-            "use --to tower, or pretrain with model.padding=attended"
+            "--to open_clip: this model masks padding, and open_clip attends to it",
+            remedy="use --to tower, or pretrain with model.padding=attended",
         )
     if not has_class_token(image):
         raise UserError(
-            "--to open_clip: this tower has no class token, and open_clip's always has one; "
-            "use --to tower, or pretrain with model.class_token=true"
+            "--to open_clip: this tower has no class token, and open_clip's always has one",
+            remedy="use --to tower, or pretrain with model.class_token=true",
         )
     return {
         "model_cfg": {
@@ -213,22 +218,25 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
 
 def _check_preprocessing(file: Path, given: Any) -> None:
     if not isinstance(given, dict):
-        raise UserError(f"{file}: preprocess_cfg is {given!r}, where an object is needed; fetch the file again")
+        raise UserError(
+            f"preprocess_cfg is {given!r}, where an object is needed", file=file, remedy="fetch the file again"
+        )
     for key, needed in PREPROCESSING.items():
         if given.get(key, needed) != needed:
             raise UserError(
-                f"{file}: preprocess_cfg.{key} is {given[key]!r}, and CLIPS has {needed!r}; "
-                "only CLIPS and OpenVision models can be converted"
+                f"preprocess_cfg.{key} is {given[key]!r}, and CLIPS has {needed!r}",
+                file=file,
+                remedy="only CLIPS and OpenVision models can be converted",
             )
 
 
 def _eps(file: Path, section: dict[str, Any]) -> float:
     norm = section.get("norm_kwargs") or {}
     if not isinstance(norm, dict) or set(norm) - {"eps"}:
-        raise UserError(f"{file}: norm_kwargs is {norm!r}, where only 'eps' is known")
+        raise UserError(f"norm_kwargs is {norm!r}, where only 'eps' is known", file=file)
     eps = norm.get("eps", 1e-5)
     if not isinstance(eps, (int, float)) or not 0 < eps < 1:
-        raise UserError(f"{file}: norm_kwargs.eps is {eps!r}, where a small positive number is needed")
+        raise UserError(f"norm_kwargs.eps is {eps!r}, where a small positive number is needed", file=file)
     return float(eps)
 
 

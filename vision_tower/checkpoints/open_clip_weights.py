@@ -123,8 +123,10 @@ def to_ours(state: dict[str, torch.Tensor], config: ClipsConfig, file: Path) -> 
         for name, value in pair.split(state[pair.theirs]):
             if value.shape != shapes[name]:
                 raise UserError(
-                    f"{file}: {pair.theirs} has the shape {tuple(state[pair.theirs].shape)}, which is not that of the "
-                    "sizes in open_clip_config.json; fetch both files of one model"
+                    f"{pair.theirs} has the shape {tuple(state[pair.theirs].shape)}, which is not that "
+                    f"of the sizes in open_clip_config.json",
+                    file=file,
+                    remedy="fetch both files of one model",
                 )
             found[name] = value
     return found
@@ -139,7 +141,9 @@ def to_theirs(model: ClipsModel) -> dict[str, torch.Tensor]:
     state = {name: value.detach() for name, value in model.named_parameters()}
     for name in _absent(model):
         if state[name].any():
-            raise UserError(f"{name}: not zero, and open_clip has no place for it; this is no model of `pretrain`")
+            raise UserError(
+                "not zero, and open_clip has no place for it", file=name, remedy="this is no model of `pretrain`"
+            )
     return {pair.theirs: pair.join(state) for pair in pairs(model.config)}
 
 
@@ -152,6 +156,7 @@ def _refuse_other_names(state: dict[str, torch.Tensor], known: set[str], file: P
     for what, names in (("missing", known - set(state)), ("unexpected", set(state) - known)):
         if names:
             raise UserError(
-                f"{file}: {len(names)} {what} weights (first: {min(names)}); the file is not of the model that "
-                "open_clip_config.json describes, fetch both again"
+                f"{len(names)} {what} weights (first: {min(names)})",
+                file=file,
+                remedy="the file is not of the model that open_clip_config.json describes, fetch both again",
             )

@@ -23,7 +23,7 @@ def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
     try:
         pieces = {str(piece): int(index) for piece, index in read_object(whole)["model"]["vocab"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{whole}: not a WordPiece tokenizer; put the model's vocab.txt beside it") from error
+        raise UserError(f"{whole}: not a WordPiece tokenizer", remedy="put the model's vocab.txt beside it") from error
     return ClipsTokenizer.from_pieces(pieces, whole, _special_names(folder))
 
 

@@ -23,7 +23,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
     if not (isinstance(tree, dict) and tree and all(isinstance(value, torch.Tensor) for value in tree.values())):
-        raise UserError(f"{file}: not a mapping of names to tensors; give a file of weights")
+        raise UserError("not a mapping of names to tensors", file=file, remedy="give a file of weights")
     refuse_not_finite(file, tree)
     return {str(name).removeprefix("module."): value for name, value in tree.items()}
 
@@ -33,7 +33,9 @@ def refuse_not_finite(source: Path, weights: Mapping[str, torch.Tensor]) -> None
     for name, value in weights.items():
         if not value.isfinite().all():
             raise UserError(
-                f"{source}: {name} holds NaN or infinity; its training has diverged, give another checkpoint"
+                f"{name} holds NaN or infinity",
+                file=source,
+                remedy="its training has diverged, give another checkpoint",
             )
 
 
@@ -44,7 +46,7 @@ def _read_safetensors(file: Path) -> object:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+        raise UserError(f"not a readable safetensors file ({error})", file=file, remedy="fetch it again") from error
 
 
 def _read_pickle(file: Path) -> object:
@@ -52,9 +54,10 @@ def _read_pickle(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file}: holds more than plain tensors, and loading that could run code; fetch it again, or save its "
-            "weights as safetensors first"
+            "holds more than plain tensors, and loading that could run code",
+            file=file,
+            remedy="fetch it again, or save its weights as safetensors first",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         cause = (str(error).splitlines() or ["it ends too early"])[0]
-        raise UserError(f"{file}: not a readable file of weights ({cause}); fetch it again") from error
+        raise UserError(f"not a readable file of weights ({cause})", file=file, remedy="fetch it again") from error

@@ -14,7 +14,30 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, the place and the remedy, in one line."""
+    """Bad user input, printed by `run_command` as one line: `FILE: KEY=VALUE: problem; remedy`.
+
+    Args:
+        problem: what is wrong.
+        file: the file or folder at fault.
+        key: the recipe field, option, column or JSON key at fault.
+        value: the rejected value of `key`.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: object = None,
+        key: str | None = None,
+        value: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.problem, self.key, self.value, self.remedy = problem, key, value, remedy
+        self.file = None if file is None else str(file)
+        place = key if value is None else f"{key}={value}"
+        message = ": ".join(part for part in (self.file, place, problem) if part)
+        super().__init__(f"{message}; {remedy}" if remedy else message)
 
 
 class NotFinite(ValueError):

@@ -23,11 +23,15 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}); make the file again") from error
+        raise UserError(
+            f"line {error.lineno}: not valid JSON ({error.msg})", file=path, remedy="make the file again"
+        ) from error
     except RecursionError as error:
-        raise UserError(f"{path}: not valid JSON (nested too deeply); make the file again") from error
+        raise UserError("not valid JSON (nested too deeply)", file=path, remedy="make the file again") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a JSON object is expected, this is {type(tree).__name__}; make the file again")
+        raise UserError(
+            f"a JSON object is expected, this is {type(tree).__name__}", file=path, remedy="make the file again"
+        )
     return tree
 
 
@@ -36,11 +40,11 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
+        raise UserError("no such file", file=path, remedy="check the path") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"cannot be read ({error.strerror})", file=path, remedy="check the path") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; make the file again") from error
+        raise UserError("not UTF-8 text", file=path, remedy="make the file again") from error
 
 
 def looks_local(name: str) -> bool:
@@ -51,7 +55,9 @@ def looks_local(name: str) -> bool:
 def check_model_exists(name: str, key: str) -> None:
     """Raise UserError where the model's name can only be a folder's, and there is none."""
     if looks_local(name) and not Path(name).is_dir():
-        raise UserError(f"{name}: no such folder ({key}); run the stage before first, or give a hub id like owner/name")
+        raise UserError(
+            f"no such folder ({key})", file=name, remedy="run the stage before first, or give a hub id like owner/name"
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -62,7 +68,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError) as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); give another folder") from error
+        raise UserError(f"cannot be made ({error.strerror})", file=folder, remedy="give another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +90,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
         UserError: a destination that exists and is not an empty folder, or cannot be made.
     """
     if not destination.name or (destination.exists() and (not destination.is_dir() or any(destination.iterdir()))):
-        raise UserError(f"{destination}: not an empty folder; give a new one")
+        raise UserError(f"{destination}: not an empty folder", remedy="give a new one")
     work = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     make_folder(work)

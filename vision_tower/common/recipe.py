@@ -148,14 +148,14 @@ def _check_keys(file: Path, kind: type) -> None:
     import yaml
 
     if not file.is_file():
-        raise UserError(f"{file}: no such recipe; see configs/ for the ones that ship")
+        raise UserError("no such recipe", file=file, remedy="see configs/ for the ones that ship")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from error
+        raise UserError(f"not valid YAML: {error}", file=file) from error
     if not isinstance(tree, Mapping):
         what = "empty" if tree is None else f"a {type(tree).__name__}"
-        raise UserError(f"{file}: a recipe is a mapping of keys to values, this is {what}; see configs/")
+        raise UserError(f"a recipe is a mapping of keys to values, this is {what}", file=file, remedy="see configs/")
     _check_mapping(file, tree, kind, prefix="")
 
 
@@ -163,7 +163,7 @@ def _check_mapping(file: Path, tree: Mapping[str, Any], kind: type, prefix: str)
     hints = get_type_hints(kind)
     for key, value in tree.items():
         if key not in hints:
-            raise UserError(f"{file}: {_unknown_key(str(key), list(hints), prefix)}")
+            raise UserError(f"{_unknown_key(str(key), list(hints), prefix)}", file=file)
         for section in _sections(hints[key]):
             _check_section(file, value, section, prefix=f"{prefix}{key}")
 

@@ -1,7 +1,7 @@
 """Training augmentation: crop, colour jitter, grayscale; no flip, since captions speak of left and right.
 
 The draws and the pixels are those of torchvision's v2 transforms in a `Compose`, to the bit. They are called one by one
-here, for at these sizes what stands between a picture and its operation there costs as much as the operation.
+here, for at these sizes what stands between an image and its operation there costs as much as the operation.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torchvision.transforms import v2
 from vision_tower.data.recipe import Augmentation
 
 
-def adjust_contrast(picture: Image.Image, factor: float) -> Image.Image:
-    """torchvision's; it has Pillow add up a histogram in Python and widen a gray picture to three bands."""
-    mean = int(np.asarray(picture.convert("L")).mean() + 0.5)
-    return Image.blend(Image.new("RGB", picture.size, (mean, mean, mean)), picture, factor)
+def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """torchvision's; it has Pillow add up a histogram in Python and widen a gray image to three bands."""
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
 
 
 JITTERS = (F.adjust_brightness, adjust_contrast, F.adjust_saturation, F.adjust_hue)  # torchvision's order
@@ -33,7 +33,7 @@ def enough_pixels(augmentation: Augmentation, size: int) -> int:
 
 
 class TrainingTransform:
-    """RGB picture -> (3, size, size) uint8. Draws from torch's generator."""
+    """RGB image -> (3, size, size) uint8. Draws from torch's generator."""
 
     def __init__(self, augmentation: Augmentation, size: int) -> None:
         self.augmentation, self.size = augmentation, size
@@ -41,22 +41,22 @@ class TrainingTransform:
         self.crop = v2.RandomResizedCrop(size, scale=(augmentation.smallest_crop, 1.0))
         self.jitter = v2.ColorJitter(strength, strength, strength, strength / 4)
 
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """One picture, augmented."""
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """One image, augmented."""
         if self.augmentation.smallest_crop < 1:
-            box = self.crop.make_params([picture])
+            box = self.crop.make_params([image])
             left, top = box["left"], box["top"]
-            picture = picture.crop((left, top, left + box["width"], top + box["height"]))
-        if picture.size != (self.size, self.size):
-            picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR)
+            image = image.crop((left, top, left + box["width"], top + box["height"]))
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         if self.augmentation.jitter > 0 and torch.rand(1) < self.augmentation.jitter_probability:
-            picture = self._jittered(picture)
+            image = self._jittered(image)
         if self.augmentation.gray_probability > 0 and torch.rand(1) < self.augmentation.gray_probability:
-            picture = picture.convert("L").convert("RGB")
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            image = image.convert("L").convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def _jittered(self, picture: Image.Image) -> Image.Image:
-        drawn = self.jitter.make_params([picture])
+    def _jittered(self, image: Image.Image) -> Image.Image:
+        drawn = self.jitter.make_params([image])
         for number in drawn["fn_idx"].tolist():
-            picture = JITTERS[number](picture, drawn[FACTORS[number]])
-        return picture
+            image = JITTERS[number](image, drawn[FACTORS[number]])
+        return image

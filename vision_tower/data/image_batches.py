@@ -1,6 +1,6 @@
-"""Pictures to be measured on, wherever they lie: decoded a batch ahead, unreadable ones counted.
+"""Images to be measured on, wherever they lie: decoded a batch ahead, unreadable ones counted.
 
-Picture(name, content) --threads--> decoded batch --caller--> embeddings
+EncodedImage(name, content) --threads--> decoded batch --caller--> embeddings
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_BAD = 0.01
-EARLY = 1000  # pictures after which a share of unreadable ones says something
+MAX_BAD_FRACTION = 0.01
+EARLY = 1000  # images after which a share of unreadable ones says something
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An encoded picture: a file, or the bytes of one. `name` is what messages and results call it."""
+class EncodedImage:
+    """An encoded image: a file, or the bytes of one. `name` is what messages and results call it."""
 
     name: str
     content: Path | bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair(Picture):
-    """A picture and the captions that describe it."""
+class Pair(EncodedImage):
+    """An image and the captions that describe it."""
 
     texts: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled(Picture):
-    """A picture and the place of its class."""
+class Labelled(EncodedImage):
+    """An image and the place of its class."""
 
     label: int
 
 
-AnyPicture = TypeVar("AnyPicture", bound=Picture)
+AnyImage = TypeVar("AnyImage", bound=EncodedImage)
 
 
-class Skips:
-    """Counts pictures, and those that cannot be used; above a share of `most_bad` it stops the run.
+class SkipCounter:
+    """Counts images, and those that cannot be used; above a share of `max_bad_fraction` it stops the run.
 
-    The share is looked at from the 1,000th picture on, and at the end.
+    The share is looked at from the 1,000th image on, and at the end.
     """
 
-    def __init__(self, source: str, most_bad: float = MOST_BAD) -> None:
+    def __init__(self, source: str, max_bad_fraction: float = MAX_BAD_FRACTION) -> None:
         self.source = source
-        self.most_bad = most_bad
+        self.max_bad_fraction = max_bad_fraction
         self.seen = 0
         self.bad = 0
         self.first = ""
@@ -72,29 +72,31 @@ class Skips:
 
     def check(self) -> None:
         """Raise UserError where more than the share was skipped."""
-        if self.bad > self.most_bad * self.seen:
+        if self.bad > self.max_bad_fraction * self.seen:
             raise UserError(
-                f"{self.source}: {self.bad} of {self.seen} pictures cannot be used (first: {self.first}), "
-                f"more than the share of {self.most_bad} that may be skipped; replace them or take them out"
+                f"{self.bad} of {self.seen} images cannot be used (first: {self.first}), more than the "
+                f"share of {self.max_bad_fraction} that may be skipped",
+                file=self.source,
+                remedy="replace them or take them out",
             )
 
 
 def decoded(
-    pictures: Iterable[AnyPicture], batch_size: int, skips: Skips, digests: list[str] | None = None
-) -> Iterator[tuple[list[AnyPicture], list[Image.Image]]]:
-    """Batches of the readable pictures, in order; while one is in use the next is decoded in threads.
+    images: Iterable[AnyImage], batch_size: int, skips: SkipCounter, digests: list[str] | None = None
+) -> Iterator[tuple[list[AnyImage], list[Image.Image]]]:
+    """Batches of the readable images, in order; while one is in use the next is decoded in threads.
 
     Args:
-        digests: if given, the SHA-256 of each readable picture's bytes is appended, for they are read here anyway.
+        digests: if given, the SHA-256 of each readable image's bytes is appended, for they are read here anyway.
     Raises:
         UserError: too many are unreadable.
     """
-    rest = iter(pictures)
-    waiting: deque[list[tuple[AnyPicture, Future[tuple[Image.Image, str]]]]] = deque()
+    rest = iter(images)
+    waiting: deque[list[tuple[AnyImage, Future[tuple[Image.Image, str]]]]] = deque()
     hashed = digests is not None
     with ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(rest, batch_size)):
-            waiting.append([(picture, pool.submit(_decode, picture.content, hashed)) for picture in batch])
+            waiting.append([(image, pool.submit(_decode, image.content, hashed)) for image in batch])
             if len(waiting) > 1:
                 yield _readable(waiting.popleft(), skips, digests)
         while waiting:
@@ -103,21 +105,21 @@ def decoded(
 
 
 def _readable(
-    batch: list[tuple[AnyPicture, Future[tuple[Image.Image, str]]]], skips: Skips, digests: list[str] | None
-) -> tuple[list[AnyPicture], list[Image.Image]]:
+    batch: list[tuple[AnyImage, Future[tuple[Image.Image, str]]]], skips: SkipCounter, digests: list[str] | None
+) -> tuple[list[AnyImage], list[Image.Image]]:
     from vision_tower.data.images import BadImage
 
     kept, images = [], []
-    for picture, future in batch:
+    for encoded, future in batch:
         try:
             image, digest = future.result()
             images.append(image)
-            kept.append(picture)
+            kept.append(encoded)
             if digests is not None:
                 digests.append(digest)
             skips.seen += 1
         except BadImage as error:
-            skips.skip(picture.name, str(error))
+            skips.skip(encoded.name, str(error))
     if skips.seen >= EARLY:
         skips.check()
     return kept, images

@@ -1,4 +1,4 @@
-"""A zero-shot task on disk: ROOT/CLASS/picture.jpg, prompt templates, and optionally a file of class names."""
+"""A zero-shot task on disk: ROOT/CLASS/image.jpg, prompt templates, and optionally a file of class names."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text
 from vision_tower.data.image_batches import Labelled
 
-# What torchvision's ImageFolder takes for a picture.
+# What torchvision's ImageFolder takes for an image.
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 DEFAULT_TEMPLATES = Path(__file__).with_name("templates.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotTask:
-    """C class folders in the order of their names, a name for each, the prompt templates and the pictures."""
+    """C class folders in the order of their names, a name for each, the prompt templates and the images."""
 
     root: Path
     folders: list[str]
     names: list[str]
     templates: list[str]
-    pictures: list[Labelled]
+    images: list[Labelled]
 
     @property
     def twins(self) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ def load_task(root: Path, templates: Path | None = None, classes: Path | None = 
     """Read an ImageFolder, its templates and its class names.
 
     Args:
-        root: the folder of class folders; pictures may lie deeper in them.
+        root: the folder of class folders; images may lie deeper in them.
         templates: a text file with one template a line, `{}` where the name goes; ours if not given.
         classes: a text file with one name a line, in the order of the folders' names; if not given, the folders'
             names with spaces for underscores.
@@ -46,16 +46,18 @@ def load_task(root: Path, templates: Path | None = None, classes: Path | None = 
         UserError: what is wrong in which file or folder.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give one that holds a folder of pictures for each class")
+        raise UserError("no such folder", file=root, remedy="give one that holds a folder of images for each class")
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(folders) < 2:
-        raise UserError(f"{root}: {len(folders)} class folders; at least two are needed, one for each class")
+        raise UserError(
+            f"{len(folders)} class folders", file=root, remedy="at least two are needed, one for each class"
+        )
     return ZeroShotTask(
         root=root,
         folders=folders,
         names=[folder.replace("_", " ") for folder in folders] if classes is None else read_names(classes, folders),
         templates=read_templates(templates or DEFAULT_TEMPLATES),
-        pictures=[picture for label, folder in enumerate(folders) for picture in _pictures(root / folder, label)],
+        images=[image for label, folder in enumerate(folders) for image in _images(root / folder, label)],
     )
 
 
@@ -71,10 +73,12 @@ def read_templates(file: Path) -> list[str]:
         if not template or template.startswith("#"):
             continue
         if template.count("{}") != 1:
-            raise UserError(f"{file}: line {number}: '{template}' needs one {{}} where the class name goes; mend it")
+            raise UserError(
+                f"line {number}: '{template}' needs one {{}} where the class name goes", file=file, remedy="mend it"
+            )
         templates.append(template)
     if not templates:
-        raise UserError(f"{file}: no template; write lines such as 'a photo of a {{}}.'")
+        raise UserError("no template", file=file, remedy="write lines such as 'a photo of a {}.'")
     return templates
 
 
@@ -86,16 +90,17 @@ def read_names(file: Path, folders: list[str]) -> list[str]:
     """
     names = [line.strip() for line in read_text(file).splitlines()]
     if "" in names:
-        raise UserError(f"{file}: line {names.index('') + 1}: empty; write one class name a line")
+        raise UserError(f"line {names.index('') + 1}: empty", file=file, remedy="write one class name a line")
     if len(names) != len(folders):
         raise UserError(
-            f"{file}: {len(names)} names for {len(folders)} class folders ({folders[0]} ... {folders[-1]}); "
-            "write one a line, in the order of the sorted folders"
+            f"{len(names)} names for {len(folders)} class folders ({folders[0]} ... {folders[-1]})",
+            file=file,
+            remedy="write one a line, in the order of the sorted folders",
         )
     return names
 
 
-def _pictures(folder: Path, label: int) -> list[Labelled]:
+def _images(folder: Path, label: int) -> list[Labelled]:
     found = [
         Path(place) / name
         for place, _, names in os.walk(folder, followlinks=True)
@@ -103,5 +108,7 @@ def _pictures(folder: Path, label: int) -> list[Labelled]:
         if Path(name).suffix.lower() in ENDINGS
     ]
     if not found:
-        raise UserError(f"{folder}: no picture of this class ({' '.join(sorted(ENDINGS))}); add some or remove it")
+        raise UserError(
+            f"no image of this class ({' '.join(sorted(ENDINGS))})", file=folder, remedy="add some or remove it"
+        )
     return [Labelled(name=str(file), content=file, label=label) for file in sorted(found)]

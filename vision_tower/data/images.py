@@ -1,4 +1,4 @@
-"""Pictures in: decoding, normalising, and the processor that evaluation and the MLLM use."""
+"""Images in: decoding, normalising, and the processor that evaluation and the MLLM use."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError
 
 
 class BadImage(ValueError):
-    """Bytes that are no picture."""
+    """Bytes that are no image."""
 
 
 def decode_image(content: bytes, least: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """RGB picture of encoded bytes, upright by its EXIF orientation, as `datasets` and transformers give it.
+    """RGB image of encoded bytes, upright by its EXIF orientation, as `datasets` and transformers give it.
 
     Args:
         least: pixels a side that are enough. JPEG is then decoded at a half, a quarter or an eighth, whichever is the
             smallest that leaves them, in a fraction of the time.
         formats: those of Pillow's that the bytes may be of; all by default.
     Raises:
-        BadImage: the bytes are no picture.
+        BadImage: the bytes are no image.
     """
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # tasks of lmms-eval switch it on for the whole process
     try:
-        picture = Image.open(io.BytesIO(content), formats=formats)
+        image = Image.open(io.BytesIO(content), formats=formats)
         if least is not None:
-            picture.draft("RGB", (least, least))
-        picture.load()
-        return _upright(picture if picture.mode == "RGB" else _as_rgb(picture))  # each would copy it
+            image.draft("RGB", (least, least))
+        image.load()
+        return _upright(image if image.mode == "RGB" else _as_rgb(image))  # each would copy it
     except UnidentifiedImageError as error:
         raise BadImage("not an image, by its first bytes") from error
     except (Image.DecompressionBombError, *_BROKEN) as error:
@@ -51,25 +51,25 @@ def decode_image(content: bytes, least: int | None = None, formats: tuple[str, .
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Turned by its EXIF orientation; one that cannot be read says nothing about the pixels."""
     try:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(picture) if turned else picture  # which would copy it
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # which would copy it
     except _BROKEN:
-        return picture
+        return image
 
 
-def _as_rgb(picture: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image) -> Image.Image:
     """Grey of 16 bits by its upper eight: Pillow's own conversion makes white of all above 255."""
-    if picture.mode.startswith("I"):
-        picture = picture.convert("I")
-        most = picture.getextrema()[1]
+    if image.mode.startswith("I"):
+        image = image.convert("I")
+        most = image.getextrema()[1]
         if isinstance(most, (int, float)) and most < 1 << 16:
-            return picture.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-    if picture.mode in ("I", "F"):
+            return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if image.mode in ("I", "F"):
         raise BadImage("grey of 32 bits, whose white it does not tell; save it with 8 or 16")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
 
     mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(STD, device=pixels.device).view(3, 1, 1)
-    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: a batch of pictures is large
+    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: a batch of images is large
 
 
 def evaluation_processor(size: int) -> BaseImageProcessor:

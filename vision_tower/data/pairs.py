@@ -75,13 +75,13 @@ def _one_of(fields: dict[str, Any], name: str, rng: random.Random) -> str:
     text = rng.choice(given) if isinstance(given, list) and given else given
     if isinstance(text, bytes):  # a member of its own
         text = text.decode("utf-8", errors="replace")
-    if text and not isinstance(text, str):  # a number, or a picture's struct: another column is meant
+    if text and not isinstance(text, str):  # a number, or an image's struct: another column is meant
         raise BadSample(f"'{name}' is no text")
     return (text or "").strip()
 
 
 def read_image(row: Row, source: SourceRecipe) -> bytes:
-    """The encoded picture: bytes, or the bytes of a {bytes, path} struct. Raises BadSample where there is none."""
+    """The encoded image: bytes, or the bytes of a {bytes, path} struct. Raises BadSample where there is none."""
     for name in (source.image, *IMAGE_ENDINGS):
         given = row.fields.get(name)
         content = given.get("bytes") if isinstance(given, dict) else given
@@ -116,7 +116,8 @@ def _readable_rows(shards: list[str], names: frozenset[str]) -> Iterator[Row]:
 class PairStream(IterableDataset[CaptionSample]):
     """Endless pairs; see `vision_tower.data.readers` for who reads what, and how an interrupted run goes on.
 
-    Unreadable samples and shards are skipped and counted by cause; above `most_bad` the run stops. What is drawn for a
+    Unreadable samples and shards are skipped and counted by cause; above `max_bad_fraction` the run stops. What is
+    drawn for a
     sample (caption, sentence, augmentation) follows from the seed, its pass and its key alone.
     """
 
@@ -186,10 +187,10 @@ class PairStream(IterableDataset[CaptionSample]):
         content = read_image(row, source)
         if not full:
             raise BadSample("no caption")
-        picture = decode_image(content, least)
+        image = decode_image(content, least)
         with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            return transform(picture), web, full
+            return transform(image), web, full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ class PairCollator:
     def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
         """`pixel_values` (b, 3, h, w) uint8, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings), `cursor`.
 
-        Pictures stay bytes, a quarter of fp32, until they are on the device: see `PretrainTrainer._prepare_inputs`.
+        Images stay bytes, a quarter of fp32, until they are on the device: see `PretrainTrainer._prepare_inputs`.
         Streams are what the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels are there with a captioner. The
         cursor is where the reader of this batch goes on after it.
         """

@@ -93,7 +93,7 @@ class SourceReader:
     ) -> None:
         self.source = source
         self.shards = shards
-        self.most_bad = recipe.most_bad
+        self.max_bad_fraction = recipe.max_bad_fraction
         self.block = max(recipe.shuffle_buffer, 1)
         self.reader, self.readers = reader, readers
         self.seed = seed
@@ -117,7 +117,9 @@ class SourceReader:
             if self.readers == 1:  # a small part of a small source says little
                 self._check_share()
             if empty == self.readers:  # each part of the line was this reader's once
-                raise UserError(f"{self.source.shards}: no sample in {self._say_shards()}; mend data.shards")
+                raise UserError(
+                    f"no sample in {self._say_shards()}", file=self.source.shards, remedy="mend data.shards"
+                )
             self.place = dataclasses.replace(self.place, epoch=begin.epoch + 1, piece=0, row=0, taken=0)
 
     def _epoch(self) -> Iterator[Row]:
@@ -174,10 +176,11 @@ class SourceReader:
             self._say(f"{shard}: {error.cause} ({error})")
         self.broken[shard] = error.cause
         self.place = dataclasses.replace(self.place, broken=dict(self.broken))
-        if len(self.broken) > max(1, self.most_bad * len(self.shards)):
+        if len(self.broken) > max(1, self.max_bad_fraction * len(self.shards)):
             raise UserError(
-                f"{self.source.shards}: cannot read {self._say_shards()}, more than data.most_bad={self.most_bad}; "
-                "mend or remove them, or raise the limit"
+                f"cannot read {self._say_shards()}, more than data.max_bad_fraction={self.max_bad_fraction}",
+                file=self.source.shards,
+                remedy="mend or remove them, or raise the limit",
             )
 
     def _find_again(self, shard: str) -> None:
@@ -197,11 +200,12 @@ class SourceReader:
         """At the end of a whole pass that started at `begin`."""
         rows, bad = self.place.seen - begin.seen, self.bad.total() - sum(begin.bad.values())
         if not rows and len(self.broken) == len(self.shards):
-            raise UserError(f"{self.source.shards}: cannot read {self._say_shards()}; mend data.shards")
+            raise UserError(f"cannot read {self._say_shards()}", file=self.source.shards, remedy="mend data.shards")
         if rows and rows == bad:
             raise UserError(
-                f"{self.source.shards}: no readable sample in {len(self.shards)} shards ({self._say_bad()}); "
-                "mend them, or the names in the recipe"
+                f"no readable sample in {len(self.shards)} shards ({self._say_bad()})",
+                file=self.source.shards,
+                remedy="mend them, or the names in the recipe",
             )
 
     def _say_bad(self) -> str:
@@ -209,10 +213,12 @@ class SourceReader:
 
     def _check_share(self) -> None:
         bad, seen = self.bad.total(), self.place.seen
-        if bad > self.most_bad * seen:
+        if bad > self.max_bad_fraction * seen:
             raise UserError(
-                f"{self.source.shards}: {bad} of {seen} samples are unreadable ({self._say_bad()}), more than "
-                f"data.most_bad={self.most_bad}; mend the shards or raise the limit"
+                f"{bad} of {seen} samples are unreadable ({self._say_bad()}), more than "
+                f"data.max_bad_fraction={self.max_bad_fraction}",
+                file=self.source.shards,
+                remedy="mend the shards or raise the limit",
             )
 
 

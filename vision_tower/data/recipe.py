@@ -15,10 +15,10 @@ class Augmentation:
     """Training augmentation; the defaults are those of CLIPS.
 
     Args:
-        smallest_crop: smallest share of the area that a random crop keeps; 1 squashes the whole picture.
+        smallest_crop: smallest share of the area that a random crop keeps; 1 squashes the whole image.
         jitter: strength of brightness, contrast and saturation jitter; hue gets a quarter.
         jitter_probability: how often colours are jittered.
-        gray_probability: how often the picture turns gray.
+        gray_probability: how often the image turns gray.
     """
 
     smallest_crop: float = 0.4
@@ -29,9 +29,11 @@ class Augmentation:
     def check(self) -> None:
         """Raise UserError where a number has no meaning."""
         if not 0 < self.smallest_crop <= 1:
-            raise UserError(f"data.augmentation.smallest_crop={self.smallest_crop}: a share above 0, at most 1")
+            raise UserError(
+                "a share above 0, at most 1", key="data.augmentation.smallest_crop", value=self.smallest_crop
+            )
         if not 0 <= self.jitter <= 2:
-            raise UserError(f"data.augmentation.jitter={self.jitter}: from 0 to 2")
+            raise UserError("from 0 to 2", key="data.augmentation.jitter", value=self.jitter)
         for name in ("jitter_probability", "gray_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.augmentation.{name}={getattr(self, name)}: from 0 to 1")
@@ -45,7 +47,7 @@ class SourceRecipe:
         shards: WebDataset tars or Parquet files: a path, or a URL that fsspec knows (hf://, s3://, https://), globs
             and braces as {000..127} or {a,b} in it.
         weight: share of the samples drawn from here, in proportion to the other weights.
-        image: the picture's column (bytes, or a struct with bytes) or, in tars, its ending; png, jpg, jpeg and webp are
+        image: the image's column (bytes, or a struct with bytes) or, in tars, its ending; png, jpg, jpeg and webp are
             found without it.
         web_caption: the web caption's column; in tars a key of the json, or the ending of a text. A list: one is drawn.
         synthetic_caption: the synthetic caption's column, likewise.
@@ -75,15 +77,15 @@ class PairsRecipe:
     Args:
         shards: WebDataset tars or Parquet files: a path, or a URL that fsspec knows (hf://, s3://, https://), globs
             and braces as {000..127} or {a,b} in it.
-        image: the picture's column (bytes, or a struct with bytes) or, in tars, its ending; png, jpg, jpeg and webp are
+        image: the image's column (bytes, or a struct with bytes) or, in tars, its ending; png, jpg, jpeg and webp are
             found without it.
         web_caption: the web caption's column; in tars a key of the json, or the ending of a text. A list: one is drawn.
         synthetic_caption: the synthetic caption's column, likewise.
         mixture: several sources with shards, weight, image, web_caption and synthetic_caption each, instead of the four
             values above.
         shuffle_buffer: samples that are shuffled together, per loader process; 0 leaves them as they lie in a shard.
-        most_bad: share of unreadable samples, or of unreadable shards, above which the run stops.
-        augmentation: what happens to pictures in training.
+        max_bad_fraction: share of unreadable samples, or of unreadable shards, above which the run stops.
+        augmentation: what happens to images in training.
     """
 
     shards: str | None = None
@@ -92,7 +94,7 @@ class PairsRecipe:
     synthetic_caption: str = "synthetic_caption"
     mixture: tuple[SourceRecipe, ...] = ()
     shuffle_buffer: int = 4096
-    most_bad: float = 0.01
+    max_bad_fraction: float = 0.01
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     @property
@@ -112,21 +114,26 @@ class PairsRecipe:
     def check(self) -> None:
         """Raise UserError where it does not say what to read."""
         if self.shards is None and not self.mixture:
-            raise UserError("data.shards: say where the pairs are, or give several sources as data.mixture")
+            raise UserError("say where the pairs are, or give several sources as data.mixture", key="data.shards")
         if self.shards is not None and self.mixture:
             raise UserError(
-                f"data.shards={self.shards}: data.mixture has its own; take one out (data.shards=null where a recipe "
-                "brings it)"
+                "data.mixture has its own",
+                key="data.shards",
+                value=self.shards,
+                remedy="take one out (data.shards=null where a recipe brings it)",
             )
         for number, source in enumerate(self.mixture):
             if not 0 < source.weight < math.inf:
                 raise UserError(
-                    f"data.mixture[{number}].weight={source.weight}: must be a number above 0; or leave the source out"
+                    f"data.mixture[{number}].weight={source.weight}: must be a number above 0",
+                    remedy="or leave the source out",
                 )
         if self.shuffle_buffer < 0:
             raise UserError(
-                f"data.shuffle_buffer={self.shuffle_buffer}: 0 (as they lie in the shards) or a number of samples"
+                "0 (as they lie in the shards) or a number of samples",
+                key="data.shuffle_buffer",
+                value=self.shuffle_buffer,
             )
-        if not 0 <= self.most_bad <= 1:
-            raise UserError(f"data.most_bad={self.most_bad}: a share is from 0 to 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError("a share is from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
         self.augmentation.check()

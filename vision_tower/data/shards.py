@@ -2,7 +2,7 @@
 
 pattern --> find_shards: braces, then globs --> URLs --> read_shard: opened when its turn comes --> Row, Row, ...
 
-A row is what lies in the shard, still encoded; `vision_tower.data.pairs` tells pictures and captions apart.
+A row is what lies in the shard, still encoded; `vision_tower.data.pairs` tells images and captions apart.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ def find_shards(pattern: str) -> list[str]:
     for part in expand_braces(pattern):
         found += _remote(part) if is_remote(part) else _local(part.removeprefix("file://"))
     if not found:
-        raise UserError(f"{pattern}: no shard matches this pattern; build the sample world or mend it")
+        raise UserError(f"{pattern}: no shard matches this pattern", remedy="build the sample world or mend it")
     for shard in found:
         if _ending(shard) not in READERS:
-            raise UserError(f"{shard}: no shard by its ending ({', '.join(READERS)}); convert it or mend the pattern")
+            raise UserError(
+                f"no shard by its ending ({', '.join(READERS)})", file=shard, remedy="convert it or mend the pattern"
+            )
     return list(dict.fromkeys(found))
 
 
@@ -105,7 +107,7 @@ def _local(part: str) -> list[str]:
     if glob.has_magic(part):
         return sorted(glob.glob(part, recursive=True))
     if not Path(part).exists():
-        raise UserError(f"{part}: no such shard; fetch it or mend the pattern")
+        raise UserError(f"{part}: no such shard", remedy="fetch it or mend the pattern")
     return [part]
 
 
@@ -123,7 +125,9 @@ def _remote(part: str) -> list[str]:
     except (ImportError, ValueError) as error:
         raise UserError(f"{part}: {' '.join(str(error).split())}") from error
     except Exception as error:  # every store has errors of its own
-        raise UserError(f"{part}: the shards cannot be listed ({_words(error)}); check address and access") from error
+        raise UserError(
+            f"{part}: the shards cannot be listed ({_words(error)})", remedy="check address and access"
+        ) from error
 
 
 # --- from a shard to its rows
@@ -316,7 +320,7 @@ def _read_parquet(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wan
     """Row groups without a wanted row are not touched, nor are other columns."""
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file, buffer_size=2**20)  # else a row group's pictures are held at once
+    table = pq.ParquetFile(file, buffer_size=2**20)  # else a row group's images are held at once
     if not table.metadata.num_rows:
         raise tarfile.ReadError("empty")
     columns = [name for name in table.schema_arrow.names if name in names]

@@ -1,6 +1,6 @@
-"""Many pictures and captions to embeddings, with progress and time left.
+"""Many images and captions to embeddings, with progress and time left.
 
-pairs --pictures.decoded--> Encoder.embed_images --> images (N, D)
+pairs --images.decoded--> Encoder.embed_images --> images (N, D)
       --captions----------> Encoder.embed_texts ---> texts  (M, D), owner (M,)
 """
 
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vision_tower.common.errors import UserError
-from vision_tower.data.image_batches import Pair, Skips, decoded
+from vision_tower.data.image_batches import Pair, SkipCounter, decoded
 
 if TYPE_CHECKING:
     from vision_tower.checkpoints.encoder import Encoder
@@ -29,16 +29,22 @@ class EmbeddedPairs:
     owner: torch.Tensor  # (M,) int64
     names: list[str]  # N
     captions: list[str]  # M
-    digests: list[str] = field(default_factory=list)  # N, SHA-256 of the pictures' bytes; empty where not known
+    digests: list[str] = field(default_factory=list)  # N, SHA-256 of the images' bytes; empty where not known
 
 
 def embed_pairs(
-    encoder: Encoder, pairs: Iterable[Pair], batch_size: int, skips: Skips, *, total: int | None, progress: bool = True
+    encoder: Encoder,
+    pairs: Iterable[Pair],
+    batch_size: int,
+    skips: SkipCounter,
+    *,
+    total: int | None,
+    progress: bool = True,
 ) -> EmbeddedPairs:
-    """Embed every readable picture and its captions; `total` pairs are expected, None if that is not known.
+    """Embed every readable image and its captions; `total` pairs are expected, None if that is not known.
 
     Raises:
-        UserError: too many unreadable pictures, or none at all.
+        UserError: too many unreadable images, or none at all.
     """
     images: list[torch.Tensor] = []
     names: list[str] = []
@@ -46,16 +52,16 @@ def embed_pairs(
     owner: list[int] = []
     digests: list[str] = []
     with tqdm(total=total, desc="images", unit="image", disable=not progress) as bar:
-        for batch, pictures in decoded(pairs, batch_size, skips, digests):
-            if pictures:
-                images.append(encoder.embed_images(pictures))
+        for batch, decoded_images in decoded(pairs, batch_size, skips, digests):
+            if decoded_images:
+                images.append(encoder.embed_images(decoded_images))
             for pair in batch:
                 captions += pair.texts
                 owner += [len(names)] * len(pair.texts)
                 names.append(pair.name)
             bar.update(skips.seen - bar.n)
     if not images:
-        raise UserError(f"{skips.source}: no readable picture to measure on; check the data")
+        raise UserError("no readable image to measure on", file=skips.source, remedy="check the data")
     texts = embed_captions(encoder, captions, batch_size, progress=progress)
     return EmbeddedPairs(
         images=torch.cat(images),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vision_tower.checkpoints.encoder import Encoder
-from vision_tower.data.image_batches import Pair, Skips
+from vision_tower.data.image_batches import Pair, SkipCounter
 from vision_tower.data.image_folder import ZeroShotTask
 from vision_tower.data.images import evaluation_processor
 from vision_tower.evaluation.embedding import embed_pairs
@@ -36,11 +36,11 @@ def evaluate_retrieval(
     """Recall@1, 5, 10 both ways as fractions, `i2t_r1` ... `t2i_r10`, over what `load_pairs` returned.
 
     Raises:
-        UserError: too many unreadable pictures.
+        UserError: too many unreadable images.
         NotFinite: an embedding is not finite.
     """
     with evaluating(model, tokenizer) as encoder:
-        found = embed_pairs(encoder, pairs, batch_size, Skips("retrieval"), total=len(pairs), progress=progress)
+        found = embed_pairs(encoder, pairs, batch_size, SkipCounter("retrieval"), total=len(pairs), progress=progress)
     return recall_at_k(found.images, found.texts, found.owner)
 
 
@@ -50,10 +50,10 @@ def evaluate_zeroshot(
     """`top1`, `mean_per_class` and, from five classes on, `top5`, as fractions, over what `load_task` returned.
 
     Raises:
-        UserError: too many unreadable pictures.
+        UserError: too many unreadable images.
         NotFinite: an embedding is not finite.
     """
     with evaluating(model, tokenizer) as encoder:
-        scores = classify(encoder, task, batch_size, Skips(str(task.root)), progress=progress)
+        scores = classify(encoder, task, batch_size, SkipCounter(str(task.root)), progress=progress)
     found = {"top1": scores.top1, "top5": scores.top5, "mean_per_class": scores.mean_per_class}
     return {name: share for name, share in found.items() if share is not None}

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is the mean of its prompts' embeddings, a picture gets the nearest class.
+"""Zero-shot classification: a class is the mean of its prompts' embeddings, an image gets the nearest class.
 
     "a photo of a {}." x "dog" --Encoder--> prompts (T, D) --mean, unit norm--> classifier (C, D)
     ROOT/dog/1.jpg ...         --Encoder--> images (N, D) @ classifier.T -----> the five best classes (N, 5)
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from vision_tower.common.errors import NotFinite, UserError
-from vision_tower.data.image_batches import Skips, decoded
+from vision_tower.data.image_batches import SkipCounter, decoded
 from vision_tower.data.image_folder import ZeroShotTask
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotScores:
-    """Fractions of the readable pictures; `top5` is None below five classes, a class without pictures likewise.
+    """Fractions of the readable images; `top5` is None below five classes, a class without images likewise.
 
-    `labels`, `first` and `near` are of each picture: its class, whether that is the best, whether it is of the five.
+    `labels`, `first` and `near` are of each image: its class, whether that is the best, whether it is of the five.
     """
 
     top1: float
@@ -42,24 +42,24 @@ class ZeroShotScores:
 
 
 def classify(
-    encoder: Encoder, task: ZeroShotTask, batch_size: int, skips: Skips, *, progress: bool = True
+    encoder: Encoder, task: ZeroShotTask, batch_size: int, skips: SkipCounter, *, progress: bool = True
 ) -> ZeroShotScores:
-    """Embed the prompts and the pictures of a task, and score.
+    """Embed the prompts and the images of a task, and score.
 
     Raises:
-        UserError: too many unreadable pictures, or none at all.
+        UserError: too many unreadable images, or none at all.
         NotFinite: an embedding is not finite.
     """
     classifier = class_embeddings(encoder, task.names, task.templates, batch_size, progress=progress)
     best, labels = [], []
-    with tqdm(total=len(task.pictures), desc="images", unit="image", disable=not progress) as bar:
-        for batch, pictures in decoded(task.pictures, batch_size, skips):
-            if pictures:
-                best.append(best_classes(encoder.embed_images(pictures), classifier))
-            labels += [picture.label for picture in batch]
+    with tqdm(total=len(task.images), desc="images", unit="image", disable=not progress) as bar:
+        for batch, images in decoded(task.images, batch_size, skips):
+            if images:
+                best.append(best_classes(encoder.embed_images(images), classifier))
+            labels += [image.label for image in batch]
             bar.update(skips.seen - bar.n)
     if not best:
-        raise UserError(f"{skips.source}: no readable picture to measure on; check the data")
+        raise UserError("no readable image to measure on", file=skips.source, remedy="check the data")
     return accuracies(torch.cat(best), torch.tensor(labels), len(task.names))
 
 
@@ -93,7 +93,7 @@ def best_classes(images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor
 
 
 def accuracies(best: torch.Tensor, labels: torch.Tensor, classes: int) -> ZeroShotScores:
-    """Scores of the best classes (N, k) of N pictures with these labels (N,)."""
+    """Scores of the best classes (N, k) of N images with these labels (N,)."""
     hits = best == labels[:, None]
     counts = torch.bincount(labels, minlength=classes)
     right = torch.bincount(labels[hits[:, 0]], minlength=classes)

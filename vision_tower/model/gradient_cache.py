@@ -1,8 +1,8 @@
 """Contrastive-safe accumulation: the gradients of one big batch from many small ones (GradCache, arXiv 2101.06983).
 
     pass 1, no graph    micro-batch -> towers -> embeddings                     one micro-batch at a time, no captioner
-    in between          all embeddings -> InfoNCE of the whole step -> slopes   d loss / d embeddings
-    pass 2, with graph  micro-batch -> towers -> <embeddings, their slopes>     and the captioner's loss
+    in between          all embeddings -> InfoNCE of the whole step -> grads   d loss / d embeddings
+    pass 2, with graph  micro-batch -> towers -> <embeddings, their grads>     and the captioner's loss
 
 What stays between the passes is embeddings, (pairs, d) numbers, so that the memory of activations is that of one
 micro-batch. The towers have no dropout: both passes compute the same embeddings.
@@ -42,7 +42,7 @@ class Slopes:
         As every term here, it is to be averaged over micro-batches (see `vision_tower.model.losses`).
         """
         parts = [(out.image * self.image[number]).sum()]
-        parts += [(out.texts[stream] * slopes[number]).sum() for stream, slopes in self.texts.items()]
+        parts += [(out.texts[stream] * grads[number]).sum() for stream, grads in self.texts.items()]
         product = torch.stack(parts).sum() * len(self.image) + out.scale * self.scale
         return product - product.detach()
 

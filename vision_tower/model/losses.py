@@ -22,7 +22,7 @@ from vision_tower.common.ranks import rank, world
 from vision_tower.text.objectives import CAPTION
 from vision_tower.text.tokenizer import IGNORED
 
-SCORES_AT_ONCE = 2**24  # 64 MB in fp32: similarities, or logits, that are held together
+LOGITS_CHUNK = 2**24  # 64 MB in fp32: similarities, or logits, that are held together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _own_among(queries: torch.Tensor, candidates: torch.Tensor, scale: torch.Ten
     """
     start = rank() * len(queries)
     labels = torch.arange(start, start + len(queries), device=queries.device)
-    rows = max(SCORES_AT_ONCE // len(candidates), 1)
+    rows = max(LOGITS_CHUNK // len(candidates), 1)
     if rows >= len(queries):
         return F.cross_entropy(scale * queries @ candidates.T, labels)
 
@@ -112,7 +112,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         low_hidden, low_weight = hidden.to(backward), weight.to(backward)
-        rows = max(SCORES_AT_ONCE // len(weight), 1)
+        rows = max(LOGITS_CHUNK // len(weight), 1)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             scores = hidden[part] @ weight.T

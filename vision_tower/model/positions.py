@@ -32,6 +32,6 @@ def interpolate_positions(table: torch.Tensor, side: int, class_token: bool = Fa
     """
     first, grid = table[: int(class_token)], table[int(class_token) :]
     old = math.isqrt(len(grid))
-    picture = grid.view(1, old, old, -1).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(picture, size=(side, side), mode="bicubic", antialias=True)
+    image = grid.view(1, old, old, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True)
     return torch.cat([first, resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])

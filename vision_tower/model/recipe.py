@@ -33,8 +33,8 @@ class ModelRecipe:
         image: image tower.
         text: text tower.
         captioner: captioner; objectives without one leave it out.
-        joint: width of the shared embedding space.
-        image_size: side of the square picture, in pixels.
+        embed_dim: width of the shared embedding space.
+        image_size: side of the square image, in pixels.
         patch_size: side of a patch, in pixels; it must divide the image size.
         class_token: a class token before the patches, attended but not pooled, as in published weights (the tower is
             then a ViTModel, else a SiglipVisionModel).
@@ -52,7 +52,7 @@ class ModelRecipe:
     image: TowerRecipe
     text: TowerRecipe
     captioner: TowerRecipe
-    joint: int
+    embed_dim: int
     image_size: int
     patch_size: int
     class_token: bool = False
@@ -78,23 +78,35 @@ class ModelRecipe:
             down = self.image_size // self.patch_size * self.patch_size
             near = f"{down} or {down + self.patch_size}" if down else str(self.patch_size)
             raise UserError(
-                f"model.image_size={self.image_size}: patch_size={self.patch_size} does not divide it; take {near}"
+                f"patch_size={self.patch_size} does not divide it",
+                key="model.image_size",
+                value=self.image_size,
+                remedy=f"take {near}",
             )
         for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
             if tower.width % tower.heads:
-                raise UserError(f"model.{name}.heads={tower.heads}: does not divide width={tower.width}; change one")
+                raise UserError(
+                    f"model.{name}.heads={tower.heads}: does not divide width={tower.width}", remedy="change one"
+                )
         if self.start_from is not None and self.vocabulary is not None:
             raise UserError(
-                f"model.vocabulary={self.vocabulary}: the encoder in model.start_from brings its own; leave it out"
+                "the encoder in model.start_from brings its own",
+                key="model.vocabulary",
+                value=self.vocabulary,
+                remedy="leave it out",
             )
         if self.text_length < 4 or self.target_length < 3:
-            raise UserError("model.text_length: at least 4, and model.target_length at least 3; nothing else would fit")
+            raise UserError(
+                "at least 4, and model.target_length at least 3",
+                key="model.text_length",
+                remedy="nothing else would fit",
+            )
         if self.image.width % 4:
-            raise UserError(f"model.image.width={self.image.width}: sin-cos positions need a multiple of 4")
+            raise UserError("sin-cos positions need a multiple of 4", key="model.image.width", value=self.image.width)
 
     def _sizes(self) -> dict[str, int]:
         """Every number of the recipe by its dotted name."""
-        sizes = {name: getattr(self, name) for name in ("joint", "image_size", "patch_size", "vocabulary_size")}
+        sizes = {name: getattr(self, name) for name in ("embed_dim", "image_size", "patch_size", "vocabulary_size")}
         for tower in ("image", "text", "captioner"):
             sizes |= {f"{tower}.{name}": value for name, value in dataclasses.asdict(getattr(self, tower)).items()}
         return sizes
@@ -116,4 +128,4 @@ class LockRecipe:
     def check(self) -> None:
         """Raise UserError where one of the two is missing."""
         if (self.tower == "none") != (self.checkpoint is None):
-            raise UserError("lock: tower and checkpoint belong together; give both, or neither")
+            raise UserError("tower and checkpoint belong together", key="lock", remedy="give both, or neither")

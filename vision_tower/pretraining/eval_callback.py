@@ -97,8 +97,8 @@ class Scoring(TrainerCallback):
             return self._measure()
         except NotFinite:
             return UserError(
-                f"step {self.trainer.state.global_step}: embeddings hold NaN or infinity, the run diverged; lower "
-                "training.learning_rate in another output_dir"
+                f"step {self.trainer.state.global_step}: embeddings hold NaN or infinity, the run diverged",
+                remedy="lower training.learning_rate in another output_dir",
             )
         except UserError as error:
             return error

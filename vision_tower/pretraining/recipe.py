@@ -22,14 +22,14 @@ class EvaluationRecipe:
     Args:
         every: optimiser steps between evaluations (the last step is measured too); 0 measures nothing.
         retrieval: a Karpathy-style JSON, as of `clips-mllm retrieve`.
-        images: folder of its pictures; the JSON's own folder if not given.
+        images: folder of its images; the JSON's own folder if not given.
         split: which of its splits.
         zeroshot: a folder of class folders, as of `clips-mllm zeroshot`.
         templates: text file with one prompt a line, {} where the class name goes; eight simple ones if not given.
         classes: text file with one class name a line, in the order of the sorted class folders; their names if not
             given.
         best_by: the score whose best weights are kept in `best/`; mean_recall is the mean of R@1, 5, 10 both ways.
-        batch_size: pictures, or texts, at a time.
+        batch_size: images, or texts, at a time.
     """
 
     every: int = 0
@@ -45,12 +45,19 @@ class EvaluationRecipe:
     def check(self) -> None:
         """Raise UserError where something is missing."""
         if self.every < 0 or self.batch_size < 1:
-            raise UserError("evaluation.every: at least 0, and evaluation.batch_size at least 1")
+            raise UserError("at least 0, and evaluation.batch_size at least 1", key="evaluation.every")
         if self.every and self.retrieval is None and self.zeroshot is None:
-            raise UserError(f"evaluation.every={self.every}: nothing to measure; give retrieval or zeroshot")
+            raise UserError(
+                "nothing to measure", key="evaluation.every", value=self.every, remedy="give retrieval or zeroshot"
+            )
         needed = {"mean_recall": self.retrieval, "top1": self.zeroshot, "none": ""}[self.best_by]
         if self.every and needed is None:
-            raise UserError(f"evaluation.best_by={self.best_by}: not measured; take another, or none to keep no best")
+            raise UserError(
+                "not measured",
+                key="evaluation.best_by",
+                value=self.best_by,
+                remedy="take another, or none to keep no best",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,11 +78,13 @@ class EncoderTraining(TrainingRecipe):
         """Raise UserError where the numbers make no sense."""
         super().check()
         if self.max_steps < 1:
-            raise UserError("training.max_steps: pretraining reads an endless stream; say how many steps to take")
+            raise UserError(
+                "pretraining reads an endless stream", key="training.max_steps", remedy="say how many steps to take"
+            )
         if not 0 <= self.ema_decay < 1:
-            raise UserError(f"training.ema_decay={self.ema_decay}: from 0 to below 1, for example 0.9999")
+            raise UserError("from 0 to below 1, for example 0.9999", key="training.ema_decay", value=self.ema_decay)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise UserError(f"training.peak_tflops={self.peak_tflops}: a positive number, in 10^12 FLOP/s")
+            raise UserError("a positive number, in 10^12 FLOP/s", key="training.peak_tflops", value=self.peak_tflops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +122,11 @@ class PretrainRecipe:
         choose_objective(self.objective, self.loss)
         self.lock.check()
         if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
-            raise UserError("lock.tower=text: brings its own vocabulary; leave model.vocabulary and start_from out")
+            raise UserError(
+                "brings its own vocabulary",
+                key="lock.tower",
+                value="text",
+                remedy="leave model.vocabulary and start_from out",
+            )
         self.training.check()
         self.evaluation.check()

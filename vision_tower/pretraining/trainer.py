@@ -57,7 +57,7 @@ class PretrainTrainer(StreamTrainer):
         return batches, items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the device, where pictures are normalised."""
+        """On the device, where images are normalised."""
         pixels = normalize(inputs["pixel_values"].to(self.args.device, non_blocking=True))
         return super()._prepare_inputs(inputs | {"pixel_values": pixels})  # type: ignore[no-any-return]
 

@@ -104,9 +104,9 @@ class CaptionRecipe:
             if value is not None and not 1 <= value <= room:
                 raise UserError(f"captions.{name}={value}: from 1 to {room}, what model.text_length has room for")
         if self.sentences < 1:
-            raise UserError(f"captions.sentences={self.sentences}: at least 1 is needed")
+            raise UserError("at least 1 is needed", key="captions.sentences", value=self.sentences)
         if not 0 <= self.web_share <= 1:
-            raise UserError(f"captions.web_share={self.web_share}: a share is from 0 to 1")
+            raise UserError("a share is from 0 to 1", key="captions.web_share", value=self.web_share)
 
 
 def choose_objective(name: ObjectiveName, weights: LossWeights) -> Objective:
@@ -121,8 +121,10 @@ def choose_objective(name: ObjectiveName, weights: LossWeights) -> Objective:
         if weight < 0:
             raise UserError(f"loss.{term}={weight}: a weight is at least 0")
         if weight and term not in objective.weights:
-            raise UserError(f"loss.{term}: objective '{name}' has only {', '.join(objective.weights)}; take another")
+            raise UserError(
+                f"loss.{term}: objective '{name}' has only {', '.join(objective.weights)}", remedy="take another"
+            )
     kept = {term: weight for term, weight in {**objective.weights, **given}.items() if weight}
     if not kept:
-        raise UserError("loss: every term is switched off; give one of them a weight")
+        raise UserError("loss: every term is switched off", remedy="give one of them a weight")
     return dataclasses.replace(objective, weights=kept)

@@ -1,8 +1,8 @@
 """What the model reads of a pair: its captions, cut and tokenised as objective and recipe say.
 
-(web caption, synthetic caption) --TextDrawer--> {"web": pieces, "sub": pieces, "mix": pieces, "target": pieces}
+(web caption, synthetic caption) --CaptionSampler--> {"web": pieces, "sub": pieces, "mix": pieces, "target": pieces}
 
-Runs where pictures are decoded, in the loader processes.
+Runs where images are decoded, in the loader processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vision_tower.text.tokenizer import ClipsTokenizer
 TARGET = "target"
 
 
-class TextDrawer:
+class CaptionSampler:
     """Draws the texts of one pair.
 
     Args:

@@ -68,7 +68,7 @@ class ClipsTokenizer:
         for piece in (PAD, BOS, EOS, UNK, CLS):
             if piece not in vocabulary:
                 raise UserError(
-                    f"{fast.name_or_path or 'tokenizer'}: no piece '{piece}'; CLIPS needs all five specials"
+                    f"no piece '{piece}'", file=fast.name_or_path or "tokenizer", remedy="CLIPS needs all five specials"
                 )
         self.fast = fast
         self._encode = fast.backend_tokenizer  # transformers' call around it costs as much as a short caption
@@ -132,19 +132,25 @@ class ClipsTokenizer:
 
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"{file}: missing; {folder} is not a CLIPS checkpoint (point to the folder of `pretrain`)")
+            raise UserError(
+                "missing", file=file, remedy=f"{folder} is not a CLIPS checkpoint (point to the folder of `pretrain`)"
+            )
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
         except UserError:
             raise
         except Exception as error:  # the tokenizers library has no narrower one
-            raise UserError(f"{file}: not a readable tokenizer ({error}); save or fetch it again") from error
+            raise UserError(
+                f"not a readable tokenizer ({error})", file=file, remedy="save or fetch it again"
+            ) from error
 
     @classmethod
     def from_vocabulary(cls, file: str | Path, renamed: Mapping[str, str] = UNUSED) -> ClipsTokenizer:
         """The published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such vocabulary; give a WordPiece vocab.txt, or leave it out to train one")
+            raise UserError(
+                "no such vocabulary", file=file, remedy="give a WordPiece vocab.txt, or leave it out to train one"
+            )
         # Not splitlines(): ids are line numbers, and a piece may be U+2028.
         lines = read_text(Path(file)).rstrip("\n").split("\n")
         return cls.from_pieces({piece: index for index, piece in enumerate(lines)}, file, renamed)
@@ -155,7 +161,9 @@ class ClipsTokenizer:
         vocabulary = {renamed.get(piece, piece): index for piece, index in pieces.items()}
         for piece in (PAD, BOS, EOS, UNK, CLS):  # else the fast tokenizer would add them at the end, unasked
             if piece not in vocabulary:
-                raise UserError(f"{file}: no piece '{piece}'; give BERT's uncased vocab.txt or one of its layout")
+                raise UserError(
+                    f"no piece '{piece}'", file=file, remedy="give BERT's uncased vocab.txt or one of its layout"
+                )
         return cls(_wordpiece(vocabulary))
 
     @classmethod

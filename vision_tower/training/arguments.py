@@ -60,7 +60,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
 
     _check_extra(recipe, {field.name for field in dataclasses.fields(TrainingArguments)})
     if recipe.deepspeed is not None and not Path(recipe.deepspeed).is_file():
-        raise UserError(f"{recipe.deepspeed}: no such DeepSpeed configuration; see configs/deepspeed/")
+        raise UserError("no such DeepSpeed configuration", file=recipe.deepspeed, remedy="see configs/deepspeed/")
     if recipe.deepspeed is not None:
         read_object(Path(recipe.deepspeed))  # one line where it is damaged, before DeepSpeed reads it
         become_the_only_rank()
@@ -98,7 +98,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     except (ValueError, TypeError) as error:
         if not recipe.extra:
             raise
-        raise UserError(f"training.extra: {' '.join(str(error).split())}") from error
+        raise UserError(f"{' '.join(str(error).split())}", key="training.extra") from error
     _join_ranks(arguments)
     _take_one_device(arguments)
     check_one_precision(recipe.precision)
@@ -121,8 +121,9 @@ def check_one_precision(precision: str) -> None:
     if other is not None:
         rank, first, theirs = other
         raise UserError(
-            f"training.precision: rank 0 computes in {first} and rank {rank} in {theirs}; name one of them in the "
-            "recipe"
+            f"rank 0 computes in {first} and rank {rank} in {theirs}",
+            key="training.precision",
+            remedy="name one of them in the recipe",
         )
 
 
@@ -156,11 +157,13 @@ def _check_extra(recipe: TrainingRecipe, known: set[str]) -> None:
 
     for name in recipe.extra:
         if name in OWN_FIELDS:
-            raise UserError(f"training.extra.{name}: a recipe has its own field for it; set {OWN_FIELDS[name]}")
+            raise UserError(
+                f"training.extra.{name}: a recipe has its own field for it", remedy=f"set {OWN_FIELDS[name]}"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean '{near[0]}'?" if near else "see transformers.TrainingArguments"
-            raise UserError(f"training.extra.{name}: not a field of TrainingArguments; {remedy}")
+            raise UserError(f"training.extra.{name}: not a field of TrainingArguments", remedy=f"{remedy}")
 
 
 def _back_ends(recipe: TrainingRecipe) -> list[str]:
@@ -169,7 +172,9 @@ def _back_ends(recipe: TrainingRecipe) -> list[str]:
     packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
     for name in recipe.report_to:
         if not any(find_spec(package) for package in packages[name]):
-            raise UserError(f"training.report_to: {name} is not installed; pip install {packages[name][-1]}")
+            raise UserError(
+                f"{name} is not installed", key="training.report_to", remedy=f"pip install {packages[name][-1]}"
+            )
     if "wandb" in recipe.report_to and is_main_process():
         _require_login()
     return list(recipe.report_to)
@@ -183,7 +188,9 @@ def _require_login() -> None:
         return
     settings = wandb.setup().settings  # of the environment and of the file that `wandb offline` writes
     if settings.mode in ("online", "run", "shared") and not settings.identity_token_file:
-        raise UserError("training.report_to: wandb is not logged in; `wandb login`, or set WANDB_MODE=offline")
+        raise UserError(
+            "wandb is not logged in", key="training.report_to", remedy="`wandb login`, or set WANDB_MODE=offline"
+        )
 
 
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
@@ -218,14 +225,16 @@ def check_cpp() -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch's inductor chooses
     if shutil.which(compiler) is None:
         raise UserError(
-            f"training.compile: needs a C++ compiler, and '{compiler}' is not there; install it, name "
-            "another in CXX, or leave training.compile out"
+            f"needs a C++ compiler, and '{compiler}' is not there",
+            key="training.compile",
+            remedy="install it, name another in CXX, or leave training.compile out",
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise UserError(
-            f"training.compile: {header} is not there; install Python's headers (python3-dev), or leave "
-            "training.compile out"
+            f"{header} is not there",
+            key="training.compile",
+            remedy="install Python's headers (python3-dev), or leave training.compile out",
         )
 
 

@@ -77,7 +77,9 @@ class WeightAverage(TrainerCallback):
         file = self._file(folder)
         if not file.is_file():
             raise UserError(
-                f"{file}: missing, this run began without training.ema_decay; take it out, or start in another folder"
+                "missing, this run began without training.ema_decay",
+                file=file,
+                remedy="take it out, or start in another folder",
             )
         for name, value in load_file(file).items():
             self._held[name].copy_(value)

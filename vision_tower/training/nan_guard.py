@@ -51,6 +51,7 @@ def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str] | Callabl
     resume = f"go on from {back} with the same command" if back else "start again"
     what = ", ".join(f"{name} {number}" for name, number in said.items())
     raise UserError(
-        f"step {step}: {what} on rank {mine['rank']}; samples listed in {folder / FILE}: mend what is wrong with "
-        f"them and {resume}, or lower training.learning_rate in another output_dir"
+        f"step {step}: {what} on rank {mine['rank']}",
+        remedy=f"samples listed in {folder / FILE}: mend what is wrong with them and {resume}, or lower "
+        f"training.learning_rate in another output_dir",
     )

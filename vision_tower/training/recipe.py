@@ -88,14 +88,17 @@ class TrainingRecipe:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"training.{name}={getattr(self, name)}: from 0 to below 1")
         if not self.max_steps and not 0 < self.epochs < math.inf:
-            raise UserError(f"training.epochs={self.epochs}: above 0, where training.max_steps does not decide")
+            raise UserError(
+                "above 0, where training.max_steps does not decide", key="training.epochs", value=self.epochs
+            )
 
     def accumulation(self, world: int) -> int:
         """Forward passes per optimiser step. Raises UserError where the numbers do not divide."""
         together = self.device_batch_size * world
         if self.global_batch_size % together:
             raise UserError(
-                f"training.global_batch_size={self.global_batch_size} is not a multiple of device_batch_size="
-                f"{self.device_batch_size} x {world} devices; change one of the three"
+                f"training.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"device_batch_size={self.device_batch_size} x {world} devices",
+                remedy="change one of the three",
             )
         return self.global_batch_size // together

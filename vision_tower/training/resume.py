@@ -53,7 +53,7 @@ def refuse_other_recipe(file: Path, recipe: Any, command: str) -> None:
         before = _flat(parse_recipe(type(recipe), ["--config", str(file)], command=command))
     except UserError as error:  # of another command or version
         raise UserError(
-            f"{file.parent}: holds no run of this command ({error}); take another output_dir, or remove it"
+            f"holds no run of this command ({error})", file=file.parent, remedy="take another output_dir, or remove it"
         ) from error
     now, goes_on = _flat(recipe), latest_checkpoint(file.parent) is not None
     changed = sorted(
@@ -62,7 +62,9 @@ def refuse_other_recipe(file: Path, recipe: Any, command: str) -> None:
     if changed:
         said = ", ".join(f"{name}={now.get(name)} (was {before.get(name)})" for name in changed)
         raise UserError(
-            f"{file.parent}: holds a run of another recipe: {said}; give it back, take another output_dir, or remove it"
+            f"holds a run of another recipe: {said}",
+            file=file.parent,
+            remedy="give it back, take another output_dir, or remove it",
         )
 
 
@@ -144,8 +146,9 @@ class ResumableTrainer(Trainer):
         for what, now in self.layout().items():
             if state.get(what) != now:
                 raise UserError(
-                    f"{file}: the checkpoint was written with {what}={state.get(what)}, now it is {now}; "
-                    "give it back, or take another output_dir"
+                    f"the checkpoint was written with {what}={state.get(what)}, now it is {now}",
+                    file=file,
+                    remedy="give it back, or take another output_dir",
                 )
         self.restore(state)
 
@@ -288,7 +291,9 @@ def end_if_stopped(trainer: ResumableTrainer) -> None:
     if step is None:
         return
     if trainer.saved_at != step:
-        raise UserError(f"SIGTERM: stopped after step {step}, but {folder} has no space for a checkpoint; free some")
+        raise UserError(
+            f"SIGTERM: stopped after step {step}, but {folder} has no space for a checkpoint", remedy="free some"
+        )
     raise Stopped(
         f"SIGTERM: stopped after step {step} of {trainer.state.max_steps}, checkpoint saved in {folder}; run the same "
         "command again to go on"

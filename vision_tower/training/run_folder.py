@@ -63,8 +63,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             handle.seek(0)
             raise UserError(
-                f"{folder}: another run is writing here ({handle.read() or 'just begun'}); wait for its end, or take "
-                "another output_dir"
+                f"another run is writing here ({handle.read() or 'just begun'})",
+                file=folder,
+                remedy="wait for its end, or take another output_dir",
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

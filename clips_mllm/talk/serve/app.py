@@ -141,8 +141,8 @@ class AsyncAnswer:
         loop = asyncio.get_running_loop()
 
         def submit() -> Running:
-            messages, pictures = protocol.read_messages(asked.messages, limits)
-            prompt = self.engine.prompt(messages, pictures)
+            messages, images = protocol.read_messages(asked.messages, limits)
+            prompt = self.engine.prompt(messages, images)
             room = self.engine.context - len(prompt.ids)
             return self.engine.submit(prompt, asked.sampling(limits, room), emit)
 
@@ -150,7 +150,7 @@ class AsyncAnswer:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        if self.engine.full:  # before any picture is decoded
+        if self.engine.full:  # before any image is decoded
             raise _busy()
         try:
             self._running = await asyncio.to_thread(submit)

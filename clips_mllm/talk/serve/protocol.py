@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clips_mllm.prompts.conversation import Message
 from clips_mllm.talk.engine import Done
+from clips_mllm.talk.images import Refused, decode_limited
 from clips_mllm.talk.limits import BadRequest, Limits
-from clips_mllm.talk.pictures import Refused, decode_picture
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.sampling import Sampling
-from clips_mllm.talk.serve.remote import picture_bytes
+from clips_mllm.talk.serve.remote import image_bytes
 from vision_tower.common.errors import UserError
 
 
@@ -113,18 +113,18 @@ class ChatRequest(Strict):
         )
 
 
-def read_messages(messages: list[ChatMessage], limits: Limits) -> tuple[list[Message], list[Picture]]:
-    """Messages for the chat template, and their pictures in order.
+def read_messages(messages: list[ChatMessage], limits: Limits) -> tuple[list[Message], list[InputImage]]:
+    """Messages for the chat template, and their images in order.
 
     Raises:
-        BadRequest: too many pictures, one that cannot be had or read, or one that the user did not send.
+        BadRequest: too many images, one that cannot be had or read, or one that the user did not send.
     """
     parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
-    images = sum(isinstance(part, ImagePart) for part in parts)
-    if images > limits.images:
-        raise BadRequest(f"messages: at most {limits.images} pictures in a request, these are {images}")
+    count = sum(isinstance(part, ImagePart) for part in parts)
+    if count > limits.images:
+        raise BadRequest(f"messages: at most {limits.images} images in a request, these are {count}")
     read: list[Message] = []
-    pictures: list[Picture] = []
+    images: list[InputImage] = []
     for message in messages:
         content = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
         made: list[dict[str, Any]] = []
@@ -133,18 +133,18 @@ def read_messages(messages: list[ChatMessage], limits: Limits) -> tuple[list[Mes
                 made.append({"type": "text", "text": part.text})
                 continue
             if message.role != "user":
-                raise BadRequest("messages: only the user may show pictures")
-            pictures.append(read_picture(part.image_url.url, limits))
+                raise BadRequest("messages: only the user may show images")
+            images.append(read_image(part.image_url.url, limits))
             made.append({"type": "image"})
         read.append({"role": "system" if message.role == "developer" else message.role, "content": made})
-    return read, pictures
+    return read, images
 
 
-def read_picture(url: str, limits: Limits) -> Picture:
-    """A picture of a request."""
-    content = picture_bytes(url, limits)
+def read_image(url: str, limits: Limits) -> InputImage:
+    """An image of a request."""
+    content = image_bytes(url, limits)
     try:
-        return decode_picture(content, most_bytes=limits.image_bytes, most_pixels=limits.image_pixels)
+        return decode_limited(content, max_bytes=limits.image_bytes, max_pixels=limits.image_pixels)
     except Refused as error:
         large = "allowed" in str(error)
         raise BadRequest(

@@ -1,4 +1,4 @@
-"""Pictures from data URLs, and, where allowed, from public web addresses.
+"""Images from data URLs, and, where allowed, from public web addresses.
 
 A name is looked up once, every address it has must be public, and the connection goes to that very address: a name
 that answers differently the second time leads nowhere else. Redirects are followed by hand, each checked alike.
@@ -24,8 +24,8 @@ REDIRECTS = 3
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
 
-def picture_bytes(url: str, limits: Limits) -> bytes:
-    """The encoded picture behind a URL of a request.
+def image_bytes(url: str, limits: Limits) -> bytes:
+    """The encoded image behind a URL of a request.
 
     Raises:
         BadRequest: neither a data URL nor an allowed address, too large, or not to be had.
@@ -35,7 +35,7 @@ def picture_bytes(url: str, limits: Limits) -> bytes:
     if urlsplit_scheme(url) not in ("http", "https"):
         raise BadRequest("image_url: only data URLs with base64 (data:image/png;base64,...) are read; no files")
     if not limits.remote_images:
-        raise BadRequest("image_url: remote pictures are switched off here; send the picture as a base64 data URL")
+        raise BadRequest("image_url: remote images are switched off here; send the image as a base64 data URL")
     return fetch(url, limits)
 
 
@@ -51,7 +51,7 @@ def from_data_url(url: str, limits: Limits) -> bytes:
     """Decode `data:image/...;base64,...`."""
     head = DATA_URL.match(url)
     if head is None:
-        raise BadRequest("image_url: a data URL of a picture begins with data:image/png;base64, (or another type)")
+        raise BadRequest("image_url: a data URL of an image begins with data:image/png;base64, (or another type)")
     if (len(url) - head.end()) * 3 // 4 > limits.image_bytes + 2:
         raise too_large(limits)
     try:
@@ -61,8 +61,8 @@ def from_data_url(url: str, limits: Limits) -> bytes:
 
 
 def too_large(limits: Limits) -> BadRequest:
-    """A picture of more bytes than allowed."""
-    message = f"image_url: a picture may have {limits.image_bytes:,} bytes"
+    """An image of more bytes than allowed."""
+    message = f"image_url: an image may have {limits.image_bytes:,} bytes"
     return BadRequest(message, status=413, code="image_too_large")
 
 
@@ -93,13 +93,13 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, limits: Limits) -> bytes:
-    """Get a picture within the limits of time and size, over at most three redirects."""
+    """Get an image within the limits of time and size, over at most three redirects."""
     deadline = time.monotonic() + limits.fetch_seconds
     for _ in range(REDIRECTS + 1):
         try:
             content, target = _get(url, limits, deadline)
         except (OSError, http.client.HTTPException, ValueError):  # also timeouts and TLS
-            raise BadRequest("image_url: the picture could not be fetched in time") from None
+            raise BadRequest("image_url: the image could not be fetched in time") from None
         if target is None:
             return content
         url = urljoin(url, target)
@@ -109,7 +109,7 @@ def fetch(url: str, limits: Limits) -> bytes:
 
 
 def _get(url: str, limits: Limits, deadline: float) -> tuple[bytes, str | None]:
-    """A picture, or where it has moved to."""
+    """An image, or where it has moved to."""
     parts = urlsplit(url)
     if parts.username is not None or not parts.hostname:
         raise BadRequest("image_url: a plain http(s) address is expected")

@@ -1,4 +1,4 @@
-"""Where an answer looked: attention from its tokens to the patches of each picture."""
+"""Where an answer looked: attention from its tokens to the patches of each image."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.prompt import Picture, Prompt
+from clips_mllm.talk.prompt import InputImage, Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def attention_maps(engine: Engine, prompt: Prompt, answer: str) -> list[torch.Tensor]:
-    """For each picture a map (side, side) that sums to 1: mean over the answer's tokens, all layers and heads.
+    """For each image a map (side, side) that sums to 1: mean over the answer's tokens, all layers and heads.
 
-    Of a picture in tiles it is the view of the whole, which comes first.
+    Of an image in tiles it is the view of the whole, which comes first.
 
     The prompt is read, or taken from what was kept; only the answer's tokens are read with plain attention, which alone
     tells its weights.
     """
     ids = engine.mllm.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if not ids or not prompt.pictures:
+    if not ids or not prompt.images:
         return []
     weights = engine.run(lambda: _weights(engine, prompt, ids))
     tower, processor = engine.mllm.model.config.vision_config, engine.mllm.processor
@@ -53,11 +53,11 @@ def _weights(engine: Engine, prompt: Prompt, ids: list[int]) -> torch.Tensor:
     return (total / len(out.attentions))[: len(prompt.ids)].cpu()
 
 
-def overlay(picture: Picture, weights: torch.Tensor, side: int = 384) -> Image:
-    """The picture, squared, with warm colours where the weights are large."""
+def overlay(image: InputImage, weights: torch.Tensor, side: int = 384) -> Image:
+    """The image, squared, with warm colours where the weights are large."""
     from PIL import Image as Pil
 
     scaled = (weights - weights.min()) / (weights.max() - weights.min()).clamp_min(1e-12)
     heat = Pil.fromarray((scaled * 255).byte().numpy()).resize((side, side), Pil.Resampling.BICUBIC)
     red = Pil.merge("RGB", (heat, heat.point(lambda value: max(0, 2 * value - 255)), Pil.new("L", heat.size)))
-    return Pil.composite(red, picture.image.resize((side, side)), heat.point(lambda value: value * 3 // 5))
+    return Pil.composite(red, image.image.resize((side, side)), heat.point(lambda value: value * 3 // 5))

@@ -20,7 +20,7 @@ def as_text(text: str) -> str:
 
 
 def rendered(turns: list[Turn], model: int) -> list[dict[str, Any]]:
-    """What a chat shows: pictures, question, answer, each a message of its own."""
+    """What a chat shows: images, question, answer, each a message of its own."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         messages += [{"role": "user", "content": {"path": file}} for file in turn.files]

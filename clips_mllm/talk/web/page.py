@@ -17,8 +17,8 @@ from PIL import Image
 
 from clips_mllm.talk.conversation import cut_notice
 from clips_mllm.talk.engine import Engine, QueueFull
-from clips_mllm.talk.pictures import decode_picture
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.images import decode_limited
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.web.attention import attention_maps, overlay
 from clips_mllm.talk.web.gallery import Gallery
@@ -30,7 +30,7 @@ from vision_tower.data.images import decode_image
 
 # Fonts of the reader's own system: nothing is fetched from anywhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-BUTTONS: list[Any] = ["download", "fullscreen"]  # of pictures; Gradio's "share" uploads them to a hub
+BUTTONS: list[Any] = ["download", "fullscreen"]  # of images; Gradio's "share" uploads them to a hub
 CSS = """
 .message-buttons .download-link + button {display: none}  /* the same "share", which a chat has no switch for */
 #maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(280px, 384px)); grid-template-rows: auto}
@@ -38,7 +38,7 @@ CSS = """
 """
 # Gradio lays its progress over all that an event may change, and after an error a blank panel; the toast is enough.
 QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-SMALL = 400  # pixels of a found picture
+SMALL = 400  # pixels of a found image
 LOOK, KEEP = 300, 3600  # seconds: how often uploads are looked at, how long one is kept
 
 
@@ -51,16 +51,16 @@ class Page:
     examples: list[dict[str, str]]
     gallery: Gallery | None
     feedback: Path | None
-    most_megabytes: int
-    most_pixels: int
-    most_pictures: int
+    max_upload_mb: int
+    max_pixels: int
+    max_images: int
 
     def build(self) -> gr.Blocks:
         """The page. Uploaded files are deleted after an hour, and all of them when the server stops."""
         with gr.Blocks(
             title="clips-mllm", analytics_enabled=False, delete_cache=(LOOK, KEEP), fill_height=True
         ) as blocks:
-            refuse_large(self.most_megabytes)
+            refuse_large(self.max_upload_mb)
             with gr.Tab("Chat"):
                 self._chat()
             if self.gallery is not None:
@@ -79,14 +79,14 @@ class Page:
                     min_width=280,
                     buttons=["copy"],
                     editable="user" if place == 0 else None,
-                    group_consecutive_messages=False,  # in one with a picture Gradio's pencil does nothing
+                    group_consecutive_messages=False,  # in one with an image Gradio's pencil does nothing
                     allow_tags=False,
-                    render_markdown=False,  # it would fetch pictures from elsewhere
+                    render_markdown=False,  # it would fetch images from elsewhere
                 )
                 for place, name in enumerate(self.names)
             ]
         box = gr.MultimodalTextbox(
-            placeholder="Ask, and drop, paste or upload pictures",
+            placeholder="Ask, and drop, paste or upload images",
             show_label=False,
             file_types=["image"],
             file_count="multiple",
@@ -108,7 +108,7 @@ class Page:
             camera = gr.Image(
                 sources=["webcam"],
                 type="filepath",
-                label="A picture for the next question",
+                label="An image for the next question",
                 height=260,
                 elem_id="camera",
             )
@@ -140,16 +140,16 @@ class Page:
     def _retrieval(self, gallery: Gallery) -> None:
         with gr.Row():
             with gr.Column(min_width=280):
-                caption = gr.Textbox(label="A caption finds pictures", elem_id="caption", submit_btn=True)
+                caption = gr.Textbox(label="A caption finds images", elem_id="caption", submit_btn=True)
                 found = gr.Gallery(
-                    label="Nearest pictures",
+                    label="Nearest images",
                     elem_id="found",
                     height=360,
                     object_fit="contain",
                     buttons=BUTTONS,
                 )
             with gr.Column(min_width=280):
-                picture = gr.Image(label="A picture finds captions", type="filepath", elem_id="query", height=260)
+                image = gr.Image(label="An image finds captions", type="filepath", elem_id="query", height=260)
                 captions = gr.Dataframe(
                     headers=["caption", "cosine"],
                     column_widths=["75%", "25%"],
@@ -158,11 +158,11 @@ class Page:
                     elem_id="captions",
                 )
 
-        self._check_first(picture)
+        self._check_first(image)
 
-        def pictures_for(text: str) -> list[tuple[Image.Image, str]]:
+        def images_for(text: str) -> list[tuple[Image.Image, str]]:
             with in_words():
-                found = gallery.pictures_for(text.strip()) if text.strip() else []
+                found = gallery.images_for(text.strip()) if text.strip() else []
             # Not by their paths: Gradio shows files of its own folders and of the working directory only.
             return [(small(file), f"{score:.3f} {file.stem}") for file, score in found]
 
@@ -172,11 +172,11 @@ class Page:
             with in_words():
                 return [[text, round(score, 3)] for text, score in gallery.captions_for(self.read(file).image)]
 
-        caption.submit(pictures_for, caption, found, api_visibility="private")
-        picture.change(captions_for, picture, captions, api_visibility="private")
+        caption.submit(images_for, caption, found, api_visibility="private")
+        image.change(captions_for, image, captions, api_visibility="private")
 
     def _check_first(self, image: gr.Image) -> None:
-        """Refuse in words a picture that Gradio, which decodes it before any event, would fail on without a word."""
+        """Refuse in words an image that Gradio, which decodes it before any event, would fail on without a word."""
         decode = image.preprocess
 
         def preprocess(payload: Any) -> Any:
@@ -194,10 +194,10 @@ class Page:
         if not text and not files:
             yield self._shown(turns)
             return
-        if len(files) > self.most_pictures:
-            message = f"A question may have {self.most_pictures} pictures, these are {len(files)}; show fewer at a time"
+        if len(files) > self.max_images:
+            message = f"A question may have {self.max_images} images, these are {len(files)}; show fewer at a time"
             raise gr.Error(message, print_exception=False)
-        pictures, refused = self.read_all(files)
+        images, refused = self.read_all(files)
         if refused:
             for file, reason in refused.items():
                 gr.Warning(f"{escape(Path(file).name)}: {reason}", title="Refused")
@@ -206,7 +206,7 @@ class Page:
             shown[-3] = box
             yield shown
             return
-        yield from self._answer([*turns, Turn(text, tuple(pictures), tuple(files))], settings, box=None)
+        yield from self._answer([*turns, Turn(text, tuple(images), tuple(files))], settings, box=None)
 
     def again(self, turns: list[Turn], *settings: Any) -> Iterator[list[Any]]:
         """The last question again."""
@@ -219,7 +219,7 @@ class Page:
         place = turn_of(turns, event.index)
         changed = dataclasses.replace(turns[place], text=str(event.value).replace(JOINER, "").strip())
         if not changed.text and not changed.files:
-            gr.Warning("A question needs words or a picture; it stays as it was.", title="Refused")
+            gr.Warning("A question needs words or an image; it stays as it was.", title="Refused")
             yield self._shown(turns)
             return
         yield from self._answer([*turns[:place], changed], settings, box=gr.skip())
@@ -251,35 +251,35 @@ class Page:
             if dropped > known:
                 gr.Info(f"{name}: {cut_notice(dropped)}")
 
-    def read_all(self, files: list[str]) -> tuple[list[Picture], dict[str, str]]:
-        """Uploaded pictures, and of those that cannot be read what is wrong with them."""
-        pictures, refused = [], {}
+    def read_all(self, files: list[str]) -> tuple[list[InputImage], dict[str, str]]:
+        """Uploaded images, and of those that cannot be read what is wrong with them."""
+        images, refused = [], {}
         for file in files:
             try:
-                pictures.append(self.read(file))
+                images.append(self.read(file))
             except UserError as error:
                 refused[file] = str(error)
-        return pictures, refused
+        return images, refused
 
-    def read(self, file: str) -> Picture:
-        """An uploaded picture. Raises UserError."""
+    def read(self, file: str) -> InputImage:
+        """An uploaded image. Raises UserError."""
         try:
             content = Path(file).read_bytes()
         except OSError:
-            raise UserError("the picture is gone; upload it again") from None
-        return decode_picture(content, most_bytes=len(content), most_pixels=self.most_pixels)
+            raise UserError("the image is gone", remedy="upload it again") from None
+        return decode_limited(content, max_bytes=len(content), max_pixels=self.max_pixels)
 
     def look(self, turns: list[Turn]) -> Any:
-        """Heat maps of the last answer, for each model and picture."""
-        if not turns or not any(turn.pictures for turn in turns):
-            raise gr.Error("There is no answer about a picture yet.", print_exception=False)
+        """Heat maps of the last answer, for each model and image."""
+        if not turns or not any(turn.images for turn in turns):
+            raise gr.Error("There is no answer about an image yet.", print_exception=False)
         found = []
         with in_words():
             for model, engine in enumerate(self.engines):
                 fitted = asked_of(engine, turns, model, turns[-1].system, Sampling(max_new_tokens=1))
-                maps = attention_maps(engine, engine.prompt(fitted.messages, fitted.pictures), turns[-1].answers[model])
-                for picture, weights in zip(fitted.pictures if maps else [], maps, strict=True):
-                    found.append((overlay(picture, weights), self.names[model]))
+                maps = attention_maps(engine, engine.prompt(fitted.messages, fitted.images), turns[-1].answers[model])
+                for image, weights in zip(fitted.images if maps else [], maps, strict=True):
+                    found.append((overlay(image, weights), self.names[model]))
         return gr.Gallery(found, visible=True)
 
     def _thumb(self, model: int) -> Any:
@@ -289,7 +289,7 @@ class Page:
             rated = turns[: place + 1]
             with in_words():
                 append_feedback(self.feedback, rated, model, self.names[model], bool(event.liked))
-            gr.Info("Kept, with its pictures.")
+            gr.Info("Kept, with its images.")
 
         return thumb
 
@@ -329,7 +329,7 @@ def told(event: Callable[..., Iterator[list[Any]]]) -> Callable[..., Iterator[li
 
 
 def small(file: Path) -> Image.Image:
-    """A picture of the gallery to look at."""
-    picture = decode_image(file.read_bytes(), least=SMALL)
-    picture.thumbnail((SMALL, SMALL))
-    return picture
+    """An image of the gallery to look at."""
+    image = decode_image(file.read_bytes(), least=SMALL)
+    image.thumbnail((SMALL, SMALL))
+    return image

@@ -13,13 +13,13 @@ from typing import Any
 from clips_mllm.prompts.conversation import Message
 from clips_mllm.talk.conversation import Fitted, fit, question, statement, to_turn
 from clips_mllm.talk.engine import Done, Engine, Event, Failed, Piece
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question with its pictures, and each model's answer so far.
+    """A question with its images, and each model's answer so far.
 
     Attributes:
         files: what the browser shows.
@@ -28,25 +28,25 @@ class Turn:
     """
 
     text: str
-    pictures: tuple[Picture, ...]
+    images: tuple[InputImage, ...]
     files: tuple[str, ...]
     answers: tuple[str, ...] = ()
     dropped: tuple[int, ...] = ()
     system: str = ""
 
 
-def messages_of(turns: list[Turn], model: int, system: str) -> tuple[list[Message], list[Picture]]:
+def messages_of(turns: list[Turn], model: int, system: str) -> tuple[list[Message], list[InputImage]]:
     """The conversation that one of the models had."""
     messages = [statement("system", system)] if system else []
     for turn in turns:
-        messages += [question(turn.text, len(turn.pictures)), statement("assistant", turn.answers[model])]
-    return messages, [picture for turn in turns for picture in turn.pictures]
+        messages += [question(turn.text, len(turn.images)), statement("assistant", turn.answers[model])]
+    return messages, [image for turn in turns for image in turn.images]
 
 
 def asked_of(engine: Engine, turns: list[Turn], model: int, system: str, sampling: Sampling) -> Fitted:
     """What a model is asked for the last turn, cut to its context."""
-    messages, pictures = messages_of(turns, model, system)
-    return fit(engine, messages[:-1], pictures, sampling)
+    messages, images = messages_of(turns, model, system)
+    return fit(engine, messages[:-1], images, sampling)
 
 
 def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sampling) -> Iterator[Turn]:
@@ -61,7 +61,7 @@ def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sa
     running = []
     try:
         for model, (engine, fitted) in enumerate(zip(engines, asked, strict=True)):
-            prompt = engine.prompt(fitted.messages, fitted.pictures)
+            prompt = engine.prompt(fitted.messages, fitted.images)
 
             def emit(event: Event, model: int = model) -> None:
                 events.put((model, event))
@@ -87,18 +87,18 @@ def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sa
 
 
 def append_feedback(file: Path, turns: list[Turn], model: int, name: str, liked: bool) -> None:
-    """Append the conversation up to its last turn as a row of LLaVA JSON; its pictures go to a folder beside it.
+    """Append the conversation up to its last turn as a row of LLaVA JSON; its images go to a folder beside it.
 
     Rated again, it has the same id: the last of its rows is what was meant.
     """
-    messages, pictures = messages_of(turns, model, turns[-1].system)
+    messages, images = messages_of(turns, model, turns[-1].system)
     folder = file.with_suffix("")
     names = []
-    for picture in pictures:
+    for image in images:
         folder.mkdir(parents=True, exist_ok=True)
-        names.append(f"{folder.name}/{picture.key[:16]}.png")
+        names.append(f"{folder.name}/{image.key[:16]}.png")
         if not (file.parent / names[-1]).exists():
-            picture.image.save(file.parent / names[-1])
+            image.image.save(file.parent / names[-1])
     said = [to_turn(message) for message in messages]
     digest = hashlib.sha256(json.dumps([names, said, name]).encode()).hexdigest()
     row: dict[str, Any] = {"id": f"{file.stem}-{digest[:16]}"}

@@ -30,17 +30,17 @@ document.addEventListener('paste', (event) => refuse(event, event.clipboardData?
 """
 
 
-def refuse_large(most_megabytes: int) -> None:
+def refuse_large(max_upload_mb: int) -> None:
     """Let the page that is being built say of a file that is too large how large it is, and what to do."""
 
     def tell(event: gr.EventData) -> None:
         name, size = escape(str(event.name)), math.ceil(10 * float(event.size) / MEGABYTE) / 10
         raise gr.Error(
-            f"{name} has {size} MB, more than the {most_megabytes} MB allowed; send a smaller one",
+            f"{name} has {size} MB, more than the {max_upload_mb} MB allowed; send a smaller one",
             print_exception=False,
         )
 
-    watch = gr.HTML(visible="hidden", js_on_load=WATCH % (most_megabytes * MEGABYTE))
+    watch = gr.HTML(visible="hidden", js_on_load=WATCH % (max_upload_mb * MEGABYTE))
     watch.upload(tell, None, None, api_visibility="private")
 
 

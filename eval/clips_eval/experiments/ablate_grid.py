@@ -53,17 +53,19 @@ class AblateRecipe:
     def check(self, room: int) -> None:
         """Raise UserError where the grid makes no sense with `room` word pieces in the text tower."""
         if not self.reductions and not self.objectives:
-            raise UserError("reductions, objectives: nothing to compare; name some of either")
+            raise UserError("reductions, objectives: nothing to compare", remedy="name some of either")
         if len(set(self.seeds)) < max(2, len(self.seeds)):
-            raise UserError("seeds: two different ones at least, none twice; give three for a comparison to trust")
+            raise UserError(
+                "seeds: two different ones at least, none twice", remedy="give three for a comparison to trust"
+            )
         if self.reductions and not (self.budgets and self.web_budgets):
-            raise UserError("budgets, web_budgets: none to compare lengths at; give some, such as [8, 16, 32]")
+            raise UserError("budgets, web_budgets: none to compare lengths at", remedy="give some, such as [8, 16, 32]")
         for name in ("budgets", "web_budgets") if self.reductions else ():
             for budget in getattr(self, name):
                 if not 1 <= budget < room:
                     raise UserError(
-                        f"{name}: {budget} is not from 1 to below {room}, the room of model.text_length in "
-                        f"{self.pretrain}"
+                        f"{budget} is not from 1 to below {room}, the room of model.text_length in {self.pretrain}",
+                        file=name,
                     )
         if self.processes < 0 or self.threads < 1:
             raise UserError("processes: at least 0, and threads at least 1")

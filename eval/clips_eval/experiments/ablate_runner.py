@@ -50,7 +50,9 @@ def cells(recipe: AblateRecipe) -> list[Cell]:
         file = cell.folder / ORDER
         if file.is_file() and file.read_text() != cell.order:
             raise UserError(
-                f"{file}: made with another recipe or other data; remove {cell.folder}, or choose another output_dir"
+                "made with another recipe or other data",
+                file=file,
+                remedy=f"remove {cell.folder}, or choose another output_dir",
             )
     return found
 
@@ -94,8 +96,8 @@ def run_cells(recipe: AblateRecipe, say: Callable[[str], None]) -> list[Cell]:
     if failed:
         log = failed[0].folder / LOG
         raise UserError(
-            f"{log}: {len(failed)} of {len(everything)} runs failed, this is the first one's log; mend the cause and "
-            "run the same command, which goes on from here"
+            f"{log}: {len(failed)} of {len(everything)} runs failed, this is the first one's log",
+            remedy="mend the cause and run the same command, which goes on from here",
         )
     return everything
 

@@ -61,17 +61,21 @@ class CompareRecipe:
             raise UserError("runs: give at least two encoder runs, the one to compare with first")
         names = [run.name for run in self.runs]
         if len(set(names)) < len(names):
-            raise UserError(f"runs: {', '.join(names)}: folders of the same name cannot be told apart; rename one")
+            raise UserError(
+                f"runs: {', '.join(names)}: folders of the same name cannot be told apart", remedy="rename one"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError("seeds: at least one, none twice; give three for a comparison to trust")
+            raise UserError("seeds: at least one, none twice", remedy="give three for a comparison to trust")
         made = {spec.run for spec in self.pretrain}
         for run in self.runs:
             if run not in made and not (run / "tower").is_dir():
-                raise UserError(f"{run}: no tower/ in it; pretrain it first, or say how under 'pretrain' in the recipe")
+                raise UserError(
+                    "no tower/ in it", file=run, remedy="pretrain it first, or say how under 'pretrain' in the recipe"
+                )
         files = [self.align, self.finetune, self.evaluate, *(spec.config for spec in self.pretrain)]
         for file in [*files, *([self.retrieval] if self.retrieval else [])]:
             if not file.is_file():
-                raise UserError(f"{file}: no such file; correct the recipe")
+                raise UserError("no such file", file=file, remedy="correct the recipe")
 
 
 @dataclass(frozen=True, kw_only=True)

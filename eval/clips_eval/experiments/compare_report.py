@@ -25,7 +25,7 @@ from vision_tower.common.errors import UserError
 from vision_tower.common.files import write_text
 
 FOOT = (
-    "Over documents: permutation test by picture of the mean over the seeds, Holm-corrected over all rows; "
+    "Over documents: permutation test by image of the mean over the seeds, Holm-corrected over all rows; "
     "would other questions give the same sign? Over seeds: Student's 95 % interval of the mean of the seeds' "
     "differences; would another training of the two stages? The towers were trained once each."
 )
@@ -94,7 +94,9 @@ def compare_towers(recipe: CompareRecipe) -> tuple[list[Row], list[LeftOut]]:
     found = [row for other in others for row in _against(runs[first], runs[other], other.name)]
     rows = [row for row in found if isinstance(row, Row)]
     if not rows:
-        raise UserError(f"{recipe.output_dir}: no metric whose single answers are known; see the runs' lmms.json")
+        raise UserError(
+            "no metric whose single answers are known", file=recipe.output_dir, remedy="see the runs' lmms.json"
+        )
     adjusted = holm([row.documents for row in rows])
     rows = [replace(row, documents=documents) for row, documents in zip(rows, adjusted, strict=True)]
     return rows, [row for row in found if isinstance(row, LeftOut)]
@@ -113,7 +115,7 @@ def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: str) -> Iterator
             yield LeftOut(tower=tower, task=task, metric=metric, reason="has no value in some run")
             continue
         except ValueError as error:
-            raise UserError(f"{tower}: {task}: {error}; measure all runs on the same data") from error
+            raise UserError(f"{task}: {error}", file=tower, remedy="measure all runs on the same data") from error
         lower = task != "retrieval" and ours[0].lmms is not None and lower_is_better(ours[0].lmms, task, metric)
         values, first = [value(one) for one in left], [value(one) for one in right]
         yield Row(
@@ -151,7 +153,7 @@ def _scores(run: Run, task: str, metric: str) -> Scores | None:
 def _over_seeds(seeds: Sequence[Scores]) -> Scores:
     """Every seed's documents, whose value is the mean of the seeds' values: of ratios too, such as a precision.
 
-    A seed is a stratum that counts by one over their number; a picture stands for its documents in all of them.
+    A seed is a stratum that counts by one over their number; an image stands for its documents in all of them.
 
     Raises:
         ValueError: the seeds answer different documents.

@@ -59,19 +59,19 @@ def generation_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def batches(documents: Sequence[Document], size: int) -> Iterator[list[int]]:
     """Places of the documents in batches of equal options, longest first; ties keep their order.
 
-    Longest first, so that a batch that does not fit into memory fails at once. Questions about one picture stay
+    Longest first, so that a batch that does not fit into memory fails at once. Questions about one image stay
     together, at the place of their longest: what they share is read once.
     """
     groups: dict[str, list[int]] = {}
     for place, document in enumerate(documents):
         groups.setdefault(document.options, []).append(place)
     for group in groups.values():
-        places = _by_picture(documents, group)
+        places = _by_image(documents, group)
         for start in range(0, len(places), size):
             yield places[start : start + size]
 
 
-def _by_picture(documents: Sequence[Document], places: Sequence[int]) -> list[int]:
+def _by_image(documents: Sequence[Document], places: Sequence[int]) -> list[int]:
     longest: dict[tuple[str, ...], int] = {}
     for place in places:
         images = tuple(documents[place].images)
@@ -86,10 +86,10 @@ def _by_picture(documents: Sequence[Document], places: Sequence[int]) -> list[in
 
 
 def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:
-    """Every picture of a task exchanged for another picture of that task.
+    """Every image of a task exchanged for another image of that task.
 
     Raises:
-        UserError: a task whose documents all show one picture.
+        UserError: a task whose documents all show one image.
     """
     exchange: dict[str, dict[str, str]] = {}
     for task in dict.fromkeys(document.task for document in documents):
@@ -97,7 +97,9 @@ def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:
         try:
             exchange[task] = derangement(digests, seed)
         except ValueError as error:
-            raise UserError(f"task {task}: {error}; the shuffled control needs two different images") from error
+            raise UserError(
+                f"task {task}: {error}", remedy="the shuffled control needs two different images"
+            ) from error
     return [
         replace(document, images=[exchange[document.task][digest] for digest in document.images])
         for document in documents
@@ -119,7 +121,7 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 def expand(document: Document, features: Mapping[str, torch.Tensor], image_token: int) -> list[int]:
-    """The document's ids with each image placeholder repeated to its picture's P tokens."""
+    """The document's ids with each image placeholder repeated to its image's P tokens."""
     images = iter(document.images)
     ids: list[int] = []
     for token in document.ids:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-BATCH = 64  # rows whose pictures are read together
+BATCH = 64  # rows whose images are read together
 MAKE = "correct 'data' in the recipe, or make the sample files with 'clips-mllm data sample'"
 
 
@@ -30,7 +30,7 @@ def data_files(data: str, task: str) -> list[str]:
     files = sorted(glob.glob(data)) if glob.has_magic(data) else [data]
     missing = [file for file in files if not Path(file).is_file()]
     if missing or not files:
-        raise UserError(f"{missing[0] if missing else data}: no such file (data of task {task}); {MAKE}")
+        raise UserError(f"no such file (data of task {task})", file=missing[0] if missing else data, remedy=f"{MAKE}")
     return [str(Path(file).resolve()) for file in files]
 
 
@@ -62,15 +62,19 @@ def check_data(data: str, task: str) -> None:
         missing = [column for column in columns if column not in schema.names]
         if missing:
             raise UserError(
-                f"{file}: no column '{missing[0]}', which {task} needs (columns: {', '.join(schema.names)}); {MAKE}"
+                f"no column '{missing[0]}', which {task} needs (columns: {', '.join(schema.names)})",
+                file=file,
+                remedy=f"{MAKE}",
             )
         if "image" in columns and not _is_image(schema):
             raise UserError(
-                f"{file}: column 'image' is not a datasets.Image feature; save it with Features(image=Image())"
+                "column 'image' is not a datasets.Image feature",
+                file=file,
+                remedy="save it with Features(image=Image())",
             )
         if task in OWN_TASKS:
             _check_answers(file, task, seen)
-            _check_pictures(file)
+            _check_images(file)
 
 
 def _schema(file: Path, task: str) -> pa.Schema:
@@ -80,9 +84,9 @@ def _schema(file: Path, task: str) -> pa.Schema:
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}); {MAKE}") from error
+        raise UserError(f"not a readable parquet file ({error})", file=file, remedy=f"{MAKE}") from error
     if parquet.metadata.num_rows == 0:
-        raise UserError(f"{file}: has no rows, task {task} needs at least one; {MAKE}")
+        raise UserError(f"has no rows, task {task} needs at least one", file=file, remedy=f"{MAKE}")
     return parquet.schema_arrow
 
 
@@ -99,26 +103,32 @@ def _check_answers(file: Path, task: str, seen: dict[str, str]) -> None:
     columns = [column for column in OWN_TASKS[task] if column != "image"]
     for number, row in enumerate(pq.read_table(file, columns=columns).to_pylist()):
         if not str(row["question"] or "").strip():
-            raise UserError(f"{file}: row {number}: has no question; mend the row")
+            raise UserError(f"row {number}: has no question", file=file, remedy="mend the row")
         allowed = _allowed(row, OWN_TASKS[task])
         if len(allowed) < 2 and OWN_TASKS[task] is not EASY_VQA_COLUMNS:
-            raise UserError(f"{file}: row {number}: has fewer than two options in A to D; mend the row")
+            raise UserError(f"row {number}: has fewer than two options in A to D", file=file, remedy="mend the row")
         given = row["answer"] if isinstance(row["answer"], str) else ""
         answer = given if OWN_TASKS[task] is MMBENCH_COLUMNS else plain_word(given)
         if not answer or (allowed and answer not in allowed):
             choices = f"one of {', '.join(allowed)}" if allowed else "a word"
-            raise UserError(f"{file}: row {number}: answer {row['answer']!r} should be {choices}; mend the row")
+            raise UserError(
+                f"row {number}: answer {row['answer']!r} should be {choices}", file=file, remedy="mend the row"
+            )
         name = row.get("question_id", row.get("index"))
         if name is None:
-            raise UserError(f"{file}: row {number}: has no id; give each row its own")
+            raise UserError(f"row {number}: has no id", file=file, remedy="give each row its own")
         if str(name) in seen:
-            raise UserError(f"{file}: row {number}: id {name} is that of {seen[str(name)]} too; give each row its own")
+            raise UserError(
+                f"row {number}: id {name} is that of {seen[str(name)]} too", file=file, remedy="give each row its own"
+            )
         seen[str(name)] = f"{file}: row {number}"
         if "kind" in row and row["kind"] not in ("open", "yes_no"):
-            raise UserError(f"{file}: row {number}: kind {row['kind']!r} should be open or yes_no; mend the row")
+            raise UserError(
+                f"row {number}: kind {row['kind']!r} should be open or yes_no", file=file, remedy="mend the row"
+            )
 
 
-def _check_pictures(file: Path) -> None:
+def _check_images(file: Path) -> None:
     """Only whether each row has one: row groups that by their statistics have no null are not read."""
     import pyarrow.parquet as pq
 
@@ -127,15 +137,15 @@ def _check_pictures(file: Path) -> None:
     for group in range(parquet.num_row_groups):
         number = first
         for batch in parquet.iter_batches(BATCH, [group], ["image"]) if _may_lack(parquet, group) else ():
-            for place, picture in enumerate(batch.column(0).to_pylist(), start=number):
-                if picture is None or (picture["bytes"] is None and picture["path"] is None):
-                    raise UserError(f"{file}: row {place}: has no image; mend the row, or leave it out")
+            for place, image in enumerate(batch.column(0).to_pylist(), start=number):
+                if image is None or (image["bytes"] is None and image["path"] is None):
+                    raise UserError(f"row {place}: has no image", file=file, remedy="mend the row, or leave it out")
             number += batch.num_rows
         first += parquet.metadata.row_group(group).num_rows
 
 
 def _may_lack(parquet: pq.ParquetFile, group: int) -> bool:
-    """Whether the group has a row without a picture's bytes, as far as its statistics tell."""
+    """Whether the group has a row without an image's bytes, as far as its statistics tell."""
     columns = parquet.metadata.row_group(group)
     for place in range(columns.num_columns):
         column = columns.column(place)

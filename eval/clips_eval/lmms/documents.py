@@ -110,7 +110,7 @@ def _circular(rows: Sequence[Row]) -> Metric:
 
 
 def _mme(rows: Sequence[Row | None]) -> Metric:
-    """MME: accuracy and accuracy on both questions of a picture, 100 points each, added up over the categories."""
+    """MME: accuracy and accuracy on both questions of an image, 100 points each, added up over the categories."""
     total: dict[tuple[str, str], float] = {}
     for row in rows:
         if row is not None:

@@ -35,9 +35,11 @@ def _refuse(file: Path, recipe: EvaluateRecipe) -> None:
         known = False
     if not known:
         # A finished result of another version, or a file of something else: nobody can tell what would be lost.
-        raise UserError(f"{file}: not a result of this version of 'clips-mllm evaluate'; {REMEDY}")
+        raise UserError("not a result of this version of 'clips-mllm evaluate'", file=file, remedy=f"{REMEDY}")
     if more := measured - {spec.task for spec in recipe.specs}:
-        raise UserError(f"{file}: holds {', '.join(sorted(more))}, which this run would not measure; {REMEDY}")
+        raise UserError(
+            f"holds {', '.join(sorted(more))}, which this run would not measure", file=file, remedy=f"{REMEDY}"
+        )
     if recipe.limit is not None and (limit is None or limit > recipe.limit):
         before = "without --limit" if limit is None else f"with --limit {limit}"
-        raise UserError(f"{file}: measured {before}, this run has --limit {recipe.limit}; {REMEDY}")
+        raise UserError(f"measured {before}, this run has --limit {recipe.limit}", file=file, remedy=f"{REMEDY}")

@@ -75,12 +75,13 @@ def _stock(recipe: EvaluateRecipe) -> lmms:
         model: lmms = kind.create_from_arg_string(words, {"batch_size": batch, "device": place})
     except (ImportError, NameError, TypeError) as error:
         raise UserError(
-            f"--model {recipe.model}: cannot be used here ({one_line(error)}); check --model_args and its package"
+            f"--model {recipe.model}: cannot be used here ({one_line(error)})",
+            remedy="check --model_args and its package",
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--model {recipe.model}: {recipe.checkpoint} cannot be loaded ({one_line(error)}); check its name and the "
-            "network"
+            f"--model {recipe.model}: {recipe.checkpoint} cannot be loaded ({one_line(error)})",
+            remedy="check its name and the network",
         ) from error
     model.clean = lambda: None  # type: ignore[method-assign]  # it would delete the weights after the first task
     return model

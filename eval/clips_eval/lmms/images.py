@@ -1,6 +1,6 @@
 """Images of an evaluation: which are the same, which one is shown instead, and features that are computed once.
 
-A benchmark asks many questions about few pictures (POPE: 18 about each of 500), so pictures are known by the digest of
+A benchmark asks many questions about few images (POPE: 18 about each of 500), so images are known by the digest of
 their pixels, and the tower runs once for each.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pixel_digest(image: Image) -> str:
-    """A name for what the picture shows: equal for equal pixels, whatever file they came from."""
+    """A name for what the image shows: equal for equal pixels, whatever file they came from."""
     digest = hashlib.blake2b(f"{image.mode}{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
@@ -52,7 +52,7 @@ class FeatureCache:
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, digest: str) -> Tensor | None:
-        """The features of a picture, (tokens, width), or None."""
+        """The features of an image, (tokens, width), or None."""
         if digest in self._features:
             self._features.move_to_end(digest)
         return self._features.get(digest)

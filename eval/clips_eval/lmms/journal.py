@@ -1,7 +1,7 @@
 """Answers on disk as they come, so that a second run goes on from the first missing document.
 
 The first line says what gave the answers (checkpoint, precision, mode); under anything else the file starts anew. Each
-further line is {"key", "answer"}; the key covers the document, its prompt, its pictures and its generation options.
+further line is {"key", "answer"}; the key covers the document, its prompt, its images and its generation options.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _read(file: Path, head: str) -> dict[str, str]:
             found[row["key"]] = row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}: line {number}: not an answer of 'clips-mllm evaluate'; remove the file"
+                f"line {number}: not an answer of 'clips-mllm evaluate'", file=file, remedy="remove the file"
             ) from error
     if lines[-1]:
         file.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")

@@ -49,7 +49,7 @@ class ClipsMllm(lmms):
         pretrained: folder of the checkpoint or a hub id; or give a live `mllm`.
         batch_size: documents at a time.
         device, dtype, quantize: as `clips_mllm.model.checkpoint.load_mllm` takes them.
-        control: what is shown in place of a document's pictures, which tells how much of a score is language prior:
+        control: what is shown in place of a document's images, which tells how much of a score is language prior:
             "shuffled" another document's, "blank" one of the mean colour, "no_image" none.
         seed: of the shuffled control.
         cache_gb: memory for image features.
@@ -77,13 +77,15 @@ class ClipsMllm(lmms):
         super().__init__()
         for name, value, known in (("control", control, get_args(Control)), ("quantize", quantize, get_args(Quantize))):
             if value not in known:
-                raise UserError(f"model_args: {name} '{value}' is unknown; choose from {', '.join(known)}")
+                raise UserError(
+                    f"{name} '{value}' is unknown", key="model_args", remedy=f"choose from {', '.join(known)}"
+                )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"batch_size: '{batch_size}' is not a number of documents; give 1 or more")
+            raise UserError(f"'{batch_size}' is not a number of documents", key="batch_size", remedy="give 1 or more")
         self.mllm = mllm or _load(pretrained, device, dtype, quantize)
         if not self.mllm.processor.chat_template:
             raise UserError(
-                f"{pretrained}: the processor has no chat template; add the LLM's own as chat_template.jinja"
+                f"{pretrained}: the processor has no chat template", remedy="add the LLM's own as chat_template.jinja"
             )
         if self.mllm.device.type == "cpu":
             spare_memory()
@@ -92,8 +94,8 @@ class ClipsMllm(lmms):
         self.seed = seed
         self.features = FeatureCache(int(cache_gb * 2**30))
         self.journal = journal
-        self.pictures: dict[tuple[str, int], list[str]] = {}  # digests by document, before any exchange
-        self._sources: dict[str, tuple[Instance, int]] = {}  # digest -> where to read the picture again
+        self.images: dict[tuple[str, int], list[str]] = {}  # digests by document, before any exchange
+        self._sources: dict[str, tuple[Instance, int]] = {}  # digest -> where to read the image again
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +144,7 @@ class ClipsMllm(lmms):
         return {place: answer for place, answer in found.items() if answer is not None}
 
     def _ask(self, request: Instance) -> Asked:
-        """The prompt and the pictures of a request, under the control."""
+        """The prompt and the images of a request, under the control."""
         document = document_of(request, self.task_dict)
         ask = ask_simple if self.is_simple else ask_chat
         return ask(request, document, self.mllm.processor, self.control)
@@ -156,21 +158,22 @@ class ClipsMllm(lmms):
         bos = processor.tokenizer.bos_token
         special = bos is None or not asked.prompt.startswith(bos)
         ids = processor.tokenizer(asked.prompt, add_special_tokens=special)["input_ids"]
-        if ids.count(processor.image_token_id) != len(asked.pictures):
+        if ids.count(processor.image_token_id) != len(asked.images):
             raise UserError(
-                f"{place}: {ids.count(processor.image_token_id)} '{processor.image_token}' in the prompt but "
-                f"{len(asked.pictures)} images; take the placeholder out of the document's text or mend the chat "
-                "template"
+                f"{ids.count(processor.image_token_id)} '{processor.image_token}' in the prompt but "
+                f"{len(asked.images)} images",
+                file=place,
+                remedy="take the placeholder out of the document's text or mend the chat template",
             )
-        digests = [pixel_digest(image) for image in asked.pictures]
-        self.pictures[task, doc_id] = digests
+        digests = [pixel_digest(image) for image in asked.images]
+        self.images[task, doc_id] = digests
         for index, digest in enumerate(digests):
             self._sources.setdefault(digest, (request, index))
         options = json.dumps(generation_options(options_of(request, simple=self.is_simple)), sort_keys=True)
         return Document(task=task, doc_id=doc_id, ids=ids, images=digests, options=options)
 
     def _shuffled(self, documents: list[Document], requests: list[Instance]) -> list[Document]:
-        """Pictures exchanged within each task, over the documents of all processes."""
+        """Images exchanged within each task, over the documents of all processes."""
         if self.world_size == 1:
             return shuffle_images(documents, self.seed)
         own = {digest: (request.args[3], index) for digest, (request, index) in self._sources.items()}
@@ -212,14 +215,14 @@ class ClipsMllm(lmms):
         return [cut(text.removeprefix(EMPTY_THOUGHTS), until) for text in texts]
 
     def _image_features(self, digests: list[str]) -> dict[str, torch.Tensor]:
-        """Projected features of each distinct picture, (P, D) on the model's device; the tower runs for new ones."""
+        """Projected features of each distinct image, (P, D) on the model's device; the tower runs for new ones."""
         model, device = self.mllm.model, self.mllm.device
         kept = {digest: self.features.get(digest) for digest in dict.fromkeys(digests)}
         new = [digest for digest, features in kept.items() if features is None]
         found = {digest: features.to(device) for digest, features in kept.items() if features is not None}
         if new:
-            pictures = [self._picture_of(digest) for digest in new]
-            shown = self.mllm.processor.image_processor(pictures, return_tensors="pt")
+            images = [self._image_of(digest) for digest in new]
+            shown = self.mllm.processor.image_processor(images, return_tensors="pt")
             inputs = {name: shown[name].to(device) for name in IMAGE_INPUTS if name in shown}
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
             output = model.get_image_features(**inputs, return_dict=True)
@@ -228,9 +231,9 @@ class ClipsMllm(lmms):
                 found[digest] = features
         return found
 
-    def _picture_of(self, digest: str) -> Image:
+    def _image_of(self, digest: str) -> Image:
         request, index = self._sources[digest]
-        return self._ask(request).pictures[index]
+        return self._ask(request).images[index]
 
 
 class ClipsMllmSimple(ClipsMllm):
@@ -240,7 +243,7 @@ class ClipsMllmSimple(ClipsMllm):
 
 
 def _about(request: Instance, doc_id: int) -> Instance:
-    """The same request about another document: another process read it, and this one must find its picture."""
+    """The same request about another document: another process read it, and this one must find its image."""
     other = copy.copy(request)
     arguments = list(request.args)
     arguments[3] = doc_id
@@ -258,7 +261,7 @@ def _encoder_output(features: list[torch.Tensor]) -> Any:
 
 def _load(pretrained: str | None, device: str, dtype: str, quantize: Quantize) -> Mllm:
     if pretrained is None:
-        raise UserError("model_args: no checkpoint; give pretrained=FOLDER")
+        raise UserError("no checkpoint", key="model_args", remedy="give pretrained=FOLDER")
     return load_own(pretrained, device=device, dtype=dtype, quantize=quantize)
 
 

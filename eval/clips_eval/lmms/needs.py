@@ -52,7 +52,7 @@ def survey(specs: Sequence[TaskSpec], manager: TaskManager) -> tuple[list[TaskSp
     ready = [spec for spec in specs if spec.task not in skipped]
     if not ready:
         told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
-        raise UserError(f"tasks: none of them can run here ({told})")
+        raise UserError(f"none of them can run here ({told})", key="tasks")
     return ready, skipped
 
 

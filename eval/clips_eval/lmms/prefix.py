@@ -1,6 +1,6 @@
-"""What several questions about one picture share is read once: its image tokens, and the words they all begin with.
+"""What several questions about one image share is read once: its image tokens, and the words they all begin with.
 
-Of a benchmark's prompt the image tokens are the larger part, and POPE asks 18 questions about each picture. The keys
+Of a benchmark's prompt the image tokens are the larger part, and POPE asks 18 questions about each image. The keys
 and values of the shared part are computed for each distinct one and repeated for its documents.
 
 Shapes: N documents of a batch, U distinct beginnings, P tokens of a beginning, T of a whole prompt.
@@ -32,7 +32,7 @@ class Beginnings:
 def shared_beginnings(
     batch: Sequence[Document], prompts: Sequence[Sequence[int]], image_token: int, options: Mapping[str, Any]
 ) -> Beginnings | None:
-    """What the batch shares, or None: no pictures, which end at different places, all distinct, or beams."""
+    """What the batch shares, or None: no images, which end at different places, all distinct, or beams."""
     ends = {max((place + 1 for place, token in enumerate(ids) if token == image_token), default=0) for ids in prompts}
     if len(ends) > 1 or options["num_beams"] > 1:
         return None
@@ -69,7 +69,7 @@ def continued(
     Padding stands between the beginning and the rest; the mask hides it, and positions count what is not hidden.
 
     Args:
-        encoder_output: features of the pictures of the distinct beginnings, in their order.
+        encoder_output: features of the images of the distinct beginnings, in their order.
     """
     device = model.device
     begin = torch.tensor([list(prompts[place][: shared.length]) for place in shared.first], device=device)

@@ -62,7 +62,7 @@ class EvaluateRecipe:
         tasks: what to run, each {task: NAME, data: FILE.parquet}; without data the task's own data set is used.
         data: local copies task by task, over those in tasks; --data.gqa /data/gqa/*.parquet.
         output: where the scores go; CHECKPOINT/lmms.json if not given, runs/baselines/NAME/lmms.json for a hub id.
-        control: shows every question another picture, a blank one or none, and what is left is language prior; "all"
+        control: shows every question another image, a blank one or none, and what is left is language prior; "all"
             measures the model itself and then under each control, into lmms_shuffled.json and so on beside lmms.json.
         wording: how the answer's form is asked for; 0 as the task does, 1 and 2 in other words, "all" one by one.
         model: whose code answers; clips_mllm is ours, the others are lmms-eval's, for cross-checks.
@@ -74,7 +74,7 @@ class EvaluateRecipe:
         dtype: auto (the checkpoint's), float32 or bfloat16.
         quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory; only for clips_mllm.
         seed: of the shuffled control, of sampling and of the intervals; greedy answers do not depend on it.
-        gallery: right and wrong answers a task whose pictures are saved for the report.
+        gallery: right and wrong answers a task whose images are saved for the report.
     """
 
     checkpoint: str
@@ -101,18 +101,21 @@ class EvaluateRecipe:
             if number is not None and number < 1:
                 raise UserError(f"--{name} {number}: at least 1 is needed")
         if self.output is not None and self.output.is_dir():
-            raise UserError(f"--output {self.output}: a folder; name the file, such as {self.output / 'lmms.json'}")
+            raise UserError(
+                f"--output {self.output}: a folder", remedy=f"name the file, such as {self.output / 'lmms.json'}"
+            )
         if self.model != "clips_mllm" and self.control != "none":
             raise UserError(
-                f"--control {self.control}: only for --model clips_mllm; {self.model} shows what it is given"
+                f"--control {self.control}: only for --model clips_mllm", remedy=f"{self.model} shows what it is given"
             )
         if self.model != "clips_mllm" and self.quantize != "none":
             raise UserError(
-                f"--quantize {self.quantize}: only for --model clips_mllm; {self.model} has its own --model_args"
+                f"--quantize {self.quantize}: only for --model clips_mllm",
+                remedy=f"{self.model} has its own --model_args",
             )
         package = PACKAGES.get(self.model)
         if package is not None and find_spec(package) is None:
-            raise UserError(f"--model {self.model}: package {package} is missing; pip install {package}")
+            raise UserError(f"--model {self.model}: package {package} is missing", remedy=f"pip install {package}")
         check_specs(self.specs)
 
     @property
@@ -127,7 +130,7 @@ class EvaluateRecipe:
             if task not in names:
                 near = difflib.get_close_matches(task, names, n=1)
                 remedy = f"did you mean '{near[0]}'?" if near else f"its tasks are {', '.join(names)}"
-                raise UserError(f"data: '{task}' is not a task of the recipe; {remedy}")
+                raise UserError(f"'{task}' is not a task of the recipe", key="data", remedy=f"{remedy}")
         return [replace(spec, data=self.data.get(spec.task, spec.data)) for spec in self.tasks]
 
     @property
@@ -164,12 +167,12 @@ def check_specs(specs: Sequence[TaskSpec]) -> None:
         UserError: no task, one twice, one of ours without data, or data that it cannot use.
     """
     if not specs:
-        raise UserError("tasks: the list is empty; name at least one task")
+        raise UserError("the list is empty", key="tasks", remedy="name at least one task")
     names = [spec.task for spec in specs]
     for spec in specs:
         if names.count(spec.task) > 1:
-            raise UserError(f"tasks: {spec.task} is there twice; remove one")
+            raise UserError(f"{spec.task} is there twice", key="tasks", remedy="remove one")
         if spec.data is None and spec.task in OWN_TASKS:
-            raise UserError(f"tasks: {spec.task} has no data of its own; add 'data: FILE.parquet'")
+            raise UserError(f"{spec.task} has no data of its own", key="tasks", remedy="add 'data: FILE.parquet'")
         if spec.data is not None:
             check_data(spec.data, spec.task)

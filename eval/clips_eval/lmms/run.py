@@ -78,14 +78,14 @@ def run_variant(
                     continue
                 if not len(task.eval_docs):
                     raise UserError(
-                        f"task {name}: its split has no documents; give data that has some by --data.{name}"
+                        f"task {name}: its split has no documents", remedy=f"give data that has some by --data.{name}"
                     )
                 asked = True
                 found = evaluate_task(model, task, manager, recipe, output)
                 if rank:
                     continue
                 scores, intervals, answers = _scored(name, task, found, recipe, model)
-                if variant == Variant():  # under a control the model saw other pictures than the document's
+                if variant == Variant():  # under a control the model saw other images than the document's
                     save_gallery(answers, task, output.with_name(f"{output.stem}_images"), recipe.gallery)
                 result["tasks"][name], result["intervals"][name] = scores, intervals
                 if lower := lower_is_better(name, task.config.metric_list):
@@ -136,7 +136,7 @@ def evaluate_task(
         cli_args=SimpleNamespace(output_path=str(output.parent), process_with_media=False, reasoning_tags=None),
     )
     if not found and model.rank == 0:
-        raise UserError(f"{recipe.checkpoint}: lmms-eval returned no results; the evaluation failed")
+        raise UserError("lmms-eval returned no results", file=recipe.checkpoint, remedy="the evaluation failed")
     return found or {}
 
 
@@ -151,11 +151,11 @@ def _scored(
 
 
 def _clusters(name: str, task: Task, count: int, model: lmms) -> dict[int, str]:
-    """The picture that each document shows, by the digest of its pixels; the document's own name if it shows none."""
+    """The image that each document shows, by the digest of its pixels; the document's own name if it shows none."""
     from clips_eval.lmms.model import ClipsMllm
 
     # Digests of what our model was given are at hand, except where a control gave it something else.
-    known = model.pictures if isinstance(model, ClipsMllm) and model.control in ("none", "shuffled") else {}
+    known = model.images if isinstance(model, ClipsMllm) and model.control in ("none", "shuffled") else {}
     found: dict[int, str] = {}
     for doc_id in range(count):
         digests = known.get((name, doc_id))

@@ -1,4 +1,4 @@
-"""lmms-eval's results as this project's: plain names, fractions, one row a document, pictures for the gallery."""
+"""lmms-eval's results as this project's: plain names, fractions, one row a document, images for the gallery."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[st
     """
     found = len(results.get("samples", {}).get(task, ()))
     if found != expected:
-        raise UserError(f"task {task}: {found} of {expected} documents were scored; the evaluation failed")
+        raise UserError(f"task {task}: {found} of {expected} documents were scored", remedy="the evaluation failed")
     scores: dict[str, float] = {}
     for key, value in results["results"][task].items():
         metric, _, _ = key.partition(",")
@@ -50,7 +50,7 @@ def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[st
         percent = (task, metric) in PERCENT
         scores[_own_name(task, metric)] = float(value) / (100 if percent else 1)
     if not scores:
-        raise UserError(f"task {task}: no metric came out; the evaluation failed")
+        raise UserError(f"task {task}: no metric came out", remedy="the evaluation failed")
     return {**scores, "n": expected}
 
 
@@ -58,7 +58,7 @@ def sample_rows(task: str, results: Mapping[str, Any], clusters: Mapping[int, st
     """One row a document, in the data's order: {task, doc_id, prompt, answer, target, correct, cluster, image: None}.
 
     Args:
-        clusters: by doc_id, the name of the document's picture.
+        clusters: by doc_id, the name of the document's image.
     """
     samples = _in_order(task, results)
     metrics = list(dict.fromkeys(key.partition(",")[0] for key in results["results"][task] if "," in key))
@@ -123,7 +123,7 @@ def _own_name(task: str, metric: str) -> str:
 
 
 def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each: int) -> None:
-    """Save the pictures of `each` right and `each` wrong answers and put their paths into the rows.
+    """Save the images of `each` right and `each` wrong answers and put their paths into the rows.
 
     Paths are relative to the folder's parent, where the rows are written.
     """
@@ -141,7 +141,7 @@ def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each:
 
 
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows from all over: neighbours often ask about one picture."""
+    """`count` rows from all over: neighbours often ask about one image."""
     return [rows[len(rows) * n // count] for n in range(count)] if len(rows) > count else list(rows)
 
 

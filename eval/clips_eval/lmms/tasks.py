@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 Mode = Literal["chat", "simple"]
-# They fetch their pictures from a second data set; a local copy brings them in a column of its own.
-PICTURES_APART = ("gqa",)
+# They fetch their images from a second data set; a local copy brings them in a column of its own.
+IMAGES_APART = ("gqa",)
 
 
 def index_tasks(specs: Sequence[TaskSpec]) -> TaskManager:
@@ -38,7 +38,7 @@ def index_tasks(specs: Sequence[TaskSpec]) -> TaskManager:
         if spec.task not in manager.task_index:
             near = difflib.get_close_matches(spec.task, manager.all_tasks, n=3, cutoff=0.5)
             remedy = f"nearest names: {', '.join(near)}" if near else "see 'python -m lmms_eval --tasks list'"
-            raise UserError(f"tasks: unknown task '{spec.task}'; {remedy}")
+            raise UserError(f"unknown task '{spec.task}'", key="tasks", remedy=f"{remedy}")
     return manager
 
 
@@ -48,7 +48,7 @@ def load_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mode 
     Args:
         cache_dir: where `datasets` may put the local files that it converts.
     Raises:
-        UserError: data that cannot be loaded, or a picture in it that cannot be decoded.
+        UserError: data that cannot be loaded, or an image in it that cannot be decoded.
     """
     return _stock_task(spec.task, manager, mode) if spec.data is None else _local_task(spec, manager, cache_dir, mode)
 
@@ -64,7 +64,8 @@ def _stock_task(name: str, manager: TaskManager, mode: Mode) -> dict[str, Task]:
     except RetryError as error:
         cause = " ".join(str(error.last_attempt.exception()).split())
         raise UserError(
-            f"task {name}: its data set cannot be loaded ({cause}); check the network, or give a local copy by 'data'"
+            f"task {name}: its data set cannot be loaded ({cause})",
+            remedy="check the network, or give a local copy by 'data'",
         ) from error
     return {output.task_name: output.task for output in outputs}
 
@@ -79,7 +80,9 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mod
 
     assert spec.data is not None
     if manager.task_index[spec.task]["type"] != "task":
-        raise UserError(f"task {spec.task}: is a group, which takes no data; name its tasks with one data each")
+        raise UserError(
+            f"task {spec.task}: is a group, which takes no data", remedy="name its tasks with one data each"
+        )
     config: dict[str, Any] = load_yaml_config(manager.task_index[spec.task]["yaml_path"], mode="full")
     split = config.get("test_split") or config["validation_split"]
     config |= {
@@ -90,7 +93,7 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mod
             "cache_dir": str(cache_dir),
         },
     }
-    if spec.task in PICTURES_APART:
+    if spec.task in IMAGES_APART:
         config.pop("process_docs", None)
     kind = ConfigurableMessagesTask if mode == "chat" else ConfigurableTask
     # lmms-eval looks at the first document as it builds the task, and a task's own process_docs may look at any.
@@ -99,4 +102,4 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mod
         with readable(f"task {spec.task}, {place}"):
             return {spec.task: kind(config=config, model_name=manager.model_name)}
     except KeyError as error:
-        raise UserError(f"{spec.data}: no column {error}, which task {spec.task} needs; add it") from error
+        raise UserError(f"no column {error}, which task {spec.task} needs", file=spec.data, remedy="add it") from error

@@ -49,8 +49,9 @@ def compare_runs(ours: Run, theirs: Run) -> tuple[list[Compared], list[NotCompar
     if not found:
         told = f" ({rest[0].name}: {rest[0].reason})" if rest else ""
         raise UserError(
-            f"{theirs.root}: shares no metric with {ours.root} whose single answers are known and are about the same "
-            f"documents{told}; measure both with this version, on the same data"
+            f"shares no metric with {ours.root} whose single answers are known and are about the same documents{told}",
+            file=theirs.root,
+            remedy="measure both with this version, on the same data",
         )
     adjusted = holm([one.difference for one in found])
     return [replace(one, difference=difference) for one, difference in zip(found, adjusted, strict=True)], rest
@@ -179,8 +180,8 @@ def against_table(tree: dict[str, Any]) -> Table:
         ]
         rows.append(cells)
     notes = [
-        f"Other: {tree['run']}. Differences on the same documents; 95 %: bootstrap that draws pictures, the same for "
-        "both. p: two-sided permutation test by picture, after Holm's correction over all rows; a verdict is given "
+        f"Other: {tree['run']}. Differences on the same documents; 95 %: bootstrap that draws images, the same for "
+        "both. p: two-sided permutation test by image, after Holm's correction over all rows; a verdict is given "
         "below 0.05. One training each: a difference between two trainings, not yet between two ways of training."
     ]
     notes += [f"Not compared: {one['name'].removeprefix('clips_')}: {one['reason']}." for one in tree["not_compared"]]

@@ -28,7 +28,7 @@ class Sample:
     target: str
     correct: bool | None
     image: Path | None
-    cluster: str | None = None  # its picture
+    cluster: str | None = None  # its image
     scores: dict[str, list[Any]] = field(default_factory=dict)  # metric -> numerator, denominator, perhaps a stratum
 
 
@@ -59,17 +59,23 @@ def read_benchmarks(file: Path, control: str, wording: int = 0) -> Benchmarks | 
     tree = read_object(file)
     if tree.get("format", 1) not in FORMATS:
         raise UserError(
-            f"{file}: format {tree['format']!r}, of another version of clips-mllm (this one reads "
-            f"{' and '.join(map(str, FORMATS))}); evaluate again"
+            f"format {tree['format']!r}, of another version of clips-mllm (this one reads "
+            f"{' and '.join(map(str, FORMATS))})",
+            file=file,
+            remedy="evaluate again",
         )
     # Swapped files would turn the control into the result, so the file's own word is checked.
     if tree.get("control", control) != control:
-        raise UserError(f"{file}: 'control' is {tree['control']!r}, here '{control}' is expected; evaluate again")
+        raise UserError(
+            f"'control' is {tree['control']!r}, here '{control}' is expected", file=file, remedy="evaluate again"
+        )
     if tree.get("wording", wording) != wording:
-        raise UserError(f"{file}: 'wording' is {tree['wording']!r}, here {wording} is expected; evaluate again")
+        raise UserError(
+            f"'wording' is {tree['wording']!r}, here {wording} is expected", file=file, remedy="evaluate again"
+        )
     tasks = tree.get("tasks")
     if not isinstance(tasks, dict) or not all(isinstance(metrics, dict) for metrics in tasks.values()):
-        raise UserError(f"{file}: no 'tasks' of named metrics; run 'clips-mllm evaluate' again")
+        raise UserError("no 'tasks' of named metrics", file=file, remedy="run 'clips-mllm evaluate' again")
     checked = {
         task: {key: number_in(file, metrics, key, f"tasks.{task}") for key in metrics}
         for task, metrics in tasks.items()
@@ -82,7 +88,9 @@ def read_benchmarks(file: Path, control: str, wording: int = 0) -> Benchmarks | 
             for task, metrics in tree.get("intervals", {}).items()
         }
     except (TypeError, AttributeError) as error:
-        raise UserError(f"{file}: 'intervals' are not as 'clips-mllm evaluate' writes them; run it again") from error
+        raise UserError(
+            "'intervals' are not as 'clips-mllm evaluate' writes them", file=file, remedy="run it again"
+        ) from error
     about = {key: value for key, value in tree.items() if key not in ("tasks", "intervals", "failed", "skipped")}
     return Benchmarks(
         tasks=checked,
@@ -99,12 +107,16 @@ def _read_samples(file: Path) -> list[Sample]:
     seen: set[tuple[str, int]] = set()
     for line, row in read_lines(file):
         if not isinstance(row.get("correct"), bool | None) or not isinstance(row.get("task"), str):
-            raise UserError(f"{file}: line {line}: needs 'task' and a 'correct' of true, false or null; evaluate again")
+            raise UserError(
+                f"line {line}: needs 'task' and a 'correct' of true, false or null", file=file, remedy="evaluate again"
+            )
         doc_id = row.get("doc_id")
         if isinstance(doc_id, int) and row.get("scores") is not None:
             if (row["task"], doc_id) in seen:
                 raise UserError(
-                    f"{file}: line {line}: document {doc_id} of {row['task']} is there twice; evaluate again"
+                    f"line {line}: document {doc_id} of {row['task']} is there twice",
+                    file=file,
+                    remedy="evaluate again",
                 )
             seen.add((row["task"], doc_id))
         samples.append(

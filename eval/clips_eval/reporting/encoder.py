@@ -23,7 +23,7 @@ def check_hits(file: Path, tree: dict[str, Any], recalls: Sequence[str], n_image
     """
     for key, ends in read_spans(file, tree, recalls).items():
         if ends is None:
-            raise UserError(f"{file}: 'intervals.{key}' has no ends; {AGAIN}")
+            raise UserError(f"'intervals.{key}' has no ends", file=file, remedy=f"{AGAIN}")
     if "hits" not in tree:
         return
     n_queries = {"i2t": n_images, "t2i": _count_captions(file, tree, n_images, n_texts)}
@@ -31,19 +31,20 @@ def check_hits(file: Path, tree: dict[str, Any], recalls: Sequence[str], n_image
     for key in recalls:
         queries, text = n_queries[key[:3]], hits.get(key)
         if not isinstance(text, str) or set(text) - {"0", "1"} or len(text) != queries:
-            raise UserError(f"{file}: 'hits.{key}' is not a 0 or 1 for each of {queries} queries; {AGAIN}")
+            raise UserError(f"'hits.{key}' is not a 0 or 1 for each of {queries} queries", file=file, remedy=f"{AGAIN}")
 
 
 def _count_captions(file: Path, tree: dict[str, Any], n_images: int, n_texts: int | None) -> int:
     counts = tree.get("captions_per_image")
     if not isinstance(counts, list) or not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError(f"{file}: 'captions_per_image' is not a list of counts; {AGAIN}")
+        raise UserError("'captions_per_image' is not a list of counts", file=file, remedy=f"{AGAIN}")
     total = sum(counts)
     if len(counts) != n_images or total != (n_texts or total):
         told = "" if n_texts is None else f" and {n_texts} texts"
         raise UserError(
-            f"{file}: 'captions_per_image' are {total} captions of {len(counts)} images, not of {n_images} images{told}"
-            f"; {AGAIN}"
+            f"'captions_per_image' are {total} captions of {len(counts)} images, not of {n_images} images{told}",
+            file=file,
+            remedy=f"{AGAIN}",
         )
     return total
 
@@ -80,12 +81,16 @@ def check_breakdowns(file: Path, tree: dict[str, Any]) -> None:
     for place, row in _rows(file, tree, "by_length"):
         words = row.get("words")
         if not isinstance(words, list) or len(words) != 2 or not all(isinstance(number, int) for number in words):
-            raise UserError(f"{file}: '{place}.words' is {words!r}, two whole numbers are expected; {AGAIN}")
+            raise UserError(
+                f"'{place}.words' is {words!r}, two whole numbers are expected", file=file, remedy=f"{AGAIN}"
+            )
         count_in(file, row, "n", place)
         _check_shares(file, row, [f"t2i_r{k}" for k in (1, 5, 10)], place)
     for place, row in _rows(file, tree, "by_object"):
         if not isinstance(row.get("object"), str):
-            raise UserError(f"{file}: '{place}.object' is {row.get('object')!r}, a name is expected; {AGAIN}")
+            raise UserError(
+                f"'{place}.object' is {row.get('object')!r}, a name is expected", file=file, remedy=f"{AGAIN}"
+            )
         count_in(file, row, "n_images", place)
         count_in(file, row, "n_texts", place)
         _check_shares(file, row, [f"{way}_r{k}" for way in WAYS for k in (1, 5, 10)], place)
@@ -124,7 +129,7 @@ def _rows(file: Path, tree: dict[str, Any], key: str) -> Iterator[tuple[str, dic
     """The objects of a list with their places; none where the file has no such list."""
     rows = tree.get(key, [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file}: '{key}' is not a list of objects; {AGAIN}")
+        raise UserError(f"'{key}' is not a list of objects", file=file, remedy=f"{AGAIN}")
     yield from ((f"{key}[{number}]", row) for number, row in enumerate(rows))
 
 
@@ -132,5 +137,5 @@ def _object(file: Path, tree: dict[str, Any], key: str, place: str = "") -> dict
     found = tree.get(key)
     if not isinstance(found, dict):
         name = f"{place}.{key}" if place else key
-        raise UserError(f"{file}: '{name}' is {type(found).__name__}, an object is expected; {AGAIN}")
+        raise UserError(f"'{name}' is {type(found).__name__}, an object is expected", file=file, remedy=f"{AGAIN}")
     return found

@@ -1,4 +1,4 @@
-"""Pictures for the report: right and wrong answers, retrievals, the closing chat. Chosen by place, never by hand."""
+"""Images for the report: right and wrong answers, retrievals, the closing chat. Chosen by place, never by hand."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ SIDE = 160  # pixels of a thumbnail's longer side
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One answer: a text or a picture, and whether it is right (None: not judged)."""
+    """One answer: a text or an image, and whether it is right (None: not judged)."""
 
     text: str = ""
-    picture: str | None = None
+    image: str | None = None
     correct: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A query with its answers; pictures are data URIs, None where the file is gone."""
+    """A query with its answers; images are data URIs, None where the file is gone."""
 
     title: str = ""
     text: str = ""
-    picture: str | None = None
-    has_picture: bool = True
+    image: str | None = None
+    has_image: bool = True
     target: str = ""
     marks: list[Mark] = field(default_factory=list)
 
 
 def answer_cards(run: Run) -> list[Card]:
-    """Right and wrong answers of each task, evenly spaced over those whose picture was kept."""
+    """Right and wrong answers of each task, evenly spaced over those whose image was kept."""
     samples = run.lmms.samples if run.lmms else []
     cards = []
     for task in dict.fromkeys(sample.task for sample in samples):
         for correct in (True, False):
             group = [sample for sample in samples if sample.task == task and sample.correct is correct]
-            # The evaluation keeps a few pictures only; a task without any pictures is shown as text.
+            # The evaluation keeps a few images only; a task without any images is shown as text.
             group = [sample for sample in group if sample.image is not None] or group
             cards += [_answer_card(sample) for sample in _evenly(group, PER_TASK)]
     return cards
@@ -52,24 +52,24 @@ def _answer_card(sample: Sample) -> Card:
     return Card(
         title=sample.task.removeprefix("clips_"),
         text=_question(sample.prompt),
-        picture=thumbnail(sample.image),
-        has_picture=sample.image is not None,
+        image=thumbnail(sample.image),
+        has_image=sample.image is not None,
         target="" if sample.correct else sample.target,
         marks=[Mark(text=sample.answer.strip() or "(empty)", correct=sample.correct)],
     )
 
 
 def retrieval_cards(run: Run) -> tuple[list[Card], list[Card]]:
-    """Text queries with the pictures they found, and picture queries with the texts they found."""
+    """Text queries with the images they found, and image queries with the texts they found."""
     if run.retrieval is None:
         return [], []
     folder, examples = run.retrieval.folder, run.retrieval.examples
     by_text = [
         Card(
             text=str(row["query"]),
-            has_picture=False,
+            has_image=False,
             marks=[
-                Mark(picture=thumbnail(folder / name), correct=bool(good))
+                Mark(image=thumbnail(folder / name), correct=bool(good))
                 for name, good in zip(row["images"], row["correct"], strict=False)
             ],
         )
@@ -77,7 +77,7 @@ def retrieval_cards(run: Run) -> tuple[list[Card], list[Card]]:
     ]
     by_image = [
         Card(
-            picture=thumbnail(folder / row["query"]),
+            image=thumbnail(folder / row["query"]),
             marks=[
                 Mark(text=str(text), correct=bool(good))
                 for text, good in zip(row["texts"], row["correct"], strict=False)
@@ -93,8 +93,8 @@ def chat_cards(run: Run) -> list[Card]:
     return [
         Card(
             text=row.question,
-            picture=thumbnail(row.image),
-            has_picture=row.image is not None,
+            image=thumbnail(row.image),
+            has_image=row.image is not None,
             marks=[Mark(text=row.answer.strip() or "(empty)")],
         )
         for row in run.chat

@@ -97,9 +97,9 @@ def _table(table: Table) -> str:
 
 def _plots(plots: list[Plot]) -> str:
     figures = [
-        f"<figure><figcaption>{escape(plot.title)}</figcaption><picture>"
+        f"<figure><figcaption>{escape(plot.title)}</figcaption><image>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{_uri(plot.dark)}">'
-        f'<img src="{_uri(plot.light)}" alt="{escape(plot.summary)}"></picture></figure>'
+        f'<img src="{_uri(plot.light)}" alt="{escape(plot.summary)}"></image></figure>'
         for plot in plots
     ]
     kind = "plots one" if len(figures) == 1 else "plots"
@@ -117,11 +117,11 @@ def _cards(cards: list[Card], *, kind: str) -> str:
 def _card(card: Card) -> str:
     text = f'<p class="kind">{escape(card.title)}</p>' if card.title else ""
     text += f"<p>{escape(card.text)}</p>" if card.text else ""
-    if any(mark.picture or not mark.text for mark in card.marks):  # the answers are pictures
-        strip = "".join(_picture(mark.picture, mark.correct) for mark in card.marks)
+    if any(mark.image or not mark.text for mark in card.marks):  # the answers are images
+        strip = "".join(_image(mark.image, mark.correct) for mark in card.marks)
         return f'<div class="card wide">{text}<div class="strip">{strip}</div></div>'
-    picture = _picture(card.picture, None) if card.has_picture else ""
-    return f'<div class="card">{picture}<div>{text}{_answers(card)}</div></div>'
+    image = _image(card.image, None) if card.has_image else ""
+    return f'<div class="card">{image}<div>{text}{_answers(card)}</div></div>'
 
 
 def _answers(card: Card) -> str:
@@ -142,11 +142,11 @@ def _verdict(mark: Mark, target: str) -> str:
     return f'<p><strong class="{kind}">{sign} {escape(mark.text)}</strong>{wanted}</p>'
 
 
-def _picture(uri: str | None, correct: bool | None) -> str:
+def _image(uri: str | None, correct: bool | None) -> str:
     good = " good" if correct else ""
     if uri is None:
-        return f'<span class="gone{good}">picture not kept</span>'
-    alt = "the right picture" if correct else "picture"
+        return f'<span class="gone{good}">image not kept</span>'
+    alt = "the right image" if correct else "image"
     return f'<img class="pic{good}" src="{uri}" alt="{alt}">'
 
 

@@ -67,7 +67,7 @@ def _columns(run: Run) -> list[str]:
     """The shuffled control is always a column; what else was not measured is none."""
     controls = [CONTROL_NAMES[control] for control in CONTROLS if control == "shuffled" or control in run.controls]
     wordings = [WORDINGS] if len(run.wordings) == 2 else []
-    return ["Benchmark", "Score", "95 %", "F1", *controls, *wordings, "Chance", "n", "Pictures", *run.baselines]
+    return ["Benchmark", "Score", "95 %", "F1", *controls, *wordings, "Chance", "n", "Images", *run.baselines]
 
 
 def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, label: str) -> Cells:
@@ -78,7 +78,7 @@ def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, l
         "Score": percent(found[metric]),
         "95 %": interval(span(run.lmms, name, metric)),
         "n": count(size(run.lmms, name, metric)),
-        "Pictures": _pictures(run, name, metric),
+        "Images": _images(run, name, metric),
     }
     if "f1" in found:
         cells["F1"] = percent(found["f1"])
@@ -96,7 +96,7 @@ def _stock_cells(run: Run, task: str, metric: str, metrics: dict[str, float]) ->
         "Benchmark": task if metric == "accuracy" else f"{task}: {metric}",
         "Score": _show(metrics[metric], share),
         "n": count(known.n if known else size(run.lmms, task, "accuracy")),
-        "Pictures": _pictures(run, task, metric),
+        "Images": _images(run, task, metric),
     }
     if ends is not None:
         cells["95 %"] = interval(ends) if share else f"{ends[0]:,.1f}–{ends[1]:,.1f}"
@@ -120,8 +120,8 @@ def _beside(run: Run, name: str, metric: str, *, share: bool) -> Cells:
     return cells
 
 
-def _pictures(run: Run, name: str, metric: str) -> str:
-    """How many pictures the interval draws from; few of them make it a guess."""
+def _images(run: Run, name: str, metric: str) -> str:
+    """How many images the interval draws from; few of them make it a guess."""
     found = run.lmms.intervals.get(task_of(name), {}).get(metric) if run.lmms else None
     return NONE if found is None else count(found.clusters)
 
@@ -150,14 +150,14 @@ def _paper_cells(theirs: dict[str, Any], key: str | None) -> Cells:
 
 def _notes(run: Run) -> list[str]:
     notes = [
-        "Scores in %. Shuffled: the same model given another question's picture; what it loses there is what it sees. "
+        "Scores in %. Shuffled: the same model given another question's image; what it loses there is what it sees. "
         "Chance: a guess without looking (POPE is balanced, MMBench has up to four options).",
         _interval_note(run),
         PAPER_NOTE
         + " Theirs is LLaVA-1.5 with LLaMA-3 on the full benchmarks; POPE there is one score for all splits.",
     ]
     if {"blank", "no_image"} & set(run.controls):
-        notes.insert(1, "Blank: a picture of the mean colour in place of each. No image: the question alone.")
+        notes.insert(1, "Blank: an image of the mean colour in place of each. No image: the question alone.")
     if len(run.wordings) == 2:
         notes.insert(1, "Wordings: the least and the most of three ways to ask for the answer's form.")
     easy = task_of("easy_vqa")
@@ -171,10 +171,10 @@ def _notes(run: Run) -> list[str]:
 
 
 def _interval_note(run: Run) -> str:
-    by_picture = run.lmms is not None and bool(run.lmms.intervals)
+    by_image = run.lmms is not None and bool(run.lmms.intervals)
     how = (
-        "bootstrap that draws pictures with all their questions"
-        if by_picture
+        "bootstrap that draws images with all their questions"
+        if by_image
         else "Wilson interval of a proportion over n answers"
     )
     return f"95 %: {how}; it covers the draw of questions, not of the training."

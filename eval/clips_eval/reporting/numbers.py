@@ -140,7 +140,7 @@ def worded(run: Run, name: str, metric: str) -> list[float]:
 
 
 def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float] | None:
-    """The 95 % interval: the one that was measured by picture, Wilson's where the file has none; None if unknown."""
+    """The 95 % interval: the one that was measured by image, Wilson's where the file has none; None if unknown."""
     task = task_of(name)
     if found is None or metric not in found.tasks.get(task, {}):
         return None
@@ -152,7 +152,7 @@ def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float
 
 
 def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
-    """The 95 % interval of a recall: by picture where it was measured, else Wilson's over the queries or pictures."""
+    """The 95 % interval of a recall: by image where it was measured, else Wilson's over the queries or images."""
     known = found.about.get("intervals", {}).get(key)
     if known is not None:
         return known["low"], known["high"]
@@ -183,7 +183,7 @@ def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
 
 
 def recall_chance(found: Retrieval, key: str) -> float | None:
-    """Recall@k of a random order, given that each picture has the same number of captions; None if that is unknown."""
+    """Recall@k of a random order, given that each image has the same number of captions; None if that is unknown."""
     way, k = key.split("_r")
     if way == "t2i":
         return min(1.0, int(k) / found.n_images)

@@ -113,7 +113,7 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
         UserError: no such folder, nothing of a run in it, or a malformed file.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give a run folder, such as runs/quickstart")
+        raise UserError("no such folder", file=root, remedy="give a run folder, such as runs/quickstart")
     run = Run(
         root=root,
         retrieval=_read_retrieval(root / "encoder" / "retrieval.json"),
@@ -128,7 +128,9 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
         ablation=_read_ablation(root / "ablate" / "ablation.json"),
     )
     if run == Run(root=root):
-        raise UserError(f"{root}: nothing of a run in this folder; give one that holds encoder/, finetune/ or steps/")
+        raise UserError(
+            "nothing of a run in this folder", file=root, remedy="give one that holds encoder/, finetune/ or steps/"
+        )
     others = [_read_baseline(file) for file in baselines]
     titles = [_title(one) for one in others]
     named = {  # two results of one model stand beside each other
@@ -150,7 +152,9 @@ def _read_baseline(file: Path) -> Benchmarks | Retrieval:
     elif RECALLS[0] in tree:
         found = _read_retrieval(file)
     if found is None:
-        raise UserError(f"{file}: no result there; give an lmms.json of 'clips-mllm evaluate' or a retrieval.json")
+        raise UserError(
+            "no result there", file=file, remedy="give an lmms.json of 'clips-mllm evaluate' or a retrieval.json"
+        )
     return found
 
 
@@ -191,7 +195,9 @@ def _read_retrieval(file: Path) -> Retrieval | None:
     for way, keys in known.items():
         rows = examples.get(way, []) if isinstance(examples, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
-            raise UserError(f"{file}: 'examples.{way}' is not as 'clips-mllm retrieve' writes it; run that again")
+            raise UserError(
+                f"'examples.{way}' is not as 'clips-mllm retrieve' writes it", file=file, remedy="run that again"
+            )
     n_images = count_in(file, tree, "n_images")
     n_texts = count_in(file, tree, "n_texts") if "n_texts" in tree else None
     check_hits(file, tree, RECALLS, n_images, n_texts)
@@ -229,8 +235,10 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
 def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
     if tree.get("format", 1) not in FORMATS:
         raise UserError(
-            f"{file}: format {tree['format']!r}, of another version of clips-mllm (this one reads "
-            f"{' and '.join(map(str, FORMATS))}); run 'clips-mllm {command}' again"
+            f"format {tree['format']!r}, of another version of clips-mllm (this one reads "
+            f"{' and '.join(map(str, FORMATS))})",
+            file=file,
+            remedy=f"run 'clips-mllm {command}' again",
         )
 
 
@@ -254,7 +262,7 @@ def _read_ablation(file: Path) -> dict[str, Any] | None:
     known = ("name", "objective", "reduction", "budget", "value", "error")
     rows = tree.get("settings")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(known) <= set(row) for row in rows):
-        raise UserError(f"{file}: 'settings' are not as 'clips-mllm ablate' writes them; run it again")
+        raise UserError("'settings' are not as 'clips-mllm ablate' writes them", file=file, remedy="run it again")
     return tree
 
 
@@ -266,7 +274,9 @@ def _read_curve(file: Path, stage: str) -> Curve | None:
         # A diverged run logs NaN; its curve has a gap there, which is what happened.
         for name in (key for key in row if key == "loss" or key.startswith("loss_")):
             if not isinstance(row[name], int | float) or not isinstance(row.get("step"), int):
-                raise UserError(f"{file}: line {line}: 'step' and '{name}' must be numbers; train this stage again")
+                raise UserError(
+                    f"line {line}: 'step' and '{name}' must be numbers", file=file, remedy="train this stage again"
+                )
             losses.setdefault(name, []).append((row["step"], float(row[name])))
     return Curve(stage=stage, losses=losses) if losses else None
 
@@ -279,9 +289,9 @@ def _read_chat(file: Path) -> list[Answer]:
     try:
         rows = loads(file.read_text(encoding="utf-8"))
     except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); run the chat step again") from error
+        raise UserError(f"not valid JSON ({error})", file=file, remedy="run the chat step again") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file}: a list of {{image, question, answer}} is expected; run the chat step again")
+        raise UserError("a list of {image, question, answer} is expected", file=file, remedy="run the chat step again")
     return [
         Answer(
             image=_find(file.parent, row["image"]) if isinstance(row.get("image"), str) else None,
@@ -293,12 +303,14 @@ def _read_chat(file: Path) -> list[Answer]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    """Chat examples name pictures as the user typed them: relative to the run, or to where the command ran."""
+    """Chat examples name images as the user typed them: relative to the run, or to where the command ran."""
     return folder / name if (folder / name).exists() else Path(name)
 
 
 def _text(file: Path, tree: dict[str, Any], key: str) -> str:
     value = tree.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{file}: '{key}' is {value!r}, text is expected; run the step that writes this file again")
+        raise UserError(
+            f"'{key}' is {value!r}, text is expected", file=file, remedy="run the step that writes this file again"
+        )
     return value

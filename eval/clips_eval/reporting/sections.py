@@ -63,10 +63,10 @@ def _encoder(run: Run) -> list[Section]:
         found.append(Section(title="Beyond recall", level=3, table=further))
     by_text, by_image = retrieval_cards(run)
     if by_text:
-        title = "Text to image: the five best pictures, the right one outlined"
+        title = "Text to image: the five best images, the right one outlined"
         found.append(Section(title=title, level=3, cards=by_text, wide=True))
     if by_image:
-        title = "Image to text: the five best captions, the picture's own in green, with a tick"
+        title = "Image to text: the five best captions, the image's own in green, with a tick"
         found.append(Section(title=title, level=3, cards=by_image, wide=True))
     if run.zeroshot:
         found.append(Section(title="Encoder: zero-shot classification", table=zeroshot_table(run.zeroshot)))

@@ -89,7 +89,7 @@ def embedding_table(found: Retrieval) -> Table | None:
     ]
     if about.get("multi_positive"):
         several = [about["multi_positive"][way] for way in WAYS]
-        counts = f"n = {several[0]['n']:,} pictures, {several[1]['n']:,} captions"
+        counts = f"n = {several[0]['n']:,} images, {several[1]['n']:,} captions"
         for key, title in (
             ("r1", "R@1, any right answer"),
             ("r5", "R@5, any right answer"),
@@ -100,16 +100,16 @@ def embedding_table(found: Retrieval) -> Table | None:
         title = f"R@5, captions of {group['words'][0]} to {group['words'][1]} words (n = {group['n']:,})"
         rows.append(Row(cells=[title, NONE, _spanned(group, "t2i_r5", percent)]))
     for group in about.get("by_object", []):
-        title = f"R@5, “{group['object']}” (n = {group['n_images']:,} pictures, {group['n_texts']:,} captions)"
+        title = f"R@5, “{group['object']}” (n = {group['n_images']:,} images, {group['n_texts']:,} captions)"
         rows.append(Row(cells=[title, *(_spanned(group, f"{way}_r5", percent) for way in WAYS)]))
     lies = about["geometry"]
     notes = [
-        f"Embeddings: modality gap {lies['modality_gap']:.3f} (distance of the means of pictures and texts), alignment "
-        f"{lies['alignment']:.3f}, uniformity {lies['uniformity_images']:.2f} of pictures and "
+        f"Embeddings: modality gap {lies['modality_gap']:.3f} (distance of the means of images and texts), alignment "
+        f"{lies['alignment']:.3f}, uniformity {lies['uniformity_images']:.2f} of images and "
         f"{lies['uniformity_texts']:.2f} of texts (Wang & Isola 2020; lower is better).",
     ]
     if "intervals" in about["median_rank"]:
-        notes.insert(0, "In brackets: 95 %, by a bootstrap that draws pictures with all their captions.")
+        notes.insert(0, "In brackets: 95 %, by a bootstrap that draws images with all their captions.")
     return Table(columns=[Column(name=name) for name in ("Measure", "I→T", "T→I")], rows=rows, notes=notes)
 
 
@@ -128,7 +128,7 @@ def zeroshot_table(found: ZeroShot) -> Table:
     columns = [Column(name=name) for name in ("Encoder", "Top-1", "Top-5", "Mean per class")]
     chance, near = percent(1 / found.n_classes), percent(min(1.0, 5 / found.n_classes))
     top5 = NONE if found.top5 is None else percent(found.top5)
-    # An older file has no intervals; that of a plain share of pictures can be told from the number of pictures.
+    # An older file has no intervals; that of a plain share of images can be told from the number of images.
     spans = found.intervals or {"top1": wilson(found.top1, found.n_images)}
     ends = [interval(spans.get(key)) for key in ("top1", "top5", "mean_per_class")]
     rows = [
@@ -136,7 +136,7 @@ def zeroshot_table(found: ZeroShot) -> Table:
         Row(cells=["95 %", *ends], kind="control"),
         Row(cells=["Chance", chance, NONE if found.top5 is None else near, chance], kind="control"),
     ]
-    how = "bootstrap that draws pictures" if found.intervals else "Wilson interval"
+    how = "bootstrap that draws images" if found.intervals else "Wilson interval"
     notes = [
         f"Accuracy in %. An image gets the class whose prompts' mean embedding is nearest; 95 %: {how}.",
         f"{found.n_images:,} images, {found.n_classes:,} classes, {found.n_texts:,} prompts ({found.data}).",

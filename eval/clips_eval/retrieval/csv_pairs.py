@@ -1,4 +1,4 @@
-"""Retrieval data as CSV: a header, then a row for each caption; rows with the same picture belong together."""
+"""Retrieval data as CSV: a header, then a row for each caption; rows with the same image belong together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vision_tower.data.image_batches import Pair
 
 
 def load_csv(data: Path, images_dir: Path, image_column: str, caption_column: str, separator: str) -> list[Pair]:
-    """The pictures in the order of their first row, each with all its captions.
+    """The images in the order of their first row, each with all its captions.
 
     Raises:
-        UserError: a missing file or column, a row that does not fit the header, an empty field, a missing picture.
+        UserError: a missing file or column, a row that does not fit the header, an empty field, a missing image.
     """
     reader = csv.DictReader(
         io.StringIO(read_text(data).removeprefix("\ufeff"), newline=""), delimiter=separator, strict=True
@@ -27,14 +27,17 @@ def load_csv(data: Path, images_dir: Path, image_column: str, caption_column: st
             image, caption = _fields(data, reader.line_num, row, image_column, caption_column)
             if image not in captions and not (images_dir / image).is_file():
                 raise UserError(
-                    f"{images_dir / image}: no such image (line {reader.line_num} of {data}); "
-                    "give their folder with --images"
+                    f"no such image (line {reader.line_num} of {data})",
+                    file=images_dir / image,
+                    remedy="give their folder with --images",
                 )
             captions.setdefault(image, []).append(caption)
     except csv.Error as error:
-        raise UserError(f"{data}: after line {reader.line_num}: not CSV ({error}); check its quotes") from error
+        raise UserError(
+            f"after line {reader.line_num}: not CSV ({error})", file=data, remedy="check its quotes"
+        ) from error
     if not captions:
-        raise UserError(f"{data}: a header and no rows; write a row for each caption")
+        raise UserError("a header and no rows", file=data, remedy="write a row for each caption")
     return [
         Pair(name=str(images_dir / image), content=images_dir / image, texts=tuple(texts))
         for image, texts in captions.items()
@@ -46,13 +49,15 @@ def _check_header(data: Path, columns: list[str], *wanted: str) -> None:
         if name not in columns:
             known = ", ".join(f"'{column}'" for column in columns) or "none, the file is empty"
             remedy = "; is another --separator needed?" if len(columns) == 1 else ""
-            raise UserError(f"{data}: no column '{name}'; columns: {known}; choose with {option}{remedy}")
+            raise UserError(f"no column '{name}'; columns: {known}", file=data, remedy=f"choose with {option}{remedy}")
 
 
 def _fields(data: Path, line: int, row: dict[str, str], image_column: str, caption_column: str) -> tuple[str, str]:
     if None in row or None in row.values():  # DictReader's marks of too many and of too few fields
-        raise UserError(f"{data}: line {line}: other fields than the header has; quote texts that hold the separator")
+        raise UserError(
+            f"line {line}: other fields than the header has", file=data, remedy="quote texts that hold the separator"
+        )
     for column in (image_column, caption_column):
         if not row[column].strip():
-            raise UserError(f"{data}: line {line}: '{column}' is empty; fill it in or remove the row")
+            raise UserError(f"line {line}: '{column}' is empty", file=data, remedy="fill it in or remove the row")
     return row[image_column].strip(), row[caption_column]

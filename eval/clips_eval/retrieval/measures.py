@@ -27,17 +27,17 @@ Positives = list[list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One direction: Q queries (Q, D) among candidates (C, D), and the picture that each query is or describes."""
+    """One direction: Q queries (Q, D) among candidates (C, D), and the image that each query is or describes."""
 
     queries: Tensor
     candidates: Tensor
     positives: Positives
-    pictures: Sequence[int]
+    images: Sequence[int]
 
     @property
     def clusters(self) -> list[str]:
         """Of the queries that have a positive."""
-        return [str(picture) for picture, own in zip(self.pictures, self.positives, strict=True) if own]
+        return [str(image) for image, own in zip(self.images, self.positives, strict=True) if own]
 
 
 def measures(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str] = ()) -> dict[str, Any]:
@@ -55,12 +55,8 @@ def measures(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str] 
     for text, image in enumerate(owner):
         own_texts[image].append(text)
     ways = {
-        "i2t": Way(
-            queries=found.images, candidates=found.texts, positives=own_texts, pictures=range(len(found.images))
-        ),
-        "t2i": Way(
-            queries=found.texts, candidates=found.images, positives=[[image] for image in owner], pictures=owner
-        ),
+        "i2t": Way(queries=found.images, candidates=found.texts, positives=own_texts, images=range(len(found.images))),
+        "t2i": Way(queries=found.texts, candidates=found.images, positives=[[image] for image in owner], images=owner),
     }
     return {
         "median_rank": _median_ranks(ways),
@@ -134,7 +130,7 @@ def geometry(found: EmbeddedPairs) -> dict[str, float]:
     """How the unit-norm embeddings lie.
 
     modality_gap: distance of the two means (Liang et al. 2022). alignment: mean squared distance of a caption from its
-    picture, uniformity: log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020); both better when lower.
+    image, uniformity: log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020); both better when lower.
     """
     images, texts = found.images.double(), found.texts.double()
     return {
@@ -174,7 +170,7 @@ def by_length(found: EmbeddedPairs, hits: dict[str, str]) -> list[dict[str, Any]
 
 
 def by_object(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str]) -> list[dict[str, Any]]:
-    """For each name: the captions that contain it as a word, and the pictures of which any caption does.
+    """For each name: the captions that contain it as a word, and the images of which any caption does.
 
     A name that no caption contains has no row.
     """
@@ -193,9 +189,9 @@ def by_object(found: EmbeddedPairs, hits: dict[str, str], objects: Sequence[str]
 
 
 def _shares(
-    hits: dict[str, str], places: list[int], way: str, pictures: Sequence[int]
+    hits: dict[str, str], places: list[int], way: str, images: Sequence[int]
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """Recalls of the queries at `places`, and their intervals; `pictures` are those of all queries."""
+    """Recalls of the queries at `places`, and their intervals; `images` are those of all queries."""
     parts = {key: [float(text[place]) for place in places] for key, text in hits.items() if way in key}
     means = {key: sum(part) / len(part) for key, part in parts.items()}
-    return means, spans_of(parts, [str(pictures[place]) for place in places])
+    return means, spans_of(parts, [str(images[place]) for place in places])

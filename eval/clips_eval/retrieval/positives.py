@@ -1,7 +1,7 @@
-"""Further right answers of a retrieval set: COCO's captions fit more pictures than their own.
+"""Further right answers of a retrieval set: COCO's captions fit more images than their own.
 
-ECCV Caption (Chun et al. 2022) and CxC give, for COCO's test split, all pictures that a caption describes and all
-captions of a picture. Here as JSON, by the ids of the Karpathy file ("cocoid" or else "imgid"; "sentid"):
+ECCV Caption (Chun et al. 2022) and CxC give, for COCO's test split, all images that a caption describes and all
+captions of an image. Here as JSON, by the ids of the Karpathy file ("cocoid" or else "imgid"; "sentid"):
 
     {"images_of_caption": {"SENTID": [IMAGE ID, ...]}, "captions_of_image": {"IMAGE ID": [SENTID, ...]}}
 """
@@ -25,31 +25,33 @@ def multi_positive(file: Path, data: Path, split: str, found: EmbeddedPairs) -> 
     """Recall@k, R-precision and mAP@R in both directions, over the queries that the file annotates.
 
     Raises:
-        UserError: a file of another form, ids that are unknown, or pictures that could not be read.
+        UserError: a file of another form, ids that are unknown, or images that could not be read.
     """
     tree = read_object(file)
     for section in SECTIONS:
         if not isinstance(tree.get(section), dict):
-            raise UserError(f"{file}: no '{section}' of ids to lists of ids; see docs/measuring.md")
+            raise UserError(f"no '{section}' of ids to lists of ids", file=file, remedy="see docs/measuring.md")
     images, texts = _ids(data, split)
     if (len(images), len(texts)) != (len(found.images), len(found.texts)):
-        raise UserError(f"{data}: some of its pictures cannot be read; mend them to measure with {file}")
+        raise UserError("some of its images cannot be read", file=data, remedy=f"mend them to measure with {file}")
     of_caption = _positives(file, "images_of_caption", tree, texts, images)
     of_image = _positives(file, "captions_of_image", tree, images, texts)
     places, owner = range(len(found.images)), found.owner.tolist()
-    t2i = Way(queries=found.texts, candidates=found.images, positives=of_caption, pictures=owner)
-    i2t = Way(queries=found.images, candidates=found.texts, positives=of_image, pictures=places)
+    t2i = Way(queries=found.texts, candidates=found.images, positives=of_caption, images=owner)
+    i2t = Way(queries=found.images, candidates=found.texts, positives=of_image, images=places)
     return {"t2i": several(t2i), "i2t": several(i2t), "source": str(file)}
 
 
 def _ids(data: Path, split: str) -> tuple[list[str], list[str]]:
-    """Ids of the split's pictures and captions, in the order in which they are embedded."""
+    """Ids of the split's images and captions, in the order in which they are embedded."""
     rows = [row for row in read_object(data)["images"] if row.get("split") == split]
     try:
         images = [str(row["cocoid"] if "cocoid" in row else row["imgid"]) for row in rows]
         return images, [str(sentence["sentid"]) for row in rows for sentence in row["sentences"]]
     except KeyError as error:
-        raise UserError(f"{data}: no {error} in its images; further right answers are named by these ids") from error
+        raise UserError(
+            f"no {error} in its images", file=data, remedy="further right answers are named by these ids"
+        ) from error
 
 
 def _positives(file: Path, section: str, tree: dict[str, Any], queries: list[str], candidates: list[str]) -> Positives:
@@ -59,9 +61,13 @@ def _positives(file: Path, section: str, tree: dict[str, Any], queries: list[str
     found: dict[str, list[int]] = {}
     for query, names in tree[section].items():
         if query not in known:
-            raise UserError(f"{file}: {section}: '{query}' is no id of this split; choose the split with --split")
+            raise UserError(
+                f"{section}: '{query}' is no id of this split", file=file, remedy="choose the split with --split"
+            )
         missing = [name for name in map(str, names) if name not in row_of]
         if missing:
-            raise UserError(f"{file}: {section}.{query}: '{missing[0]}' is no id of this split; mend the file")
+            raise UserError(
+                f"{section}.{query}: '{missing[0]}' is no id of this split", file=file, remedy="mend the file"
+            )
         found[query] = [row_of[str(name)] for name in names]
     return [found.get(query, []) for query in queries]

@@ -36,7 +36,7 @@ def score(encoder: Path, found: EmbeddedPairs) -> dict[str, float]:
 
 
 def trust(found: EmbeddedPairs) -> dict[str, Any]:
-    """Intervals of the recalls by picture, and what they rest on: a 0 or 1 for each query, for comparisons.
+    """Intervals of the recalls by image, and what they rest on: a 0 or 1 for each query, for comparisons.
 
     `data_sha256` tells whether two runs were measured on the same data, see `data_digest`.
     """
@@ -55,7 +55,7 @@ def trust(found: EmbeddedPairs) -> dict[str, Any]:
 
 
 def data_digest(found: EmbeddedPairs) -> str:
-    """SHA-256 over the bytes of the pictures, the captions and which belong together, all in their order.
+    """SHA-256 over the bytes of the images, the captions and which belong together, all in their order.
 
     File names and places are not in it, so the same data as a JSON, a CSV or shards are the same.
     """
@@ -82,7 +82,7 @@ def spans_of(parts: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> d
 
 
 def query_clusters(told: dict[str, Any], key: str) -> list[str]:
-    """The picture of each query: a picture's captions share its luck."""
+    """The image of each query: an image's captions share its luck."""
     if key.startswith("i2t"):
         return [str(place) for place in range(len(told["hits"][key]))]
     return [str(place) for place, count in enumerate(told["captions_per_image"]) for _ in range(count)]
@@ -91,7 +91,7 @@ def query_clusters(told: dict[str, Any], key: str) -> list[str]:
 def examples(found: EmbeddedPairs, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """A few queries with their five best answers, evenly spaced over the data so that none is hand-picked.
 
-    Picture files are named relative to `folder`, where the scores are written, so that a run can be moved.
+    Image files are named relative to `folder`, where the scores are written, so that a run can be moved.
     """
     owner = found.owner.tolist()
     rows: dict[str, list[dict[str, Any]]] = {"text_to_image": [], "image_to_text": []}
@@ -107,7 +107,7 @@ def examples(found: EmbeddedPairs, folder: Path) -> dict[str, list[dict[str, Any
 
 
 def _place(name: str, folder: Path) -> str:
-    """A picture inside a shard has no file of its own and keeps its name."""
+    """An image inside a shard has no file of its own and keeps its name."""
     return os.path.relpath(name, folder) if os.path.isfile(name) else name
 
 

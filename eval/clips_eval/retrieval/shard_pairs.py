@@ -1,4 +1,4 @@
-"""Retrieval data as WebDataset tars or Parquet files: a row is a picture with its captions.
+"""Retrieval data as WebDataset tars or Parquet files: a row is an image with its captions.
 
 pattern --> shards --> rows, read once, one after the other --> pairs
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vision_tower.common.errors import UserError
-from vision_tower.data.image_batches import Pair, Skips
+from vision_tower.data.image_batches import Pair, SkipCounter
 from vision_tower.data.pairs import BadSample, read_fields, read_image
 from vision_tower.data.recipe import SourceRecipe
 from vision_tower.data.shards import BadShard, Row, find_shards, is_remote, read_shard
@@ -27,8 +27,8 @@ def count_pairs(pattern: str) -> int | None:
     return sum(1 for shard in shards for _ in _rows(shard, frozenset()))
 
 
-def stream_pairs(pattern: str, image: str, caption: str, skips: Skips) -> Iterator[Pair]:
-    """The rows that have a picture and a caption; others are counted in `skips`.
+def stream_pairs(pattern: str, image: str, caption: str, skips: SkipCounter) -> Iterator[Pair]:
+    """The rows that have an image and a caption; others are counted in `skips`.
 
     A caption field may be one text or a list of texts; a text that is a member of its own in a tar has a caption in
     each line, as CLIP_benchmark writes them.
@@ -48,7 +48,9 @@ def stream_pairs(pattern: str, image: str, caption: str, skips: Skips) -> Iterat
                 fields = read_fields(row)
                 if caption not in fields:
                     if number == row.index == 0:
-                        raise UserError(f"{name}: no '{caption}' in the first row; choose with --caption_column")
+                        raise UserError(
+                            f"no '{caption}' in the first row", file=name, remedy="choose with --caption_column"
+                        )
                     raise BadSample(f"no '{caption}'")
                 yield Pair(name=name, content=read_image(row, source), texts=_captions(fields[caption]))
             except BadSample as error:
@@ -59,7 +61,7 @@ def _rows(shard: str, names: frozenset[str]) -> Iterator[Row]:
     try:
         yield from read_shard(shard, names, lambda _: True)
     except BadShard as error:
-        raise UserError(f"{shard}: {error.cause} ({error}); fetch the shard again") from error
+        raise UserError(f"{error.cause} ({error})", file=shard, remedy="fetch the shard again") from error
 
 
 def _captions(given: Any) -> tuple[str, ...]:

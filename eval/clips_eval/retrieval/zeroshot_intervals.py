@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def intervals(scores: ZeroShotScores) -> dict[str, dict[str, Any]]:
-    """95 % intervals of the scores that are known, by the same keys; every picture is a cluster of its own.
+    """95 % intervals of the scores that are known, by the same keys; every image is a cluster of its own.
 
-    The mean per class is a sum over classes of right / n, each divided by the number C of classes with pictures.
+    The mean per class is a sum over classes of right / n, each divided by the number C of classes with images.
     """
     known = sum(n > 0 for n in scores.images_per_class)
     parts = {"top1": _of(scores.first), "mean_per_class": _of(scores.first, known, scores.labels)}

@@ -23,9 +23,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number}: not valid JSON ({error.msg}); make the file again") from error
+            raise UserError(
+                f"line {number}: not valid JSON ({error.msg})", file=path, remedy="make the file again"
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number}: a JSON object is expected; make the file again")
+            raise UserError(f"line {number}: a JSON object is expected", file=path, remedy="make the file again")
         yield number, row
 
 
@@ -39,10 +41,12 @@ def number_in(path: Path, tree: dict[str, Any], key: str, place: str = "", *, fr
     name = f"{place}.{key}" if place else key
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
         raise UserError(
-            f"{path}: '{name}' is {value!r}, a number is expected; run the step that writes this file again"
+            f"'{name}' is {value!r}, a number is expected", file=path, remedy="run the step that writes this file again"
         )
     if fraction and not 0 <= value <= 1:
-        raise UserError(f"{path}: '{name}' is {value}, a fraction from 0 to 1 is expected; run that step again")
+        raise UserError(
+            f"'{name}' is {value}, a fraction from 0 to 1 is expected", file=path, remedy="run that step again"
+        )
     return value
 
 
@@ -55,7 +59,9 @@ def count_in(path: Path, tree: dict[str, Any], key: str, place: str = "") -> int
     value = number_in(path, tree, key, place)
     if value < 1 or value != int(value):
         name = f"{place}.{key}" if place else key
-        raise UserError(f"{path}: '{name}' is {value}, a count of at least 1 is expected; run that step again")
+        raise UserError(
+            f"'{name}' is {value}, a count of at least 1 is expected", file=path, remedy="run that step again"
+        )
     return int(value)
 
 

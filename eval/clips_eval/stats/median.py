@@ -1,4 +1,4 @@
-"""The median of numbers that share the luck of their pictures, and how far it can be trusted.
+"""The median of numbers that share the luck of their images, and how far it can be trusted.
 
 Shapes: N numbers, C clusters.
 """
@@ -21,12 +21,12 @@ def median_interval(
 ) -> Interval:
     """Percentile bootstrap of the median (Efron & Tibshirani 1993, section 13.3), drawing clusters with all they hold.
 
-    Not the order-statistic interval, which takes the N numbers for independent: captions of one picture are not. Both
+    Not the order-statistic interval, which takes the N numbers for independent: captions of one image are not. Both
     ends are None below six clusters. They may be equal: ranks are whole numbers, and most may have the same.
 
     Args:
         values: N numbers, at least one.
-        clusters: N names, equal for what shares a picture.
+        clusters: N names, equal for what shares an image.
     """
     import numpy as np
 

@@ -45,7 +45,9 @@ def refuse_mixed_precision(folders: Iterable[Path]) -> None:
             runs.setdefault(training.get("precision", "unknown precision"), folder)
     if len(runs) > 1:
         said = ", ".join(f"{folder} in {precision}" for precision, folder in runs.items())
-        raise UserError(f"{said}: not to be compared; remove those of one, and run the same command on one machine")
+        raise UserError(
+            f"{said}: not to be compared", remedy="remove those of one, and run the same command on one machine"
+        )
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -57,7 +59,9 @@ def checkpoint_digest(folder: Path) -> str:
     single = folder / "model.safetensors"
     shards = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
     if not shards:
-        raise UserError(f"{folder}: no model.safetensors here; give the folder that 'clips-mllm pretrain' wrote")
+        raise UserError(
+            "no model.safetensors here", file=folder, remedy="give the folder that 'clips-mllm pretrain' wrote"
+        )
     digest = hashlib.sha256()
     for shard in shards:
         with shard.open("rb") as stream:
@@ -68,7 +72,9 @@ def checkpoint_digest(folder: Path) -> str:
 
 def diverged(folder: Path) -> UserError:
     """What to say of an encoder whose embeddings are not finite."""
-    return UserError(f"{folder}: its embeddings hold NaN or infinity; the training diverged, pretrain it again")
+    return UserError(
+        "its embeddings hold NaN or infinity", file=folder, remedy="the training diverged, pretrain it again"
+    )
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""How far a score can be trusted: 95 % intervals and paired tests, resampled by picture.
+"""How far a score can be trusted: 95 % intervals and paired tests, resampled by image.
 
-Questions about one picture share its luck, so what is drawn again is pictures with all their questions (a bootstrap by
+Questions about one image share its luck, so what is drawn again is images with all their questions (a bootstrap by
 cluster: Cameron, Gelbach & Miller 2008). Every metric here is a ratio of sums, which makes a resample one product:
 
     value = sum over strata of (sum of numerators / sum of denominators)
@@ -42,7 +42,7 @@ class Scores:
 
     Args:
         numerators, denominators: N numbers each.
-        clusters: N names, equal for documents that show the same picture.
+        clusters: N names, equal for documents that show the same image.
         strata: N names, where the metric adds up ratios of parts.
     """
 
@@ -60,7 +60,7 @@ class Scores:
 class Interval:
     """95 % of the resamples lie from `low` to `high`; both None where nothing can be said.
 
-    `n` and `clusters` are the documents, and their pictures, that the metric counts.
+    `n` and `clusters` are the documents, and their images, that the metric counts.
     """
 
     low: float | None
@@ -106,7 +106,7 @@ def value(scores: Scores) -> float:
 def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Percentile bootstrap over clusters.
 
-    Where all clusters score alike (0 %, 100 %, a single picture) no resample differs, though the truth may: there it is
+    Where all clusters score alike (0 %, 100 %, a single image) no resample differs, though the truth may: there it is
     Wilson's interval over the clusters, for a value that is a share, and nothing for others.
     """
     import numpy as np
@@ -129,7 +129,7 @@ def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> In
 def paired(ours: Scores, theirs: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """The difference on the same documents.
 
-    Its interval draws pictures, the same for both; its p-value exchanges the two runs picture by picture at random (a
+    Its interval draws images, the same for both; its p-value exchanges the two runs image by image at random (a
     permutation test). Where R rounds find nothing as extreme it goes on, until one does or MOST are done: with many
     comparisons Holm's correction would make nothing of 1 / (R + 1).
 

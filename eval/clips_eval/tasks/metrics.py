@@ -18,7 +18,7 @@ LETTERS = "ABCDE"
 LETTER_ANSWER = re.compile(r"\(?([A-E])(?:\)?[.:]?$|[.):]\s)")
 
 
-# --- POPE: prompt, pictures and accuracy are lmms-eval's own ---------------------------------------------------------
+# --- POPE: prompt, images and accuracy are lmms-eval's own ---------------------------------------------------------
 
 
 def pope_recall(rows: Sequence[Row]) -> float:

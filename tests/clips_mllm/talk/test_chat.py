@@ -1,4 +1,4 @@
-"""Chat: one question, several turns through a pipe, pictures, and streaming that equals plain generation."""
+"""Chat: one question, several turns through a pipe, images, and streaming that equals plain generation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.pictures import read_picture
+from clips_mllm.talk.images import read_image
 from clips_mllm.talk.recipes import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import check_model
@@ -43,8 +43,8 @@ def engine(talker: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures with blanks")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images with blanks")
     files = []
     for color in ("green", "red"):
         files.append(folder / f"{color} one.png")
@@ -79,44 +79,44 @@ def pipe(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
-def test_one_question(talker: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    main(arguments(talker, "--image", str(pictures[0]), "--question", "What is it?"))
+def test_one_question(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(talker, "--image", str(images[0]), "--question", "What is it?"))
     seen = capsys.readouterr().out
-    assert seen == plain_answer(talker, [asked("What is it?", 1)], pictures[:1]) + "\n"
-    main(arguments(talker, *(word for file in pictures for word in ("--image", str(file))), "--question", "Which?"))
-    assert capsys.readouterr().out == plain_answer(talker, [asked("Which?", 2)], pictures) + "\n"
+    assert seen == plain_answer(talker, [asked("What is it?", 1)], images[:1]) + "\n"
+    main(arguments(talker, *(word for file in images for word in ("--image", str(file))), "--question", "Which?"))
+    assert capsys.readouterr().out == plain_answer(talker, [asked("Which?", 2)], images) + "\n"
     main(arguments(talker, "--question", "What is it?"))
     blind = capsys.readouterr().out
     assert blind == plain_answer(talker, [asked("What is it?")], []) + "\n"
     assert blind != seen
 
 
-def test_the_llm_in_four_bits(talker: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    main(arguments(talker, "--quantize", "4bit", "--image", str(pictures[0]), "--question", "What is it?"))
-    asked_once = ([asked("What is it?", 1)], pictures[:1])
+def test_the_llm_in_four_bits(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(talker, "--quantize", "4bit", "--image", str(images[0]), "--question", "What is it?"))
+    asked_once = ([asked("What is it?", 1)], images[:1])
     rounded = plain_answer(talker, *asked_once, quantize="4bit")
     assert capsys.readouterr().out == rounded + "\n"
     assert rounded != plain_answer(talker, *asked_once), "weights so large tell four bits from the whole"
 
 
-def test_pieces_join_to_the_whole_answer(engine: Engine, talker: Path, pictures: list[Path]) -> None:
+def test_pieces_join_to_the_whole_answer(engine: Engine, talker: Path, images: list[Path]) -> None:
     conversation = Conversation(engine)
-    conversation.waiting.append(read_picture(pictures[1]))
+    conversation.waiting.append(read_image(images[1]))
     pieces = list(conversation.ask("Tell me all.", GREEDY))
     assert len(pieces) > 1
-    assert "".join(pieces) == plain_answer(talker, [asked("Tell me all.", 1)], pictures[1:])
+    assert "".join(pieces) == plain_answer(talker, [asked("Tell me all.", 1)], images[1:])
     assert conversation.messages == [asked("Tell me all.", 1), answered("".join(pieces))]
 
 
 def test_a_talk_through_a_pipe(
-    talker: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talker: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was said and shown before is part of every later prompt, until /reset."""
-    pipe(monkeypatch, f"/image {pictures[0]}", "What?", "", f"/image '{pictures[1]}'", "And this?", "/reset", "Why?")
+    pipe(monkeypatch, f"/image {images[0]}", "What?", "", f"/image '{images[1]}'", "And this?", "/reset", "Why?")
     main(arguments(talker))
-    first = plain_answer(talker, [asked("What?", 1)], pictures[:1])
+    first = plain_answer(talker, [asked("What?", 1)], images[:1])
     talk = [asked("What?", 1), answered(first), asked("And this?", 1)]
-    second = plain_answer(talker, talk, pictures)
+    second = plain_answer(talker, talk, images)
     third = plain_answer(talker, [asked("Why?")], [])
     assert capsys.readouterr().out == f"{first}\n{second}\n{third}\n"
 
@@ -124,7 +124,7 @@ def test_a_talk_through_a_pipe(
 def test_slips_of_the_finger_do_not_end_the_talk(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     gone = tmp_path / "gone.png"
     pipe(monkeypatch, f"/image {gone}", f"/image {tmp_path / 'bad.png'}", "What is <image>?", "Why?", "/quit", "No.")
     with pytest.raises(UserError, match="3 of the lines could not be used"):
@@ -134,30 +134,30 @@ def test_slips_of_the_finger_do_not_end_the_talk(
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     assert str(gone) in errors[0]
-    assert "bad.png: not a readable picture" in errors[1]
+    assert "bad.png: not a readable image" in errors[1]
     assert "<image> in a question" in errors[2]
 
 
-def test_a_bad_picture_is_told_before_the_model_loads(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.png: no such picture"):
+def test_a_bad_image_is_told_before_the_model_loads(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.png: no such image"):
         main(["owner/name", "--image", str(tmp_path / "gone.png"), "--question", "What?"])
 
 
-def test_a_real_pipe(talker: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_real_pipe(talker: Path, images: list[Path], tmp_path: Path) -> None:
     """`echo question | clips-mllm chat M --image x.png > file`: the file holds the answer, and nothing else."""
-    words = [sys.executable, "-m", "clips_mllm.cli", "chat", *arguments(talker, "--image", str(pictures[0]))]
+    words = [sys.executable, "-m", "clips_mllm.cli", "chat", *arguments(talker, "--image", str(images[0]))]
     with (tmp_path / "answer.txt").open("w") as out:
         subprocess.run(words, input="What is it?\n", stdout=out, text=True, check=True)
-    expected = plain_answer(talker, [asked("What is it?", 1)], pictures[:1])
+    expected = plain_answer(talker, [asked("What is it?", 1)], images[:1])
     assert (tmp_path / "answer.txt").read_text() == expected + "\n"
 
 
-def test_a_saved_chat_is_training_data(engine: Engine, pictures: list[Path], tmp_path: Path) -> None:
-    """What training asks the doctor about it: each row and picture is there, and something is learnt."""
+def test_a_saved_chat_is_training_data(engine: Engine, images: list[Path], tmp_path: Path) -> None:
+    """What training asks the doctor about it: each row and image is there, and something is learnt."""
     from clips_mllm.doctor import main as doctor
 
     terminal = Terminal(engine, GREEDY, system="Be brief.")
-    for line in (f"/image '{pictures[0]}'", "What?", f"/image '{pictures[1]}'", "And this?"):
+    for line in (f"/image '{images[0]}'", "What?", f"/image '{images[1]}'", "And this?"):
         terminal.obey(line)
     terminal.obey(f"/save {tmp_path / 'kept.json'}")
     doctor([str(tmp_path / "kept.json"), "--output", str(tmp_path / "doctor.json")])
@@ -205,27 +205,27 @@ def test_what_the_generating_thread_raises_reaches_the_caller(engine: Engine, mo
     assert list(conversation.ask("Why?", GREEDY)), "the engine goes on"
 
 
-def test_a_stage_1_checkpoint_needs_a_picture(talker: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_stage_1_checkpoint_needs_a_image(talker: Path, images: list[Path], tmp_path: Path) -> None:
     """The plain template has no words for a question."""
     from clips_mllm.prompts.render import load_template
 
     folder = tmp_path / "align"
     shutil.copytree(talker, folder)
     (folder / "chat_template.jinja").write_text(load_template("plain"))
-    with pytest.raises(UserError, match="room for pictures only"):
+    with pytest.raises(UserError, match="room for images only"):
         main(arguments(folder, "--question", "Why?"))
-    main(arguments(folder, "--image", str(pictures[0]), "--question", "Why?"))
+    main(arguments(folder, "--image", str(images[0]), "--question", "Why?"))
 
 
 def test_every_command(
     talker: Path,
-    pictures: list[Path],
+    images: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Several pictures with quotes and escapes, dropped files, undo, retry, system, params, save and load."""
-    one, two = pictures
+    """Several images with quotes and escapes, dropped files, undo, retry, system, params, save and load."""
+    one, two = images
     escaped = str(two).replace(" ", "\\ ")
     lines = [f"/image '{one}' {escaped}", "Which?", "/retry", "/undo", "Why?", f"/save {tmp_path / 'kept.json'}"]
     lines += ["/reset", f"{escaped} file://{quote(str(one))}", "And these?", "/system Be brief.", "Well?"]
@@ -238,15 +238,15 @@ def test_every_command(
     ]
     pipe(monkeypatch, *lines)
     main(arguments(talker))
-    first = plain_answer(talker, [asked("Which?", 2)], pictures)
-    why = plain_answer(talker, [asked("Why?", 2)], pictures)
+    first = plain_answer(talker, [asked("Which?", 2)], images)
+    why = plain_answer(talker, [asked("Why?", 2)], images)
     these = plain_answer(talker, [asked("And these?", 2)], [two, one])
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     well = plain_answer(talker, [system, asked("Well?")], [])
     row = json.loads((tmp_path / "kept.json").read_text())[0]
     assert row["image"] == [str(one), str(two)]
     assert row["conversations"][0] == {"from": "human", "value": "<image>\n<image>\nWhy?"}
-    so = plain_answer(talker, [asked("Why?", 2), answered(why.strip()), asked("So?")], pictures)
+    so = plain_answer(talker, [asked("Why?", 2), answered(why.strip()), asked("So?")], images)
     said = capsys.readouterr()
     assert said.out.startswith("".join(f"{text}\n" for text in (first, first, why, these, well)))
     assert said.out.endswith(f"\n{so}\n")
@@ -257,15 +257,15 @@ def test_every_command(
     assert "error:" not in said.err and "taken back: Which?" in said.err
 
 
-def test_undo_takes_back_waiting_pictures_first(
-    engine: Engine, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+def test_undo_takes_back_waiting_images_first(
+    engine: Engine, images: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal(engine, GREEDY)
-    for line in (f"'{pictures[0]}'", "What?", "/undo", "/undo"):
+    for line in (f"'{images[0]}'", "What?", "/undo", "/undo"):
         terminal.obey(line)
     assert terminal.conversation.waiting == terminal.conversation.turns == []
     said = capsys.readouterr().err.splitlines()[-2:]
-    assert said == ["taken back: What? (1 picture(s) wait for the next question)", "taken back: 1 picture(s)"]
+    assert said == ["taken back: What? (1 make_image(s) wait for the next question)", "taken back: 1 make_image(s)"]
     with pytest.raises(UserError, match="nothing was said"):
         terminal.obey("/undo")
 

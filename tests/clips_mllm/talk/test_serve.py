@@ -34,8 +34,8 @@ from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.batch import Batch
 from clips_mllm.talk.conversation import question
 from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.images import decode_limited
 from clips_mllm.talk.limits import BadRequest, Limits
-from clips_mllm.talk.pictures import decode_picture
 from clips_mllm.talk.recipes import ServeRecipe
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.serve import remote
@@ -67,7 +67,7 @@ LIMITS = Limits(
 
 @pytest.fixture(scope="module")
 def engine(talker: Path) -> Iterator[Engine]:
-    with Engine(load_mllm(talker, device="cpu"), most_rows=LIMITS.rows, most_waiting=LIMITS.waiting) as running:
+    with Engine(load_mllm(talker, device="cpu"), max_batch_size=LIMITS.rows, max_waiting=LIMITS.waiting) as running:
         yield running
 
 
@@ -115,8 +115,8 @@ def asked(text: str, *urls: str) -> list[Any]:
 
 def alone(engine: Engine, text: str, *colors: str, tokens: int = TOKENS) -> str:
     """The answer that the terminal would give."""
-    pictures = [decode_picture(png(color)) for color in colors]
-    prompt = engine.prompt([question(text, len(pictures))], pictures)
+    images = [decode_limited(png(color)) for color in colors]
+    prompt = engine.prompt([question(text, len(images))], images)
     return "".join(Answer(engine, prompt, Sampling(max_new_tokens=tokens)))
 
 
@@ -181,7 +181,7 @@ def test_streaming(engine: Engine, client: openai.OpenAI) -> None:
 
 
 def test_simultaneous_requests_get_their_own_answers(engine: Engine, client: openai.OpenAI) -> None:
-    """More clients than rows, whole and streamed, with and without pictures: none gets another's answer."""
+    """More clients than rows, whole and streamed, with and without images: none gets another's answer."""
     colors = [(), ("red",), ("green", "blue"), ("blue",)]
     jobs = [(f"Question {number}?", colors[number % 4], 4 + number % 9) for number in range(12)]
     expected = [alone(engine, text, *shown, tokens=tokens) for text, shown, tokens in jobs]
@@ -284,7 +284,7 @@ def test_the_token(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_token(str(tmp_path / "token"))
 
 
-def test_remote_pictures_are_off_by_default(served: str) -> None:
+def test_remote_images_are_off_by_default(served: str) -> None:
     assert not Limits().remote_images
     refusal(served, 400, "switched off", asked("What?", "http://example.com/a.png"))
 
@@ -364,14 +364,14 @@ def reply(handler: Any, status: int, body: bytes = b"", **headers: str) -> None:
     handler.wfile.write(body)
 
 
-def test_remote_pictures_where_switched_on(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_images_where_switched_on(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(remote_images=True, image_bytes=20_000, fetch_seconds=1.0)
-    picture = png()
+    image = png()
 
     def answer(handler: Any) -> None:
         match handler.path:
             case "/a.png":
-                reply(handler, 200, picture)
+                reply(handler, 200, image)
             case "/moved":
                 reply(handler, 302, Location="/a.png")
             case "/inside":
@@ -393,8 +393,8 @@ def test_remote_pictures_where_switched_on(web: Any, monkeypatch: pytest.MonkeyP
                 reply(handler, 404)
 
     site = web(answer)
-    assert remote.picture_bytes(f"{site}/a.png", limits) == picture
-    assert remote.picture_bytes(f"{site}/moved", limits) == picture
+    assert remote.image_bytes(f"{site}/a.png", limits) == image
+    assert remote.image_bytes(f"{site}/moved", limits) == image
     refused = {"/inside": "not on the public internet", "/file": "leads away", "/circle": "redirects", "/none": "404"}
     for path, words in (refused | {"/large": "20,000 bytes", "/slow": "in time"}).items():
         start = time.monotonic()
@@ -427,13 +427,13 @@ def test_decompression_bombs(served: str, side: int) -> None:
     assert error["code"] == "image_too_large"
 
 
-def test_damaged_pictures(served: str) -> None:
+def test_damaged_images(served: str) -> None:
     whole = png(size=(200, 200))
     icon = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(icon, "ICO")  # a picture in a picture: its size is known once it is decoded
+    Image.new("RGB", (32, 32)).save(icon, "ICO")  # an image in an image: its size is known once it is decoded
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n"  # for Ghostscript to run
-    for content in (b"", b"no picture", whole[: len(whole) // 2], b"GIF89a" + b"\0" * 5, icon.getvalue(), script):
-        refusal(served, 400, "not a readable picture", asked("What?", data_url(content)))
+    for content in (b"", b"no image", whole[: len(whole) // 2], b"GIF89a" + b"\0" * 5, icon.getvalue(), script):
+        refusal(served, 400, "not a readable image", asked("What?", data_url(content)))
     refusal(served, 400, "base64", asked("What?", "data:image/png;base64,@@@"))
     refusal(served, 400, "data:image/png", asked("What?", "data:text/html,<b>"))
 
@@ -441,7 +441,7 @@ def test_damaged_pictures(served: str) -> None:
 def test_sizes(served: str) -> None:
     refusal(served, 413, "20,000 bytes", asked("What?", data_url(os.urandom(21_000))))
     refusal(served, 413, "100,000 bytes", asked("x" * 120_000))
-    refusal(served, 400, "at most 2 pictures", asked("What?", *[data_url(png())] * 3))
+    refusal(served, 400, "at most 2 images", asked("What?", *[data_url(png())] * 3))
     refusal(served, 400, "at most 200", asked("What?"), max_tokens=201)
     error = refusal(served, 400, "context", asked("long " * 9_000))
     assert error["code"] == "context_length_exceeded"

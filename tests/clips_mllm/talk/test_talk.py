@@ -18,7 +18,7 @@ from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.conversation import Conversation, fit, question, statement
 from clips_mllm.talk.engine import Closed, Engine, QueueFull, TooLong
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.sampling import Sampling, TextStream
 from vision_tower.common.errors import UserError
 
@@ -27,21 +27,21 @@ GREEDY = Sampling(max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def engine(talker: Path) -> Iterator[Engine]:
-    with Engine(load_mllm(talker, device="cpu"), most_rows=4) as running:
+    with Engine(load_mllm(talker, device="cpu"), max_batch_size=4) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return [Picture(Image.new("RGB", (40 + 8 * i, 40), color)) for i, color in enumerate(("green", "red", "blue"))]
+def images() -> list[InputImage]:
+    return [InputImage(Image.new("RGB", (40 + 8 * i, 40), color)) for i, color in enumerate(("green", "red", "blue"))]
 
 
 class Reads:
-    """Counts the positions that the language model reads, and the pictures that the tower sees."""
+    """Counts the positions that the language model reads, and the images that the tower sees."""
 
     def __init__(self, engine: Engine) -> None:
         self.positions: list[int] = []
-        self.pictures: list[int] = []
+        self.images: list[int] = []
         model = engine.mllm.model.model
         self.hooks = [
             model.language_model.register_forward_pre_hook(self._language, with_kwargs=True),
@@ -52,13 +52,13 @@ class Reads:
         self.positions.append(given["inputs_embeds"].shape[1])
 
     def _tower(self, _: Any, given: Any, __: Any) -> None:
-        self.pictures.append(given[0].shape[0])
+        self.images.append(given[0].shape[0])
 
     def take(self) -> tuple[int, int]:
-        """Positions and pictures since the last call."""
-        found = sum(self.positions), sum(self.pictures)
+        """Positions and images since the last call."""
+        found = sum(self.positions), sum(self.images)
         self.positions.clear()
-        self.pictures.clear()
+        self.images.clear()
         return found
 
 
@@ -70,33 +70,33 @@ def reads(engine: Engine) -> Iterator[Reads]:
         hook.remove()
 
 
-def fresh(engine: Engine, messages: list[Any], pictures: list[Picture], tokens: int = 12, **options: Any) -> str:
+def fresh(engine: Engine, messages: list[Any], images: list[InputImage], tokens: int = 12, **options: Any) -> str:
     """`generate` on the whole conversation, from scratch, by the stock processor."""
     mllm = engine.mllm
     text = mllm.processor.apply_chat_template(messages, add_generation_prompt=True)
-    images = [picture.image for picture in pictures]
-    inputs = mllm.processor(text=text, images=images or None, return_tensors="pt")
+    decoded = [image.image for image in images]
+    inputs = mllm.processor(text=text, images=decoded or None, return_tensors="pt")
     with torch.inference_mode():
         out = mllm.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)
     return str(mllm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_a_later_turn_reads_only_what_is_new(engine: Engine, reads: Reads, pictures: list[Picture]) -> None:
-    """The issue's count: nothing of the first prompt, of its picture or of its answer is read again."""
+def test_a_later_turn_reads_only_what_is_new(engine: Engine, reads: Reads, images: list[InputImage]) -> None:
+    """The issue's count: nothing of the first prompt, of its image or of its answer is read again."""
     conversation = Conversation(engine)
-    conversation.waiting = [pictures[0]]
-    asked = engine.prompt([question("What is this?", 1)], pictures[:1])
+    conversation.waiting = [images[0]]
+    asked = engine.prompt([question("What is this?", 1)], images[:1])
     first = "".join(conversation.ask("What is this?", GREEDY))
     positions, shown = reads.take()
     assert shown == 1 and positions <= len(asked.ids) + GREEDY.max_new_tokens - 1
     before = len(conversation.messages)
     second = "".join(conversation.ask("And its colour?", GREEDY))
     positions, shown = reads.take()
-    whole = engine.prompt([*conversation.messages[:before], question("And its colour?", 0)], pictures[:1])
+    whole = engine.prompt([*conversation.messages[:before], question("And its colour?", 0)], images[:1])
     template = len(whole.ids) - len(asked.ids)
-    assert shown == 0, "no picture runs through the tower again"
+    assert shown == 0, "no image runs through the tower again"
     assert positions <= template + GREEDY.max_new_tokens - 1 < len(whole.ids)
-    assert second == fresh(engine, [*conversation.messages[:before], question("And its colour?", 0)], pictures[:1])
+    assert second == fresh(engine, [*conversation.messages[:before], question("And its colour?", 0)], images[:1])
     conversation.undo()
     reads.take()
     assert "".join(conversation.ask("And its colour?", GREEDY)) == second
@@ -105,31 +105,31 @@ def test_a_later_turn_reads_only_what_is_new(engine: Engine, reads: Reads, pictu
     assert first != second
 
 
-def test_answers_are_those_of_a_fresh_run(engine: Engine, pictures: list[Picture]) -> None:
-    """Pictures at any turn, several in one; undo and another question in between."""
+def test_answers_are_those_of_a_fresh_run(engine: Engine, images: list[InputImage]) -> None:
+    """Images at any turn, several in one; undo and another question in between."""
     conversation = Conversation(engine)
     for turn, (text, shown) in enumerate([("One?", []), ("Two?", [0, 1]), ("Three?", []), ("Four?", [2, 0])]):
-        conversation.waiting = [pictures[place] for place in shown]
+        conversation.waiting = [images[place] for place in shown]
         if turn == 2:
             list(conversation.ask("A question that is taken back.", GREEDY))
             conversation.undo()
         said = "".join(conversation.ask(text, GREEDY))
-        assert said == fresh(engine, conversation.messages[:-1], conversation.pictures)
+        assert said == fresh(engine, conversation.messages[:-1], conversation.images)
 
 
-def test_the_same_words_with_another_picture_are_read_anew(engine: Engine, pictures: list[Picture]) -> None:
+def test_the_same_words_with_another_image_are_read_anew(engine: Engine, images: list[InputImage]) -> None:
     answers = []
-    for picture in pictures:
+    for image in images:
         messages = [question("What?", 1)]
-        answers.append("".join(Answer(engine, engine.prompt(messages, [picture]), GREEDY)))
-        assert answers[-1] == fresh(engine, messages, [picture])
+        answers.append("".join(Answer(engine, engine.prompt(messages, [image]), GREEDY)))
+        assert answers[-1] == fresh(engine, messages, [image])
     assert len(set(answers)) > 1
 
 
-def test_rows_of_a_batch_get_their_own_answers(engine: Engine, pictures: list[Picture]) -> None:
+def test_rows_of_a_batch_get_their_own_answers(engine: Engine, images: list[InputImage]) -> None:
     """Prompts and answers of different lengths, more requests than rows: each as if it were alone."""
     asked = [
-        ([question(f"Question {number}: " + "and so on " * (number % 4), number % 3)], pictures[: number % 3])
+        ([question(f"Question {number}: " + "and so on " * (number % 4), number % 3)], images[: number % 3])
         for number in range(9)
     ]
     budgets = [3 + 5 * (number % 4) for number in range(9)]
@@ -187,7 +187,7 @@ def test_the_queue_has_an_end_and_cancelled_answers_leave(engine: Engine) -> Non
     try:
         while engine.load[1]:  # until the worker has taken the job that holds it
             time.sleep(0.01)
-        answers = [Answer(engine, prompt, GREEDY) for _ in range(engine.most_rows + engine.most_waiting)]
+        answers = [Answer(engine, prompt, GREEDY) for _ in range(engine.max_batch_size + engine.max_waiting)]
         with pytest.raises(QueueFull):
             Answer(engine, prompt, GREEDY)
         for answer in answers:
@@ -201,7 +201,7 @@ def test_the_queue_has_an_end_and_cancelled_answers_leave(engine: Engine) -> Non
 
 def test_at_the_end_of_patience_every_answer_ends(talker: Path) -> None:
     """Also the one whose prompt is being read, and those that wait."""
-    with Engine(load_mllm(talker, device="cpu"), most_rows=2) as engine:
+    with Engine(load_mllm(talker, device="cpu"), max_batch_size=2) as engine:
         reading, go_on = threading.Event(), threading.Event()
         read = engine.read
 
@@ -224,45 +224,45 @@ def test_at_the_end_of_patience_every_answer_ends(talker: Path) -> None:
         assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
 
 
-def test_long_conversations_are_cut_between_turns(talker: Path, pictures: list[Picture]) -> None:
+def test_long_conversations_are_cut_between_turns(talker: Path, images: list[InputImage]) -> None:
     with Engine(load_mllm(talker, device="cpu"), context=150) as engine:
         notices: list[str] = []
         conversation = Conversation(engine, notices.append)
         conversation.system = "Be brief."
         for turn in range(8):
-            conversation.waiting = [pictures[turn % 3]]
+            conversation.waiting = [images[turn % 3]]
             list(conversation.ask(f"Question {turn}?", Sampling(max_new_tokens=8)))
         assert len(conversation.turns) == 16, "what was left out is still there to be saved"
         assert "its first turn is left out" in notices[0] and "its first 2 turns are left out" in notices[1]
-        fitted = fit(engine, conversation.messages[:-1], conversation.pictures, Sampling(max_new_tokens=8))
+        fitted = fit(engine, conversation.messages[:-1], conversation.images, Sampling(max_new_tokens=8))
         assert fitted.messages[0] == statement("system", "Be brief.") and fitted.messages[1]["role"] == "user"
-        prompt = engine.prompt(fitted.messages, fitted.pictures)
+        prompt = engine.prompt(fitted.messages, fitted.images)
         runs = [
             len(list(run)) for image, run in itertools.groupby(prompt.keys, lambda key: isinstance(key, str)) if image
         ]
-        assert len(runs) == len(fitted.pictures) and runs == prompt.lengths, "whole pictures only"
-        assert fitted.pictures == conversation.pictures[fitted.dropped :]
+        assert len(runs) == len(fitted.images) and runs == prompt.lengths, "whole images only"
+        assert fitted.images == conversation.images[fitted.dropped :]
         with pytest.raises(TooLong, match="context of 150"):
             list(Conversation(engine).ask("long " * 200, GREEDY))
 
 
-def test_a_saved_conversation_is_a_training_row(engine: Engine, pictures: list[Picture], tmp_path: Path) -> None:
+def test_a_saved_conversation_is_a_training_row(engine: Engine, images: list[InputImage], tmp_path: Path) -> None:
     files = []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         files.append(str(tmp_path / f"{number}.png"))
-        picture.image.save(files[-1])
+        image.image.save(files[-1])
     conversation = Conversation(engine)
     conversation.system = "Be brief."
     conversation.turns = [question("Which?", 2), statement("assistant", "Both."), question("Why?", 1)]
     conversation.turns += [statement("assistant", "So.\nReally."), question("And?", 0), statement("assistant", "No.")]
-    conversation.pictures = [Picture(p.image, f) for p, f in zip(pictures, files, strict=True)]
+    conversation.images = [InputImage(p.image, f) for p, f in zip(images, files, strict=True)]
     row = conversation.to_row("chat")
     example = to_example(row)
     assert example.messages == conversation.messages and example.images == files
     again = Conversation(engine)
     again.load_row(row, tmp_path)
     assert again.messages == conversation.messages
-    assert [picture.key for picture in again.pictures] == [picture.key for picture in pictures]
+    assert [image.key for image in again.images] == [image.key for image in images]
     with pytest.raises(UserError, match="nothing to save"):
         Conversation(engine).to_row("empty")
     conversation.turns[1] = statement("assistant", "\n")  # stopped before its first word

@@ -1,6 +1,6 @@
 """The page, used with mouse and keyboard in a real headless Chromium.
 
-With SCREENSHOTS=docs/images the guide's pictures are made anew, of the tests' random models; of trained ones with
+With SCREENSHOTS=docs/images the guide's images are made anew, of the tests' random models; of trained ones with
 MODEL=runs/quickstart/finetune BESIDE=runs/quickstart/align ENCODER=runs/quickstart/encoder DATA=runs/quickstart/data.
 """
 
@@ -34,7 +34,7 @@ from clips_mllm.data.llava_json import to_example
 from clips_mllm.talk.batch import Batch
 from clips_mllm.talk.conversation import question
 from clips_mllm.talk.engine import Engine, QueueFull
-from clips_mllm.talk.prompt import Picture
+from clips_mllm.talk.prompt import InputImage
 from clips_mllm.talk.recipes import WebRecipe
 from clips_mllm.talk.web import page as web_page
 from clips_mllm.talk.web.attention import attention_maps, overlay
@@ -46,7 +46,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 ARGUMENTS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera, and consent to it
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
-PICTURES = {"web-chat", "web-attention", "web-retrieval", "web-phone"}  # of docs/talking.md
+IMAGES = {"web-chat", "web-attention", "web-retrieval", "web-phone"}  # of docs/talking.md
 SECONDS = 60_000  # of patience with a busy machine, in milliseconds
 
 # Notes how long the first answer is whenever the page changes.
@@ -116,20 +116,20 @@ def page_server(
 
     patch.setattr(Batch, "step", slow)
     patch.setattr(web, "start_engine", noted)
-    pictures = world / "gallery"
-    pictures.mkdir()
+    images = world / "gallery"
+    images.mkdir()
     for color in ("green", "red", "blue"):
-        shutil.copy(world / f"{color}.png", pictures)
+        shutil.copy(world / f"{color}.png", images)
     recipe = WebRecipe(
         model=str(talker),
         beside=str(beside),
         encoder=str(encoder_dir),
-        pictures=str(pictures),
+        images=str(images),
         captions=str(world / "captions.txt"),
         examples=str(world / "examples.json"),
         feedback=str(world / "feedback" / "rated.jsonl"),
         port=0,
-        most_megabytes=1,
+        max_upload_mb=1,
         device="cpu",
     )
     with contextlib.ExitStack() as stack:
@@ -143,7 +143,7 @@ class Shown:
 
     server: Any
     caption: str
-    picture: Path
+    image: Path
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def shown(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.
         model=os.environ["MODEL"],
         beside=os.environ["BESIDE"],
         encoder=os.environ["ENCODER"],
-        pictures=str(data / "retrieval" / "images"),
+        images=str(data / "retrieval" / "images"),
         captions=str(captions),
         examples=str(data / "examples.json"),
         feedback=str(captions.with_name("rated.jsonl")),
@@ -255,9 +255,9 @@ def set_number(page: Any, slider: str, value: int) -> None:
     settings.click()
 
 
-def picture_of(seen: Any, name: str) -> None:
+def image_of(seen: Any, name: str) -> None:
     """Of the page, or of a part of it."""
-    assert name in PICTURES
+    assert name in IMAGES
     if SCREENSHOTS is not None:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
         shot = Image.open(io.BytesIO(seen.screenshot())).convert("RGB")
@@ -265,7 +265,7 @@ def picture_of(seen: Any, name: str) -> None:
 
 
 def take_example(page: Any, place: int = 0) -> None:
-    """Click one, and wait until its question and picture are in the box."""
+    """Click one, and wait until its question and image are in the box."""
     page.locator("#examples tbody tr, #examples button.gallery-item").nth(place).click()
     wait_until(lambda: page.locator("#box textarea").input_value() and page.locator("#box img").count(), page)
 
@@ -319,7 +319,7 @@ def test_stop(page: Any) -> None:
 def test_what_cannot_be_used_is_refused_with_words(page: Any, world: Path) -> None:
     limit_answers(page, 5)
     ask(page, "What is this?", world / "corrupt.png", world / "red.png")
-    page.get_by_text("corrupt.png: not a readable picture").first.wait_for()
+    page.get_by_text("corrupt.png: not a readable image").first.wait_for()
     assert not [answer for answer in answers(page) if answer]
     assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0, "no blank panel over the chat"
     wait_until(lambda: page.locator("#box img").count() == 1, page)
@@ -340,7 +340,7 @@ def test_tags_are_text_and_an_error_leaves_the_chat(page: Any) -> None:
     shown = page.locator("#chat0 .user").first.inner_text()
     assert shown.replace("\u2060", "").strip() == text
     ask(page, "What is <image>?")
-    page.get_by_text("<image> in a question stands for a picture").first.wait_for()
+    page.get_by_text("<image> in a question stands for an image").first.wait_for()
     assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0
     assert page.locator("#chat0 .user").first.inner_text() == shown
     assert page.locator("#box textarea").input_value() == "What is <image>?", "it stays, to be mended"
@@ -445,13 +445,13 @@ def test_examples_thumbs_and_the_keyboard_alone(page: Any, world: Path) -> None:
 
 
 def test_paste_and_drop(page: Any, world: Path) -> None:
-    """Pictures by clipboard and by dragging, as the browser tells a page of them."""
+    """Images by clipboard and by dragging, as the browser tells a page of them."""
     content = base64.b64encode((world / "blue.png").read_bytes()).decode()
     limit_answers(page, 5)
     for count, way in enumerate(("paste", "drop"), start=1):
         page.evaluate(HAND_OVER, [content, "blue.png", way])
         wait_until(lambda count=count: page.locator("#box img").count() == count, page)
-    ask(page, "Two pictures?")
+    ask(page, "Two images?")
     settled(page, 1)
     assert page.locator("#chat0 .user img").count() == 2
 
@@ -469,13 +469,13 @@ def test_the_camera(page: Any) -> None:
     assert page.locator("#chat0 .user img").count() == 1
 
 
-def search(page: Any, caption: str, picture: Path, expected: str) -> None:
+def search(page: Any, caption: str, image: Path, expected: str) -> None:
     """Use the retrieval tab both ways."""
     page.get_by_role("tab", name="Retrieval").click()
     page.locator("#caption textarea, #caption input").first.fill(caption)
     page.keyboard.press("Enter")
     wait_until(lambda: page.locator("#found img").count() >= 3, page)
-    page.locator("#query input[type=file]").set_input_files(str(picture))
+    page.locator("#query input[type=file]").set_input_files(str(image))
     # Of the table's cells some are hidden: it measures with them.
     page.get_by_text(expected).locator("visible=true").first.wait_for()
 
@@ -493,26 +493,26 @@ def test_the_search_refuses_with_words(page: Any, world: Path, name: str, words:
     page.get_by_text(words).first.wait_for()
 
 
-def test_pictures_of_the_guide(browser: Any, shown: Shown) -> None:
+def test_images_of_the_guide(browser: Any, shown: Shown) -> None:
     """Two checkpoints answer about an example, where they looked, and retrieval: all that the guide shows."""
     guide = (Path(__file__).parents[3] / "docs" / "talking.md").read_text()
-    assert set(re.findall(r"images/(web-[\w-]+)\.png", guide)) == PICTURES
+    assert set(re.findall(r"images/(web-[\w-]+)\.png", guide)) == IMAGES
     with visit(browser, shown.server, viewport={"width": 1200, "height": 1100}) as page:
         limit_answers(page, 16)
         take_example(page)
         page.locator("#box textarea").press("Enter")
         settled(page, 1)
         settled(page, 1, chat=1)
-        ask(page, "What is in the picture?")
+        ask(page, "What is in the image?")
         settled(page, 2)
         settled(page, 2, chat=1)
         page.evaluate("window.scrollTo(0, 0)")
-        picture_of(page, "web-chat")
+        image_of(page, "web-chat")
         page.locator("#look").click()
         page.locator("#maps img").first.wait_for()
-        picture_of(page.locator("#maps"), "web-attention")
-        search(page, shown.caption, shown.picture, shown.caption)
-        picture_of(page, "web-retrieval")
+        image_of(page.locator("#maps"), "web-attention")
+        search(page, shown.caption, shown.image, shown.caption)
+        image_of(page, "web-retrieval")
 
 
 # The contrast of WCAG 2 between an element's text and what is behind it.
@@ -555,7 +555,7 @@ def test_a_phone(browser: Any, shown: Shown, scheme: str) -> None:
             assert page.evaluate(CONTRAST, selector) >= 4.5, selector
         if scheme == "dark":
             page.evaluate("window.scrollTo(0, 0)")
-            picture_of(page, "web-phone")
+            image_of(page, "web-phone")
         page.locator("#look").tap()
         page.locator("#maps img").first.wait_for()
         fits()
@@ -565,7 +565,7 @@ def test_a_phone(browser: Any, shown: Shown, scheme: str) -> None:
 
 
 def test_everything_by_keyboard(page: Any, world: Path) -> None:
-    """No mouse: choose a picture, ask, stop, ask again, look, change a setting and the question, clear, search."""
+    """No mouse: choose an image, ask, stop, ask again, look, change a setting and the question, clear, search."""
     with page.expect_file_chooser() as chosen:
         tab_to(page, "#box [data-testid=upload-button]")
         page.keyboard.press("Enter")
@@ -655,9 +655,9 @@ def test_limits_hold_for_clients_of_their_own(page_server: Any, world: Path) -> 
     assert '"success":true' not in made_up(page_server, tokens=1025)
     files = {"files": ("large.png", (world / "large.png").read_bytes())}
     assert httpx.post(f"{page_server.local_url}gradio_api/upload", files=files).status_code == 413
-    limits = {"most_megabytes": 1, "most_pixels": 9, "most_pictures": 2}
+    limits = {"max_upload_mb": 1, "max_pixels": 9, "max_images": 2}
     page = web_page.Page(engines=[], names=[], examples=[], gallery=None, feedback=None, **limits)
-    with pytest.raises(gradio.Error, match="may have 2 pictures, these are 3; show fewer"):
+    with pytest.raises(gradio.Error, match="may have 2 images, these are 3; show fewer"):
         next(page.ask({"text": "What?", "files": ["a.png"] * 3}, None, []))
 
 
@@ -704,7 +704,7 @@ def test_uploads_are_deleted_in_time(talker: Path, monkeypatch: pytest.MonkeyPat
 
 def upload(post: Callable[..., httpx.Response]) -> Path:
     """Where the server keeps it."""
-    return Path(post("gradio_api/upload", files={"files": ("a.png", b"picture")}).raise_for_status().json()[0])
+    return Path(post("gradio_api/upload", files={"files": ("a.png", b"image")}).raise_for_status().json()[0])
 
 
 @pytest.mark.slow
@@ -759,12 +759,12 @@ def test_the_llm_in_four_bits(talker: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_attention_falls_on_patches(talker: Path, world: Path) -> None:
-    """A map for each picture, of its patches, that sums to 1; the same as in one pass over prompt and answer."""
+    """A map for each image, of its patches, that sums to 1; the same as in one pass over prompt and answer."""
     from clips_mllm.model.checkpoint import load_mllm
 
-    pictures = [Picture(Image.open(world / f"{color}.png").convert("RGB")) for color in ("green", "red")]
+    images = [InputImage(Image.open(world / f"{color}.png").convert("RGB")) for color in ("green", "red")]
     with Engine(load_mllm(talker, device="cpu")) as engine:
-        prompt = engine.prompt([question("Which?", 2)], pictures)
+        prompt = engine.prompt([question("Which?", 2)], images)
         maps = attention_maps(engine, prompt, "the second")
         assert [tuple(weights.shape) for weights in maps] == [(3, 3), (3, 3)]
         assert all(abs(float(weights.sum()) - 1) < 1e-5 for weights in maps)
@@ -772,10 +772,10 @@ def test_attention_falls_on_patches(talker: Path, world: Path) -> None:
         model: Any = engine.mllm.model
         model.set_attn_implementation("eager")
         with torch.inference_mode():
-            pixels = torch.stack([picture.pixels for picture in prompt.pictures])
+            pixels = torch.stack([image.pixels for image in prompt.images])
             ids = torch.tensor([prompt.ids + answer])
             out = model(input_ids=ids, pixel_values=pixels, output_attentions=True)
         rows = torch.stack([layer[0, :, len(prompt.ids) :] for layer in out.attentions]).mean(dim=(0, 1, 2))
         expected = rows[prompt.starts[1] : prompt.starts[1] + 9]
         assert torch.allclose(maps[1].flatten(), expected / expected.sum(), atol=1e-5)
-        assert overlay(pictures[0], maps[0]).size == (384, 384)
+        assert overlay(images[0], maps[0]).size == (384, 384)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole road, quickstart or smoke:  scripts/road.sh quickstart
+# The whole road, quickstart or smoke:  scripts/pipeline.sh quickstart
 # A step that finished with the same command is skipped; an interrupted one goes on from its last checkpoint.
 set -euo pipefail
-NAME=${1:?usage: scripts/road.sh quickstart|smoke}
+NAME=${1:?usage: scripts/pipeline.sh quickstart|smoke}
 RUN=runs/$NAME
 source "$(dirname "$0")/environment.sh"
 step() { python scripts/step.py "$RUN/steps/$1.json" "${@:2}"; }
