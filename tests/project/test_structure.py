@@ -18,8 +18,8 @@ from clips_mllm.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"vision_tower": ROOT / "vision_tower", "clips_mllm": ROOT / "clips_mllm"}
 PACKAGES["clips_eval"] = ROOT / "eval" / "clips_eval"
-# Allowed imports: a folder may import itself and the folders listed for it. A bare package name means the modules at the
-# root of the package, which are commands. vt: vision_tower, mllm: clips_mllm, eval: clips_eval.
+# Allowed imports: a folder may import itself and the folders listed for it. A bare package name means the modules
+# at the root of the package, which are commands. vt: vision_tower, mllm: clips_mllm, eval: clips_eval.
 ARROWS = {
     "vt/common": "",
     "vt/text": "vt/common",
