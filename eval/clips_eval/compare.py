@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from clips_eval.experiments.compare_recipe import CompareRecipe, Job, cell, jobs
-from clips_eval.stats.processes import EVERY, end, show_progress, sigterm_stops
+from clips_eval.experiments.processes import EVERY, end, show_progress, sigterm_stops
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import write_text
 from vision_tower.common.recipe import parse_recipe

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from clips_eval.experiments.processes import sigterm_stops
 from clips_eval.lmms.earlier import refuse_smaller
 from clips_eval.lmms.recipe import EvaluateRecipe
-from clips_eval.stats.processes import sigterm_stops
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import check_model_exists
 from vision_tower.common.recipe import parse_recipe

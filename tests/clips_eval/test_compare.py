@@ -21,9 +21,9 @@ import pytest
 from clips_eval import compare
 from clips_eval.compare import main
 from clips_eval.experiments import compare_report
+from clips_eval.experiments import processes as children
 from clips_eval.experiments.compare_recipe import CompareRecipe, jobs
-from clips_eval.stats import processes as children
-from clips_eval.stats.processes import sigterm_stops
+from clips_eval.experiments.processes import sigterm_stops
 from clips_eval.stats.uncertainty import Scores, value
 from tests.helpers.run_folders import write_run
 from vision_tower.common.errors import Stopped, UserError, run_command

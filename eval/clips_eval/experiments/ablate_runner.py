@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clips_eval.experiments.ablate_cell import LOG, ORDER, cell_context, run_cell
 from clips_eval.experiments.ablate_grid import AblateRecipe, Setting, settings
-from clips_eval.stats.processes import EVERY, end, show_progress, sigterm_stops
+from clips_eval.experiments.processes import EVERY, end, show_progress, sigterm_stops
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object, write_text
 

@@ -1,1 +1,1 @@
-"""Intervals, paired tests, provenance, result files."""
+"""Intervals, paired tests, provenance, JSON files."""
