@@ -44,7 +44,7 @@ format: $(STAMP) ## format and sort imports
 	$(BIN)/ruff format .
 
 lock: ## pin the newest versions that fit pyproject.toml (needs uv)
-	uv pip compile --upgrade --universal --python-version 3.10 --extra eval --extra web --extra serve --extra dev --no-header --no-annotate \
+	uv pip compile --upgrade --universal --python-version 3.10 --extra all --extra docs --extra dev --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
 
 clean: ## remove runs/ and .venv
