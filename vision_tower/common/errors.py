@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from vision_tower.common.logs import log_to_stderr, silence_noisy_libraries
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -58,10 +59,11 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     Anything else is our bug and keeps its traceback. A stop is told to the caller's file STOPPED_FILE, where there is
     one, since the code does not tell it from an end.
     """
-    # It warns at every import that an optional kernel for CPUs is missing, and at every 8-bit product of its rounding.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    argv = sys.argv[1:] if argv is None else argv
+    silence_noisy_libraries()
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with log_to_stderr(argv):
+            main(argv)
     except UserError as error:
         # A loader process hands its error on with its traceback in the message; the line is what it ends with.
         return _fail(" ".join(str(error).rpartition(f"{UserError.__name__}: ")[2].split()), 2)

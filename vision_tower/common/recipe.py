@@ -7,6 +7,7 @@ YAML file --+
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -19,6 +20,16 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from vision_tower.common.errors import UserError
 
 Recipe = TypeVar("Recipe")
+
+
+class _ReadByRunCommand(argparse.Action):
+    """An option without a value in the recipe; `run_command` reads it (logs.py)."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=options["help"])
+
+    def __call__(self, *_: Any) -> None:
+        """Store nothing."""
 
 
 def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positional: tuple[str, ...] = ()) -> Recipe:
@@ -39,6 +50,9 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
         allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe; later values override earlier ones")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--verbose", action=_ReadByRunCommand, help="show debug messages too")
+    level.add_argument("--quiet", action=_ReadByRunCommand, help="show only warnings and errors")
     for name in positional:
         hint = get_type_hints(kind)[name]
         many = get_origin(hint) is list
