@@ -26,7 +26,7 @@ Moment = Literal["backward", "step", "both"]
 
 NF4 = 0.5 + 0.127 / 8  # bytes a parameter
 # On a CPU interpreter, libraries, mapped checkpoint and the holes that any run makes in malloc's heap (fitted:
-# docs/LOG.md); context and NCCL on a GPU.
+# docs/log.md); context and NCCL on a GPU.
 PROCESS = {"cpu": 1.6e9, "gpu": 1.0e9}
 SLACK = {"cpu": 0.0, "gpu": 0.05}  # share that the allocator holds beyond what is asked for
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)

@@ -17,7 +17,7 @@ from vision_tower.common.errors import UserError
 GB = 1e9
 # What one device has, and does, where the user does not say.
 GPU_MEMORY, GPU_FLOPS, GPU_UTILISATION = 80 * GB, 312e12, 0.4  # an A100 in bf16
-CORE_FLOPS = {"fp32": 0.085e12, "bf16": 0.198e12}  # `linear` on cores with AVX2, and with AVX-512 bf16 (docs/LOG.md)
+CORE_FLOPS = {"fp32": 0.085e12, "bf16": 0.198e12}  # `linear` on cores with AVX2, and with AVX-512 bf16 (docs/log.md)
 CORE_UTILISATION = 0.6
 
 
@@ -36,7 +36,7 @@ class PlanRecipe(TrainRecipe):
         device: their kind.
         memory_gb: memory of one of them, in 10^9 bytes; if not given, 80 for a GPU, and for CPUs this machine's.
         tflops: what one of them computes at most, in 10^12 operations a second; if not given, 312 for a GPU (an A100 in
-            bf16), and for CPUs so much for each core of this machine as docs/LOG.md found in one.
+            bf16), and for CPUs so much for each core of this machine as docs/log.md found in one.
         utilisation: share of that which training reaches; if not given, 0.4 on GPUs and 0.6 on CPUs.
         tokens: of the longest sample; 0 takes it from the data, or from data.max_length.
         table: print the ways to train 7B, 8B and 13B on 1, 4 and 8 GPUs of 24, 40 and 80 GB instead.

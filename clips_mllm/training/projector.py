@@ -3,7 +3,7 @@
 The hidden states of a pre-norm tower are not normalised: they share a large mean, and their widths differ by channel.
 A projector that starts from unit-scale noise first spends a good part of stage 1 on removing that mean. Here its first
 layer starts as a random map of *standardised* features, and its second is scaled so that image tokens are as long as
-the LLM's word embeddings. Measured in docs/LOG.md; the idea is that of data-dependent initialisation
+the LLM's word embeddings. Measured in docs/log.md; the idea is that of data-dependent initialisation
 (Mishkin and Matas, arXiv 1511.06422). Only the starting values differ: the classes stay stock.
 """
 

@@ -4,7 +4,7 @@ The LLM already reads word embeddings, so image tokens that resemble the right o
 what, no caption says. That is translation without alignments, and IBM's Model 1 (Brown et al. 1993) solves it: each
 word of a caption comes from some position of the image, p(word | image) = mean over patches of p(word | patch).
 Here p(word | patch) falls with the squared distance between projected patch and word embedding, among the rarer pieces
-of all captions, and a piece counts by its rarity. Measured in docs/LOG.md; only the starting values differ.
+of all captions, and a piece counts by its rarity. Measured in docs/log.md; only the starting values differ.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ FP32 = {"mixed": False, "eager": False}
 def test_the_plan_of_the_quickstart_agrees_with_what_was_measured(
     measured: float, stage: dict[str, Any], changed: dict[str, Any]
 ) -> None:
-    """The largest memory that the training process held, of docs/LOG.md; the commands stand there."""
+    """The largest memory that the training process held, of docs/log.md; the commands stand there."""
     shape = read_shape(tower=None, llm=None, checkpoint="runs/quickstart/align")
     values = {"zero": 2, "bucket": 5e7, "eager": True, "kind": "cpu"} | stage | changed
     assert estimate(Setup(shape=shape, **values)).total == pytest.approx(measured, rel=0.1)

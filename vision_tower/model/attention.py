@@ -1,7 +1,7 @@
 """Softmax attention, by what is fastest on the device.
 
 PyTorch's fused kernel for CPUs is made for long sequences. At the 50 to 250 positions of pretraining, forward and
-backward in bf16 take several times as long as plain matrix products (docs/LOG.md).
+backward in bf16 take several times as long as plain matrix products (docs/log.md).
 """
 
 from __future__ import annotations

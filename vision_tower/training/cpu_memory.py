@@ -2,7 +2,7 @@
 
 By itself glibc returns every large tensor to the system as soon as it is freed, and gets the next one in new pages,
 which the system zeroes: a fifth of a step's time. And batches of ever-changing length leave holes in the heap: a
-process of 4 GB grows to 9 GB within an hour (docs/LOG.md). On GPUs the tensors live elsewhere.
+process of 4 GB grows to 9 GB within an hour (docs/log.md). On GPUs the tensors live elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# By oneDNN, and by PyTorch's layer over it; with 16 a step in bf16 was no slower (docs/LOG.md).
+# By oneDNN, and by PyTorch's layer over it; with 16 a step in bf16 was no slower (docs/log.md).
 PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -27,7 +27,7 @@ def spare_memory() -> None:
 
 def keep_few_primitives() -> None:
     """oneDNN makes a primitive for each shape of a product in 16 bits and keeps the last 1,024, each with memory of its
-    own: with batches of ever-changing length a run grows by 10 MB a step (docs/LOG.md)."""
+    own: with batches of ever-changing length a run grows by 10 MB a step (docs/log.md)."""
     for name, count in PRIMITIVES.items():
         os.environ.setdefault(name, count)
 

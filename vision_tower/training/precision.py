@@ -1,6 +1,6 @@
 """What a recipe's `precision: auto` is on this device.
 
-A CPU without instructions for bf16 imitates them, and takes several times as long as in fp32 (docs/LOG.md).
+A CPU without instructions for bf16 imitates them, and takes several times as long as in fp32 (docs/log.md).
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+"""The wheel, the extras and the pinned versions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DATA = (
+    "clips_mllm/prompts/templates/vicuna_v1.jinja",
+    "vision_tower/data/templates.txt",
+    "clips_eval/reporting/data/report.css",
+    "clips_eval/tasks/clips_pope_random.yaml",
+)
+
+
+def pinned() -> dict[str, str]:
+    """Package to version, as in requirements.lock."""
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_wheel_installs_in_a_fresh_environment(tmp_path: Path) -> None:
+    """The wheel alone: its dependencies come from this environment, since torch is gigabytes."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("clips_mllm-*.whl")
+    venv.create(tmp_path / "fresh", with_pip=True)
+    python = tmp_path / "fresh" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True)
+    (site,) = (tmp_path / "fresh" / "lib").glob("python*/site-packages")
+    assert all((site / name).is_file() for name in DATA)
+    # A plain path line: the .pth files of that folder, one of which makes this checkout importable, are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    code = "import vision_tower, clips_mllm; from vision_tower import load_encoder; print(vision_tower.__file__)"
+    assert str(site) in subprocess.run([python, "-c", code], **run).stdout
+    helped = subprocess.run([tmp_path / "fresh" / "bin" / "clips-mllm", "train", "--help"], **run).stdout
+    assert helped.startswith("usage: clips-mllm train")
+
+
+def test_pre_commit_runs_the_pinned_versions() -> None:
+    versions = pinned()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    exact = [entry.split("==") for hook in hooks for entry in hook["additional_dependencies"] if "==" in entry]
+    assert {name for name, _ in exact} == {"ruff", "mypy"}
+    assert all(versions[name] == version for name, version in exact)
+
+
+def test_the_lock_covers_every_extra() -> None:
+    required = [line.partition(";")[0] for line in metadata.requires("clips-mllm") or []]
+    names = {re.split(r"[\[<>=! ]", line)[0].lower() for line in required} - {"clips-mllm"}
+    assert names and names <= {name.lower() for name in pinned()}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.name)
+def test_workflow_files_are_yaml(file: Path) -> None:
+    assert yaml.safe_load(file.read_text())
+
+
+def test_workflows_call_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    called = set(re.findall(r"run: make ([\w-]+)", (ROOT / ".github/workflows/tests.yml").read_text()))
+    assert called and called <= targets
