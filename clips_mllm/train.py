@@ -17,8 +17,10 @@ from clips_mllm.training.recipe import TrainRecipe
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.launcher import drop_launcher_arguments, is_main_process
 from vision_tower.common.recipe import parse_recipe
-from vision_tower.training.arguments import compile_blocks, training_arguments
+from vision_tower.training.arguments import training_arguments
+from vision_tower.training.model_tools import compile_blocks
 from vision_tower.training.precision import computes_bf16, settle_precision
+from vision_tower.training.process import set_up_process
 from vision_tower.training.run_folder import (
     add_metrics_file,
     holds_run,
@@ -64,7 +66,8 @@ def main(argv: list[str]) -> None:
     if holds_run(folder):
         refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
     # Before the model: ZeRO-3 shards it as it is built.
-    arguments = training_arguments(recipe.training, folder, **further_arguments(recipe))
+    values = training_arguments(recipe.training, folder, **further_arguments(recipe))
+    arguments = set_up_process(values, recipe.training)
     set_seed(recipe.training.seed)
     examples = Examples(recipe.data)  # before the model too: bad rows are told of before minutes of loading
     model, processor = load_or_build(recipe, weight_dtype(recipe))
@@ -133,7 +136,6 @@ def build_trainer(
     from clips_mllm.training.stages import apply_stage
     from clips_mllm.training.trainer import MllmTrainer
     from clips_mllm.training.word_start import start_by_words
-    from vision_tower.training.cpu_memory import TrimHeap
 
     choose_attention(model, recipe.model.attention, recipe.training.precision == "bf16", arguments.device)
     adopt_template(processor, recipe.data.template, model)
@@ -161,7 +163,7 @@ def build_trainer(
     train, held = split(recipe, dataset, processor)
     evaluation = recipe.evaluation
     measuring = Measuring(evaluation, Path(recipe.output_dir), held, collator) if evaluation.every else None
-    callbacks: list[TrainerCallback] = [TrimHeap(), *([measuring] if measuring is not None else [])]
+    callbacks: list[TrainerCallback] = [measuring] if measuring is not None else []
     if evaluation.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=evaluation.patience))
     trainer = MllmTrainer(
@@ -269,9 +271,9 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, Any
 def check_ranks_agree(dataset: InstructionDataset) -> None:
     """Raise UserError on all ranks where they read different rows: each draws its batches from its own table."""
     from clips_mllm.model.fingerprints import value_hash
-    from vision_tower.training.arguments import other_rank
+    from vision_tower.training.process import first_mismatch
 
-    other = other_rank((len(dataset), value_hash([int(length) for length in dataset.lengths()])))
+    other = first_mismatch((len(dataset), value_hash([int(length) for length in dataset.lengths()])))
     if other is not None:
         rank, (first, _), (rows, _) = other
         raise UserError(

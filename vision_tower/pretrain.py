@@ -16,8 +16,10 @@ from vision_tower.common.recipe import parse_recipe
 from vision_tower.model.recipe import ModelRecipe
 from vision_tower.pretraining.recipe import PretrainRecipe
 from vision_tower.text.objectives import OBJECTIVES, Objective, choose_objective
-from vision_tower.training.arguments import compile_blocks, training_arguments
+from vision_tower.training.arguments import training_arguments
+from vision_tower.training.model_tools import compile_blocks
 from vision_tower.training.precision import computes_bf16, settle_precision
+from vision_tower.training.process import set_up_process
 from vision_tower.training.run_folder import (
     add_metrics_file,
     holds_run,
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> None:
         lock_tower(model, recipe.lock)
     if recipe.training.compile:
         compile_blocks(model)
-    arguments = training_arguments(recipe.training, folder)
+    arguments = set_up_process(training_arguments(recipe.training, folder), recipe.training)
     choose_attention(model, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     stream = PairStream(
         recipe.data,

@@ -23,9 +23,9 @@ from clips_mllm.model.checkpoint import save_mllm
 from clips_mllm.model.stock import check_image_token
 from vision_tower.checkpoints.loading import read_pretrained
 from vision_tower.common.errors import UserError, disk_is_full
-from vision_tower.training.arguments import size
 from vision_tower.training.disk_space import expected_bytes, free_bytes, gigabytes
 from vision_tower.training.ema import is_divided
+from vision_tower.training.model_tools import size
 
 if TYPE_CHECKING:
     from clips_mllm.data.recipe import InstructionRecipe

@@ -11,7 +11,7 @@ from clips_mllm.model.adapters import add_adapter
 from clips_mllm.model.tiles import AnyModel, row_end
 from clips_mllm.training.stage_recipe import StageRecipe
 from vision_tower.common.errors import UserError
-from vision_tower.training.arguments import parameter_groups, size
+from vision_tower.training.model_tools import parameter_groups, size
 
 
 def parts(model: AnyModel) -> dict[str, list[nn.Module]]:

@@ -34,7 +34,7 @@ from clips_mllm.planning.shapes import (
 from clips_mllm.planning.timing import sample_flops
 from vision_tower.common.errors import UserError
 from vision_tower.common.recipe import parse_recipe
-from vision_tower.training.arguments import compile_blocks
+from vision_tower.training.model_tools import compile_blocks
 
 ROOT = Path(__file__).parents[2]
 QLORA = ["--config", "configs/mllm/vicuna_7b_finetune_qlora.yaml"]
@@ -365,6 +365,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is too small ends the run before it begins; a CPU whose memory is taken now is told of."""
+    from transformers import TrainingArguments
+
     from clips_mllm.data.dataset import InstructionDataset
     from vision_tower.training.arguments import training_arguments
 
@@ -374,7 +376,7 @@ def test_before_step_1(words: list[str], mllm_dir: Path, tmp_path: Path, monkeyp
     assert recipe.data is not None
     mllm = load_mllm(mllm_dir, device="cpu")
     dataset = InstructionDataset(recipe.data, mllm.processor)
-    arguments = training_arguments(recipe.training, tmp_path)
+    arguments = TrainingArguments(**training_arguments(recipe.training, tmp_path))
     line = memory_line(recipe, mllm.model.config, dataset, arguments)
     assert line.startswith("memory estimate: ") and line.endswith("GB on each cpu at the peak")
     monkeypatch.setattr("clips_mllm.planning.memory_check.available_bytes", lambda _: 5e8)

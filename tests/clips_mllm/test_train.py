@@ -242,7 +242,7 @@ def test_compiled_blocks_train_the_same(
 
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", quick)
-    monkeypatch.setattr("vision_tower.training.arguments.check_cpp", lambda: None)
+    monkeypatch.setattr("vision_tower.training.model_tools.check_cpp", lambda: None)
     given = {"model.checkpoint": mllm_dir, "stage.llm": "true"}
     main(words(tmp_path / "plain", sample_world, **given))
     counters.clear()

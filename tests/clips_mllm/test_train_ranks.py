@@ -125,7 +125,7 @@ def ranked(values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_facto
     for name, plan in plans.items():
         file = folder / f"{name}.json"
         file.write_text(json.dumps(plan))
-        launch(launchers[name], "several_runs", [str(file)])
+        launch(launchers[name], "tests.helpers.several_runs", [str(file)])
     return folder
 
 

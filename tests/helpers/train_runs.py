@@ -126,7 +126,7 @@ def launch(launcher: list[str], module: str, arguments: list[str]) -> str:
 def launch_several(launcher: list[str], file: Path, *runs: list[str], command: str = "train") -> str:
     """One launch for several runs, whose command lines go into `file`."""
     file.write_text(json.dumps([{"command": command, "arguments": run} for run in runs]))
-    return launch(launcher, "several_runs", [str(file)])
+    return launch(launcher, "tests.helpers.several_runs", [str(file)])
 
 
 def until(there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:

@@ -17,7 +17,7 @@ from vision_tower.common.errors import UserError
 from vision_tower.model.config import ClipsConfig
 from vision_tower.model.modeling import MAX_SCALE, ClipsModel
 from vision_tower.model.positions import sincos_positions
-from vision_tower.training.arguments import parameter_groups
+from vision_tower.training.model_tools import parameter_groups
 
 VISION = {
     "hidden_size": 16,

@@ -23,7 +23,7 @@ from tests.helpers.train_runs import deepspeed_launcher, launch_several, subproc
 from vision_tower.checkpoints.loading import load_model
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.pretrain import main
-from vision_tower.training.arguments import _take_one_device
+from vision_tower.training.process import _use_one_device
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["dog", "cat", "sun", "tree", "boat", "moon", "fish", "star"]
@@ -109,11 +109,11 @@ def test_deepspeed_in_bf16_keeps_limit_and_average_exact(tiny_world: Path, tmp_p
     assert not torch.equal(average, average.bfloat16().float())
 
 
-def test_a_process_takes_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    """transformers would wrap the model in nn.DataParallel, and cut the recipe's batch over all GPUs."""
+def test_process_uses_one_gpu() -> None:
+    """With n_gpu > 1, transformers wraps the model in nn.DataParallel, which splits the batch over all GPUs."""
     arguments = types.SimpleNamespace(n_gpu=4, _n_gpu=4)
-    _take_one_device(arguments)  # type: ignore[arg-type]
-    assert arguments._n_gpu == 1 and "one of 4 GPUs is used" in capfd.readouterr().err
+    _use_one_device(arguments)  # type: ignore[arg-type]
+    assert arguments._n_gpu == 1
 
 
 # --- what trains, and how
@@ -123,7 +123,7 @@ def test_only_weight_matrices_decay() -> None:
     from transformers import set_seed
 
     from vision_tower.model.modeling import ClipsModel
-    from vision_tower.training.arguments import parameter_groups
+    from vision_tower.training.model_tools import parameter_groups
 
     set_seed(0)
     tower = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 2}
@@ -217,7 +217,7 @@ def test_compiled_blocks_train_the_same(tiny_world: Path, tmp_path: Path, monkey
 
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", quick)
-    monkeypatch.setattr("vision_tower.training.arguments.check_cpp", lambda: None)
+    monkeypatch.setattr("vision_tower.training.model_tools.check_cpp", lambda: None)
     main(arguments(tiny_world, tmp_path / "plain", **FULL_BATCH))
     counters.clear()
     main(arguments(tiny_world, tmp_path / "compiled", **FULL_BATCH, **{"training.compile": "true"}))

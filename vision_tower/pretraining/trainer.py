@@ -17,8 +17,8 @@ from vision_tower.model.modeling import MAX_SCALE
 from vision_tower.model.step_loss import StepLoss
 from vision_tower.pretraining.recipe import EncoderTraining
 from vision_tower.pretraining.stream_trainer import StreamTrainer
-from vision_tower.training.arguments import final_state, parameter_groups
 from vision_tower.training.ema import WeightAverage
+from vision_tower.training.model_tools import final_state, parameter_groups
 from vision_tower.training.nan_guard import refuse
 from vision_tower.training.sigterm import leave_signals_to_the_trainer
 from vision_tower.training.throughput import Throughput

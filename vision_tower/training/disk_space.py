@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vision_tower.training.arguments import size
+from vision_tower.training.model_tools import size
 
 
 def expected_bytes(saved: Iterable[nn.Parameter]) -> int:

@@ -28,7 +28,6 @@ from clips_mllm.model.processors import IMAGE_INPUTS
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
 from vision_tower.common.errors import UserError
-from vision_tower.training.cpu_memory import spare_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,8 +86,6 @@ class ClipsMllm(lmms):
             raise UserError(
                 f"{pretrained}: the processor has no chat template", remedy="add the LLM's own as chat_template.jinja"
             )
-        if self.mllm.device.type == "cpu":
-            spare_memory()
         self.batch_size = int(batch_size)
         self.control: Control = control
         self.seed = seed
