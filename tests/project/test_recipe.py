@@ -290,9 +290,7 @@ def test_accumulation() -> None:
         recipe.accumulation(5)
 
 
-def test_wandb_without_login_is_refused_before_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_without_login_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     from vision_tower.training.arguments import training_arguments

@@ -124,9 +124,7 @@ def _loggers(recipe: TrainingRecipe) -> list[str]:
     for name in recipe.report_to:
         if not any(find_spec(package) for package in packages[name]):
             package = packages[name][-1]
-            raise UserError(
-                "not installed", key="training.report_to", value=name, remedy=f"pip install {package}"
-            )
+            raise UserError("not installed", key="training.report_to", value=name, remedy=f"pip install {package}")
     if "wandb" in recipe.report_to and is_main_process():
         _require_login()
     return list(recipe.report_to)
