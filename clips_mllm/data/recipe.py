@@ -1,13 +1,18 @@
-"""The recipe of instruction data: sources, mixtures, template, packing. No torch."""
+"""Recipe of instruction data: sources, mixture, template, packing. Imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 from clips_mllm.prompts.render import TemplateName
 from vision_tower.common.errors import UserError
+
+HUB = "hf://datasets/"
+JSON_SUFFIXES = (".json", ".jsonl")
+FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,12 +20,13 @@ class InstructionSource:
     """One source of conversations.
 
     Args:
-        file: LLaVA JSON (.json), JSONL (.jsonl) or Parquet (.parquet, globs allowed), a folder of a `datasets` data
-            set, or one on the hub as hf://datasets/OWNER/NAME.
-        images: folder that the rows' image paths are relative to; not needed where the images are in the file.
-        split: which split of a folder or hub data set.
-        weight: passes over this source in one epoch: 0.5 takes a fixed random half of it, 2 takes it twice.
-        cap: most samples of it in one epoch, chosen at random; 0 is no limit.
+        file: LLaVA JSON (.json), JSONL (.jsonl), Parquet (.parquet, globs allowed), the folder of a `datasets` data
+            set, or a data set on the hub as hf://datasets/OWNER/NAME.
+        images: folder that image paths are relative to (default: the folder of the file); not needed if the images
+            are stored in the rows.
+        split: split of a folder or hub data set.
+        weight: passes over this source in one epoch; 0.5 takes a fixed random half, 2 takes every sample twice.
+        cap: maximum number of samples in one epoch, chosen at random; 0 is no limit.
     """
 
     file: str
@@ -29,29 +35,50 @@ class InstructionSource:
     weight: float = 1.0
     cap: int = 0
 
+    @property
+    def on_hub(self) -> bool:
+        """True for a data set on the hub."""
+        return self.file.startswith(HUB)
+
+    def check(self, key: str) -> None:
+        """Raise UserError for ineffective or out-of-range values. `key` is the source's place in the recipe."""
+        if not 0 < self.weight < math.inf:
+            raise UserError(
+                "not a positive number", key=f"{key}.weight", value=self.weight, remedy="remove the source to skip it"
+            )
+        if self.cap < 0:
+            raise UserError("negative", key=f"{key}.cap", value=self.cap, remedy="set a number of samples, or 0")
+        if self.split != "train" and not self.on_hub and Path(self.file).suffix in FILE_SUFFIXES:
+            raise UserError(
+                "has no effect, a file has no splits",
+                key=f"{key}.split",
+                value=self.split,
+                remedy="remove it, or name a folder or hub data set",
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructionRecipe:
-    """Which conversations, and how they become tokens.
+    """Instruction data and how it is tokenized.
 
     Args:
-        file: LLaVA JSON (.json), JSONL (.jsonl) or Parquet (.parquet, globs allowed), a folder of a `datasets` data
-            set, or one on the hub as hf://datasets/OWNER/NAME.
-        images: folder that the rows' image paths are relative to; not needed where the images are in the file.
-        mixture: several sources with file, images, split, weight and cap each, instead of the two values above.
-        template: how a conversation is written; the checkpoint carries it on. `tokenizer` is the LLM's own.
-        max_length: longest sequence in tokens, images included.
-        image_aspect_ratio: squash the image to the tower's square, pad it with the mean colour first, or crop it as
-            the tower's
-            own processor does.
-        max_bad_fraction: share of unusable samples above which the run stops.
-        group_by_length: batches of like length and modality, for less padding.
+        file: LLaVA JSON (.json), JSONL (.jsonl), Parquet (.parquet, globs allowed), the folder of a `datasets` data
+            set, or a data set on the hub as hf://datasets/OWNER/NAME.
+        images: folder that image paths are relative to (default: the folder of the file); not needed if the images
+            are stored in the rows.
+        mixture: several sources, each with file, images, split, weight and cap; replaces `file` and `images`.
+        template: chat template, saved with the checkpoint; `tokenizer` uses the LLM's own template.
+        max_length: maximum sequence length in tokens, including image tokens.
+        image_aspect_ratio: `squash` resizes the image to a square, `pad` first pads it to a square with the mean
+            colour (LLaVA-1.5), `crop` keeps the tower's own image processor.
+        max_bad_fraction: fraction of unusable samples above which the run stops.
+        group_by_length: build batches from samples of similar length and equal modality, for less padding.
         text_first: with group_by_length, what has no image comes first in an epoch: a small LLM learns a kind of
             question from words before it is asked about images.
-        packing: lay several short samples of a batch into one row; they do not see each other.
-        seed: of the random part of a source that weight or cap takes.
-        feature_cache: a folder that keeps what a frozen tower says of each image, shared by stages and runs; none
-            runs the tower in every step. An image takes patches x width values (docs/planning.md).
+        packing: pack several short samples of a batch into one row; attention does not cross samples.
+        seed: random seed for the samples chosen by `weight` and `cap`.
+        feature_cache: folder for the image features of a frozen tower, shared by stages and runs. Each image takes
+            patches x width values (docs/planning.md). By default the tower runs in every step.
     """
 
     file: str | None = None
@@ -69,26 +96,27 @@ class InstructionRecipe:
 
     @property
     def sources(self) -> tuple[InstructionSource, ...]:
-        """The mixture, or the one source."""
+        """All sources: the mixture, or the one file."""
         return self.mixture if self.file is None else (InstructionSource(file=self.file, images=self.images),)
 
     def check(self) -> None:
-        """Raise UserError where it does not say what to read, or a number has no meaning."""
+        """Raise UserError for contradicting, ineffective or out-of-range values."""
         if (self.file is None) == (not self.mixture):
-            raise UserError("say where the conversations are, or give several sources as data.mixture", key="data.file")
+            raise UserError("set exactly one of data.file and data.mixture", key="data.file", value=self.file)
+        if self.file is None and self.images is not None:
+            raise UserError(
+                "has no effect with data.mixture",
+                key="data.images",
+                value=self.images,
+                remedy="set `images` of each source in data.mixture",
+            )
         for number, source in enumerate(self.mixture):
-            place = f"data.mixture[{number}]"
-            if not 0 < source.weight < math.inf:
-                raise UserError(
-                    f"{place}.weight={source.weight}: must be a number above 0", remedy="or leave the source out"
-                )
-            if source.cap < 0:
-                raise UserError(f"{place}.cap={source.cap}: 0 (no limit) or a number of samples")
+            source.check(f"data.mixture[{number}]")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError("a share from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
+            raise UserError("not between 0 and 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
         if self.text_first and not self.group_by_length:
             raise UserError(
                 "batches are of one kind by data.group_by_length", key="data.text_first", remedy="set it too"
             )
         if self.max_length < 2:
-            raise UserError("at least 2 tokens", key="data.max_length", value=self.max_length)
+            raise UserError("less than 2 tokens", key="data.max_length", value=self.max_length)

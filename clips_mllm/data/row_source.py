@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from clips_mllm.data.json_rows import read_rows
 from clips_mllm.data.llava_json import image_parts
-from clips_mllm.data.recipe import InstructionSource
+from clips_mllm.data.recipe import HUB, JSON_SUFFIXES, InstructionSource
 from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HUB = "hf://datasets/"
-JSON_ENDINGS = (".json", ".jsonl")
 CHUNK = 2000  # rows that a worker checks at a time
 CHUNK_WITH_IMAGES = 100
 NO_ROWS = "holds no rows; make it again, or take the source out"
@@ -32,7 +30,7 @@ HERE = b"\0"  # in the place of an image's bytes
 
 def is_json(source: InstructionSource) -> bool:
     """Whether the rows are read as text."""
-    return Path(source.file).suffix in JSON_ENDINGS and not source.file.startswith(HUB)
+    return Path(source.file).suffix in JSON_SUFFIXES and not source.on_hub
 
 
 def image_folder(source: InstructionSource) -> Path:
@@ -42,7 +40,7 @@ def image_folder(source: InstructionSource) -> Path:
 
 def require_file(source: InstructionSource, key: str = "data.file") -> None:
     """Before a model is loaded for minutes: raise UserError where a source's file is not there."""
-    if not source.file.startswith(HUB) and not matching(source.file):
+    if not source.on_hub and not matching(source.file):
         raise UserError(f"no such file ({key})", file=source.file, remedy="build the sample world or mend the path")
 
 

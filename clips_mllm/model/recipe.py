@@ -1,4 +1,4 @@
-"""Sections of the training recipe that say what the MLLM is. No torch."""
+"""Recipe sections for the MLLM and its adapters. Imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MllmRecipe:
-    """What the MLLM is made of: a tower and an LLM, or an earlier stage's checkpoint.
+    """Model to train: a tower and an LLM, or the checkpoint of an earlier stage.
 
     Args:
         tower: folder or hub id of a stock vision tower with its image processor.
         llm: folder or hub id of a LLaMA-family causal LM.
         checkpoint: folder or hub id of a LLaVA checkpoint, instead of tower and llm.
-        feature_layer: which hidden state of the tower the projector reads; -2 is the last but one. Several, as
-            [-2, -5], are concatenated.
-        feature_select: "full" keeps every position, "default" drops the class token; "auto" keeps the patches alone.
-        image_size: side in pixels for which the tower's positions are computed anew; none keeps its own.
-        tiles: most tiles in which an image is shown again at a higher resolution, beside the whole of it; the
-            checkpoint is then one of LLaVA-NeXT's classes. None shows the whole alone, in LLaVA's.
+        feature_layer: hidden state of the tower that the projector reads; -2 is the output of the second-last layer.
+            A list, such as [-2, -5], concatenates several.
+        feature_select: `full` keeps every position, `default` drops the class token, `auto` drops it if there is one.
+        image_size: image side in pixels, if not the tower's own; position embeddings are resized.
+        tiles: maximum number of high-resolution tiles per image, in addition to the whole image. The checkpoint then
+            has LLaVA-NeXT's classes. By default an image is not tiled, and the classes are LLaVA's.
         word_steps: steps in which the projector alone first learns to put patches at the words of their captions
             (clips_mllm/word_start.py), for LLMs too small to tell it where; 0 does without.
-        attention: how attention is computed; auto is eager in bf16 on CPUs (the fastest), else transformers' choice.
+        attention: attention implementation; `auto` is eager for bf16 on CPUs (fastest there), else transformers' own.
     """
 
     tower: str | None = None
@@ -40,29 +40,24 @@ class MllmRecipe:
     attention: Attention = "auto"
 
     def check(self) -> None:
-        """Raise UserError unless exactly one of the two ways is given, and tiles where they can be chosen."""
+        """Raise UserError for contradicting or out-of-range values."""
         pair = self.tower is not None and self.llm is not None
         if pair == (self.checkpoint is not None) or (self.tower is None) != (self.llm is None):
-            raise UserError("give either 'checkpoint', or both 'tower' and 'llm'", key="model")
-        if self.tiles is not None and self.checkpoint is not None:
-            raise UserError(
-                "a checkpoint brings its own",
-                key="model.tiles",
-                remedy="choose them in stage 1, with 'tower' and 'llm'",
-            )
+            raise UserError("set either 'checkpoint', or both 'tower' and 'llm'", key="model")
         if self.tiles is not None and self.tiles < 2:
-            raise UserError(
-                "at least 2", key="model.tiles", value=self.tiles, remedy="leave it out to show images whole"
-            )
-        for name, given, own in (
+            raise UserError("less than 2", key="model.tiles", value=self.tiles, remedy="remove it to disable tiles")
+        for name, value, default in (
+            ("tiles", self.tiles, None),
             ("image_size", self.image_size, None),
             ("feature_layer", self.feature_layer, -2),
             ("feature_select", self.feature_select, "auto"),
         ):
-            if given != own and self.checkpoint is not None:
+            if value != default and self.checkpoint is not None:
                 raise UserError(
-                    f"model.{name}={given}: a checkpoint brings its own",
-                    remedy="choose it in stage 1, with 'tower' and 'llm'",
+                    "has no effect with model.checkpoint, which fixes it",
+                    key=f"model.{name}",
+                    value=value,
+                    remedy="set it in stage 1, with 'tower' and 'llm'",
                 )
         if self.word_steps < 0:
             raise UserError("0 (none) or a number of steps", key="model.word_steps", value=self.word_steps)
@@ -71,7 +66,7 @@ class MllmRecipe:
 
 
 def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:
-    """Raise UserError unless a tower of so many layers has these hidden states; the first is what enters layer 1."""
+    """Raise UserError if a tower of `layers` layers has no such hidden state; state 0 is the input of layer 1."""
     states = layers + 1
     for layer in [feature_layer] if isinstance(feature_layer, int) else feature_layer:
         if not -states <= layer < states:
@@ -79,20 +74,20 @@ def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:
                 f"the tower has hidden states 0 to {states - 1}, or {-states} to -1 from the end",
                 key="model.feature_layer",
                 value=layer,
-                remedy="-2 is what LLaVA reads",
+                remedy="use -2, as LLaVA does",
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterRecipe:
-    """How LLM and tower train: by all of their weights, or by low-rank adapters beside frozen ones (PEFT).
+    """PEFT adapters on the LLM and the tower.
 
     Args:
-        kind: none trains the weights themselves; lora (arXiv 2106.09685), dora (arXiv 2402.09353), or qlora, which is
-            LoRA beside an LLM in 4 bits (nf4 with double quantisation, arXiv 2305.14314).
-        rank: of the adapter's two matrices.
+        kind: `none` trains all weights; `lora` (arXiv 2106.09685), `dora` (arXiv 2402.09353), or `qlora`: LoRA on a
+            4-bit LLM (nf4 with double quantisation, arXiv 2305.14314).
+        rank: rank of the adapter matrices.
         alpha: the adapter's output is scaled by alpha / rank.
-        dropout: on the adapter's input.
+        dropout: dropout probability on the adapter's input.
     """
 
     kind: Literal["none", "lora", "dora", "qlora"] = "none"

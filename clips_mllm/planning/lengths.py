@@ -11,8 +11,7 @@ from typing import Any
 from clips_mllm.data.json_rows import read_rows
 from clips_mllm.data.llava_json import BadRow, Example, to_example
 from clips_mllm.data.mixture import mix, share
-from clips_mllm.data.recipe import InstructionRecipe
-from clips_mllm.data.row_source import JSON_ENDINGS
+from clips_mllm.data.recipe import JSON_SUFFIXES, InstructionRecipe
 from clips_mllm.model.recipe import MllmRecipe
 from clips_mllm.prompts.conversation import Message
 from vision_tower.common.errors import UserError
@@ -57,7 +56,7 @@ def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Le
         UserError: a file that is no LLaVA JSON.
     """
     files = [Path(source.file) for source in data.sources]
-    if not all(file.is_file() and file.suffix in JSON_ENDINGS for file in files):
+    if not all(file.is_file() and file.suffix in JSON_SUFFIXES for file in files):
         sizes = [SAMPLES.get(file.name, 0) for file in files]
         known = sum(share(source, size) for source, size in zip(data.sources, sizes, strict=True) if size)
         mean = min(data.max_length, patches + 300)
