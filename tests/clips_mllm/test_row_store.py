@@ -118,14 +118,14 @@ def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png("red"))
     found = store(tmp_path / "rows.json", [FORMS[form]("a.png")])
     assert found.example(0) == wanted
-    assert found.make_image(0, "a.png") == png("red")
+    assert found.image(0, "a.png") == png("red")
     by_address = store(tmp_path / "address.json", [FORMS[form](f"file://{tmp_path}/a.png")])
-    assert by_address.make_image(0, by_address.example(0).images[0]) == png("red")
+    assert by_address.image(0, by_address.example(0).images[0]) == png("red")
     inside = [FORMS[form]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
     datasets.Dataset.from_list(inside).to_parquet(str(tmp_path / "rows.parquet"))
     table = RowStore(InstructionSource(file=str(tmp_path / "rows.parquet")))
     assert table.example(1) == Example(wanted.messages, [0])
-    assert table.make_image(1, 0) == png("blue")
+    assert table.image(1, 0) == png("blue")
 
 
 def test_images_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_images_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path
     made = datasets.Dataset.from_list(rows, features=datasets.Features(messages=messages))
     made.save_to_disk(str(tmp_path / "rows"))
     table = RowStore(InstructionSource(file=str(tmp_path / "rows")))
-    assert len(table) == 2 and table.make_image(1, 0) == png("blue")
+    assert len(table) == 2 and table.image(1, 0) == png("blue")
     assert {file.name for file in (tmp_path / "rows").iterdir()} == {
         "data-00000-of-00001.arrow",
         "dataset_info.json",
@@ -198,7 +198,7 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
     found = RowStore(source)
     assert answers(map(found.example, range(3))) == ["Answer 0.", "Answer 1.", "Answer 2."]
     name = found.example(2).images[0]
-    assert found.make_image(2, name) == png("blue")
+    assert found.image(2, name) == png("blue")
 
 
 @pytest.mark.parametrize(
