@@ -126,7 +126,7 @@ def _thumbnail(content: bytes) -> bytes:
     """A small JPEG. Raises BadImage."""
     from vision_tower.data.images import decode_image
 
-    image = decode_image(content, least=THUMBNAIL)
+    image = decode_image(content, min_size=THUMBNAIL)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=85)

@@ -110,7 +110,7 @@ def _check_images(verdict: Verdict, row: dict[str, Any], example: Example, folde
 
 def _check_image(verdict: Verdict, content: bytes, name: str) -> None:
     try:
-        decode_image(content, least=1)  # a JPEG's every block is read, but at an eighth of the size
+        decode_image(content, min_size=1)  # a JPEG's every block is read, but at an eighth of the size
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from error
     if content.startswith(b"GIF8"):

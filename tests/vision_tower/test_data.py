@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import itertools
 import json
 import random
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.helpers.shard_files import counted, numbered, pair, png, write_parquet, write_tar
 from vision_tower.common.errors import UserError
 from vision_tower.common.recipe import parse_recipe
-from vision_tower.data.images import BadImage, decode_image
 from vision_tower.data.pairs import CaptionSample, PairStream, read_captions, read_texts
 from vision_tower.data.readers import Cursor
 from vision_tower.data.recipe import Augmentation, PairsRecipe, SourceRecipe
@@ -383,57 +380,3 @@ def test_a_mixture_in_yaml(tmp_path: Path) -> None:
     file.write_text("data: {mixture: [{shards: a.tar, wieght: 3}]}")
     with pytest.raises(UserError, match=r"'data\.mixture\[0\]\.wieght'; did you mean 'data\.mixture\[0\]\.weight'"):
         parse_recipe(PretrainRecipe, words, command="pretrain")
-
-
-def test_grey_of_16_bits_keeps_its_shades() -> None:
-    """Medical images and depth maps; as whites alone they would teach nothing."""
-    import numpy as np
-
-    def encoded(pixels: np.ndarray, form: str) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, form)
-        return buffer.getvalue()
-
-    shades = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    for form in ("PNG", "TIFF"):
-        decoded = np.asarray(decode_image(encoded(shades, form)))
-        assert (decoded == (shades // 256)[..., None]).all()
-    for kind, most in (("float32", 1), ("int32", 1 << 20)):
-        with pytest.raises(BadImage, match="grey of 32 bits"):
-            decode_image(encoded((shades / 65535 * most).astype(kind), "TIFF"))
-
-
-def test_damaged_images_never_escape_as_other_errors() -> None:
-    rng = random.Random(0)
-    image = Image.effect_noise((40, 40), 80).convert("RGB")
-    refused = 0
-    for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
-        buffer = io.BytesIO()
-        image.save(buffer, format=form)
-        for _ in range(60):
-            content = bytearray(buffer.getvalue())
-            for _ in range(rng.randint(1, 20)):
-                content[rng.randrange(min(len(content), 200))] = rng.randrange(256)
-            try:
-                decode_image(bytes(content[: rng.randint(1, len(content))]))
-            except BadImage:
-                refused += 1
-    assert refused > 200
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_photograph_stands_upright(kind: str) -> None:
-    """Phones store images as the sensor lies, with a note of how it was held. A damaged note says nothing."""
-    tall = Image.new("RGB", (32, 64), "red")
-    tall.paste("blue", (0, 0, 32, 16))  # sky
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    out = io.BytesIO()
-    tall.transpose(Image.Transpose.ROTATE_90).save(out, kind, exif=exif)
-    for image in (decode_image(out.getvalue()), decode_image(out.getvalue(), least=16)):
-        wide, high = image.size
-        assert high == 2 * wide
-        assert image.getpixel((wide // 2, 1))[2] > 200 > 100 > image.getpixel((wide // 2, high - 2))[2]
-    out = io.BytesIO()
-    tall.save(out, kind, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert decode_image(out.getvalue()).size == (32, 64)

@@ -330,6 +330,6 @@ def told(event: Callable[..., Iterator[list[Any]]]) -> Callable[..., Iterator[li
 
 def small(file: Path) -> Image.Image:
     """An image of the gallery to look at."""
-    image = decode_image(file.read_bytes(), least=SMALL)
+    image = decode_image(file.read_bytes(), min_size=SMALL)
     image.thumbnail((SMALL, SMALL))
     return image
