@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test check format lock clean
+.PHONY: help install quickstart smoke test test-fast docs check format lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## create .venv with everything pinned in requirements.lock
 
@@ -33,6 +33,12 @@ smoke: $(STAMP) ## the same pipeline with a random two-layer LLaMA and a few doz
 
 test: $(STAMP) ## run the tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(STAMP) ## run the unit tests: those that start no processes and train nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not integration"
+
+docs: $(STAMP) ## build the documentation site into site/
+	$(BIN)/mkdocs build --strict --quiet
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

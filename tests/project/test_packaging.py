@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,18 +32,26 @@ def pinned() -> dict[str, str]:
 @pytest.mark.slow
 def test_wheel_installs_in_a_fresh_environment(tmp_path: Path) -> None:
     """The wheel alone: its dependencies come from this environment, since torch is gigabytes."""
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    source = tmp_path / "source"  # a build leaves files in its source folder
+    source.mkdir()
+    for name in ("vision_tower", "clips_mllm", "eval"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    subprocess.run(build, check=True, capture_output=True, env=environment)
     (wheel,) = (tmp_path / "dist").glob("clips_mllm-*.whl")
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(install, check=True, capture_output=True, env=environment)
     (site,) = (tmp_path / "fresh" / "lib").glob("python*/site-packages")
     assert all((site / name).is_file() for name in DATA)
     # A plain path line: the .pth files of that folder, one of which makes this checkout importable, are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
-    code = "import vision_tower, clips_mllm; from vision_tower import load_encoder; print(vision_tower.__file__)"
+    run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True, "env": environment}
+    code = "import vision_tower, clips_mllm.cli; print(vision_tower.__file__)"
     assert str(site) in subprocess.run([python, "-c", code], **run).stdout
     helped = subprocess.run([tmp_path / "fresh" / "bin" / "clips-mllm", "train", "--help"], **run).stdout
     assert helped.startswith("usage: clips-mllm train")
