@@ -38,7 +38,7 @@ test-fast: $(STAMP) ## run the unit tests: those that start no processes and tra
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not integration"
 
 docs: $(STAMP) ## build the documentation site into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -39,7 +39,8 @@ def test_wheel_installs_in_a_fresh_environment(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    wheels = str(tmp_path / "dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, str(source)]
     subprocess.run(build, check=True, capture_output=True, env=environment)
     (wheel,) = (tmp_path / "dist").glob("clips_mllm-*.whl")
     venv.create(tmp_path / "fresh", with_pip=True)

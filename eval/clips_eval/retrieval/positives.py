@@ -30,7 +30,7 @@ def multi_positive(file: Path, data: Path, split: str, found: EmbeddedPairs) -> 
     tree = read_object(file)
     for section in SECTIONS:
         if not isinstance(tree.get(section), dict):
-            raise UserError(f"no '{section}' of ids to lists of ids", file=file, remedy="see docs/measuring.md")
+            raise UserError(f"no '{section}' of ids to lists of ids", file=file, remedy="see docs/evaluation.md")
     images, texts = _ids(data, split)
     if (len(images), len(texts)) != (len(found.images), len(found.texts)):
         raise UserError("some of its images cannot be read", file=data, remedy=f"mend them to measure with {file}")

@@ -46,7 +46,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 ARGUMENTS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera, and consent to it
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
-IMAGES = {"web-chat", "web-attention", "web-retrieval", "web-phone"}  # of docs/talking.md
+IMAGES = {"web-chat", "web-attention", "web-retrieval", "web-phone"}  # of docs/chat.md
 SECONDS = 60_000  # of patience with a busy machine, in milliseconds
 
 # Notes how long the first answer is whenever the page changes.
@@ -495,7 +495,7 @@ def test_the_search_refuses_with_words(page: Any, world: Path, name: str, words:
 
 def test_images_of_the_guide(browser: Any, shown: Shown) -> None:
     """Two checkpoints answer about an example, where they looked, and retrieval: all that the guide shows."""
-    guide = (Path(__file__).parents[3] / "docs" / "talking.md").read_text()
+    guide = (Path(__file__).parents[3] / "docs" / "chat.md").read_text()
     assert set(re.findall(r"images/(web-[\w-]+)\.png", guide)) == IMAGES
     with visit(browser, shown.server, viewport={"width": 1200, "height": 1100}) as page:
         limit_answers(page, 16)
