@@ -84,7 +84,11 @@ def main(argv: list[str]) -> None:
             samples = f"{len(trainer.train_dataset):,} samples in {recipe.training.precision}"  # type: ignore[arg-type]
             print(f"{samples}; {line}", file=sys.stderr, flush=True)
         add_metrics_file(trainer, folder / "metrics.jsonl")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if trainer.tower is not None:
+                trainer.tower.store.flush()
         end_if_stopped(trainer)
         trainer.save_model(str(folder))
         if is_main_process():

@@ -23,7 +23,7 @@ from clips_mllm.data.mixture import mix
 from clips_mllm.data.packing import Row, fill, pack
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.data.row_store import RowStore, say
-from clips_mllm.model.feature_store import BLANK, CachedImage, FeatureStore, visual_inputs
+from clips_mllm.model.feature_store import BLANK, FeatureStore, ImageOrFeatures, visual_inputs
 from clips_mllm.model.processors import IMAGE_INPUTS, image_token_counts
 from clips_mllm.prompts.chat_template import template_for
 from clips_mllm.prompts.conversation import IGNORED, Unsupervised
@@ -120,7 +120,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         store, at = self.examples.where(index)
         return f"{store.source.file}: row {store.number(at)}"
 
-    def render(self, example: Example, images: Sequence[Image.Image | CachedImage]) -> Rendered:
+    def render(self, example: Example, images: Sequence[Image.Image | ImageOrFeatures]) -> Rendered:
         """Ids and labels of an example."""
         return render(
             example.messages,
@@ -130,7 +130,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             max_length=self.recipe.max_length,
         )
 
-    def _image(self, store: RowStore, at: int, name: str | int) -> Image.Image | CachedImage:
+    def _image(self, store: RowStore, at: int, name: str | int) -> Image.Image | ImageOrFeatures:
         content = store.image(at, name)
         try:
             return decode_image(content) if self.features is None else self.features.look_up(content, decode_image)
@@ -194,7 +194,7 @@ class InstructionCollator:
         pixels = self.processor.image_processor(images=images, return_tensors="pt")
         return tokens | {name: pixels[name] for name in IMAGE_INPUTS if name in pixels}
 
-    def _looked_up(self, blank: Image.Image) -> Image.Image | CachedImage:
+    def _looked_up(self, blank: Image.Image) -> Image.Image | ImageOrFeatures:
         return blank if self.features is None else self.features.look_up(BLANK, lambda _: blank)
 
     @staticmethod

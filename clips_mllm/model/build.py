@@ -1,4 +1,4 @@
-"""A tower and a causal LM joined by a fresh projector, in stock classes."""
+"""Build a stock LLaVA model from a vision tower and a causal LM, with a new projector."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
 
-# Checkpoints of two towers, of which the vision tower alone is read.
+# Two-tower checkpoints, from which only the vision tower is read.
 VISION_HALVES: dict[str, type[PreTrainedModel]] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 
 
-# What some causal LMs (Gemma 2, Cohere, Granite) do to the logits, and LLaVA's class does not.
+# Config fields of causal LMs that scale the logits (Gemma 2, Cohere, Granite); stock LLaVA ignores them.
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -57,16 +57,19 @@ def build_mllm(
     image_size: int | None = None,
     tiles: int | None = None,
 ) -> tuple[AnyModel, AnyProcessor]:
-    """Join a pretrained tower and LLM with a fresh projector; with `tiles` in LLaVA-NeXT's classes.
+    """Join a pretrained tower and LLM with a new projector, in LLaVA's classes, or LLaVA-NeXT's with `tiles`.
 
     Raises:
-        UserError: a folder without a checkpoint, weights that do not fit their class, or tiles with a class token.
+        UserError: a checkpoint is missing, its weights do not match its class, or tiles with a class token.
     """
     vision, image_processor = read_tower(tower, dtype)
     selection = feature_selection(tower, vision.config, feature_select)
     if tiles is not None and selection == "full" and additional_tokens(vision.config):
         raise UserError(
-            "tiles are joined by their patches alone", key="model.tiles", remedy="take model.feature_select=auto"
+            "LLaVA-NeXT joins patches only, without a class token",
+            key="model.feature_select",
+            value="full",
+            remedy="use auto",
         )
     if image_size is not None:
         vision = at_size(vision, image_size)
@@ -79,7 +82,7 @@ def build_mllm(
 
 
 def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProcessor]:
-    """A stock vision tower and its image processor. Raises UserError where either is missing or does not fit."""
+    """Load a stock vision tower and its image processor. Raises UserError if one is missing or unsupported."""
     config = read_pretrained(AutoConfig, _existing(tower, "model.tower", SHARD_FILES + PICKLES))
     if config.model_type not in VISION_HALVES:
         check_tower(tower, config)
@@ -92,22 +95,25 @@ def read_tower(tower: str, dtype: str | torch.dtype) -> tuple[Any, BaseImageProc
 
 
 def read_llm(llm: str, dtype: str | torch.dtype) -> tuple[Any, PreTrainedTokenizerFast]:
-    """A causal LM and its tokenizer. Raises UserError where either is missing or does not fit."""
+    """Load a causal LM and its tokenizer. Raises UserError if one is missing or unsupported."""
     config = read_pretrained(AutoConfig, _existing(llm, "model.llm", SHARD_FILES + PICKLES))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"a '{config.model_type}' checkpoint, not a causal LM",
+            "not a causal LM",
             file=llm,
-            remedy="give one of the LLaMA family, or a stage's checkpoint as model.checkpoint",
+            key="model_type",
+            value=config.model_type,
+            remedy="choose an LLM of the LLaMA family, or set model.checkpoint to a stage's checkpoint",
         )
     language = _read_weights(AutoModelForCausalLM, llm, dtype)
     scaled = next((name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)), None)
     if scaled is not None or not hasattr(getattr(language, "model", None), "embed_tokens"):
-        why = f"its '{scaled}' would be lost" if scaled is not None else "it is built in another way"
         raise UserError(
-            f"a '{config.model_type}' model does not fit into stock LLaVA ({why})",
+            "stock LLaVA ignores it" if scaled is not None else "stock LLaVA needs the structure of LLaMA",
             file=llm,
-            remedy="give an LLM of the LLaMA family: LLaMA, Mistral, Qwen2, Qwen3, SmolLM",
+            key=scaled or "architectures",
+            value=getattr(config, scaled or "architectures"),
+            remedy="choose an LLM of the LLaMA family: LLaMA, Mistral, Qwen2, Qwen3, SmolLM",
         )
     return language, read_pretrained(AutoTokenizer, llm)
 
@@ -121,13 +127,13 @@ def join_parts(
     feature_layer: int | list[int],
     feature_select: FeatureSelect,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The stock model around a tower and a causal LM, in the LLM's dtype, with a fresh projector; and its processor.
+    """Build the stock model and processor from their parts, in the LLM's dtype, with a new projector.
 
     Raises:
-        UserError: the tower has no such layer.
+        UserError: the tower has no hidden state `feature_layer`.
     """
     check_feature_layer(feature_layer, vision.config.num_hidden_layers)
-    if tokenizer.pad_token is None:  # LLaMA-3 has none; padded positions are masked and never learnt
+    if tokenizer.pad_token is None:  # as in LLaMA-3; padded positions are masked and have no label
         tokenizer.pad_token = tokenizer.eos_token
     image_id = add_image_token(tokenizer)
     if image_id >= language.get_input_embeddings().num_embeddings:
@@ -161,7 +167,7 @@ def join_parts(
 
 
 def generation_config(language: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The LLM's own settings without sampling values: those beside `do_sample=False` make later saves fail."""
+    """Return the LLM's settings without sampling values: with `do_sample=False` these make `save_pretrained` fail."""
     from transformers import GenerationConfig
 
     own = language.generation_config
@@ -173,7 +179,7 @@ def generation_config(language: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Make `<image>` one special piece. Without it transformers silently takes the id of `<`."""
+    """Add `<image>` as one special token and return its id. Otherwise transformers silently uses the id of `<`."""
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)

@@ -1,14 +1,14 @@
-"""A frozen tower that runs once for an image: what it said is kept on disk, and the projector reads it from there.
+"""Frozen vision tower with cached features: the tower runs once per image, the projector reads the cache.
 
-images --store--> known:   features                    +
-                    unknown: pixels --tower--> features --+--> model(pixel_values=features) --projector--> image tokens
-                                                   |
-                                                   +--> store
+    images --store--> cached:  features                    +
+                      missing: pixels --tower--> features --+--> stock LLaVA with `GivenFeatures` as its vision tower
+                                                     |
+                                                     +--> store
 
-The tower that runs is not part of the engine's forward pass, and under ZeRO-3 it is a whole copy: no collective waits
-for a rank whose images are all known, or that has only text.
+The tower runs outside the engine's forward pass, and under ZeRO-3 it is a full copy: no collective waits for a rank
+whose images are all cached, or that has only text.
 
-Shapes: n images of a batch, m of them unknown, p patches, w width of the tower.
+Shapes: n images of a batch, m of them missing in the cache, p patches, w width of the tower.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaNextProcessor, LlavaProcessor, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -33,62 +34,79 @@ from vision_tower.data.images import DECODING
 def open_cached_tower(
     folder: str | None, model: LlavaForConditionalGeneration, processor: LlavaProcessor, arguments: TrainingArguments
 ) -> CachedTower | None:
-    """The tower of a model whose stage is set, with its store; none without a folder. All ranks must call it together.
+    """Return the model's tower with its feature store, or None without a folder. All ranks must call it together.
+
+    The stage must be applied before, so that the tower's `requires_grad` is final.
 
     Raises:
-        UserError: a tower that trains, whose features change with every step; or images in tiles.
+        UserError: the tower trains, so its features change with every step; or images are tiled.
     """
     if folder is None:
         return None
     if isinstance(processor, LlavaNextProcessor):
         raise UserError(
-            "images in tiles are not kept", key="data.feature_cache", remedy="take the cache out of the recipe"
+            "tiled images cannot be cached", key="data.feature_cache", value=folder, remedy="remove it from the recipe"
         )
     tower, config = model.model.vision_tower, model.config
     if any(value.requires_grad for value in tower.parameters()):
         raise UserError(
             "the tower trains, so its features change",
             key="data.feature_cache",
-            remedy="take the cache out of the recipe",
+            value=folder,
+            remedy="remove it from the recipe, or set stage.tower=false",
         )
-    layers = config.vision_feature_layer
     autocast = arguments.bf16 and tower.dtype == torch.float32
     about = {
         "tower": {"class": type(tower).__name__, "weights": module_hash(tower)},
         "attention": tower.config._attn_implementation,
-        "feature_layer": layers,
+        "feature_layer": config.vision_feature_layer,
         "feature_select": config.vision_feature_select_strategy,
         "image_processor": processor.image_processor.to_dict(),
         "decoding": DECODING,
         "precision": f"{tower.dtype}{' under bf16 autocast' if autocast else ''} on {arguments.device.type}",
     }
-    width = tower.config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     # Under autocast the hidden states of an fp32 tower stay fp32.
-    store = FeatureStore(Path(folder) / value_hash(about), about=about, width=width, dtype=tower.dtype)
+    store = FeatureStore(Path(folder) / value_hash(about), about=about, dtype=tower.dtype)
     return CachedTower(model, store, arguments.device)
 
 
+class GivenFeatures(nn.Module):
+    """Vision tower whose input are features that are already computed and selected."""
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Return the features (n, p, w) as the only hidden state."""
+        return BaseModelOutputWithPooling(hidden_states=(pixel_values,))  # type: ignore[arg-type]
+
+
+# Arguments of stock LLaVA's forward: read the only hidden state, all positions.
+READ_GIVEN: dict[str, Any] = {"vision_feature_layer": 0, "vision_feature_select_strategy": "full"}
+
+
 class CachedTower:
-    """Completes batches of `InstructionCollator`: features in the place of pixels, for every image."""
+    """Replaces the pixels in batches of `InstructionCollator` by features."""
 
     def __init__(self, model: LlavaForConditionalGeneration, store: FeatureStore, device: torch.device) -> None:
         self.model = model
         self.store = store
         self.layer = model.config.vision_feature_layer
         self.select = model.config.vision_feature_select_strategy
-        self.tower = _whole_copy(model.model.vision_tower, device)
+        self.tower = _full_copy(model.model.vision_tower, device)
 
     @contextmanager
     def completed(self, inputs: dict[str, Any], accelerator: Accelerator) -> Iterator[dict[str, Any]]:
-        """Within this context the model takes the completed batch; the tower runs in the precision of the training."""
-        with accelerator.autocast():
+        """Yield the completed batch, for which the model's vision tower is `GivenFeatures`."""
+        with accelerator.autocast():  # the tower runs in the precision of the training
             batch = self.complete(inputs)
-        with features_for_pixels(self.model):
-            yield batch
+        inner = self.model.model
+        tower, inner.vision_tower = inner.vision_tower, GivenFeatures()
+        try:
+            yield batch | READ_GIVEN
+        finally:
+            inner.vision_tower = tower
 
     @torch.no_grad()
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`pixel_values` (m, 3, h, w), known features and digests become `pixel_values` (n, p, w)."""
+        """Turn `pixel_values` (m, 3, h, w), cached features and digests into `pixel_values` (n, p, w)."""
         rest = {name: value for name, value in inputs.items() if name not in (KNOWN, IS_KNOWN, DIGESTS, "pixel_values")}
         known, is_known = inputs[KNOWN], inputs[IS_KNOWN]
         if is_known.all():
@@ -96,14 +114,14 @@ class CachedTower:
         computed = self.features(inputs["pixel_values"])
         for digest, features in zip(inputs[DIGESTS].cpu().numpy(), computed, strict=True):
             self.store.put(digest.tobytes(), features)
-        every = computed.new_empty((len(is_known), *computed.shape[1:]))
-        every[~is_known] = computed
+        merged = computed.new_empty((len(is_known), *computed.shape[1:]))
+        merged[~is_known] = computed
         if is_known.any():
-            every[is_known] = known
-        return rest | {"pixel_values": every}
+            merged[is_known] = known
+        return rest | {"pixel_values": merged}
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What `LlavaModel.get_image_features` hands to its projector, (m, p, w)."""
+        """Return the projector's input (m, p, w), selected as `LlavaModel.get_image_features` does."""
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
         hidden = self.tower(pixels.to(self.tower.dtype), output_hidden_states=self.layer).hidden_states
         drop = 1 if self.select == "default" else 0
@@ -112,8 +130,8 @@ class CachedTower:
         return chosen.to(self.store.dtype)
 
 
-def _whole_copy(tower: Any, device: torch.device) -> Any:
-    """The tower itself, or under ZeRO-3, where it is in pieces, a copy of it."""
+def _full_copy(tower: Any, device: torch.device) -> Any:
+    """Return the tower itself, or under ZeRO-3, which partitions it, a full copy."""
     if not is_deepspeed_zero3_enabled():
         return tower
     import deepspeed
@@ -122,19 +140,3 @@ def _whole_copy(tower: Any, device: torch.device) -> Any:
     with deepspeed.zero.GatheredParameters(list(tower.parameters())):
         copy.load_state_dict(tower.state_dict())
     return copy
-
-
-@contextmanager
-def features_for_pixels(model: LlavaForConditionalGeneration) -> Iterator[None]:
-    """Within this context the model takes the tower's features as `pixel_values`; only the projector runs on them."""
-    inner = model.model
-
-    def project(pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        # Annotated as one tensor, but LLaVA itself puts a list there.
-        return BaseModelOutputWithPooling(pooler_output=list(inner.multi_modal_projector(pixel_values)))  # type: ignore[arg-type]
-
-    inner.get_image_features = project  # type: ignore[method-assign]  # hides the method of the class
-    try:
-        yield
-    finally:
-        del inner.get_image_features

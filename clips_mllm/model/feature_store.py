@@ -1,33 +1,32 @@
-"""Features of a frozen tower on disk: append-only files, one pair a writer, shared by ranks, stages and runs.
+"""Image features of a frozen tower on disk, shared by ranks, stages and runs.
 
-FOLDER/about.json            what tower, preprocessing and precision the features are of
-FOLDER/WRITER.features       (rows, width) arrays, one behind the other
-FOLDER/WRITER.index          32 bytes for each: digest of the image's file, offset, rows, checksum
+FOLDER/about.json               tower, preprocessing and precision of these features
+FOLDER/TIME-HOST-ID.safetensors a chunk: features (rows, width) of some images by image digest; metadata: their hashes
 
-Nobody waits for anybody: a writer appends to its own two files, features first, and readers take every whole entry of
-every index. What a killed writer left unfinished is never read. An entry whose checksum is wrong counts as absent, so
-its features are computed and appended again. Two writers may add the same image; either entry will do.
+A writer collects features in memory and writes a chunk under another name, then renames it. Readers therefore only see
+complete chunks, and concurrent writers never touch the same file. Two writers may store the same image; readers use
+the newer entry. An entry with a wrong hash counts as missing: its features are computed and stored again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import multiprocessing
 import os
 import secrets
 import socket
-import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from clips_mllm.model.fingerprints import image_digest
+from clips_mllm.model.fingerprints import image_digest, tensor_digest
 from vision_tower.common.errors import disk_is_full
 from vision_tower.common.files import make_folder, write_text
 
@@ -35,181 +34,165 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BaseImageProcessor
 
-ENTRY = np.dtype([("digest", "S16"), ("offset", "<u8"), ("rows", "<u4"), ("checksum", "<u4")])
-LOOKING = 0.02  # share of its time that a reader may spend on looking for what has been added
+logger = logging.getLogger(__name__)
 
+CHUNK_BYTES = 64 << 20
+CHUNK_SECONDS = 30.0  # a killed run loses at most the features of this time
+SCAN_SECONDS = 10.0  # between two looks for chunks of other processes
+STALE_SECONDS = 3600.0  # age at which an unfinished file belongs to a killed writer
 
-# What a batch holds of its n images, of which m are unknown; p patches, w width.
+# Keys of a batch of n images, of which m are not in the cache; p patches, w width.
 KNOWN = "known_features"  # (n - m, p, w)
 IS_KNOWN = "is_known"  # (n,) bool
 DIGESTS = "digests"  # (m, 16) uint8, in the order of `pixel_values` (m, 3, h, w)
-BLANK = b"blank"  # stands for the content of the image that a batch of text gets
+BLANK = b"blank"  # cache key of the blank image of a text-only batch
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedImage:
-    """An image that was looked up: its features, or itself where they are unknown."""
+class ImageOrFeatures:
+    """Result of a cache lookup: the features, or the decoded image if there are none."""
 
     digest: bytes
     features: torch.Tensor | None
     image: Image | None
 
 
-@dataclasses.dataclass
-class _Shard:
-    """A pair of files, and how many of its index entries have been read."""
-
-    features: int  # file descriptor
-    entries: int = 0
-
-
 class FeatureStore:
-    """Reads in any process, loader processes included; writes in the one that computes.
+    """Reads in any process, including loader workers; writes in the process that runs the tower.
 
     Args:
-        folder: of one tower, preprocessing and precision.
-        about: what these are, in words for people.
-        width: columns of the features.
-        dtype: of the features.
+        folder: folder for one combination of tower, preprocessing and precision.
+        about: description of that combination, for people.
+        dtype: dtype of the features.
     """
 
-    def __init__(self, folder: Path, *, about: dict[str, Any], width: int, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, *, about: dict[str, Any], dtype: torch.dtype) -> None:
         self.folder = folder
-        self.width = width
         self.dtype = dtype
         self.found = multiprocessing.Value("l", 0)
-        self.added = multiprocessing.Value("l", 0)
+        self.computed = multiprocessing.Value("l", 0)
         self.corrupt = multiprocessing.Value("l", 0)
         make_folder(folder)
         if not (folder / "about.json").is_file():
             write_text(folder / "about.json", json.dumps(about, indent=1, default=str))
-        self._writer: tuple[BinaryIO, BinaryIO] | None = None
+        for file in folder.glob("*.partial"):
+            if time.time() - file.stat().st_mtime > STALE_SECONDS:
+                file.unlink(missing_ok=True)
+        self._chunks: set[Path] = set()  # all that were scanned
+        self._chunk_of: dict[bytes, Path] = {}
+        self._next_scan = 0.0
+        self._pending: dict[bytes, torch.Tensor] = {}  # not yet written
+        self._pending_bytes = 0
+        self._pending_since = 0.0
         self._full = False
-        self._shards: dict[str, _Shard] = {}
-        self._places = np.empty(0, dtype=[*ENTRY.descr, ("shard", "<u4")])
-        self._next_look = 0.0
-        self._bad: set[tuple[int, int]] = set()  # shard and offset
 
     def get(self, digest: bytes) -> torch.Tensor | None:
-        """Features of an image, (rows, width), or None where they must be computed."""
-        features = self._first_good(digest)
-        if features is None and time.monotonic() > self._next_look:
+        """Return the features (rows, width) of an image, or None if they must be computed."""
+        if digest not in self._chunk_of and digest not in self._pending and time.monotonic() > self._next_scan:
             self.refresh()
-            features = self._first_good(digest)
+        features = self._pending[digest] if digest in self._pending else self._read(digest)
         if features is not None:
-            with self.found.get_lock():
-                self.found.value += 1
+            _increment(self.found)
         return features
 
-    def look_up(self, content: bytes, decode: Callable[[bytes], Image]) -> CachedImage:
-        """An encoded image's features, or the image, which is decoded only then."""
+    def look_up(self, content: bytes, decode: Callable[[bytes], Image]) -> ImageOrFeatures:
+        """Return the features of an encoded image; decode the image only if there are none."""
         digest = image_digest(content)
         features = self.get(digest)
-        return CachedImage(digest, features, decode(content) if features is None else None)
+        return ImageOrFeatures(digest, features, decode(content) if features is None else None)
 
     def put(self, digest: bytes, features: torch.Tensor) -> None:
-        """Append the features of an image; where the disk is full they are not kept, and the run goes on."""
+        """Add the features of an image. They are on disk after the next `flush`."""
+        assert features.dtype == self.dtype, f"{features.dtype} for a store of {self.dtype}"
+        _increment(self.computed)
         if self._full:
             return
-        assert features.dtype == self.dtype, f"{features.dtype} for a store of {self.dtype}"
-        plain = features.detach().cpu().contiguous()
-        data = plain.view(torch.uint8).numpy().tobytes()
+        if not self._pending:
+            self._pending_bytes, self._pending_since = 0, time.monotonic()
+        self._pending[digest] = features.detach().cpu().contiguous().clone()  # a view would keep its batch alive
+        self._pending_bytes += features.nbytes
+        if self._pending_bytes >= CHUNK_BYTES or time.monotonic() - self._pending_since >= CHUNK_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a chunk of the features added since the last one. If the disk is full, stop caching and continue."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, {}
+        # The time comes first, so that a later chunk sorts behind an earlier one.
+        file = self.folder / f"{time.time_ns():020d}-{socket.gethostname()}-{secrets.token_hex(4)}.safetensors"
+        work = file.with_suffix(".partial")
         try:
-            stream, index = self._writer = self._writer or self._new_writer()
-            offset = stream.tell()
-            stream.write(data)
-            entry = np.array([(digest, offset, len(plain), zlib.crc32(data))], dtype=ENTRY)
-            index.write(entry.tobytes())
-        except OSError as error:
+            save_file(
+                {digest.hex(): value for digest, value in pending.items()},
+                work,
+                {digest.hex(): tensor_digest(value).hex() for digest, value in pending.items()},
+            )
+            os.replace(work, file)
+            self._index(file, pending)
+        except (OSError, SafetensorError) as error:
             if not disk_is_full(error):
                 raise
             self._full = True
-            print(f"{self.folder}: the disk is full; no more features are kept", file=sys.stderr, flush=True)
-            return
-        with self.added.get_lock():
-            self.added.value += 1
+            logger.warning("%s: the disk is full; no more features are cached", self.folder)
+        finally:
+            work.unlink(missing_ok=True)
 
     def refresh(self) -> None:
-        """Read what has been added to the indexes since."""
-        begun = time.monotonic()
-        fresh = [self._new_entries(file) for file in sorted(self.folder.glob("*.index"))]
-        if any(len(entries) for entries in fresh):
-            places = np.concatenate([self._places, *fresh])
-            self._places = places[np.argsort(places["digest"], kind="stable")]
-        now = time.monotonic()
-        self._next_look = now + (now - begun) / LOOKING
+        """Index the chunks that were added since the last call."""
+        for file in sorted(set(self.folder.glob("*.safetensors")) - self._chunks):
+            try:
+                with safe_open(file, "pt") as chunk:
+                    self._index(file, map(bytes.fromhex, chunk.keys()))
+            except (OSError, SafetensorError, ValueError) as error:
+                self._chunks.add(file)
+                self._report_corrupt(file, error)
+        self._next_scan = time.monotonic() + SCAN_SECONDS
 
     def summary(self) -> str:
-        """A line for the log."""
-        line = f"feature cache: {self.found.value:,} read, {self.added.value:,} computed"
+        """One line for the log."""
+        line = f"feature cache: {self.found.value:,} read, {self.computed.value:,} computed"
         return line + (f", {self.corrupt.value:,} corrupt" if self.corrupt.value else "")
 
-    def _new_writer(self) -> tuple[BinaryIO, BinaryIO]:
-        name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        # Unbuffered: an entry must not be seen before its features, and nothing is lost where the process is killed.
-        streams = [(self.folder / f"{name}{end}").open("xb", buffering=0) for end in (".features", ".index")]
-        return streams[0], streams[1]  # type: ignore[return-value]
+    def _index(self, file: Path, digests: Any) -> None:
+        self._chunks.add(file)
+        self._chunk_of |= dict.fromkeys(digests, file)
 
-    def _new_entries(self, file: Path) -> np.ndarray:
-        if file.name not in self._shards:
-            self._shards[file.name] = _Shard(os.open(file.with_suffix(".features"), os.O_RDONLY))
-        shard = self._shards[file.name]
-        with file.open("rb") as stream:
-            stream.seek(shard.entries * ENTRY.itemsize)
-            data = stream.read()
-        entries = np.frombuffer(data[: len(data) - len(data) % ENTRY.itemsize], dtype=ENTRY)
-        shard.entries += len(entries)
-        places = np.empty(len(entries), dtype=self._places.dtype)
-        for name in ENTRY.names or ():
-            places[name] = entries[name]
-        places["shard"] = list(self._shards).index(file.name)
-        return places
-
-    def _entries(self, digest: bytes) -> np.ndarray:
-        """The newest first: it was appended because an older one is corrupt."""
-        keys = self._places["digest"]
-        key = np.bytes_(digest)
-        return self._places[np.searchsorted(keys, key, "left") : np.searchsorted(keys, key, "right")][::-1]
-
-    def _first_good(self, digest: bytes) -> torch.Tensor | None:
-        for place in self._entries(digest):
-            where = int(place["shard"]), int(place["offset"])
-            if where in self._bad:
-                continue
-            features = self._read(place)
-            if features is not None:
-                return features
-            self._bad.add(where)
-            with self.corrupt.get_lock():
-                self.corrupt.value += 1
-        return None
-
-    def _read(self, place: np.void) -> torch.Tensor | None:
-        size = int(place["rows"]) * self.width * self.dtype.itemsize
-        shard = list(self._shards.values())[int(place["shard"])]
-        if (
-            not 0 < size <= os.fstat(shard.features).st_size - int(place["offset"])
-        ):  # the index is damaged, or the file cut
+    def _read(self, digest: bytes) -> torch.Tensor | None:
+        file = self._chunk_of.get(digest)
+        if file is None:
             return None
-        data = os.pread(shard.features, size, int(place["offset"]))
-        if len(data) != size or zlib.crc32(data) != place["checksum"]:
+        try:
+            with safe_open(file, "pt") as chunk:
+                features: torch.Tensor = chunk.get_tensor(digest.hex())
+                if tensor_digest(features).hex() != (chunk.metadata() or {})[digest.hex()]:
+                    raise ValueError("wrong hash")
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            del self._chunk_of[digest]
+            self._report_corrupt(file, error)
             return None
-        return torch.frombuffer(bytearray(data), dtype=self.dtype).view(-1, self.width)
+        return features
+
+    def _report_corrupt(self, file: Path, error: Exception) -> None:
+        _increment(self.corrupt)
+        logger.warning("%s: corrupt features are computed again (%s)", file, error)
 
 
-def visual_inputs(images: list[CachedImage], image_processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """A batch's images as `CachedTower.complete` takes them; only the unknown ones are preprocessed."""
-    known = [looked.features for looked in images if looked.features is not None]
-    unknown = [looked for looked in images if looked.features is None]
+def _increment(counter: Any) -> None:
+    with counter.get_lock():  # shared with the loader workers
+        counter.value += 1
+
+
+def visual_inputs(images: list[ImageOrFeatures], image_processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """Return the images of a batch as `CachedTower.complete` expects them. Only the missing ones are preprocessed."""
+    known = [image.features for image in images if image.features is not None]
+    unknown = [image for image in images if image.features is None]
     inputs = {
         KNOWN: torch.stack(known) if known else torch.empty(0),
-        IS_KNOWN: torch.tensor([looked.features is not None for looked in images]),
-        DIGESTS: torch.tensor([list(looked.digest) for looked in unknown], dtype=torch.uint8),
+        IS_KNOWN: torch.tensor([image.features is not None for image in images]),
+        DIGESTS: torch.tensor([list(image.digest) for image in unknown], dtype=torch.uint8),
     }
     if unknown:
-        inputs |= {
-            "pixel_values": image_processor(images=[looked.image for looked in unknown], return_tensors="pt")[
-                "pixel_values"
-            ]
-        }
+        pixels = image_processor(images=[image.image for image in unknown], return_tensors="pt")
+        inputs["pixel_values"] = pixels["pixel_values"]
     return inputs

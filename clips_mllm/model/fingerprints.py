@@ -1,4 +1,4 @@
-"""Hashes that say whether two towers, projectors, LLMs, tokenizers or files are the same."""
+"""Content hashes of weights, files, images and JSON values, to compare them across runs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ BLOCK = 1 << 22
 
 
 def weights_hash(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of names, dtypes, shapes and values: the same for any sharding and device, another for another precision."""
+    """Hash names, dtypes, shapes and values. Independent of sharding and device, but not of precision."""
     named = sorted(weights)
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        digests = pool.map(_tensor_digest, (value for _, value in named))
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        digests = pool.map(tensor_digest, (value for _, value in named))
         return _combined(name.encode() + b"\0" + digest for (name, _), digest in zip(named, digests, strict=True))
 
 
 def module_hash(module: nn.Module) -> str:
-    """`weights_hash` of a module's parameters; under ZeRO-3, which all ranks must call together, weight by weight."""
+    """`weights_hash` of a module's parameters. Under ZeRO-3 all ranks must call it; it gathers one weight at a time."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -36,58 +36,61 @@ def module_hash(module: nn.Module) -> str:
     found = []
     for name, value in sorted(module.named_parameters()):
         with deepspeed.zero.GatheredParameters([value]):
-            found.append(name.encode() + b"\0" + _tensor_digest(value))
+            found.append(name.encode() + b"\0" + tensor_digest(value))
     return _combined(found)
 
 
 def shapes_hash(module: nn.Module) -> str:
-    """Of the names and shapes of a module's parameters, also where ZeRO-3 divides them."""
+    """Hash the names and shapes of a module's parameters, of the full ones under ZeRO-3."""
     return value_hash([(name, list(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters()])
 
 
-def _tensor_digest(value: torch.Tensor) -> bytes:
+def tensor_digest(value: torch.Tensor) -> bytes:
+    """Hash dtype, shape and values of a tensor."""
     import torch
 
-    plain = value.detach().as_subclass(torch.Tensor).cpu().contiguous()  # weights in 4 bits are a class of their own
-    told = f"{plain.dtype} {tuple(plain.shape)} ".encode()
-    digest = hashlib.blake2b(told, digest_size=SIZE)
+    plain = value.detach().as_subclass(torch.Tensor).cpu().contiguous()  # 4-bit weights are a subclass
+    digest = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)} ".encode(), digest_size=SIZE)
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 
 def _combined(parts: Iterable[bytes]) -> str:
-    whole = hashlib.blake2b(digest_size=SIZE)
+    digest = hashlib.blake2b(digest_size=SIZE)
     for part in parts:
-        whole.update(part)
-    return whole.hexdigest()
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def file_hash(file: Path) -> str:
-    """Of a file's bytes."""
-    whole = hashlib.blake2b(digest_size=SIZE)
+    """Hash a file."""
+    digest = hashlib.blake2b(digest_size=SIZE)
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):
-            whole.update(block)
-    return whole.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def ends_hash(file: Path) -> str:
-    """Of a file's length, first and last four megabytes. A table's images may be hundreds of gigabytes, which rank 0
-    would read while the others wait; its last bytes say how many rows there are, and where each column lies."""
+    """Hash a file's length and its first and last 4 MiB.
+
+    A Parquet file with images can have hundreds of gigabytes, too many for rank 0 to read while the others wait. Its
+    footer holds the number of rows and the place and size of each column.
+    """
     size = file.stat().st_size
-    whole = hashlib.blake2b(str(size).encode(), digest_size=SIZE)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=SIZE)
     with file.open("rb") as stream:
-        whole.update(stream.read(BLOCK))
+        digest.update(stream.read(BLOCK))
         stream.seek(max(size - BLOCK, 0))
-        whole.update(stream.read(BLOCK))
-    return whole.hexdigest()
+        digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
 
 
 def value_hash(value: Any) -> str:
-    """Of anything that JSON can hold; keys in any order."""
+    """Hash a JSON value; independent of the order of keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=SIZE).hexdigest()
 
 
 def image_digest(content: bytes) -> bytes:
-    """Of an encoded image: what the feature store calls it by."""
+    """Hash an encoded image: its key in the feature store."""
     return hashlib.blake2b(content, digest_size=SIZE).digest()

@@ -8,17 +8,17 @@ from typing import Literal
 from PIL import Image
 from transformers import LlavaImageProcessor, LlavaNextProcessor, LlavaProcessor
 
-from clips_mllm.model.feature_store import CachedImage
+from clips_mllm.model.feature_store import ImageOrFeatures
 from clips_mllm.model.tiles import AnyProcessor, tiled_tokens
 from vision_tower.common.errors import UserError
 
 IMAGE_INPUTS = ("pixel_values", "image_sizes")  # sizes where images have tiles
 
 
-def image_token_counts(processor: AnyProcessor, images: Sequence[Image.Image | CachedImage]) -> list[int]:
+def image_token_counts(processor: AnyProcessor, images: Sequence[Image.Image | ImageOrFeatures]) -> list[int]:
     """Positions that each image takes in the sequence."""
     if isinstance(processor, LlavaNextProcessor):  # whose tiles no cache holds, so no image was looked up
-        return tiled_tokens(processor, [image for image in images if not isinstance(image, CachedImage)])
+        return tiled_tokens(processor, [image for image in images if not isinstance(image, ImageOrFeatures)])
     return [image_tokens(processor)] * len(images)
 
 

@@ -179,10 +179,16 @@ def _unfinished(folder: Path) -> Kind | None:
 
 def _feature_cache(folder: Path) -> Kind | None:
     inside = [path.parent for path in (*folder.glob("about.json"), *folder.glob("*/about.json"))]
-    if not inside or not any(any(each.glob("*.index")) for each in inside):
+    chunks = [file for each in inside for file in each.glob("*.safetensors")]
+    if not chunks:
         return None
-    entries = sum(file.stat().st_size // 32 for each in inside for file in each.glob("*.index"))
-    size = sum(file.stat().st_size for each in inside for file in each.glob("*.features"))
+    from safetensors import safe_open
+
+    entries = 0
+    for chunk in chunks:
+        with safe_open(chunk, "pt") as tensors:
+            entries += len(tensors.keys())
+    size = sum(chunk.stat().st_size for chunk in chunks)
     facts = {"towers": len(inside), "images": entries, "bytes": size}
     return Kind("feature_cache", f"feature cache: {entries:,} images, {size / 1e9:.2f} GB", facts)
 

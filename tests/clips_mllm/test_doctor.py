@@ -228,7 +228,7 @@ def test_parquet_with_images_inside(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"^rows +3$", said, re.M)
     assert re.search(r"^  dropped: corrupt image +1  row 1 image 0", said, re.M)
     store = RowStore(InstructionSource(file=str(tmp_path / "clean.parquet")))
-    assert [store.make_image(at, 0) for at in range(2)] == [images[0], images[2]]
+    assert [store.image(at, 0) for at in range(2)] == [images[0], images[2]]
 
 
 def write_tar(file: Path, members: dict[str, bytes]) -> None:

@@ -85,7 +85,7 @@ def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
         assert inputs["input_ids"].shape[1] == len(features[0]) == count
-    with pytest.raises(UserError, match=r"take model\.feature_select=auto"):
+    with raises_user_error(key="model.feature_select", value="full"):
         build_mllm(str(tmp_path), str(sample_world / "llm"), feature_select="full", **made)
 
 

@@ -19,7 +19,7 @@ from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
 from vision_tower.model.config import ClipsConfig
 from vision_tower.model.modeling import ClipsModel
-from vision_tower.model.positions import interpolate_positions, sincos_positions
+from vision_tower.model.positions import resized_positions
 from vision_tower.model.recipe import ModelRecipe, TowerRecipe
 from vision_tower.model.towers import has_class_token, tower_parts
 
@@ -149,12 +149,9 @@ def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
     config.vision_config.image_size = image_size
     side, classed = image_size // vision.patch_size, has_class_token(vision)
     positions = tower_parts(model.vision_model).positions
-    if config.positions == "sincos":
-        table = sincos_positions(side, vision.hidden_size, classed)
-    else:
-        table = interpolate_positions(positions.detach().flatten(end_dim=-2), side, classed)
+    table = resized_positions(positions, side, classed, sincos=config.positions == "sincos")
     name = next(name for name, value in model.named_parameters() if value is positions)
-    state = model.state_dict() | {name: table.view(*positions.shape[:-2], *table.shape)}
+    state = model.state_dict() | {name: table}
     return with_weights(ClipsModel, config, state, "the model at its old resolution")
 
 

@@ -35,3 +35,20 @@ def interpolate_positions(table: torch.Tensor, side: int, class_token: bool = Fa
     image = grid.view(1, old, old, -1).permute(0, 3, 1, 2).float()
     resized = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True)
     return torch.cat([first, resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])
+
+
+def resized_positions(table: torch.Tensor, side: int, class_token: bool, sincos: bool | None = None) -> torch.Tensor:
+    """Return a tower's position table for a `side` x `side` grid: sin-cos recomputed, or learned interpolated.
+
+    Args:
+        table: (p, w), or (1 + p, w) with a class token; leading dimensions of 1 are kept.
+        sincos: kind of the positions; None compares the table with the sin-cos one.
+    """
+    flat = table.detach().flatten(end_dim=-2)
+    width = flat.shape[-1]
+    if sincos is None:
+        old = math.isqrt(len(flat) - int(class_token))
+        # bf16 rounds values below 1 by up to 2e-3.
+        sincos = width % 4 == 0 and torch.allclose(flat.float(), sincos_positions(old, width, class_token), atol=4e-3)
+    new = sincos_positions(side, width, class_token) if sincos else interpolate_positions(flat, side, class_token)
+    return new.to(table.dtype).view(*table.shape[:-2], *new.shape)
