@@ -15,6 +15,7 @@ from clips_eval.lmms.data import check_data
 from clips_eval.lmms.images import FeatureCache, derangement
 from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec, check_specs
 from clips_eval.tasks import OWN_TASKS, metrics
+from tests.helpers.errors import raises_user_error
 from tests.helpers.tiny_llava import (
     ROWS,
     build_tiny_mllm,
@@ -329,7 +330,7 @@ def test_shipped_recipes_parse(recipe: Path) -> None:
 def test_a_misspelt_key_of_a_task_names_its_place(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("tasks:\n  - {task: gqa}\n  - {task: pope, dta: x}\n")
-    with pytest.raises(UserError, match=r"unknown key 'tasks\[1\].dta'; did you mean 'tasks\[1\].data'"):
+    with raises_user_error(file=recipe, key="tasks[1].dta"):
         parse_recipe(EvaluateRecipe, ["M", "--config", str(recipe)], command="evaluate", positional=("checkpoint",))
 
 

@@ -69,7 +69,7 @@ def test_what_a_run_has_lost_is_no_pass(
     tree = json.loads(file.read_text())
     tree["tasks"] |= {"mme": {"points": 1500.0, "n": 10}, "gqa": {"exact_match": 0.5, "n": 10}}
     file.write_text(json.dumps(tree))
-    words = [str(run), "--against", str(other), "--fail-if-worse"]
+    words = [str(run), "--against", str(other), "--fail_if_worse"]
     mine = run / "finetune" / "lmms.json"
     mine.write_text(json.dumps(json.loads(mine.read_text()) | {"failed": {"mme": "CUDA out of memory"}}))
     assert run_command(report.main, words) == 2

@@ -386,5 +386,5 @@ def test_a_mixture_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "output_dir: x\nmodel: {checkpoint: y}\ndata: {template: chatml, mixture: [{fil: a}]}\n"
     )
-    with pytest.raises(UserError, match=r"unknown key 'data\.mixture\[0\]\.fil'; did you mean"):
+    with raises_user_error(file=tmp_path / "r.yaml", key="data.mixture[0].fil"):
         parse_recipe(TrainRecipe, ["--config", str(tmp_path / "r.yaml")], command="train")

@@ -141,7 +141,7 @@ def test_what_another_command_left_is_refused(mllm_dir: Path, sample_world: Path
     (tmp_path / "recipe.yaml").write_text("objective: clips\n")
     assert run_command(main, words(tmp_path, sample_world, **{"model.checkpoint": mllm_dir})) == 2
     (line,) = errors(capfd.readouterr().err)
-    assert line.startswith(f"error: {tmp_path}: holds no run of this command ({tmp_path}/recipe.yaml: unknown key")
+    assert line.startswith(f"error: {tmp_path}: ") and f"{tmp_path}/recipe.yaml: objective: " in line
 
 
 def test_a_result_without_checkpoints_is_not_overwritten(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from tests.helpers.errors import raises_user_error
 from tests.helpers.shard_files import counted, numbered, pair, png, write_parquet, write_tar
 from vision_tower.common.errors import UserError
 from vision_tower.common.recipe import parse_recipe
@@ -378,5 +379,5 @@ def test_a_mixture_in_yaml(tmp_path: Path) -> None:
     sources = parse_recipe(PretrainRecipe, words, command="pretrain").data.sources
     assert sources == (SourceRecipe(shards="a{0..1}.tar", weight=3, web_caption="txt"), SourceRecipe(shards="b.tar"))
     file.write_text("data: {mixture: [{shards: a.tar, wieght: 3}]}")
-    with pytest.raises(UserError, match=r"'data\.mixture\[0\]\.wieght'; did you mean 'data\.mixture\[0\]\.weight'"):
+    with raises_user_error(file=file, key="data.mixture[0].wieght"):
         parse_recipe(PretrainRecipe, words, command="pretrain")

@@ -1,4 +1,8 @@
-"""Errors a user can mend, and the one place where a command turns them into a line and an exit code."""
+"""User-facing errors, and `run_command`, which prints them and sets the exit code.
+
+main(argv) --UserError, Stopped, full disk, ...--> EXITS --> one line on stderr, exit code
+           --any other exception--> traceback
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vision_tower.common.logs import log_to_stderr, silence_noisy_libraries
-
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class UserError(ValueError):
@@ -36,82 +40,130 @@ class UserError(ValueError):
     ) -> None:
         self.problem, self.key, self.value, self.remedy = problem, key, value, remedy
         self.file = None if file is None else str(file)
-        place = key if value is None else f"{key}={value}"
-        message = ": ".join(part for part in (self.file, place, problem) if part)
+        field = key if value is None else f"{key}={value}"
+        message = ": ".join(part for part in (self.file, field, problem) if part)
         super().__init__(f"{message}; {remedy}" if remedy else message)
 
 
 class NotFinite(ValueError):
-    """An embedding holds NaN or infinity: it loses no comparison, or wins all, and scores would mean nothing."""
+    """An embedding contains NaN or infinity, which would make every score meaningless."""
 
 
 class Stopped(BaseException):
-    """A signal ended the command early, and nothing is lost. The message says how to go on, in one line.
+    """A signal ended the command early without loss of work. The message says how to continue, in one line.
 
-    As KeyboardInterrupt no Exception: libraries that try again after one would swallow it.
+    Not an Exception, like KeyboardInterrupt: libraries that retry after an Exception would swallow it.
     """
 
 
 def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `main(argv)` and return its exit code: 0, also for SIGTERM after a saved checkpoint; 1 where another rank
-    died, 2 for bad input, 28 for a full disk, 130 for Ctrl-C, 141 where nobody reads the output any more.
+    """Run `main(argv)` as a process's command and return its exit code.
 
-    Anything else is our bug and keeps its traceback. A stop is told to the caller's file STOPPED_FILE, where there is
-    one, since the code does not tell it from an end.
+    Sets up logging, prints expected errors as one line (EXITS), and lets any other exception pass with its traceback.
+    After SIGTERM the code is 0, as after success; a caller that must know sets the environment variable STOPPED_FILE
+    to a path, which is then created.
     """
     argv = sys.argv[1:] if argv is None else argv
+    remove_package_folder_from_path()
     silence_noisy_libraries()
     try:
         with log_to_stderr(argv):
             main(argv)
-    except UserError as error:
-        # A loader process hands its error on with its traceback in the message; the line is what it ends with.
-        return _fail(" ".join(str(error).rpartition(f"{UserError.__name__}: ")[2].split()), 2)
     except Stopped as stop:
-        _end_progress_bars()
-        print(stop, file=sys.stderr, flush=True)
+        _print_line(str(stop))
         if "STOPPED_FILE" in os.environ:
             Path(os.environ["STOPPED_FILE"]).touch()
-        return 0
-    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at its end
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush would raise again
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was saved stays, and the same command goes on from there", 128 + signal.SIGINT)
-    except Exception as error:
-        if another_rank_died(error):
-            return _fail("another rank of this run died, see above; once that is mended, the same command goes on", 1)
-        where = getattr(error, "filename", None) or "the output folder"
-        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            return _fail(f"{where}: {error.strerror}; check the path and its permissions, or take another folder", 2)
-        if not disk_is_full(error):
+    except BaseException as error:
+        expected = next((case for case in EXITS if case.matches(error)), None)
+        if expected is None:
             raise
-        return _fail(f"{where}: no space left on the device; free some space and run the same command again", 28)
+        _print_line(f"error: {expected.line(error)}")
+        return expected.code
     return 0
 
 
+def remove_package_folder_from_path() -> None:
+    """Undo what Python does for `python eval/clips_eval/evaluate.py`: the script's folder is first on `sys.path`.
+
+    There `evaluate.py` would be imported instead of the installed package `evaluate`.
+    """
+    if sys.path and (Path(sys.path[0]) / "__init__.py").is_file():
+        del sys.path[0]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """An expected end of a command: which errors it applies to, the exit code, and the line to print."""
+
+    matches: Callable[[BaseException], bool]
+    code: int
+    line: Callable[[Any], str]
+
+
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space; safetensors and torch raise errors of their own for it."""
+    """Return True if a write failed for lack of space; safetensors and torch raise their own errors for it."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return True
-    text = str(error)  # torch's writer tells of the failed write only by the position it did not reach
-    return "No space left on device" in text or ("inline_container.cc" in text and "unexpected pos" in text)
+    text = str(error)  # torch's writer reports only the file position that it did not reach
+    full = "No space left on device" in text or ("inline_container.cc" in text and "unexpected pos" in text)
+    return isinstance(error, Exception) and full
 
 
 def another_rank_died(error: BaseException) -> bool:
-    """Whether a collective failed because the process at its other end is gone, in the words of gloo or NCCL."""
-    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in words)
+    """Return True if a collective of gloo or NCCL failed because the process at the other end is gone."""
+    messages = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
-def _fail(line: str, code: int) -> int:
-    _end_progress_bars()
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    return code
+def _not_writable(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
-def _end_progress_bars() -> None:
-    """A bar that was stopped halfway has not ended its line, and the error would be written behind it."""
+def _user_line(error: UserError) -> str:
+    # A DataLoader worker's error is raised again with its traceback as the message, which ends with our line.
+    return " ".join(str(error).rpartition(f"{UserError.__name__}: ")[2].split())
+
+
+def _folder(error: BaseException) -> str:
+    return getattr(error, "filename", None) or "the output folder"
+
+
+# The first match counts.
+EXITS = (
+    Exit(lambda error: isinstance(error, UserError), 2, _user_line),
+    Exit(
+        lambda error: isinstance(error, KeyboardInterrupt),
+        128 + signal.SIGINT,
+        lambda _: "interrupted; saved work is kept, and the same command continues from there",
+    ),
+    Exit(
+        another_rank_died,
+        1,
+        lambda _: "another rank of this run died, see its messages above; fix that and run the same command again",
+    ),
+    Exit(
+        _not_writable,
+        2,
+        lambda error: f"{_folder(error)}: {error.strerror}; check the permissions, or choose another folder",
+    ),
+    Exit(
+        disk_is_full,
+        28,
+        lambda error: f"{_folder(error)}: no space left on the device; free some space and run the same command again",
+    ),
+)
+
+
+def _print_line(line: str) -> None:
+    _close_progress_bars()
+    print(line, file=sys.stderr, flush=True)
+
+
+def _close_progress_bars() -> None:
+    """Close the tqdm bars that an error interrupted, so that the next message starts on a line of its own."""
     bars = sys.modules.get("tqdm")
     for bar in list(getattr(bars.tqdm, "_instances", ())) if bars is not None else ():
         bar.close()

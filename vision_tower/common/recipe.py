@@ -1,8 +1,8 @@
-"""Strict recipes: a frozen dataclass, filled from YAML (`--config`) and the command line, unknown keys refused.
+"""Strict recipes: a frozen dataclass filled from YAML (`--config`) and the command line; unknown keys are refused.
 
-YAML file --+
-            +--> jsonargparse --> Recipe(...)        bad key or type --> UserError with file, key, remedy
---a.b value-+
+YAML files --> check_file ---+
+                             +--> jsonargparse --> Recipe(...)
+--a.b value --> check_option +
 """
 
 from __future__ import annotations
@@ -10,16 +10,152 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vision_tower.common.errors import UserError
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
 Recipe = TypeVar("Recipe")
+
+# Keys of recipes written before the names of open_clip and LLaVA were adopted, for "did you mean".
+RENAMED = {
+    "joint": "embed_dim",
+    "most_bad": "max_bad_fraction",
+    "most_megabytes": "max_upload_mb",
+    "most_pictures": "max_images",
+    "most_pixels": "max_pixels",
+    "pictures": "images",
+    "square": "image_aspect_ratio",
+}
+OPTIONS_OF_EVERY_COMMAND = ("--help", "--config", "--print_config", "--verbose", "--quiet")
+
+
+def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positional: tuple[str, ...] = ()) -> Recipe:
+    """Build `kind` from `argv`: defaults, then the files given by `--config`, then the other options.
+
+    Args:
+        kind: a dataclass; its docstring and defaults become `--help`.
+        positional: fields given by position instead of by `--name`; a list takes one or more words.
+    Raises:
+        UserError: unknown key, wrong type, missing value or unreadable file.
+    """
+    argv = join_repeated_options(complete_flags(argv, kind), kind)
+    for option in option_names(argv):
+        check_option(option, kind)
+    for file in config_files(argv):
+        check_file(file, kind, command)
+    recipe = parse(build_parser(kind, command, positional), argv, command)
+    return kind(**{name: expand_home(value) for name, value in recipe.items()})
+
+
+def complete_flags(argv: list[str], kind: type) -> list[str]:
+    """Append `=true` to a boolean option without a value."""
+    flags = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
+    following = [*argv[1:], "--"][: len(argv)]
+    return [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
+
+
+def join_repeated_options(argv: list[str], kind: type) -> list[str]:
+    """Replace `--file a --file b`, for a list of strings or paths, by `--file ["a", "b"]`."""
+    options = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint in (list[str], tuple[Path, ...])}
+    values: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        if option not in options or not (equals or (words and not words[0].startswith("--"))):
+            rest.append(option + equals + value)
+            continue
+        value = value if equals else words.pop(0)
+        if value.startswith("["):  # already a list
+            rest += [option, value]
+        else:
+            values.setdefault(option, []).append(value)
+    return [*rest, *(word for option, items in values.items() for word in (option, json.dumps(items)))]
+
+
+def option_names(argv: list[str]) -> list[str]:
+    """Return the options of a command line without their values."""
+    return [word.partition("=")[0] for word in argv if word.startswith("--")]
+
+
+def config_files(argv: list[str]) -> list[Path]:
+    """Return the files given by `--config FILE` or `--config=FILE`."""
+    files = [after for word, after in itertools.pairwise(argv) if word == "--config"]
+    files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    return [Path(file) for file in files]
+
+
+def check_option(option: str, kind: type) -> None:
+    """Raise UserError for an option that is not a (dotted) field of the recipe."""
+    if option in OPTIONS_OF_EVERY_COMMAND:
+        return
+    hint: Any = kind
+    prefix = "--"
+    for name in option.removeprefix("--").split("."):
+        sections = _sections(hint)
+        if not sections:  # the key of a dict field, free to choose
+            return
+        hints = get_type_hints(sections[0])
+        if name not in hints:
+            raise _unknown_key(name, list(hints), prefix)
+        hint, prefix = hints[name], f"{prefix}{name}."
+
+
+def check_file(file: Path, kind: type, command: str) -> None:
+    """Raise UserError, naming the file, for unreadable YAML, an unknown key or a value of the wrong type."""
+    import yaml
+
+    if not file.is_file():
+        raise UserError("no such recipe", file=file, remedy="see configs/ for examples")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid YAML: {error}", file=file) from error
+    if not isinstance(tree, Mapping):
+        content = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise UserError(f"expected a mapping of keys to values, this is {content}", file=file, remedy="see configs/")
+    _check_keys(tree, kind, file, prefix="")
+    parse(build_parser(kind, command, require=False), ["--config", str(file)], command, file)
+
+
+def _check_keys(tree: Mapping[str, Any], kind: type, file: Path, prefix: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in hints:
+            raise _unknown_key(str(key), list(hints), prefix, file)
+        for section in _sections(hints[key]):
+            _check_section(value, section, file, f"{prefix}{key}")
+
+
+def _check_section(value: Any, section: type, file: Path, path: str) -> None:
+    """Check the keys of a section: a mapping, or a list of mappings (`tasks[0].data`)."""
+    if isinstance(value, Mapping):
+        _check_keys(value, section, file, prefix=f"{path}.")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_section(item, section, file, f"{path}[{index}]")
+
+
+def _unknown_key(key: str, known: list[str], prefix: str, file: Path | None = None) -> UserError:
+    renamed = RENAMED.get(key)
+    near = [renamed] if renamed in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+    return UserError("unknown key" if file else "unknown option", file=file, key=f"{prefix}{key}", remedy=remedy)
+
+
+def _sections(hint: Any) -> list[type]:
+    """Return the dataclasses in a field's type: of `Part`, `Part | None` and `tuple[Part, ...]`, all `[Part]`."""
+    return [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part) and isinstance(part, type)]
 
 
 class _ReadByRunCommand(argparse.Action):
@@ -32,18 +168,15 @@ class _ReadByRunCommand(argparse.Action):
         """Store nothing."""
 
 
-def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positional: tuple[str, ...] = ()) -> Recipe:
-    """Build `kind` from `argv`.
+def build_parser(kind: type, command: str, positional: tuple[str, ...] = (), *, require: bool = True) -> ArgumentParser:
+    """Build the parser of a recipe; `require=False` checks values, but no fields without a default."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
 
-    Args:
-        kind: a dataclass; its docstring and defaults become `--help`.
-        positional: fields given by place instead of by `--name`; a list takes one or more words.
-    Raises:
-        UserError: unknown key, wrong type, missing value or unreadable file.
-    """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    class PartialParser(ArgumentParser):
+        def validate(self, *args: Any, **options: Any) -> None:
+            super().validate(*args, **(options | {"skip_required": True}))
 
-    parser = ArgumentParser(
+    parser = (ArgumentParser if require else PartialParser)(
         prog=f"clips-mllm {command}",
         description=(kind.__doc__ or "").strip().splitlines()[0],
         exit_on_error=False,
@@ -55,78 +188,58 @@ def parse_recipe(kind: type[Recipe], argv: list[str], *, command: str, positiona
     level.add_argument("--quiet", action=_ReadByRunCommand, help="show only warnings and errors")
     for name in positional:
         hint = get_type_hints(kind)[name]
-        many = get_origin(hint) is list
-        words: dict[str, Any] = {"nargs": "+", "type": get_args(hint)[0]} if many else {"type": hint}
+        words: dict[str, Any] = {"type": hint}
+        if get_origin(hint) is list:
+            words = {"nargs": "+", "type": get_args(hint)[0]}
         parser.add_argument(name, help=_field_help(kind)[name], **words)
     parser.add_class_arguments(kind, skip=set(positional), as_group=False)
-    argv = _as_lists(_with_values(_with_underscores(argv, kind), kind), kind)
-    for file in _config_files(argv):
-        _check_keys(file, kind)
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: list[str], command: str, file: Path | None = None) -> dict[str, Any]:
+    """Return the fields by name, sections as dataclasses, with jsonargparse's errors as UserError.
+
+    Args:
+        file: the file to name in errors.
+    """
+    from jsonargparse import ArgumentError
+
     try:
         namespace = parser.parse_args(argv)
         namespace.pop("config", None)
-        return kind(**{name: _at_home(value) for name, value in vars(parser.instantiate(namespace)).items()})
+        return vars(parser.instantiate(namespace)) if file is None else {}
     except (ArgumentError, TypeError) as error:
-        message = _expected(str(error), kind) or str(error)
-        raise UserError(_one_line(command, argv, message) + _nearest_option(str(error), kind)) from error
+        message = " ".join(str(error).split())
+        raise UserError(message, file=file, remedy=f"see 'clips-mllm {command} --help'") from error
 
 
-def _at_home(value: Any) -> Any:
-    """Paths that begin with `~/`, which no shell has expanded in a YAML or behind a `=`."""
+def _field_help(kind: type) -> dict[str, str]:
+    """Return the description of each field, from the docstrings of the dataclass and its bases."""
+    from docstring_parser import parse
+
+    entries = [entry for base in reversed(kind.__mro__) for entry in parse(base.__doc__ or "").params]
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
+
+
+def expand_home(value: Any) -> Any:
+    """Expand a leading `~/` in paths, which the shell does neither in YAML nor after `=`."""
     match value:
         case str() if value.startswith("~/"):
             return str(Path(value).expanduser())
         case Path():
             return value.expanduser()
         case list() | tuple():
-            return type(value)(map(_at_home, value))
+            return type(value)(map(expand_home, value))
         case dict():
-            return {key: _at_home(item) for key, item in value.items()}
+            return {key: expand_home(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _at_home(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: expand_home(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
 
 
-def _with_underscores(argv: list[str], kind: type) -> list[str]:
-    """`--batch-size` means `--batch_size`."""
-    known = {f"--{name.replace('_', '-')}": f"--{name}" for name in _flat_keys(kind)}
-    parts = [word.partition("=") for word in argv]
-    return [known.get(option, option) + joined + value for option, joined, value in parts]
-
-
-def _with_values(argv: list[str], kind: type) -> list[str]:
-    """`--flag` alone means true."""
-    flags = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
-    following = [*argv[1:], "--"][: len(argv)]
-    return [
-        f"{word}=true" if word in flags and after.startswith("--") else word
-        for word, after in zip(argv, following, strict=True)
-    ]
-
-
-def _as_lists(argv: list[str], kind: type) -> list[str]:
-    """`--file a --file b`, for a list of texts or paths, means `--file ["a", "b"]`."""
-    lists = (list[str], tuple[Path, ...])
-    options = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint in lists}
-    given: dict[str, list[str]] = {}
-    rest: list[str] = []
-    words = list(argv)
-    while words:
-        option, joined, value = words.pop(0).partition("=")
-        if option not in options or not (joined or (words and not words[0].startswith("--"))):
-            rest.append(option + joined + value)
-            continue
-        value = value if joined else words.pop(0)
-        if value.startswith("["):  # the whole list
-            rest += [option, value]
-        else:
-            given.setdefault(option, []).append(value)
-    return [*rest, *(word for option, values in given.items() for word in (option, json.dumps(values)))]
-
-
 def dump_recipe(recipe: Any) -> str:
-    """The resolved recipe as YAML; `parse_recipe` reads it back to an equal value."""
+    """Write a recipe as YAML, which `parse_recipe` reads back to an equal value."""
     import yaml
 
     return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
@@ -141,127 +254,3 @@ def _plain(value: Any) -> Any:
         case Path():
             return str(value)
     return value
-
-
-def _field_help(kind: type) -> dict[str, str]:
-    """What the docstrings of the dataclass and of those it derives from say of each field."""
-    from docstring_parser import parse
-
-    entries = [entry for base in reversed(kind.__mro__) for entry in parse(base.__doc__ or "").params]
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
-
-
-def _config_files(argv: list[str]) -> list[Path]:
-    files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    return [Path(file) for file in files]
-
-
-def _check_keys(file: Path, kind: type) -> None:
-    """Refuse what jsonargparse would refuse too, but naming the nearest key."""
-    import yaml
-
-    if not file.is_file():
-        raise UserError("no such recipe", file=file, remedy="see configs/ for the ones that ship")
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid YAML: {error}", file=file) from error
-    if not isinstance(tree, Mapping):
-        what = "empty" if tree is None else f"a {type(tree).__name__}"
-        raise UserError(f"a recipe is a mapping of keys to values, this is {what}", file=file, remedy="see configs/")
-    _check_mapping(file, tree, kind, prefix="")
-
-
-def _check_mapping(file: Path, tree: Mapping[str, Any], kind: type, prefix: str) -> None:
-    hints = get_type_hints(kind)
-    for key, value in tree.items():
-        if key not in hints:
-            raise UserError(f"{_unknown_key(str(key), list(hints), prefix)}", file=file)
-        for section in _sections(hints[key]):
-            _check_section(file, value, section, prefix=f"{prefix}{key}")
-
-
-def _unknown_key(key: str, known: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    remedy = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key '{prefix}{key}'; {remedy}"
-
-
-def _sections(hint: Any) -> list[type]:
-    """The dataclasses of a field's type: of `Part`, `Part | None`, `tuple[Part, ...]`."""
-    return [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part) and isinstance(part, type)]
-
-
-def _check_section(file: Path, value: Any, section: type, prefix: str) -> None:
-    """A section is a mapping, or a list of mappings (`tasks[0].data`)."""
-    if isinstance(value, Mapping):
-        _check_mapping(file, value, section, prefix=f"{prefix}.")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_section(file, item, section, prefix=f"{prefix}[{index}]")
-
-
-def _expected(message: str, kind: type) -> str | None:
-    """What jsonargparse says of a wrong value, in the words of a recipe's reader; None for other messages."""
-    # A section in a list names itself and its key; a message within a message repeats its own.
-    place = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)":', message)))
-    hint = _type_of(place, kind) if message.strip().startswith("Parser key") else None
-    if hint is None:
-        return None
-    if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
-        known = [name for part in _sections(hint) for name in get_type_hints(part)]
-        return f"{place}: {_unknown_key(unknown[1], known)}"
-    if missing := re.search(r"arguments are required: (.*)", message):
-        return f"{place}: without {missing[1]}; give it"
-    value = re.search(r"(?:Got value|Given value): (.*)|Unable to load config ['\"](.*?)['\"]", message)
-    return None if value is None else f"{place}: expected {_type_name(hint)}, not '{value[1] or value[2]}'"
-
-
-def _type_of(place: str, kind: type) -> Any:
-    """The type of a field by its dotted name; None where there is none."""
-    hint: Any = kind
-    for name in place.split("."):
-        sections = _sections(hint)
-        hint = get_type_hints(sections[0]).get(name) if sections else None
-    return hint
-
-
-def _type_name(hint: Any) -> str:
-    """`int | None` is "a whole number or null"."""
-    if dataclasses.is_dataclass(hint):
-        return "a section of keys"
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if origin in (Union, UnionType):
-        return " or ".join(map(_type_name, parts))
-    if origin in (list, tuple):
-        return f"a list (each: {_type_name(parts[0])})"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    return names.get(hint) or {dict: "a mapping"}.get(origin or hint, str(hint))
-
-
-def _nearest_option(message: str, kind: type) -> str:
-    """`; did you mean ...?` for a command-line option that does not exist."""
-    unknown = re.match(r"unrecognized arguments: --([\w.]+)", message.strip(), re.IGNORECASE)
-    near = difflib.get_close_matches(unknown[1], _flat_keys(kind), n=1, cutoff=0.5) if unknown else []
-    return f"; did you mean '--{near[0]}'?" if near else ""
-
-
-def _flat_keys(kind: type, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, hint in get_type_hints(kind).items():
-        keys.append(prefix + name)
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            keys += _flat_keys(hint, f"{prefix}{name}.")
-    return keys
-
-
-def _one_line(command: str, argv: list[str], message: str) -> str:
-    words = " ".join(message.split())
-    key = words.partition(":")[0]
-    given_here = any(f"--{key}.".startswith(f"{word.partition('=')[0]}.") for word in argv)
-    files = "" if given_here else ", ".join(map(str, _config_files(argv)))
-    place = f"{files}: " if files else ""
-    return f"{place}{words}; see 'clips-mllm {command} --help'"
