@@ -1,4 +1,4 @@
-"""`clips-mllm chat`: talk to a multimodal LLM in the terminal.
+"""`clips-mllm chat`: chat with a multimodal LLM in the terminal.
 
 clips-mllm chat runs/quickstart/finetune --image photo.png --question "What is this?"
 clips-mllm chat runs/quickstart/finetune            # several turns; /help lists the commands
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.talk.examples import check_image, read_examples
-from clips_mllm.talk.recipes import ChatRecipe
+from clips_mllm.talk.images import read_examples, read_image
+from clips_mllm.talk.recipe import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import check_model, start_engine
 from vision_tower.common.errors import UserError, run_command
@@ -28,23 +28,10 @@ def main(argv: list[str]) -> None:
     """Answer one question, or start a conversation."""
     recipe = parse_recipe(ChatRecipe, argv, command="chat", positional=("model",))
     check_model(recipe.model, recipe)
+    check_questions(recipe)
     sampling = Sampling(max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
-    if recipe.question is not None and not recipe.question.strip():
-        raise UserError("it is empty", key="--question", remedy="ask something, or leave it out for a conversation")
-    if recipe.examples is not None and (recipe.question is not None or recipe.image):
-        raise UserError(
-            "they bring their own questions and images", key="--examples", remedy="leave --question and --image out"
-        )
-    if recipe.output is not None and recipe.examples is None:
-        raise UserError(
-            "it keeps the answers to --examples",
-            key="--output",
-            remedy="elsewhere use > FILE, or /save in a conversation",
-        )
-    if recipe.question is None and recipe.examples is None and sys.stdin is None:
-        raise UserError("no question: standard input is closed", remedy="ask with --question")
     for file in recipe.image:
-        check_image(file)
+        read_image(Path(file))
     examples = read_examples(Path(recipe.examples)) if recipe.examples is not None else []
     with start_engine(recipe.model, recipe) as engine:
         from clips_mllm.talk.terminal import Terminal
@@ -53,19 +40,35 @@ def main(argv: list[str]) -> None:
         if examples:
             answer_examples(terminal, examples, recipe.output)
             return
-        terminal.show(recipe.image)
+        terminal.attach(recipe.image)
         if recipe.question is not None:
             terminal.answer(recipe.question)
         else:
-            terminal.talk()
+            terminal.run()
+
+
+def check_questions(recipe: ChatRecipe) -> None:
+    """Raise UserError if there is no source of questions, or options contradict each other."""
+    if recipe.question is not None and not recipe.question.strip():
+        raise UserError("empty", key="--question", remedy="write a question, or leave it out for a conversation")
+    if recipe.examples is not None and (recipe.question is not None or recipe.image):
+        raise UserError(
+            "contains its own questions and images", key="--examples", remedy="remove --question and --image"
+        )
+    if recipe.output is not None and recipe.examples is None:
+        raise UserError(
+            "only for --examples", key="--output", remedy="redirect stdout with > FILE, or use /save in a conversation"
+        )
+    if recipe.question is None and recipe.examples is None and sys.stdin is None:
+        raise UserError("no question: stdin is closed", remedy="ask with --question")
 
 
 def answer_examples(terminal: Terminal, examples: list[dict[str, str]], output: str | None) -> None:
-    """Ask each question in a conversation of its own; print, and keep the answers where asked to."""
+    """Ask each question in a new conversation, print the answers, and write them to `output`."""
     answered = []
     for example in examples:
-        terminal.reset()
-        terminal.show([example["image"]])
+        terminal.conversation.reset()
+        terminal.attach([example["image"]])
         print(f"{example['image']}\n  you> {example['question']}\n  model> ", end="", flush=True)
         answered.append(example | {"answer": terminal.answer(example["question"]).strip()})
     if output is not None:

@@ -5,12 +5,14 @@ clips-mllm serve runs/quickstart/finetune --port 8000
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.talk.recipes import ServeRecipe
+from clips_mllm.talk.recipe import ServeRecipe
 from clips_mllm.talk.start import bound_socket, check_model, read_token, start_engine
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.recipe import parse_recipe
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
     from clips_mllm.talk.engine import Engine
 
-SLOW_READERS = 5  # seconds that clients get to take the end of their answers
+logger = logging.getLogger(__name__)
+
+SLOW_CLIENT_SECONDS = 5  # for clients to receive the end of their answers during shutdown
 
 
 def main(argv: list[str]) -> None:
@@ -28,60 +32,52 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(ServeRecipe, argv, command="serve", positional=("model",))
     check_model(recipe.model, recipe)
     recipe.limits.check()
-    if recipe.patience < 0:
-        raise UserError(f"patience={recipe.patience}: at least 0 seconds")
+    if recipe.shutdown_seconds < 0:
+        raise UserError("negative", key="shutdown_seconds", value=recipe.shutdown_seconds, remedy="set 0 or more")
     token = read_token(recipe.token_file)
-    require_packages()
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed", remedy="pip install 'clips-mllm[serve]'") from error
     limits = recipe.limits
-    with bound_socket(recipe.host, recipe.port) as address:
-        engine = start_engine(recipe.model, recipe, max_batch_size=limits.rows, max_waiting=limits.waiting)
-        try:
-            run_server(engine, recipe, token, address)
-        finally:
-            engine.close()
+    with (
+        bound_socket(recipe.host, recipe.port) as bound,
+        start_engine(recipe.model, recipe, max_batch_size=limits.batch_size, max_waiting=limits.queue_size) as engine,
+    ):
+        run_server(engine, recipe, token, bound)
 
 
-def require_packages() -> None:
-    """Raise UserError where the extra is not installed."""
-    import importlib.util
+def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, bound: socket.socket) -> None:
+    """Listen, print the address, and serve. Each request is logged on stderr: client, path, status.
 
-    for package in ("fastapi", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed", remedy="pip install 'clips-mllm[serve]'")
-
-
-def run_server(engine: Engine, recipe: ServeRecipe, token: str | None, address: socket.socket) -> None:
-    """Listen, and say where; requests are taken from then on. Each is a line on stderr: client, path, status.
-
-    stdout has the address alone: a program that reads no more than that must not fill a pipe: the server would wait.
+    stdout gets the address only, so that a program that reads just this line does not block the server by a full pipe.
     """
-    import copy
-    import logging
-    import signal
-
     import uvicorn
-    from uvicorn.config import LOGGING_CONFIG
 
-    from clips_mllm.talk.serve.app import make_app
-    from clips_mllm.talk.serve.server import Server
+    from clips_mllm.talk.serve.app import Server, make_app
 
     name = recipe.name or Path(recipe.model).name
-    log = copy.deepcopy(LOGGING_CONFIG)
-    log["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
         make_app(engine, name, recipe.limits, token),
-        log_config=log,
-        log_level="warning",
-        timeout_graceful_shutdown=math.ceil(recipe.patience) + SLOW_READERS,
+        log_config={
+            "version": 1,
+            "disable_existing_loggers": False,
+            "handlers": {"stderr": {"class": "logging.StreamHandler"}},
+            "loggers": {
+                "uvicorn": {"handlers": ["stderr"], "level": "WARNING"},
+                "uvicorn.access": {"level": logger.getEffectiveLevel()},  # by --verbose and --quiet
+            },
+        },
+        timeout_graceful_shutdown=math.ceil(recipe.shutdown_seconds) + SLOW_CLIENT_SECONDS,
         server_header=False,
     )
-    logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # above it, only what goes wrong
-    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them once more when it has ended in good order
-        signal.signal(stop, lambda *_: None)
-    address.listen(config.backlog)
-    port = address.getsockname()[1]
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again after its graceful shutdown
+        signal.signal(number, lambda *_: None)
+    bound.listen(config.backlog)
+    port = bound.getsockname()[1]
     print(f"serving '{name}' at http://{recipe.host}:{port}/v1 (Ctrl-C stops)", flush=True)
-    Server(config, engine, recipe.patience).run(sockets=[address])
+    Server(config, engine, recipe.shutdown_seconds).run(sockets=[bound])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`clips-mllm web`: talk to a multimodal LLM in the browser.
+"""`clips-mllm web`: chat with a multimodal LLM in the browser.
 
 clips-mllm web runs/quickstart/finetune --examples runs/quickstart/data/examples.json
-clips-mllm web runs/quickstart/finetune --beside runs/quickstart/align          # the same question to two models
+clips-mllm web runs/quickstart/finetune --compare_with runs/quickstart/align    # the same question to two models
 clips-mllm web runs/quickstart/finetune --encoder runs/quickstart/encoder --images photos/
 """
 
@@ -12,56 +12,55 @@ import hmac
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from clips_mllm.talk.examples import read_examples
-from clips_mllm.talk.recipes import WebRecipe
+from clips_mllm.talk.images import read_examples
+from clips_mllm.talk.recipe import WebRecipe
 from clips_mllm.talk.start import bound_socket, check_model, read_token, start_engine
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.recipe import parse_recipe
+
+if TYPE_CHECKING:
+    from clips_mllm.talk.web.retrieval import Gallery
 
 
 def main(argv: list[str]) -> None:
     """Serve the page until Ctrl-C."""
     recipe = parse_recipe(WebRecipe, argv, command="web", positional=("model",))
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGHUP, end)  # a terminal that is closed
+    signal.signal(signal.SIGTERM, exit_cleanly)
+    signal.signal(signal.SIGHUP, exit_cleanly)  # the terminal was closed
     with contextlib.ExitStack() as stack:
         launch(recipe, stack).block_thread()
 
 
-def end(*_: object) -> None:
-    """End, but not without leaving the stack, which deletes uploads; a second signal does not disturb that."""
+def exit_cleanly(*_: object) -> None:
+    """Exit after closing the stack, which deletes uploads; ignore further signals."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(0)
 
 
-def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-untyped-def]  # gradio is an extra
-    """Load everything, start the page, and return it; leaving `stack` closes it."""
+def launch(recipe: WebRecipe, stack: contextlib.ExitStack) -> Any:
+    """Load the models, start the page, and return its `gradio.Blocks`; `stack` closes everything."""
     check(recipe)
     token = read_token(recipe.token_file)
     examples = read_examples(Path(recipe.examples)) if recipe.examples else []
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    stack.enter_context(gradio_environment())
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError as error:
         raise UserError("gradio is not installed", remedy="pip install 'clips-mllm[web]'") from error
     from clips_mllm.talk.web.page import CSS, THEME, Page
-    from clips_mllm.talk.web.uploads import MEGABYTE, upload_folder
+    from clips_mllm.talk.web.uploads import MEGABYTE
 
-    gallery = None
-    if recipe.encoder is not None and recipe.images is not None:
-        from clips_mllm.talk.web.gallery import Gallery
-        from vision_tower.checkpoints.encoder import load_encoder
-
-        captions = Path(recipe.captions) if recipe.captions else None
-        gallery = Gallery(load_encoder(recipe.encoder, recipe.device), Path(recipe.images), captions)
-    names = [recipe.model] if recipe.beside is None else [recipe.model, recipe.beside]
-    engines = [stack.enter_context(start_engine(name, recipe, max_batch_size=4)) for name in names]
+    gallery = load_gallery(recipe)
+    models = [recipe.model] if recipe.compare_with is None else [recipe.model, recipe.compare_with]
     page = Page(
-        engines=engines,
-        names=short_names(names),
+        engines=[stack.enter_context(start_engine(model, recipe, max_batch_size=4)) for model in models],
+        names=short_names(models),
         examples=examples,
         gallery=gallery,
         feedback=Path(recipe.feedback) if recipe.feedback else None,
@@ -69,8 +68,7 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
         max_pixels=recipe.max_pixels,
         max_images=recipe.max_images,
     )
-    stack.enter_context(upload_folder())
-    blocks: gradio.Blocks = page.build()
+    blocks = page.build()
     stack.callback(blocks.close)
     try:
         _, address, _ = blocks.queue(default_concurrency_limit=8, max_size=64).launch(
@@ -87,50 +85,83 @@ def launch(recipe: WebRecipe, stack: contextlib.ExitStack):  # type: ignore[no-u
             theme=THEME,
             css=CSS,
         )
-    except OSError as error:  # somebody else took the port while the models were loaded
-        raise UserError(f"{recipe.host}:{recipe.port}: cannot listen there", remedy="give another port") from error
-    print(f"talk at {address} (Ctrl-C stops)", flush=True)
+    except OSError as error:  # another process took the port while the models were loaded
+        raise UserError(f"cannot listen on {recipe.host}:{recipe.port}", remedy="choose another --port") from error
+    print(f"chat at {address} (Ctrl-C stops)", flush=True)
     return blocks
 
 
+@contextlib.contextmanager
+def gradio_environment() -> Iterator[None]:
+    """Set what Gradio reads from the environment only: no usage statistics, and the folder of uploads.
+
+    The folder can be read by this user only, and is deleted at the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True) as uploads:
+        variables = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def load_gallery(recipe: WebRecipe) -> Gallery | None:
+    """Embed the images and captions of the retrieval tab, if there are any."""
+    if recipe.encoder is None or recipe.images is None:
+        return None
+    from clips_mllm.talk.web.retrieval import Gallery
+    from vision_tower.checkpoints.encoder import load_encoder
+
+    captions = Path(recipe.captions) if recipe.captions else None
+    return Gallery(load_encoder(recipe.encoder, recipe.device), Path(recipe.images), captions)
+
+
 def check(recipe: WebRecipe) -> None:
-    """What can be seen before anything is loaded. Raises UserError."""
-    for key in ("model", "beside"):
-        if (name := getattr(recipe, key)) is not None:
-            check_model(name, recipe, key)
+    """Check the recipe before anything is loaded. Raises UserError."""
+    check_model(recipe.model, recipe)
+    if recipe.compare_with is not None:
+        check_model(recipe.compare_with, recipe, "compare_with")
     if (recipe.encoder is None) != (recipe.images is None):
-        raise UserError("encoder and images belong together: the retrieval tab needs both")
+        raise UserError("the retrieval tab needs both", key="encoder, images", remedy="set both or neither")
     if recipe.captions is not None and recipe.encoder is None:
-        raise UserError("the retrieval tab needs encoder and images, too", key="captions")
-    for key in ("encoder", "images"):
-        if (folder := getattr(recipe, key)) is not None and not Path(folder).is_dir():
-            raise UserError(f"no such folder ({key})", file=folder, remedy="check the path")
+        raise UserError(
+            "only used by the retrieval tab", key="captions", value=recipe.captions, remedy="set encoder and images"
+        )
+    for key, folder in (("encoder", recipe.encoder), ("images", recipe.images)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError("no such folder", key=key, value=folder, remedy="check the path")
     if recipe.captions is not None and not Path(recipe.captions).is_file():
-        raise UserError("no such file (captions)", file=recipe.captions, remedy="check the path")
+        raise UserError("no such file", key="captions", value=recipe.captions, remedy="check the path")
     for key in ("max_upload_mb", "max_pixels", "max_images"):
-        if getattr(recipe, key) < 1:
-            raise UserError(f"{key}={getattr(recipe, key)}: at least 1")
+        if (value := getattr(recipe, key)) < 1:
+            raise UserError("too small", key=key, value=value, remedy="set 1 or more")
     if recipe.feedback is not None:
         check_writable(Path(recipe.feedback))
     bound_socket(recipe.host, recipe.port).close()
 
 
 def check_writable(file: Path) -> None:
-    """Raise UserError where a file cannot be appended to, or made."""
-    there = file
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if file.is_dir() or (there != file and not there.is_dir()) or not os.access(there, os.W_OK):
-        raise UserError("cannot be written (feedback)", file=file, remedy="name a JSONL file in a folder of yours")
+    """Raise UserError if a file cannot be created or appended to."""
+    existing = file
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if file.is_dir() or (existing != file and not existing.is_dir()) or not os.access(existing, os.W_OK):
+        raise UserError("cannot be written", key="feedback", value=file, remedy="choose a file in a writable folder")
 
 
 def short_names(models: list[str]) -> list[str]:
-    """The shortest ends of their paths that tell the models apart: the page shows no more of this machine."""
+    """Return the shortest path suffixes that distinguish the models; the page shows no more of their paths."""
     paths = [Path(model).parts for model in models]
     for count in range(1, max(map(len, paths)) + 1):
-        ends = [str(Path(*parts[-count:])) for parts in paths]
-        if len(set(ends)) == len(ends):
-            return ends
+        suffixes = [str(Path(*parts[-count:])) for parts in paths]
+        if len(set(suffixes)) == len(suffixes):
+            return suffixes
     return [parts[-1] for parts in paths]
 
 

@@ -1,7 +1,6 @@
-"""Talking to a multimodal LLM: one engine under the terminal, the browser and the endpoint.
+"""Chat with a multimodal LLM: one engine for the terminal, the browser and the HTTP endpoint.
 
-    messages + images --prompt--> Prompt --engine--> pieces of text
-                                      ^ prefixes: keys and values of what was encoded before
+    messages + images --prompt--> Prompt --engine, with the prefix cache--> text deltas
 
-Terminal and browser keep a `Conversation`; the endpoint gets the whole of it with each request.
+Terminal and browser keep a conversation; the endpoint receives the whole conversation with each request.
 """

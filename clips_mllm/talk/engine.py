@@ -1,104 +1,44 @@
-"""One worker that answers requests, several at once, token by token.
+"""Inference engine: one worker thread that decodes several requests together, token by token.
 
-    submit(prompt) --queue--> prefill (what no kept prefix holds) --> batch, one token a step --> emit(event)
+    submit(prompt) --queue--> prefill (positions after the longest cached prefix) --> batch, one token per step --> emit
 
-All computing happens in the worker's thread; whoever asks gets events by a callback.
+All computation happens in the worker's thread; callers receive events by callback.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlavaNextProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clips_mllm.model.checkpoint import Mllm
+from clips_mllm.model.image_features import FeatureCache, encoder_output
 from clips_mllm.prompts.conversation import Message
-from clips_mllm.talk.batch import Batch, Cursor
-from clips_mllm.talk.prefixes import Features, Prefix, Prefixes, layers_of
-from clips_mllm.talk.prompt import InputImage, Prompt, Shown, build_prompt
-from clips_mllm.talk.sampling import Chooser, Sampling, TextStream
-from vision_tower.common.errors import UserError
+from clips_mllm.talk.images import InputImage, PreparedImage
+from clips_mllm.talk.kv_cache import DecodingBatch, Prefix, PrefixCache, layers_of
+from clips_mllm.talk.prompt import Prompt, build_prompt
+from clips_mllm.talk.requests import Answer, Closed, Event, Failed, QueueFull, Request, TextDelta, TooLong
+from clips_mllm.talk.sampling import Sampling
 
 Result = TypeVar("Result")
-Reason = Literal["stop", "length", "cancelled"]
 
-
-class TooLong(UserError):
-    """A prompt and its answer need more positions than the model has."""
-
-
-class QueueFull(RuntimeError):
-    """More requests wait than may."""
-
-
-class Closed(RuntimeError):
-    """The engine was closed before the answer was complete."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Some text of the answer."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """The end of an answer."""
-
-    reason: Reason
-    prompt_tokens: int
-    answer_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """No more will come."""
-
-    error: BaseException
-
-
-Event = Piece | Done | Failed
-
-
-class Request:
-    """An answer in the making. `cancel` may be called from any thread."""
-
-    def __init__(self, prompt: Prompt, sampling: Sampling, emit: Callable[[Event], None], stream: TextStream) -> None:
-        self.prompt = prompt
-        self.emit = emit
-        self.sampling = sampling
-        self.stream = stream
-        self.chooser = Chooser(sampling)
-        self.cancelled = threading.Event()
-        self.cursor = Cursor(token=-1, length=0)
-
-    def cancel(self) -> None:
-        """End the answer after the token that is being computed."""
-        self.cancelled.set()
-
-    @property
-    def keys(self) -> list[int | str]:
-        """Positions read so far; the last token of an answer is not."""
-        return [*self.prompt.keys, *self.stream.ids][: self.cursor.length]
+FEATURE_CACHE_BYTES = 2**28  # about 50 images of LLaVA-1.5 7B in bfloat16 (576 x 4,096)
 
 
 class Engine:
-    """A loaded model at work. Use as a context manager, or call `close`.
+    """A loaded model with its worker. Use it as a context manager, or call `close`.
 
     Args:
-        context: most positions of a prompt with its answer; the model's own if not given.
-        max_batch_size: answers decoded together; others wait.
-        max_waiting: requests that may wait while all rows are taken.
-        remembered: positions of earlier conversations that are kept.
+        context: maximum positions of a prompt with its answer; default: the model's own limit.
+        max_batch_size: maximum number of answers decoded together.
+        max_waiting: maximum number of requests waiting for a row of the batch.
+        max_cached_positions: capacity of the prefix cache.
     """
 
     def __init__(
@@ -108,23 +48,23 @@ class Engine:
         context: int | None = None,
         max_batch_size: int = 8,
         max_waiting: int = 64,
-        remembered: int = 16_384,
+        max_cached_positions: int = 16_384,
     ) -> None:
-        own = mllm.model.config.text_config.max_position_embeddings
+        model_limit = mllm.model.config.text_config.max_position_embeddings
         self.mllm = mllm
-        self.context = own if context is None else min(context, own)
+        self.context = model_limit if context is None else min(context, model_limit)
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
-        self.features = Features(self._encode)
-        self.prefixes = Prefixes(remembered)
+        self.features = FeatureCache(FEATURE_CACHE_BYTES)
+        self.prefixes = PrefixCache(max_cached_positions)
         eos = mllm.model.generation_config.eos_token_id
-        self.ends = set(eos) if isinstance(eos, list) else {eos}
+        self.eos_tokens = set(eos) if isinstance(eos, list) else {eos}
         self._waiting: collections.deque[Request | Callable[[], None]] = collections.deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._ended = False  # closed, and out of patience
-        self._rows: list[Request] = []
-        self._batch = Batch(mllm.model)
+        self._aborting = False  # closed, and the time limit of running answers has passed
+        self._running: list[Request] = []  # in the order of the batch's rows
+        self._batch = DecodingBatch(mllm.model)
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
 
@@ -135,27 +75,31 @@ class Engine:
         self.close()
 
     def prompt(self, messages: list[Message], images: list[InputImage]) -> Prompt:
-        """The positions of a conversation whose next turn is the model's."""
+        """Render a conversation whose next turn is the model's."""
         return build_prompt(self.mllm.processor, messages, images)
 
     def submit(self, prompt: Prompt, sampling: Sampling, emit: Callable[[Event], None]) -> Request:
-        """Queue a request; `emit` is called from the worker's thread with pieces, then once with Done or Failed.
+        """Queue a request. `emit` is called from the worker's thread with TextDelta, then once with Done or Failed.
 
         Raises:
             TooLong, QueueFull, Closed.
         """
-        needed = len(prompt.ids) + sampling.max_new_tokens
-        if needed > self.context:
+        if len(prompt.ids) + sampling.max_new_tokens > self.context:
             raise TooLong(
-                f"{len(prompt.ids)} tokens of prompt and {sampling.max_new_tokens} of answer are more than the context "
-                f"of {self.context}; shorten the conversation or the answer (max_new_tokens)"
+                f"{len(prompt.ids)} prompt tokens and {sampling.max_new_tokens} answer tokens exceed the context of "
+                f"{self.context} tokens",
+                remedy="shorten the conversation or reduce max_new_tokens",
             )
-        request = Request(prompt, sampling, emit, TextStream(self.mllm.tokenizer, sampling.stop))
-        self._queue(request)
+        request = Request(prompt, sampling, emit, self.mllm.tokenizer)
+        self._enqueue(request)
         return request
 
+    def answer(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        """Queue a request and return an iterator over its text. Raises like `submit`."""
+        return Answer(lambda emit: self.submit(prompt, sampling, emit))
+
     def run(self, job: Callable[[], Result]) -> Result:
-        """Call `job` in the worker's thread between two tokens, and wait for what it returns."""
+        """Call `job` in the worker's thread between two tokens, and return its result."""
         future: Future[Result] = Future()
 
         def work() -> None:
@@ -164,29 +108,32 @@ class Engine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._queue(work)
+        self._enqueue(work)
         return future.result()
 
-    def close(self, patience: float = 0.0) -> None:
-        """Take no more; give running answers `patience` seconds, then end them."""
+    def close(self, timeout: float = 0.0) -> None:
+        """Accept no more requests; cancel those that have not finished after `timeout` seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._worker.join(patience)
-        self._ended = True
+        self._worker.join(timeout)
+        self._aborting = True
         self._worker.join()
 
     @property
     def load(self) -> tuple[int, int]:
-        """Answers in the making, and requests that wait."""
-        return len(self._rows), len(self._waiting)
+        """Numbers of running and of waiting requests."""
+        return len(self._running), len(self._waiting)
 
     @property
     def full(self) -> bool:
-        """Whether one more request would be refused. Newcomers find a row one after the other; till then they wait."""
-        return len(self._rows) + len(self._waiting) >= self.max_batch_size + self.max_waiting
+        """True if one more request would be rejected.
 
-    def _queue(self, item: Request | Callable[[], None]) -> None:
+        The worker admits one request per step, so free rows of the batch count as places in the queue.
+        """
+        return sum(self.load) >= self.max_batch_size + self.max_waiting
+
+    def _enqueue(self, item: Request | Callable[[], None]) -> None:
         with self._changed:
             if self._closing:
                 raise Closed("shutting down")
@@ -199,83 +146,84 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._rows or self._closing)
-                if self._closing and not self._waiting and not self._rows:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
+                if self._closing and not self._waiting and not self._running:
                     return
-                # One newcomer between two tokens: those who are being answered do not stand still for a whole queue.
-                item = self._waiting.popleft() if self._waiting and len(self._rows) < self.max_batch_size else None
+                # One prefill per step, so that running answers do not stall while a queue is admitted.
+                item = self._waiting.popleft() if self._waiting and len(self._running) < self.max_batch_size else None
             if isinstance(item, Request):
                 self._admit(item)
             elif item is not None:
                 item()
-            if self._rows:
+            if self._running:
                 self._step()
 
     def _admit(self, request: Request) -> None:
-        """Read a prompt, choose the first token, and let the row join."""
+        """Prefill a request, sample its first token, and add it to the batch."""
         try:
-            if self._ended or request.cancelled.is_set():
-                request.emit(Done("cancelled", len(request.prompt.ids), 0))
+            if self._aborting or request.cancelled:
+                request.finish("cancelled")
                 return
             cache, known = self.prefixes.longest(request.prompt)
             logits = self.read(request.prompt, cache, known)
-            request.cursor.length = len(request.prompt.ids)
+            request.length = len(request.prompt.ids)
             layers = layers_of(cache)
             if self._advance(request, logits):
-                self.prefixes.keep(Prefix(request.keys, layers))
+                self.prefixes.add(Prefix(request.cached_keys, layers))
             else:
                 self._batch.add(layers)
-                self._rows.append(request)
+                self._running.append(request)
         except Exception as error:
             request.emit(Failed(error))
-            self._make_room(error)
+            self._free_memory(error)
 
     def read(self, prompt: Prompt, cache: Any, known: int) -> torch.Tensor:
-        """Read a prompt from position `known` on into `cache`; logits (vocabulary) of the next token."""
+        """Read a prompt from position `known` into `cache`; return the logits (vocabulary) of the next token."""
         new = [image for image, start in zip(prompt.images, prompt.starts, strict=True) if start >= known]
-        shown = {"image": BaseModelOutputWithPooling(pooler_output=self.features.of(new))} if new else None
         out = self.mllm.model(
             input_ids=torch.tensor([prompt.ids[known:]], device=self.mllm.device),
             past_key_values=cache,
-            mm_encoder_outputs=shown,
+            mm_encoder_outputs={"image": encoder_output(self._image_features(new))} if new else None,
             logits_to_keep=1,
         )
         return out.logits[0, -1]
 
     def _step(self) -> None:
+        """Decode one token of each running answer, and remove those that ended."""
         try:
-            logits = self._batch.step([request.cursor for request in self._rows])
-            for request in self._rows:
-                request.cursor.length += 1
-            ended = [self._advance_alone(request, row) for request, row in zip(self._rows, logits, strict=True)]
+            logits = self._batch.step(
+                [request.next_token for request in self._running], [request.length for request in self._running]
+            )
+            for request in self._running:
+                request.length += 1
+            ended = [self._advance_safely(request, row) for request, row in zip(self._running, logits, strict=True)]
             if any(ended):
-                for place in itertools.compress(range(len(ended)), ended):
-                    self._remember(place)
-                staying = [place for place, end in enumerate(ended) if not end]
-                self._rows = [self._rows[place] for place in staying]
+                for index in itertools.compress(range(len(ended)), ended):
+                    self._cache_prefix(index)
+                staying = [index for index, end in enumerate(ended) if not end]
+                self._running = [self._running[index] for index in staying]
                 self._batch.keep(staying)
-        except Exception as error:  # such as memory: those who were being answered are told, and the next ones served
-            failed, self._rows, self._batch = self._rows, [], Batch(self.mllm.model)
+        except Exception as error:  # such as out of memory: all running answers fail, waiting ones are still served
+            failed, self._running, self._batch = self._running, [], DecodingBatch(self.mllm.model)
             for request in failed:
                 request.emit(Failed(error))
-            self._make_room(error)
+            self._free_memory(error)
 
-    def _remember(self, place: int) -> None:
-        """Keep a row that has ended, where memory allows a copy."""
+    def _cache_prefix(self, index: int) -> None:
+        """Add a finished row to the prefix cache, if there is memory for a copy."""
         try:
-            self.prefixes.keep(Prefix(self._rows[place].keys, self._batch.row(place)))
+            self.prefixes.add(Prefix(self._running[index].cached_keys, self._batch.row(index)))
         except torch.OutOfMemoryError as error:
-            self._make_room(error)
+            self._free_memory(error)
 
-    def _make_room(self, error: Exception) -> None:
-        """After a GPU ran out of memory: what is kept for later turns goes, or the next prompt would fail as well."""
+    def _free_memory(self, error: Exception) -> None:
+        """After a GPU out-of-memory error, clear the prefix cache; otherwise the next prompt would fail as well."""
         if isinstance(error, torch.OutOfMemoryError):
-            self.prefixes.kept.clear()
-            self.features.kept.clear()
+            self.prefixes.entries.clear()
             torch.cuda.empty_cache()
 
-    def _advance_alone(self, request: Request, logits: torch.Tensor) -> bool:
-        """`_advance`; what fails in one answer, such as numbers that cannot be drawn from, is not the others' end."""
+    def _advance_safely(self, request: Request, logits: torch.Tensor) -> bool:
+        """Call `_advance`; an error (such as NaN probabilities) ends this answer only."""
         try:
             return self._advance(request, logits)
         except Exception as error:
@@ -283,36 +231,40 @@ class Engine:
             return True
 
     def _advance(self, request: Request, logits: torch.Tensor) -> bool:
-        """Choose a token and tell of it; whether the answer has ended."""
-        stream = request.stream
-        if self._ended or request.cancelled.is_set():
-            return self._end(request, "cancelled")
-        token = request.chooser.choose(request.prompt.ids + stream.ids, logits)
-        if token in self.ends:
-            return self._end(request, "stop")
-        request.cursor.token = token
-        text = stream.push(token)
-        if text:
-            request.emit(Piece(text))
-        if stream.stopped:
-            return self._end(request, "stop")
-        if len(stream.ids) >= request.sampling.max_new_tokens:
-            return self._end(request, "length")
+        """Sample a token and emit its text. Return True if the answer has ended."""
+        output = request.output
+        if self._aborting or request.cancelled:
+            request.finish("cancelled")
+            return True
+        token = request.sampler.sample(request.prompt.ids + output.ids, logits)
+        if token in self.eos_tokens:
+            request.finish("stop")
+            return True
+        request.next_token = token
+        if text := output.push(token):
+            request.emit(TextDelta(text))
+        if output.stopped:
+            request.finish("stop")
+            return True
+        if len(output.ids) >= request.sampling.max_new_tokens:
+            request.finish("length")
+            return True
         return False
 
-    def _end(self, request: Request, reason: Reason) -> bool:
-        text = request.stream.end()
-        if text:
-            request.emit(Piece(text))
-        request.emit(Done(reason, len(request.prompt.ids), len(request.stream.ids)))
-        return True
+    def _image_features(self, images: list[PreparedImage]) -> list[torch.Tensor]:
+        """Return the projected patches of each image, (patches, width)."""
+        by_key = {image.key: image for image in images}
+        features = self.features.get_or_encode(
+            list(by_key), lambda keys: self._encode([by_key[key] for key in keys]), self.mllm.device
+        )
+        return [features[image.key] for image in images]
 
-    def _encode(self, images: list[Shown]) -> list[torch.Tensor]:
-        """Projected patches of each image, (patches, width)."""
-        every = [image.pixels for image in images]
-        if isinstance(self.mllm.processor, LlavaNextProcessor):  # images differ in how many tiles they have
-            pixels, sizes = torch.cat(every), {"image_sizes": torch.tensor([image.size for image in images])}
+    def _encode(self, images: list[PreparedImage]) -> list[torch.Tensor]:
+        """Run tower and projector on a batch of images."""
+        inputs = [image.pixels for image in images]
+        if isinstance(self.mllm.processor, LlavaNextProcessor):  # the number of tiles differs
+            pixels, sizes = torch.cat(inputs), {"image_sizes": torch.tensor([image.size for image in images])}
         else:
-            pixels, sizes = torch.stack(every), {}
+            pixels, sizes = torch.stack(inputs), {}
         pixels = pixels.to(self.mllm.device, self.mllm.model.dtype)
         return list(self.mllm.model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output)

@@ -1,70 +1,149 @@
-"""Images in, with limits: nothing is decoded before its size is known."""
+"""Input images: decoded within limits, prepared for the vision tower, and read with the questions of an examples file.
+
+No heavy imports: commands check their images before a model is loaded.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import io
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clips_mllm.talk.prompt import InputImage
 from vision_tower.common.errors import UserError
+from vision_tower.common.files import read_text
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from clips_mllm.model.tiles import AnyProcessor
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 20_000_000
-# Of strangers. Pillow hands PostScript to Ghostscript, and the images within icons tell their size when decoded.
+# Formats accepted over the network. Pillow runs Ghostscript on PostScript, and the size of an image inside an icon is
+# only known after decoding.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-class Refused(UserError):
-    """An image that is none, or larger than allowed. The message names no path."""
+class ImageRejected(UserError):
+    """A file that is not a readable image, or is too large. The message contains no path."""
+
+
+class ImageTooLarge(ImageRejected):
+    """An image with more bytes or pixels than allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedImage:
+    """Tower input of an image; much smaller than the decoded photograph, so queued requests hold this.
+
+    Attributes:
+        pixels: (3, h, w), or (tiles, 3, h, w) for LLaVA-NeXT.
+        size: height and width of the original image, which determine the layout of tiles.
+    """
+
+    key: str
+    pixels: torch.Tensor
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputImage:
+    """A decoded image, and its file if it was read from one."""
+
+    image: Image
+    file: str | None = None
+    _prepared: dict[int, PreparedImage] = dataclasses.field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of size and pixels."""
+        return hashlib.sha256(repr(self.image.size).encode() + self.image.tobytes()).hexdigest()
+
+    def prepared(self, processor: AnyProcessor) -> PreparedImage:
+        """Return the tower's input; computed once per processor."""
+        if id(processor) not in self._prepared:
+            pixels = processor.image_processor(images=[self.image], return_tensors="pt")["pixel_values"][0]
+            self._prepared[id(processor)] = PreparedImage(self.key, pixels, (self.image.height, self.image.width))
+        return self._prepared[id(processor)]
 
 
 def decode_limited(
     content: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS, file: str | None = None
 ) -> InputImage:
-    """An image from its bytes.
-
-    Its header is read first: a decompression bomb says there how large it would be.
+    """Decode an image if its header declares an allowed size (protects against decompression bombs).
 
     Raises:
-        Refused: no image, too many bytes, or too many pixels.
+        ImageTooLarge: too many bytes or pixels.
+        ImageRejected: not a readable image.
     """
     from PIL import Image
 
     from vision_tower.data.images import BadImage, decode_image
 
     if len(content) > max_bytes:
-        raise Refused(
+        raise ImageTooLarge(
             f"the image has {len(content):,} bytes, more than the {max_bytes:,} allowed", remedy="send a smaller one"
         )
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as header:
             width, height = header.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Refused(
+        raise ImageTooLarge(
             f"the image has more than the {max_pixels:,} pixels allowed", remedy="send a smaller one"
         ) from None
-    except Exception:  # whatever a damaged header makes Pillow raise
-        raise Refused("not a readable image", remedy="send PNG, JPEG or WebP") from None
+    except Exception:  # Pillow raises many types for damaged headers
+        raise ImageRejected("not a readable image", remedy="send PNG, JPEG or WebP") from None
     if width * height > max_pixels:
-        raise Refused(
-            f"the image has {width} x {height} pixels, more than the {max_pixels:,} allowed",
+        raise ImageTooLarge(
+            f"the image has {width} x {height} pixels, more than the {max_pixels:,} pixels allowed",
             remedy="send a smaller one",
         )
     try:
         return InputImage(decode_image(content, formats=FORMATS), file)
     except BadImage:
-        raise Refused("not a readable image (damaged or cut off)", remedy="send PNG, JPEG or WebP") from None
+        raise ImageRejected("not a readable image (damaged or truncated)", remedy="send PNG, JPEG or WebP") from None
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> InputImage:
-    """An image of a file on this machine. Raises UserError that names it."""
+def read_image(path: Path) -> InputImage:
+    """Read an image file of this machine, of any size in bytes.
+
+    Raises:
+        UserError: with the file's path.
+    """
     path = path.expanduser()
     if not path.is_file():
         raise UserError("no such image", file=path, remedy="check the path")
     try:
         content = path.read_bytes()
-        return decode_limited(content, max_bytes=len(content), max_pixels=max_pixels, file=str(path.resolve()))
+        return decode_limited(content, max_bytes=len(content), file=str(path.resolve()))
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=path, remedy="check its permissions") from error
-    except Refused as error:
-        raise UserError(f"{error}", file=path) from error
+    except ImageRejected as error:
+        raise UserError(error.problem, file=path, remedy=error.remedy) from error
+
+
+def read_examples(file: Path) -> list[dict[str, str]]:
+    """Read a JSON list of {"image", "question"}; image paths are relative to the file.
+
+    Raises:
+        UserError: malformed JSON or an unreadable image.
+    """
+    expected = 'a JSON list of {"image": FILE, "question": TEXT}'
+    try:
+        rows = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON ({error})", file=file, remedy=f"write {expected}") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError("not a JSON list, or an empty one", file=file, remedy=f"write {expected}")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or "question" not in row:
+            raise UserError("wrong fields", file=file, key=f"[{index}]", remedy=f"write {expected}")
+    examples = [{"image": str(file.parent / row["image"]), "question": str(row["question"])} for row in rows]
+    for example in examples:
+        read_image(Path(example["image"]))
+    return examples

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and how tokens become text."""
+"""Sampling of the next token, and incremental detokenization."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from typing import TYPE_CHECKING
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
 from vision_tower.common.errors import UserError
 
-if TYPE_CHECKING:  # a command checks its sampling before these are imported
+if TYPE_CHECKING:  # commands validate their sampling parameters before these are imported
     import torch
     from transformers import PreTrainedTokenizerFast
+
+MIN_TEMPERATURE = 1e-4  # lower values decode greedily: logits divided by them would overflow fp32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn.
+    """Sampling parameters of an answer.
 
     Args:
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 answers greedily, more samples.
-        top_p: sample among the likeliest tokens that hold this share together.
-        repetition_penalty: above 1 makes tokens that stood before less likely.
-        seed: draws the same sample again.
-        stop: texts that end the answer; they are not part of it.
+        max_new_tokens: maximum length of an answer in tokens.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: sample from the smallest set of most likely tokens with this total probability.
+        repetition_penalty: values above 1 make tokens that occurred before less likely.
+        seed: seed of the random numbers; default: a different one for each answer.
+        stop: strings that end the answer; they are not part of it.
+    Raises:
+        UserError: a value out of range.
     """
 
     max_new_tokens: int = 256
@@ -34,27 +38,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise UserError for values without a meaning."""
-        if self.max_new_tokens < 1:
-            raise UserError("at least 1", key="max_new_tokens", value=self.max_new_tokens)
-        if not 0 <= self.temperature <= 100:
-            raise UserError(f"temperature={self.temperature}: from 0 (greedy) to 100")
-        if not 0 < self.top_p <= 1:
-            raise UserError("above 0, at most 1", key="top_p", value=self.top_p)
-        if not 0 < self.repetition_penalty <= 10:
-            raise UserError(
-                "above 0, at most 10",
-                key="repetition_penalty",
-                value=self.repetition_penalty,
-                remedy="1 changes nothing",
-            )
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 100, "a number from 0 (greedy) to 100"),
+            "top_p": (0 < self.top_p <= 1, "a number above 0, at most 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 10, "a number above 0, at most 10; 1 has no effect"),
+        }
+        for key, (valid, expected) in ranges.items():
+            if not valid:
+                raise UserError("out of range", key=key, value=getattr(self, key), remedy=f"set {expected}")
 
 
-GREEDY = 1e-4  # below this the likeliest token is the answer, and scores divided by it leave the range of fp32
-
-
-class Chooser:
-    """Chooses one answer's tokens from logits, with transformers' own processors and its own random numbers."""
+class TokenSampler:
+    """Samples the tokens of one answer with transformers' logits processors and its own random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         import torch
@@ -69,7 +65,7 @@ class Chooser:
         if sampling.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         self.generator: torch.Generator | None = None
-        if sampling.temperature > GREEDY:
+        if sampling.temperature > MIN_TEMPERATURE:
             self.processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 self.processors.append(TopPLogitsWarper(sampling.top_p))
@@ -79,8 +75,8 @@ class Chooser:
             else:
                 self.generator.manual_seed(sampling.seed)
 
-    def choose(self, ids: list[int], logits: torch.Tensor) -> int:
-        """The next token after `ids`, from its logits (vocabulary)."""
+    def sample(self, ids: list[int], logits: torch.Tensor) -> int:
+        """Return the token after `ids`, given its logits (vocabulary)."""
         import torch
 
         scores = logits.float()[None]
@@ -91,57 +87,63 @@ class Chooser:
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.generator))
 
 
-class TextStream:
-    """Tokens in, text out as soon as it is certain: whole characters, and no beginning of a stop text."""
+class IncrementalDetokenizer:
+    """Converts tokens to text as soon as the text is final: complete characters, and no prefix of a stop string.
+
+    A leading empty thought block (Qwen3) is removed.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         self.ids: list[int] = []
-        self.start = 0  # decoding begins here: one step back, since a token's text depends on the one before
-        self.told = 0  # ids whose text is in `text`
-        self.text = ""
-        self.out = 0  # characters of `text` handed out
         self.stopped = False
+        self._start = 0  # decode from here: one step back, because a token's text depends on the token before
+        self._decoded = 0  # number of ids whose text is in `_text`
+        self._text = ""
+        self._emitted = 0  # number of characters of `_text` that were returned
 
     def push(self, token: int) -> str:
-        """Text that this token makes certain; may be empty."""
+        """Append a token and return the text that became final, possibly none."""
         self.ids.append(token)
-        before, after = self._decode(self.ids[self.start : self.told]), self._decode(self.ids[self.start :])
-        if len(after) <= len(before) or after.endswith("\ufffd"):
+        new = self._new_text()
+        if not new or new.endswith("\ufffd"):  # an incomplete character
             return ""
-        self.text += after[len(before) :]
-        self.start, self.told = self.told, len(self.ids)
-        return self._hand_out(last=False)
+        self._text += new
+        self._start, self._decoded = self._decoded, len(self.ids)
+        return self._emit(last=False)
 
-    def end(self) -> str:
-        """What was held back."""
-        before, after = self._decode(self.ids[self.start : self.told]), self._decode(self.ids[self.start :])
-        self.text += after[len(before) :]
-        self.told = len(self.ids)
-        return self._hand_out(last=True)
+    def flush(self) -> str:
+        """Return the remaining text."""
+        self._text += self._new_text()
+        self._decoded = len(self.ids)
+        return self._emit(last=True)
 
-    def _hand_out(self, *, last: bool) -> str:
+    def _new_text(self) -> str:
+        before, after = self._decode(self.ids[self._start : self._decoded]), self._decode(self.ids[self._start :])
+        return after[len(before) :]
+
+    def _emit(self, *, last: bool) -> str:
         if self.stopped:
             return ""
-        if not self.out:
-            if self.text.startswith(EMPTY_THOUGHTS):
-                self.out = len(EMPTY_THOUGHTS)
-            elif not last and EMPTY_THOUGHTS.startswith(self.text):
+        if not self._emitted:
+            if self._text.startswith(EMPTY_THOUGHTS):
+                self._emitted = len(EMPTY_THOUGHTS)
+            elif not last and EMPTY_THOUGHTS.startswith(self._text):
                 return ""
-        found = [place for place in (self.text.find(stop) for stop in self.stop) if place >= 0]
-        if found:
-            self.stopped, end = True, min(found)
-        elif last:
-            end = len(self.text)
-        else:
-            end = len(self.text) - max(
-                (size for stop in self.stop for size in range(1, len(stop)) if self.text.endswith(stop[:size])),
+        stops = [index for index in (self._text.find(stop) for stop in self.stop) if index >= 0]
+        end = len(self._text)
+        if stops:
+            self.stopped, end = True, min(stops)
+        elif not last:
+            # The text may end with the beginning of a stop string.
+            end -= max(
+                (size for stop in self.stop for size in range(1, len(stop)) if self._text.endswith(stop[:size])),
                 default=0,
             )
-        piece = self.text[self.out : end]
-        self.out = max(self.out, end)
-        return piece
+        text = self._text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
+        return text
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""

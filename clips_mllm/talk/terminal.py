@@ -1,4 +1,4 @@
-"""A conversation in the terminal, or through a pipe: lines in, answers out. What is no answer goes to stderr."""
+"""Chat in a terminal or through a pipe: answers go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -25,170 +25,161 @@ from vision_tower.common.files import read_text, write_text
 from vision_tower.data.image_folder import ENDINGS
 
 HELP = """\
-Type a question. Drop an image on the window, type its path alone, or name it with /image.
-  /image PATH...   show images with the next question (quotes or \\ before blanks)
-  /system [TEXT]   set the system's words, or take them away; starts over
-  /undo            take back images that wait for a question, else the last question and its answer
+Type a question. To attach an image, drop it on the window, type its path alone, or use /image.
+  /image PATH...   attach images to the next question (quote or escape paths with blanks)
+  /system [TEXT]   set or remove the system prompt; starts over
+  /undo            detach images of the next question, else remove the last question and its answer
   /retry           ask the last question again
   /reset           start over
-  /save FILE       keep the conversation as LLaVA JSON, ready to train on
-  /load FILE       go on with a saved conversation
+  /save FILE       save the conversation as LLaVA JSON, ready for training
+  /load FILE       continue a saved conversation
   /params [K=V...] show or set max_new_tokens, temperature, top_p, repetition_penalty, seed
-  /quit            end. Ctrl-C ends an answer, not the program."""
+  /quit            exit. Ctrl-C ends an answer, not the program."""
 PARAMETERS = {"max_new_tokens": int, "temperature": float, "top_p": float, "repetition_penalty": float, "seed": int}
 
 
 class Terminal:
-    """Commands and questions, one a line."""
+    """Handles input lines: questions and commands."""
 
     def __init__(self, engine: Engine, sampling: Sampling, system: str | None = None) -> None:
-        self.conversation = Conversation(engine, notice)
+        self.conversation = Conversation(engine, notify, system)
         self.sampling = sampling
-        self.system = system
-        self.reset()
 
-    def reset(self) -> None:
-        """Start over; the system's words stay."""
-        self.conversation.reset()
-        self.conversation.system = self.system
-
-    def show(self, files: list[str]) -> None:
-        """Show images with the next question: all of them, or none where one cannot be read."""
-        self.conversation.waiting += [read_image(Path(file)) for file in files]
-
-    def show_next(self, files: list[str]) -> None:
-        """Show images with the next question, and say so."""
-        self.show(files)
-        notice(f"{len(self.conversation.waiting)} image(s) to be shown with the next question")
+    def attach(self, files: list[str]) -> None:
+        """Attach images to the next question; none of them if one cannot be read."""
+        self.conversation.pending_images += [read_image(Path(file)) for file in files]
 
     def undo(self) -> str:
-        """Take back what was done last; returns what it was. Images of a question wait for the next one."""
-        if waiting := len(self.conversation.waiting):
-            self.conversation.waiting = []
-            return f"{waiting} image(s)"
+        """Detach the pending images, or remove the last turn. Return a description of it."""
+        if pending := len(self.conversation.pending_images):
+            self.conversation.pending_images = []
+            return f"{pending} image(s)"
         question = self.conversation.undo()
-        waiting = len(self.conversation.waiting)
-        return question + (f" ({waiting} image(s) wait for the next question)" if waiting else "")
+        pending = len(self.conversation.pending_images)
+        return question + (f" (its {pending} image(s) stay attached to the next question)" if pending else "")
 
     def answer(self, question: str) -> str:
-        """Print the answer as it comes, and return it. Ctrl-C ends it; what was said stays in the conversation."""
-        said: list[str] = []
+        """Print the answer while it is generated, and return it. Ctrl-C ends it; the partial answer is kept."""
+        parts: list[str] = []
         if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
-            raise UserError(
-                "the question is not UTF-8 text", remedy="check the terminal's encoding, or that of the pipe"
-            )
-        with ctrl_c(self.conversation.stop) if interactive() else contextlib.nullcontext():
-            for piece in self.conversation.ask(question, self.sampling):
-                said.append(piece)
-                print(piece, end="", flush=True)
+            raise UserError("the question is not UTF-8 text", remedy="check the encoding of the terminal or pipe")
+        with on_ctrl_c(self.conversation.stop) if is_interactive() else contextlib.nullcontext():
+            for part in self.conversation.ask(question, self.sampling):
+                parts.append(part)
+                print(part, end="", flush=True)
         if self.conversation.stopped:
             print("\nstopped", end="", file=sys.stderr)
         print(flush=True)
-        return "".join(said)
+        return "".join(parts)
 
-    def talk(self) -> None:
-        """Until /quit or the end of the input.
+    def run(self) -> None:
+        """Handle lines until /quit or the end of input.
 
         Raises:
-            UserError: at the end of a pipe, where some of its lines were refused.
+            UserError: at the end of a pipe, if lines were rejected.
         """
-        refused = 0
-        terminal = interactive()
-        if terminal:
-            import readline  # noqa: F401  # editing and history of input()
+        rejected = 0
+        interactive = is_interactive()
+        if interactive:
+            import readline  # noqa: F401  # line editing and history of input()
 
-            print("Ask a question. /image FILE shows an image, /help lists all commands, /quit ends.", flush=True)
+            print("Ask a question. /image FILE attaches an image, /help lists all commands, /quit exits.", flush=True)
         while True:
             try:
-                line = input("you> " if terminal else "").strip()
+                line = input("you> " if interactive else "").strip()
             except EOFError:
                 break
             except KeyboardInterrupt:
-                if not terminal:
+                if not interactive:
                     raise
-                print("\n/quit ends the program", file=sys.stderr, flush=True)
+                notify("\n/quit ends the program")
                 continue
             if line == "/quit":
                 break
             try:
-                self.obey(line)
-            except (UserError, MemoryError, torch.OutOfMemoryError) as error:  # neither ends the talk
-                refused += 1
-                told = error if isinstance(error, UserError) else "out of memory; /undo, or start with --quantize 4bit"
-                print(f"error: {told}", file=sys.stderr, flush=True)
-        if refused and not terminal:
-            raise UserError(f"{refused} of the lines could not be used, see above", remedy="mend them and ask again")
+                self.handle(line)
+            except (UserError, MemoryError, torch.OutOfMemoryError) as error:  # the conversation continues
+                rejected += 1
+                known = isinstance(error, UserError)
+                notify(f"error: {error if known else 'out of memory; /undo, or start with --quantize 4bit'}")
+        if rejected and not interactive:
+            raise UserError(f"{rejected} input lines were rejected, see above", remedy="correct them and run again")
 
-    def obey(self, line: str) -> None:
-        """One line: dropped images, a command, or a question."""
+    def handle(self, line: str) -> None:
+        """Handle one line: dropped images, a command, or a question."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if dropped := dropped_files(line):
-            self.show_next(dropped)
+            self._attach_and_notify(dropped)
             return
         match command:
             case "":
                 pass
             case "/help":
-                notice(HELP)
+                notify(HELP)
             case "/image":
-                whole = Path(rest).expanduser().is_file()  # blanks that were neither quoted nor escaped
-                self.show_next([rest] if whole else words(rest, command, "photo.png"))
+                unquoted = Path(rest).expanduser().is_file()  # one path with blanks that were not quoted or escaped
+                self._attach_and_notify([rest] if unquoted else parse_paths(rest, command, "photo.png"))
             case "/system":
-                self.system = rest or None
-                self.reset()
-                notice("the system's words are " + ("set" if rest else "gone") + "; the conversation starts over")
+                self.conversation.system = rest or None
+                self.conversation.reset()
+                notify(f"system prompt {'set' if rest else 'removed'}; the conversation starts over")
             case "/undo":
-                notice(f"taken back: {self.undo()}")
+                notify(f"removed: {self.undo()}")
             case "/retry":
                 self.answer(self.conversation.undo())
             case "/reset":
-                self.reset()
-                notice("the conversation starts over")
+                self.conversation.reset()
+                notify("the conversation starts over")
             case "/save":
-                self.save(one_file(rest, command))
+                self.save(parse_path(rest, command))
             case "/load":
-                self.load(one_file(rest, command))
+                self.load(parse_path(rest, command))
             case "/params":
-                self.sampling = changed(self.sampling, rest)
-                notice(", ".join(f"{name}={getattr(self.sampling, name)}" for name in PARAMETERS))
+                self.sampling = with_parameters(self.sampling, rest)
+                notify(", ".join(f"{name}={getattr(self.sampling, name)}" for name in PARAMETERS))
             case _ if command.startswith("/"):
-                raise UserError(f"{command}: no such command", remedy="/help lists them")
+                raise UserError("no such command", key=command, remedy="/help lists all commands")
             case _:
                 self.answer(line)
 
+    def _attach_and_notify(self, files: list[str]) -> None:
+        self.attach(files)
+        notify(f"{len(self.conversation.pending_images)} image(s) attached to the next question")
+
     def save(self, file: Path) -> None:
-        """Write the conversation as a LLaVA JSON of one row; other files are not written over."""
-        check_replaceable(file)
+        """Write the conversation as LLaVA JSON with one row. Only an earlier save is overwritten."""
+        check_overwritable(file)
         row = self.conversation.to_row(f"{file.stem}-{int(time.time())}")
         try:
             write_text(file, json.dumps([row], indent=1, ensure_ascii=False))
         except OSError as error:
-            raise UserError(f"cannot be written ({error.strerror})", file=file, remedy="take another place") from error
-        left_out = self.conversation.unanswered
-        notice(f"saved to {file}" + (f", without {left_out} turn(s) that had no answer" if left_out else ""))
+            raise UserError(
+                f"cannot be written ({error.strerror})", file=file, remedy="choose another folder"
+            ) from error
+        skipped = self.conversation.unanswered
+        notify(f"saved to {file}" + (f", without {skipped} turn(s) with an empty answer" if skipped else ""))
 
     def load(self, file: Path) -> None:
-        """Go on with the first row of a LLaVA JSON."""
+        """Continue the first conversation of a LLaVA JSON."""
         try:
             rows = json.loads(read_text(file))
         except json.JSONDecodeError as error:
             raise UserError(
-                f"line {error.lineno}: not valid JSON ({error.msg})", file=file, remedy="mend the file"
+                f"not valid JSON (line {error.lineno}: {error.msg})", file=file, remedy="correct the file"
             ) from error
         if not isinstance(rows, list) or not rows:
-            raise UserError("expected a JSON list of conversations", file=file, remedy="mend the file")
+            raise UserError("not a JSON list, or an empty one", file=file, remedy="choose a file written by /save")
         try:
             self.conversation.load_row(rows[0], file.parent)
         except UserError as error:
-            raise UserError(f"{error}", file=file) from error
-        self.system = self.conversation.system
+            raise UserError(f"first row: {error}", file=file) from error
         loaded = f"{len(self.conversation.turns) // 2} turn(s) and {len(self.conversation.images)} image(s) loaded"
-        notice(loaded + (f", the first of {len(rows)} conversations" if len(rows) > 1 else ""))
+        notify(loaded + (f", the first of {len(rows)} conversations" if len(rows) > 1 else ""))
 
 
-def check_replaceable(file: Path) -> None:
-    """Raise UserError where the file holds anything but one saved conversation."""
+def check_overwritable(file: Path) -> None:
+    """Raise UserError if the file contains anything other than one saved conversation."""
     if not file.exists():
         return
     try:
@@ -196,83 +187,81 @@ def check_replaceable(file: Path) -> None:
     except (OSError, ValueError):
         rows = None
     if not (isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], dict) and "conversations" in rows[0]):
-        raise UserError("is there already and is not one saved conversation", file=file, remedy="take another name")
+        raise UserError("exists and is not a saved conversation", file=file, remedy="choose another file")
 
 
 @contextlib.contextmanager
-def ctrl_c(act: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `act`, instead of raising an exception at whatever place it strikes, which can lose it."""
-    before = signal.signal(signal.SIGINT, lambda *_: act())
+def on_ctrl_c(call: Callable[[], None]) -> Iterator[None]:
+    """Call a function on Ctrl-C; a KeyboardInterrupt at an arbitrary place could lose text or be swallowed."""
+    before = signal.signal(signal.SIGINT, lambda *_: call())
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def words(text: str, command: str, example: str) -> list[str]:
-    """Paths as a shell would read them. Raises UserError where there is none, or a quote stays open."""
+def parse_paths(text: str, command: str, example: str) -> list[str]:
+    """Split like a shell. Raises UserError if there is no path, or an unclosed quote."""
     try:
-        found = shlex.split(text)
+        paths = shlex.split(text)
     except ValueError as error:
-        raise UserError(
-            f"{command}: {error}", remedy=f"quote a path with blanks, as in {command} 'my {example}'"
-        ) from error
-    if not found:
-        raise UserError(f"{command}: name a file, as in '{command} {example}'")
-    return found
+        remedy = f"quote paths with blanks: {command} 'my {example}'"
+        raise UserError(str(error), key=command, remedy=remedy) from error
+    if not paths:
+        raise UserError("the file is missing", key=command, remedy=f"name it: {command} {example}")
+    return paths
 
 
-def one_file(text: str, command: str) -> Path:
-    """The one path of a command. Raises UserError where there are more."""
-    found = words(text, command, "chat.json")
-    if len(found) > 1:
-        raise UserError(
-            f"{command}: one file, not {len(found)}", remedy=f"quote a path with blanks, as in {command} 'my chat.json'"
-        )
-    return Path(found[0]).expanduser()
+def parse_path(text: str, command: str) -> Path:
+    """Parse the only path of a command. Raises UserError if there are more."""
+    paths = parse_paths(text, command, "chat.json")
+    if len(paths) > 1:
+        remedy = f"quote paths with blanks: {command} 'my chat.json'"
+        raise UserError(f"expected one file, not {len(paths)}", key=command, remedy=remedy)
+    return Path(paths[0]).expanduser()
 
 
-def interactive() -> bool:
-    """Whether a person types here."""
+def is_interactive() -> bool:
+    """Return True if stdin is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def dropped_files(line: str) -> list[str]:
-    """The files of a line that is nothing but paths or file:// addresses, as terminals type dropped files.
+    """Return the files of a line that consists of paths or file:// URLs only, as terminals insert dropped files.
 
     Raises:
-        UserError: paths of images that are not there.
+        UserError: image paths that do not exist.
     """
     try:
-        found = shlex.split(line)
+        words = shlex.split(line)
     except ValueError:
         return []
-    paths = [unquote(urlparse(word).path) if word.startswith("file://") else word for word in found]
+    paths = [unquote(urlparse(word).path) if word.startswith("file://") else word for word in words]
     if os.path.isfile(line):  # blanks that were not escaped
         paths = [line]
-    # A question may be a single word, and there may be a file of that name; images have endings.
+    # A one-word question could equal the name of a file, so without a suffix it must look like a path.
     path_like = line.startswith((".", "/", "'", '"', "~", "file://"))
     named = all(path_like or Path(path).suffix for path in paths)
-    gone = [path for path in paths if not os.path.isfile(os.path.expanduser(path))]
-    if gone and all(Path(path).suffix.lower() in ENDINGS for path in paths):
-        raise UserError(f"{gone[0]}: no such image", remedy="check the path")
-    return paths if named and all(os.path.isfile(os.path.expanduser(path)) for path in paths) else []
+    missing = [path for path in paths if not os.path.isfile(os.path.expanduser(path))]
+    if missing and all(Path(path).suffix.lower() in ENDINGS for path in paths):
+        raise UserError("no such image", file=missing[0], remedy="check the path")
+    return paths if named and not missing else []
 
 
-def changed(sampling: Sampling, text: str) -> Sampling:
-    """Sampling with `name=value` pairs applied. Raises UserError for other names and values."""
+def with_parameters(sampling: Sampling, text: str) -> Sampling:
+    """Apply `name=value` pairs. Raises UserError for unknown names and invalid values."""
     new = {}
     for word in text.split():
         name, _, value = word.partition("=")
         if name not in PARAMETERS:
-            raise UserError(f"/params: no '{name}'", remedy=f"there are {', '.join(PARAMETERS)}")
+            raise UserError("no such parameter", key=name, remedy=f"choose from {', '.join(PARAMETERS)}")
         try:
             new[name] = PARAMETERS[name](value)
         except ValueError as error:
-            raise UserError(f"/params: {name} takes a number, as in {name}=1, not '{value}'") from error
+            raise UserError("not a number", key=name, value=value, remedy=f"set a number: {name}=1") from error
     return dataclasses.replace(sampling, **new)
 
 
-def notice(line: str) -> None:
-    """Tell the person something that is no answer."""
+def notify(line: str) -> None:
+    """Print a message that is not part of an answer."""
     print(line, file=sys.stderr, flush=True)

@@ -12,9 +12,10 @@ import torch
 
 from clips_eval.evaluate import main
 from clips_eval.lmms.data import check_data
-from clips_eval.lmms.images import FeatureCache, derangement
+from clips_eval.lmms.images import derangement
 from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec, check_specs
 from clips_eval.tasks import OWN_TASKS, metrics
+from clips_mllm.model.image_features import FeatureCache
 from tests.helpers.errors import raises_user_error
 from tests.helpers.tiny_llava import (
     ROWS,

@@ -27,9 +27,8 @@ from clips_mllm.model.checkpoint import load_mllm, save_mllm
 from clips_mllm.model.tiles import grid, tiled_tokens, views, with_tiles
 from clips_mllm.plan import main as plan
 from clips_mllm.provenance.folder_kinds import find_kind
-from clips_mllm.talk.answer import Answer
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.prompt import InputImage
+from clips_mllm.talk.images import InputImage
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.web.attention import attention_maps
 from clips_mllm.train import main
@@ -294,7 +293,7 @@ def test_talking(talking: Any) -> None:
             shown = [Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes]
             content: list[Any] = [*({"type": "image"} for _ in shown), {"type": "text", "text": text}]
             prompt = engine.prompt([{"role": "user", "content": content}], [InputImage(image) for image in shown])
-            answer = "".join(Answer(engine, prompt, Sampling(max_new_tokens=6)))
+            answer = "".join(engine.answer(prompt, Sampling(max_new_tokens=6)))
             assert answer.strip() == plain_answer(talking, shown, text).strip()
             maps = attention_maps(engine, prompt, "this")
             assert [tuple(one.shape) for one in maps] == [(3, 3)] * len(shown), "of the whole image"

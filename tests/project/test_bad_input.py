@@ -95,21 +95,21 @@ def test_recipes(recipe: str, names: list[str], run: Run, tmp_path: Path) -> Non
         (["chat"], ["model"]),
         (["chat", "m", "--dtype", "float23"], ["dtype", "float23"]),
         (["chat", "/no/model", "--question", "?"], ["/no/model"]),
-        (["chat", "owner/name", "--question", " "], ["question"]),
+        (["chat", "owner/name", "--question", " "], ["--question"]),
         (["chat", "owner/name", "--temperature", "-1"], ["temperature=-1.0"]),
         (["chat", "owner/name", "--context", "0"], ["context=0"]),
         (["web", "/no/model"], ["/no/model"]),
-        (["web", "owner/name", "--examples", "/no/examples"], ["/no/examples"]),
-        (["web", "owner/name", "--beside", "runs/none/here"], ["runs/none/here", "beside"]),
+        (["web", "owner/name", "--port", "0", "--examples", "/no/examples"], ["/no/examples"]),
+        (["web", "owner/name", "--compare_with", "runs/none/here"], ["runs/none/here", "compare_with"]),
         (["web", "owner/name", "--encoder", "."], ["encoder", "images"]),
-        (["web", "owner/name", "--encoder", "/no/encoder", "--images", "."], ["/no/encoder"]),
-        (["web", "owner/name", "--token_file", "/no/token"], ["/no/token"]),
-        (["web", "owner/name", "--feedback", "/"], ["/", "feedback"]),
+        (["web", "owner/name", "--encoder", "/no/encoder", "--images", "."], ["encoder=/no/encoder"]),
+        (["web", "owner/name", "--port", "0", "--token_file", "/no/token"], ["/no/token"]),
+        (["web", "owner/name", "--feedback", "/"], ["feedback=/"]),
         (["web", "owner/name", "--max_upload_mb", "0"], ["max_upload_mb=0"]),
-        (["chat", "owner/name", "--output", "a.json"], ["output", "examples"]),
-        (["chat", "owner/name", "--examples", "a.json", "--question", "?"], ["examples", "question"]),
-        (["serve", "owner/name", "--limits.rows", "0"], ["limits.rows=0"]),
-        (["serve", "owner/name", "--patience", "-1"], ["patience=-1.0"]),
+        (["chat", "owner/name", "--output", "a.json"], ["--output", "--examples"]),
+        (["chat", "owner/name", "--examples", "a.json", "--question", "?"], ["--examples", "--question"]),
+        (["serve", "owner/name", "--limits.batch_size", "0"], ["limits.batch_size=0"]),
+        (["serve", "owner/name", "--shutdown_seconds", "-1"], ["shutdown_seconds=-1.0"]),
         (["serve", "/no/model"], ["/no/model"]),
         (["serve", "owner/name", "--port", "70000"], ["127.0.0.1:70000"]),
     ],
@@ -125,7 +125,7 @@ def test_port_in_use(command: str, run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = run([command, "owner/name", "--port", str(port)])
-    assert line.startswith(f"127.0.0.1:{port}: ")
+    assert f"127.0.0.1:{port}" in line
 
 
 def test_inconsistent_values(run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where an answer looked: attention from its tokens to the patches of each image."""
+"""Attention maps: weights from the tokens of an answer to the patches of each image."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clips_mllm.talk.engine import Engine
-from clips_mllm.talk.prompt import InputImage, Prompt
+from clips_mllm.talk.images import InputImage
+from clips_mllm.talk.prompt import Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def attention_maps(engine: Engine, prompt: Prompt, answer: str) -> list[torch.Tensor]:
-    """For each image a map (side, side) that sums to 1: mean over the answer's tokens, all layers and heads.
+    """Return a map (side, side) per image that sums to 1: the mean over answer tokens, layers and heads.
 
-    Of an image in tiles it is the view of the whole, which comes first.
-
-    The prompt is read, or taken from what was kept; only the answer's tokens are read with plain attention, which alone
-    tells its weights.
+    For an image in tiles it is the map of the overview, which precedes the tiles. The prompt is read, or taken from the
+    prefix cache, with the usual attention; only the answer is read with eager attention, which returns its weights.
     """
     ids = engine.mllm.tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not ids or not prompt.images:
@@ -27,17 +26,17 @@ def attention_maps(engine: Engine, prompt: Prompt, answer: str) -> list[torch.Te
     weights = engine.run(lambda: _weights(engine, prompt, ids))
     tower, processor = engine.mllm.model.config.vision_config, engine.mllm.processor
     side = tower.image_size // tower.patch_size
-    # A class token that stays in the sequence comes first.
-    ahead = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    # A class token that is not removed precedes the patches.
+    offset = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
     maps = []
     for start in prompt.starts:
-        patches = weights[start + ahead :][: side * side]
+        patches = weights[start + offset :][: side * side]
         maps.append((patches / patches.sum().clamp_min(1e-12)).view(side, side))
     return maps
 
 
 def _weights(engine: Engine, prompt: Prompt, ids: list[int]) -> torch.Tensor:
-    """Mean attention to each position of the prompt, on the CPU."""
+    """Return the mean attention to each position of the prompt, on the CPU."""
     cache, known = engine.prefixes.longest(prompt)
     engine.read(prompt, cache, known)
     model: Any = engine.mllm.model
@@ -54,7 +53,7 @@ def _weights(engine: Engine, prompt: Prompt, ids: list[int]) -> torch.Tensor:
 
 
 def overlay(image: InputImage, weights: torch.Tensor, side: int = 384) -> Image:
-    """The image, squared, with warm colours where the weights are large."""
+    """Return the image, resized to a square, with a heat map of the weights."""
     from PIL import Image as Pil
 
     scaled = (weights - weights.min()) / (weights.max() - weights.min()).clamp_min(1e-12)

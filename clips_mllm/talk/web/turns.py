@@ -1,4 +1,4 @@
-"""What a browser's session said and was shown, with the answers of one model or of two side by side."""
+"""Turns of a browser session, with the answers of one model or of two side by side."""
 
 from __future__ import annotations
 
@@ -6,25 +6,39 @@ import dataclasses
 import hashlib
 import json
 import queue
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clips_mllm.prompts.conversation import Message
-from clips_mllm.talk.conversation import Fitted, fit, question, statement, to_turn
-from clips_mllm.talk.engine import Done, Engine, Event, Failed, Piece
-from clips_mllm.talk.prompt import InputImage
+from clips_mllm.talk.conversation import (
+    TruncatedConversation,
+    text_message,
+    to_llava_turn,
+    truncate,
+    user_message,
+)
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.images import InputImage
+from clips_mllm.talk.requests import Done, Event, Failed, TextDelta
 from clips_mllm.talk.sampling import Sampling
+from clips_mllm.talk.web.toasts import toast
+
+# Gradio renders messages as HTML even without Markdown; an invisible word joiner (U+2060) after these characters
+# makes them text.
+JOINER = "\u2060"
+HTML_SYNTAX = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#?\w+;)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question with its images, and each model's answer so far.
+    """A question with its images, and the answer of each model so far.
 
     Attributes:
-        files: what the browser shows.
-        system: the words of the system that it was asked with.
-        dropped: how many turns before it each model was not asked with, for want of context.
+        files: image files that the browser displays.
+        dropped: for each model, the number of earlier turns left out because of its context.
+        system: system prompt of this turn.
     """
 
     text: str
@@ -35,43 +49,71 @@ class Turn:
     system: str = ""
 
 
-def messages_of(turns: list[Turn], model: int, system: str) -> tuple[list[Message], list[InputImage]]:
-    """The conversation that one of the models had."""
-    messages = [statement("system", system)] if system else []
+def chat_messages(turns: list[Turn], model: int) -> list[dict[str, Any]]:
+    """Return the turns as messages of a Gradio chat: one per image, question and answer."""
+    messages: list[dict[str, Any]] = []
     for turn in turns:
-        messages += [question(turn.text, len(turn.images)), statement("assistant", turn.answers[model])]
+        messages += [{"role": "user", "content": {"path": file}} for file in turn.files]
+        messages += [{"role": "user", "content": as_plain_text(turn.text)}] if turn.text else []
+        messages.append({"role": "assistant", "content": as_plain_text(turn.answers[model])})
+    return messages
+
+
+def as_plain_text(text: str) -> str:
+    """Return text that a Gradio chat displays literally, including tags."""
+    return HTML_SYNTAX.sub(lambda match: match[0] + JOINER, text)
+
+
+def turn_index(turns: list[Turn], message_index: int | tuple[int, ...] | list[int]) -> int:
+    """Return the index of the turn that a message of the chat belongs to."""
+    message = message_index if isinstance(message_index, int) else message_index[0]
+    for index, turn in enumerate(turns):
+        message -= len(turn.files) + bool(turn.text) + 1
+        if message < 0:
+            return index
+    raise toast("This message does not exist any more.")
+
+
+def model_messages(turns: list[Turn], model: int, system: str) -> tuple[list[Message], list[InputImage]]:
+    """Return the conversation of one model."""
+    messages = [text_message("system", system)] if system else []
+    for turn in turns:
+        messages += [user_message(turn.text, len(turn.images)), text_message("assistant", turn.answers[model])]
     return messages, [image for turn in turns for image in turn.images]
 
 
-def asked_of(engine: Engine, turns: list[Turn], model: int, system: str, sampling: Sampling) -> Fitted:
-    """What a model is asked for the last turn, cut to its context."""
-    messages, images = messages_of(turns, model, system)
-    return fit(engine, messages[:-1], images, sampling)
+def model_input(
+    engine: Engine, turns: list[Turn], model: int, system: str, sampling: Sampling
+) -> TruncatedConversation:
+    """Return one model's conversation up to the last question, truncated to its context."""
+    messages, images = model_messages(turns, model, system)
+    return truncate(engine, messages[:-1], images, sampling)
 
 
-def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sampling) -> Iterator[Turn]:
-    """The last turn again and again, its answers growing, those of all models at once.
+def generate(engines: list[Engine], turns: list[Turn], system: str, sampling: Sampling) -> Iterator[Turn]:
+    """Yield the last turn with growing answers of all models. Closing the iterator cancels them.
 
-    Closing the iterator ends them. Raises what an engine raised.
+    Raises:
+        The errors of the engines.
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     turn = dataclasses.replace(turns[-1], answers=("",) * len(engines), system=system)
-    asked = [asked_of(engine, [*turns[:-1], turn], model, system, sampling) for model, engine in enumerate(engines)]
-    turn = dataclasses.replace(turn, dropped=tuple(fitted.dropped for fitted in asked))
-    running = []
+    inputs = [model_input(engine, [*turns[:-1], turn], model, system, sampling) for model, engine in enumerate(engines)]
+    turn = dataclasses.replace(turn, dropped=tuple(truncated.dropped for truncated in inputs))
+    requests = []
     try:
-        for model, (engine, fitted) in enumerate(zip(engines, asked, strict=True)):
-            prompt = engine.prompt(fitted.messages, fitted.images)
+        for model, (engine, truncated) in enumerate(zip(engines, inputs, strict=True)):
+            prompt = engine.prompt(truncated.messages, truncated.images)
 
             def emit(event: Event, model: int = model) -> None:
                 events.put((model, event))
 
-            running.append(engine.submit(prompt, sampling, emit))
-        open_ = len(running)
-        while open_:
+            requests.append(engine.submit(prompt, sampling, emit))
+        unfinished = len(requests)
+        while unfinished:
             model, event = events.get()
             match event:
-                case Piece(text):
+                case TextDelta(text):
                     answers = list(turn.answers)
                     answers[model] += text
                     turn = dataclasses.replace(turn, answers=tuple(answers))
@@ -79,19 +121,19 @@ def answered(engines: list[Engine], turns: list[Turn], system: str, sampling: Sa
                 case Failed(error):
                     raise error
                 case Done():
-                    open_ -= 1
+                    unfinished -= 1
         yield turn
     finally:
-        for request in running:
+        for request in requests:
             request.cancel()
 
 
 def append_feedback(file: Path, turns: list[Turn], model: int, name: str, liked: bool) -> None:
-    """Append the conversation up to its last turn as a row of LLaVA JSON; its images go to a folder beside it.
+    """Append a rated conversation as a row of LLaVA JSONL; its images are saved in a folder next to the file.
 
-    Rated again, it has the same id: the last of its rows is what was meant.
+    A conversation that is rated again gets the same id; its last row is valid.
     """
-    messages, images = messages_of(turns, model, turns[-1].system)
+    messages, images = model_messages(turns, model, turns[-1].system)
     folder = file.with_suffix("")
     names = []
     for image in images:
@@ -99,12 +141,12 @@ def append_feedback(file: Path, turns: list[Turn], model: int, name: str, liked:
         names.append(f"{folder.name}/{image.key[:16]}.png")
         if not (file.parent / names[-1]).exists():
             image.image.save(file.parent / names[-1])
-    said = [to_turn(message) for message in messages]
-    digest = hashlib.sha256(json.dumps([names, said, name]).encode()).hexdigest()
+    conversation = [to_llava_turn(message) for message in messages]
+    digest = hashlib.sha256(json.dumps([names, conversation, name]).encode()).hexdigest()
     row: dict[str, Any] = {"id": f"{file.stem}-{digest[:16]}"}
     if names:
         row["image"] = names[0] if len(names) == 1 else names
-    row |= {"conversations": said, "model": name, "liked": liked}
+    row |= {"conversations": conversation, "model": name, "liked": liked}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(row, ensure_ascii=False) + "\n")

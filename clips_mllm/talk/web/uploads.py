@@ -1,58 +1,55 @@
-"""Uploads of the page: what is too large is refused before a byte is sent, the rest lies in a folder of its own."""
+"""Uploaded images: large files are rejected by the browser before they are sent; the server checks again."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
-from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 
+from clips_mllm.talk.images import InputImage, decode_limited
+from clips_mllm.talk.web.toasts import toast
+from vision_tower.common.errors import UserError
+
 MEGABYTE = 10**6
 
-# Before Gradio's own listeners see a file, whichever way it comes; they would refuse it in words of their own.
+# Listens in the capture phase, before Gradio's own listeners, whose message states neither size nor limit.
 WATCH = """
-const refuse = (event, files) => {
+const reject = (event, files) => {
   const large = Array.from(files ?? []).find((file) => file.size > %d);
   if (!large) return;
   event.preventDefault();
   event.stopImmediatePropagation();
-  if (event.type === 'drop')  // the place that lit up for the drop waits for it no longer
+  if (event.type === 'drop')  // clear the drop-zone highlight
     event.target.dispatchEvent(new DragEvent('dragleave', {bubbles: true, clientX: -1, clientY: -1}));
   trigger('upload', {name: large.name, size: large.size});
 };
-document.addEventListener('change', (event) => refuse(event, event.target.files), true);
-document.addEventListener('drop', (event) => refuse(event, event.dataTransfer?.files), true);
-document.addEventListener('paste', (event) => refuse(event, event.clipboardData?.files), true);
+document.addEventListener('change', (event) => reject(event, event.target.files), true);
+document.addEventListener('drop', (event) => reject(event, event.dataTransfer?.files), true);
+document.addEventListener('paste', (event) => reject(event, event.clipboardData?.files), true);
 """
 
 
-def refuse_large(max_upload_mb: int) -> None:
-    """Let the page that is being built say of a file that is too large how large it is, and what to do."""
+def reject_large_files(max_upload_mb: int) -> None:
+    """Add a listener to the page under construction; its toast states the file's size and the limit."""
 
-    def tell(event: gr.EventData) -> None:
+    def show_toast(event: gr.EventData) -> None:
         name, size = escape(str(event.name)), math.ceil(10 * float(event.size) / MEGABYTE) / 10
-        raise gr.Error(
-            f"{name} has {size} MB, more than the {max_upload_mb} MB allowed; send a smaller one",
-            print_exception=False,
-        )
+        raise toast(f"{name} has {size} MB, more than the {max_upload_mb} MB allowed; send a smaller one")
 
     watch = gr.HTML(visible="hidden", js_on_load=WATCH % (max_upload_mb * MEGABYTE))
-    watch.upload(tell, None, None, api_visibility="private")
+    watch.upload(show_toast, None, None, api_visibility="private")
 
 
-@contextlib.contextmanager
-def upload_folder() -> Iterator[None]:
-    """Gradio's uploads go to a folder that only this user may read, and that is deleted with all that is in it."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if before is not None:
-                os.environ["GRADIO_TEMP_DIR"] = before
+def read_upload(file: str, max_pixels: int) -> InputImage:
+    """Decode an uploaded image.
+
+    Raises:
+        UserError: unreadable, too large, or deleted since. The message contains no path.
+    """
+    try:
+        content = Path(file).read_bytes()
+    except OSError:
+        raise UserError("the image was deleted", remedy="upload it again") from None
+    return decode_limited(content, max_bytes=len(content), max_pixels=max_pixels)

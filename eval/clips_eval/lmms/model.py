@@ -20,10 +20,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from clips_eval.lmms.batches import Document, batches, cut, expand, generation_options, left_pad, shuffle_images
-from clips_eval.lmms.images import FeatureCache, pixel_digest
+from clips_eval.lmms.images import pixel_digest
 from clips_eval.lmms.journal import Journal
 from clips_eval.lmms.prefix import continued, shared_beginnings
 from clips_eval.lmms.requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of, task_names
+from clips_mllm.model.image_features import FeatureCache, encoder_output
 from clips_mllm.model.processors import IMAGE_INPUTS
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
@@ -199,34 +200,28 @@ class ClipsMllm(lmms):
         shared = shared_beginnings(batch, prompts, self.mllm.processor.image_token_id, options)
         if shared is not None:
             shown = [features[digest] for place in shared.first for digest in batch[place].images]
-            inputs = continued(model, prompts, shared, _encoder_output(shown), pad)
+            inputs = continued(model, prompts, shared, encoder_output(shown), pad)
         else:
             ids, mask = left_pad(prompts, pad)
             inputs = {"input_ids": ids.to(self.mllm.device), "attention_mask": mask.to(self.mllm.device)}
             if features:
                 shown = [features[digest] for document in batch for digest in document.images]
-                inputs["mm_encoder_outputs"] = {"image": _encoder_output(shown)}
+                inputs["mm_encoder_outputs"] = {"image": encoder_output(shown)}
         output = model.generate(**inputs, pad_token_id=pad, **options)
         width = inputs["input_ids"].shape[1]
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [cut(text.removeprefix(EMPTY_THOUGHTS), until) for text in texts]
 
     def _image_features(self, digests: list[str]) -> dict[str, torch.Tensor]:
-        """Projected features of each distinct image, (P, D) on the model's device; the tower runs for new ones."""
-        model, device = self.mllm.model, self.mllm.device
-        kept = {digest: self.features.get(digest) for digest in dict.fromkeys(digests)}
-        new = [digest for digest, features in kept.items() if features is None]
-        found = {digest: features.to(device) for digest, features in kept.items() if features is not None}
-        if new:
-            images = [self._image_of(digest) for digest in new]
-            shown = self.mllm.processor.image_processor(images, return_tensors="pt")
-            inputs = {name: shown[name].to(device) for name in IMAGE_INPUTS if name in shown}
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            output = model.get_image_features(**inputs, return_dict=True)
-            for digest, features in zip(new, output.pooler_output, strict=True):
-                self.features.put(digest, features)
-                found[digest] = features
-        return found
+        """Return projected features of each distinct image, (P, D) on the model's device."""
+        return self.features.get_or_encode(digests, self._encode, self.mllm.device)
+
+    def _encode(self, digests: list[str]) -> list[torch.Tensor]:
+        model, images = self.mllm.model, [self._image_of(digest) for digest in digests]
+        processed = self.mllm.processor.image_processor(images, return_tensors="pt")
+        inputs = {name: processed[name].to(self.mllm.device) for name in IMAGE_INPUTS if name in processed}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        return list(model.get_image_features(**inputs, return_dict=True).pooler_output)
 
     def _image_of(self, digest: str) -> Image:
         request, index = self._sources[digest]
@@ -246,14 +241,6 @@ def _about(request: Instance, doc_id: int) -> Instance:
     arguments[3] = doc_id
     other.arguments = tuple(arguments)
     return other
-
-
-def _encoder_output(features: list[torch.Tensor]) -> Any:
-    """What `LlavaForConditionalGeneration.generate` takes in place of pixels: one (P, D) an image."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    # Annotated as one tensor, but LLaVA itself puts a list there.
-    return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
 
 def _load(pretrained: str | None, device: str, dtype: str, quantize: Quantize) -> Mllm:

@@ -1,4 +1,4 @@
-"""Chat: one question, several turns through a pipe, images, and streaming that equals plain generation."""
+"""The chat command: single questions, conversations through a pipe and a terminal, and its commands."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from clips_mllm.model.quantize import Quantize
 from clips_mllm.talk.conversation import Conversation
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.images import read_image
-from clips_mllm.talk.recipes import ChatRecipe
+from clips_mllm.talk.recipe import ChatRecipe
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import check_model
 from clips_mllm.talk.terminal import Terminal, dropped_files
+from tests.helpers.errors import raises_user_error
 from tests.helpers.train_runs import heed_ctrl_c
-from vision_tower.common.errors import UserError
 
 TOKENS = 10
 GREEDY = Sampling(max_new_tokens=TOKENS)
@@ -53,21 +53,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def plain_answer(folder: Path, messages: list[dict[str, Any]], files: list[Path], quantize: Quantize = "none") -> str:
-    """`generate` at once, without streaming, on a fresh model."""
+    """Answer with `generate` on a newly loaded model, without streaming."""
     mllm = load_mllm(folder, device="cpu", quantize=quantize)
     text = mllm.processor.apply_chat_template(messages, add_generation_prompt=True)
-    shown = [Image.open(file).convert("RGB") for file in files]
-    inputs = mllm.processor(text=text, images=shown or None, return_tensors="pt")
+    opened = [Image.open(file).convert("RGB") for file in files]
+    inputs = mllm.processor(text=text, images=opened or None, return_tensors="pt")
     with torch.inference_mode():
         out = mllm.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     return str(mllm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def asked(text: str, images: int = 0) -> dict[str, Any]:
+def user(text: str, images: int = 0) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-def answered(text: str) -> dict[str, Any]:
+def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
@@ -81,109 +81,110 @@ def pipe(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 def test_one_question(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments(talker, "--image", str(images[0]), "--question", "What is it?"))
-    seen = capsys.readouterr().out
-    assert seen == plain_answer(talker, [asked("What is it?", 1)], images[:1]) + "\n"
+    with_image = capsys.readouterr().out
+    assert with_image == plain_answer(talker, [user("What is it?", 1)], images[:1]) + "\n"
     main(arguments(talker, *(word for file in images for word in ("--image", str(file))), "--question", "Which?"))
-    assert capsys.readouterr().out == plain_answer(talker, [asked("Which?", 2)], images) + "\n"
+    assert capsys.readouterr().out == plain_answer(talker, [user("Which?", 2)], images) + "\n"
     main(arguments(talker, "--question", "What is it?"))
-    blind = capsys.readouterr().out
-    assert blind == plain_answer(talker, [asked("What is it?")], []) + "\n"
-    assert blind != seen
+    without_image = capsys.readouterr().out
+    assert without_image == plain_answer(talker, [user("What is it?")], []) + "\n"
+    assert without_image != with_image
 
 
-def test_the_llm_in_four_bits(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_4bit_quantization(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments(talker, "--quantize", "4bit", "--image", str(images[0]), "--question", "What is it?"))
-    asked_once = ([asked("What is it?", 1)], images[:1])
-    rounded = plain_answer(talker, *asked_once, quantize="4bit")
-    assert capsys.readouterr().out == rounded + "\n"
-    assert rounded != plain_answer(talker, *asked_once), "weights so large tell four bits from the whole"
+    prompt = ([user("What is it?", 1)], images[:1])
+    quantized = plain_answer(talker, *prompt, quantize="4bit")
+    assert capsys.readouterr().out == quantized + "\n"
+    assert quantized != plain_answer(talker, *prompt), "the fixture's large weights make the difference visible"
 
 
-def test_pieces_join_to_the_whole_answer(engine: Engine, talker: Path, images: list[Path]) -> None:
+def test_streamed_text_equals_plain_generate(engine: Engine, talker: Path, images: list[Path]) -> None:
     conversation = Conversation(engine)
-    conversation.waiting.append(read_image(images[1]))
+    conversation.pending_images.append(read_image(images[1]))
     pieces = list(conversation.ask("Tell me all.", GREEDY))
     assert len(pieces) > 1
-    assert "".join(pieces) == plain_answer(talker, [asked("Tell me all.", 1)], images[1:])
-    assert conversation.messages == [asked("Tell me all.", 1), answered("".join(pieces))]
+    assert "".join(pieces) == plain_answer(talker, [user("Tell me all.", 1)], images[1:])
+    assert conversation.messages == [user("Tell me all.", 1), assistant("".join(pieces))]
 
 
-def test_a_talk_through_a_pipe(
+def test_conversation_through_a_pipe(
     talker: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was said and shown before is part of every later prompt, until /reset."""
+    """Earlier turns are part of each later prompt, until /reset."""
     pipe(monkeypatch, f"/image {images[0]}", "What?", "", f"/image '{images[1]}'", "And this?", "/reset", "Why?")
     main(arguments(talker))
-    first = plain_answer(talker, [asked("What?", 1)], images[:1])
-    talk = [asked("What?", 1), answered(first), asked("And this?", 1)]
-    second = plain_answer(talker, talk, images)
-    third = plain_answer(talker, [asked("Why?")], [])
+    first = plain_answer(talker, [user("What?", 1)], images[:1])
+    turns = [user("What?", 1), assistant(first), user("And this?", 1)]
+    second = plain_answer(talker, turns, images)
+    third = plain_answer(talker, [user("Why?")], [])
     assert capsys.readouterr().out == f"{first}\n{second}\n{third}\n"
 
 
-def test_slips_of_the_finger_do_not_end_the_talk(
+def test_typos_keep_session_alive(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
-    gone = tmp_path / "gone.png"
-    pipe(monkeypatch, f"/image {gone}", f"/image {tmp_path / 'bad.png'}", "What is <image>?", "Why?", "/quit", "No.")
-    with pytest.raises(UserError, match="3 of the lines could not be used"):
+    missing = tmp_path / "missing.png"
+    pipe(monkeypatch, f"/image {missing}", f"/image {tmp_path / 'bad.png'}", "What is <image>?", "Why?", "/quit", "No.")
+    with raises_user_error() as rejected:
         main(arguments(talker))
-    said = capsys.readouterr()
-    assert said.out == plain_answer(talker, [asked("Why?")], []) + "\n"
-    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert "3 input lines" in rejected.value.problem
+    output = capsys.readouterr()
+    assert output.out == plain_answer(talker, [user("Why?")], []) + "\n"
+    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
-    assert str(gone) in errors[0]
-    assert "bad.png: not a readable image" in errors[1]
-    assert "<image> in a question" in errors[2]
+    for name, line in zip((str(missing), "bad.png", "<image>"), errors, strict=True):
+        assert name in line
 
 
-def test_a_bad_image_is_told_before_the_model_loads(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.png: no such image"):
+def test_unreadable_image_fails_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with raises_user_error(file=tmp_path / "gone.png"):
         main(["owner/name", "--image", str(tmp_path / "gone.png"), "--question", "What?"])
 
 
-def test_a_real_pipe(talker: Path, images: list[Path], tmp_path: Path) -> None:
-    """`echo question | clips-mllm chat M --image x.png > file`: the file holds the answer, and nothing else."""
-    words = [sys.executable, "-m", "clips_mllm.cli", "chat", *arguments(talker, "--image", str(images[0]))]
+def test_redirected_output_contains_only_the_answer(talker: Path, images: list[Path], tmp_path: Path) -> None:
+    """`echo question | clips-mllm chat MODEL --image x.png > file` in real processes."""
+    command = [sys.executable, "-m", "clips_mllm.cli", "chat", *arguments(talker, "--image", str(images[0]))]
     with (tmp_path / "answer.txt").open("w") as out:
-        subprocess.run(words, input="What is it?\n", stdout=out, text=True, check=True)
-    expected = plain_answer(talker, [asked("What is it?", 1)], images[:1])
+        subprocess.run(command, input="What is it?\n", stdout=out, text=True, check=True)
+    expected = plain_answer(talker, [user("What is it?", 1)], images[:1])
     assert (tmp_path / "answer.txt").read_text() == expected + "\n"
 
 
-def test_a_saved_chat_is_training_data(engine: Engine, images: list[Path], tmp_path: Path) -> None:
-    """What training asks the doctor about it: each row and image is there, and something is learnt."""
+def test_saved_conversation_passes_the_data_doctor(engine: Engine, images: list[Path], tmp_path: Path) -> None:
     from clips_mllm.doctor import main as doctor
 
     terminal = Terminal(engine, GREEDY, system="Be brief.")
     for line in (f"/image '{images[0]}'", "What?", f"/image '{images[1]}'", "And this?"):
-        terminal.obey(line)
-    terminal.obey(f"/save {tmp_path / 'kept.json'}")
+        terminal.handle(line)
+    terminal.handle(f"/save {tmp_path / 'kept.json'}")
     doctor([str(tmp_path / "kept.json"), "--output", str(tmp_path / "doctor.json")])
-    found = json.loads((tmp_path / "doctor.json").read_text())
-    assert (found["rows"], found["usable"]) == (1, 1), found
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert (report["rows"], report["usable"]) == (1, 1), report
 
 
-def test_saving_writes_over_nothing_else(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_save_overwrites_only_saved_conversations(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     terminal = Terminal(engine, GREEDY)
-    terminal.obey("What?")
+    terminal.handle("What?")
     kept, photo, many = tmp_path / "kept.json", tmp_path / "photo.png", tmp_path / "many.json"
     for _ in range(2):
-        terminal.obey(f"/save {kept}")
+        terminal.handle(f"/save {kept}")
     photo.write_bytes(b"\x89PNG")
     many.write_text(json.dumps(json.loads(kept.read_text()) * 2))
     for file in (photo, many):
         before = file.read_bytes()
-        with pytest.raises(UserError, match="not one saved conversation; take another name"):
-            terminal.obey(f"/save {file}")
+        with raises_user_error(file=file):
+            terminal.handle(f"/save {file}")
         assert file.read_bytes() == before
-    terminal.obey(f"/load {many}")
-    assert "the first of 2 conversations" in capsys.readouterr().err
+    terminal.handle(f"/load {many}")
+    assert "2 conversations" in capsys.readouterr().err
 
 
-def test_sampling(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A temperature samples: on this model two draws of ten tokens are never alike."""
+def test_temperature_samples(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On this model two samples of ten tokens practically never agree."""
     torch.manual_seed(0)
     for _ in range(2):
         main(arguments(talker, "--question", "Why?", "--temperature", "2.0"))
@@ -191,7 +192,7 @@ def test_sampling(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first != second
 
 
-def test_what_the_generating_thread_raises_reaches_the_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_errors_reach_the_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = Conversation(engine)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -201,30 +202,30 @@ def test_what_the_generating_thread_raises_reaches_the_caller(engine: Engine, mo
         patch.setattr(engine, "read", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             list(conversation.ask("Why?", GREEDY))
-    assert conversation.messages == [], "a turn without an answer is not remembered"
-    assert list(conversation.ask("Why?", GREEDY)), "the engine goes on"
+    assert conversation.messages == [], "a turn without an answer is not added"
+    assert list(conversation.ask("Why?", GREEDY)), "the engine still answers"
 
 
-def test_a_stage_1_checkpoint_needs_a_image(talker: Path, images: list[Path], tmp_path: Path) -> None:
-    """The plain template has no words for a question."""
+def test_stage_1_checkpoint_needs_an_image(talker: Path, images: list[Path], tmp_path: Path) -> None:
+    """The plain template renders images only, so a question without one has an empty prompt."""
     from clips_mllm.prompts.render import load_template
 
     folder = tmp_path / "align"
     shutil.copytree(talker, folder)
     (folder / "chat_template.jinja").write_text(load_template("plain"))
-    with pytest.raises(UserError, match="room for images only"):
+    with raises_user_error():
         main(arguments(folder, "--question", "Why?"))
     main(arguments(folder, "--image", str(images[0]), "--question", "Why?"))
 
 
-def test_every_command(
+def test_all_commands(
     talker: Path,
     images: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Several images with quotes and escapes, dropped files, undo, retry, system, params, save and load."""
+    """With quoted and escaped paths, and dropped files."""
     one, two = images
     escaped = str(two).replace(" ", "\\ ")
     lines = [f"/image '{one}' {escaped}", "Which?", "/retry", "/undo", "Why?", f"/save {tmp_path / 'kept.json'}"]
@@ -238,61 +239,64 @@ def test_every_command(
     ]
     pipe(monkeypatch, *lines)
     main(arguments(talker))
-    first = plain_answer(talker, [asked("Which?", 2)], images)
-    why = plain_answer(talker, [asked("Why?", 2)], images)
-    these = plain_answer(talker, [asked("And these?", 2)], [two, one])
+    first = plain_answer(talker, [user("Which?", 2)], images)
+    why = plain_answer(talker, [user("Why?", 2)], images)
+    these = plain_answer(talker, [user("And these?", 2)], [two, one])
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-    well = plain_answer(talker, [system, asked("Well?")], [])
+    well = plain_answer(talker, [system, user("Well?")], [])
     row = json.loads((tmp_path / "kept.json").read_text())[0]
     assert row["image"] == [str(one), str(two)]
     assert row["conversations"][0] == {"from": "human", "value": "<image>\n<image>\nWhy?"}
-    so = plain_answer(talker, [asked("Why?", 2), answered(why.strip()), asked("So?")], images)
-    said = capsys.readouterr()
-    assert said.out.startswith("".join(f"{text}\n" for text in (first, first, why, these, well)))
-    assert said.out.endswith(f"\n{so}\n")
-    more = said.out.removeprefix("".join(f"{text}\n" for text in (first, first, why, these, well))).removesuffix(
+    so = plain_answer(talker, [user("Why?", 2), assistant(why.strip()), user("So?")], images)
+    output = capsys.readouterr()
+    assert output.out.startswith("".join(f"{text}\n" for text in (first, first, why, these, well)))
+    assert output.out.endswith(f"\n{so}\n")
+    more = output.out.removeprefix("".join(f"{text}\n" for text in (first, first, why, these, well))).removesuffix(
         f"{so}\n"
     )
     assert 0 < len(more) < len(well)
-    assert "error:" not in said.err and "taken back: Which?" in said.err
+    assert "error:" not in output.err and "Which?" in output.err
 
 
-def test_undo_takes_back_waiting_images_first(
+def test_undo_removes_the_last_turn_then_its_images(
     engine: Engine, images: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal(engine, GREEDY)
-    for line in (f"'{images[0]}'", "What?", "/undo", "/undo"):
-        terminal.obey(line)
-    assert terminal.conversation.waiting == terminal.conversation.turns == []
-    said = capsys.readouterr().err.splitlines()[-2:]
-    assert said == ["taken back: What? (1 make_image(s) wait for the next question)", "taken back: 1 make_image(s)"]
-    with pytest.raises(UserError, match="nothing was said"):
-        terminal.obey("/undo")
+    for line in (f"'{images[0]}'", "What?", "/undo"):
+        terminal.handle(line)
+    assert "What?" in capsys.readouterr().err and not terminal.conversation.turns
+    assert len(terminal.conversation.pending_images) == 1, "of the removed question"
+    terminal.handle("/undo")
+    assert not terminal.conversation.pending_images
+    with raises_user_error():
+        terminal.handle("/undo")
 
 
 @pytest.mark.parametrize("kind", ["encoder_dir", "sample_world"])
-def test_what_cannot_talk_is_seen_before_anything_is_loaded(kind: str, request: pytest.FixtureRequest) -> None:
-    with pytest.raises(UserError, match="not a LLaVA model, point model to a `train` run"):
-        check_model(str(request.getfixturevalue(kind)), ChatRecipe(model=""))
+def test_other_kinds_of_folders_fail_before_loading(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = str(request.getfixturevalue(kind))
+    with raises_user_error(file=folder):
+        check_model(folder, ChatRecipe(model=""))
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "fields"),
     [
-        ("/image", "name a file"),
-        ("/image 'open", "quote a path"),
-        ("/undo", "nothing was said"),
-        ("/save x.json", "nothing to save"),
-        ("/load gone.json", "no such file"),
-        ("/params colour=red", "no 'colour'"),
-        ("/params temperature=hot", "takes a number"),
-        ("/params top_p=2", "top_p=2.0"),
-        ("/dance", "no such command"),
+        ("/image", {"key": "/image"}),
+        ("/image 'open", {"key": "/image"}),
+        ("/undo", {}),
+        ("/save x.json", {}),
+        ("/load gone.json", {"file": "gone.json"}),
+        ("/load one.json two.json", {"key": "/load"}),
+        ("/params colour=red", {"key": "colour"}),
+        ("/params temperature=hot", {"key": "temperature", "value": "hot"}),
+        ("/params top_p=2", {"key": "top_p", "value": 2.0}),
+        ("/dance", {"key": "/dance"}),
     ],
 )
-def test_slips_in_commands(engine: Engine, line: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        Terminal(engine, GREEDY).obey(line)
+def test_invalid_commands(engine: Engine, line: str, fields: dict[str, Any]) -> None:
+    with raises_user_error(**fields):
+        Terminal(engine, GREEDY).handle(line)
 
 
 @pytest.mark.parametrize(
@@ -310,66 +314,70 @@ def test_slips_in_commands(engine: Engine, line: str, words: str) -> None:
         ("", []),
     ],
 )
-def test_lines_that_are_paths(line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question may be one word, and there may be a file of that name."""
+def test_lines_of_paths_attach_files(
+    line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A one-word question is not mistaken for a file of the same name."""
     monkeypatch.chdir(tmp_path)
     for name in ("photo.png", "my photo.png", "README"):
         (tmp_path / name).touch()
     assert dropped_files(line) == files
 
 
-SLOW = """
+SLOW_CHAT = """
 import sys, time
-from clips_mllm.talk import batch, engine
 from clips_mllm import chat
-step, start = batch.Batch.step, engine.Engine.__init__
-def slow(self, cursors):
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.kv_cache import DecodingBatch
+step, init = DecodingBatch.step, Engine.__init__
+def slow(self, tokens, lengths):
     time.sleep(0.05)
-    return step(self, cursors)
-def endless(self, *words, **options):
-    start(self, *words, **options)
-    self.ends = set()
-batch.Batch.step, engine.Engine.__init__ = slow, endless
+    return step(self, tokens, lengths)
+def endless(self, *args, **options):
+    init(self, *args, **options)
+    self.eos_tokens = set()
+DecodingBatch.step, Engine.__init__ = slow, endless
 chat.main(sys.argv[1:])
 """
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Path) -> None:
-    """A real terminal: an endless answer is interrupted, the next question is answered, /quit ends with 0."""
+def test_ctrl_c_ends_the_answer_not_the_program(talker: Path) -> None:
+    """In a pseudo-terminal: interrupt an endless answer, ask another question, /quit with exit code 0."""
     import pty
 
-    mine, its = pty.openpty()
-    words = [sys.executable, "-c", SLOW, str(talker), "--device", "cpu", "--max_new_tokens", "600"]
-    process = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, preexec_fn=lambda: take_terminal(its))
-    os.close(its)
-    seen = Screen(mine)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", SLOW_CHAT, str(talker), "--device", "cpu", "--max_new_tokens", "600"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=lambda: take_terminal(theirs)
+    )
+    os.close(theirs)
+    screen = Screen(ours)
     try:
-        seen.wait_for("you> ")
-        seen.type("Why?\n")
-        seen.wait_for("Why?\r\n")
-        seen.more_than(20)
-        seen.press_until("\x03", "stopped")
-        seen.wait_for("you> ")
-        seen.press_until("\x03", "/quit ends the program")
-        seen.type("/params max_new_tokens=4\n")
-        seen.wait_for("max_new_tokens=4")
-        seen.wait_for("you> ")
-        seen.type("And now?\n")
-        seen.wait_for("And now?\r\n")
-        seen.wait_for("you> ")
-        seen.type("/quit\n")
+        screen.wait_for("you> ")
+        screen.type("Why?\n")
+        screen.wait_for("Why?\r\n")
+        screen.wait_for_output(20)
+        screen.press_until("\x03", "stopped")
+        screen.wait_for("you> ")
+        screen.press_until("\x03", "/quit ends the program")
+        screen.type("/params max_new_tokens=4\n")
+        screen.wait_for("max_new_tokens=4")
+        screen.wait_for("you> ")
+        screen.type("And now?\n")
+        screen.wait_for("And now?\r\n")
+        screen.wait_for("you> ")
+        screen.type("/quit\n")
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
-        os.close(mine)
+        os.close(ours)
 
 
 def take_terminal(terminal: int) -> None:
     """Make it the controlling terminal, so that Ctrl-C becomes a signal.
 
-    By default the kernel sends the signal first, and then throws away what has been written to the screen and not been
-    seen: on a busy machine that may be the very answer to the signal.
+    NOFLSH: by default the kernel discards unread output on Ctrl-C, possibly the reaction to the signal itself.
     """
     import fcntl
     import termios
@@ -383,7 +391,7 @@ def take_terminal(terminal: int) -> None:
 
 
 class Screen:
-    """What a terminal shows."""
+    """Output of a terminal, and input to it."""
 
     def __init__(self, terminal: int) -> None:
         self.terminal = terminal
@@ -392,24 +400,24 @@ class Screen:
     def type(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
-    def wait_for(self, words: str) -> None:
-        """Read on until they appear; what stood before is forgotten."""
-        assert self._read_until(lambda: words in self.text), f"waited in vain for {words!r}: {self.text!r}"
-        self.text = self.text.partition(words)[2]
+    def wait_for(self, text: str) -> None:
+        """Read until the text appears, and discard everything up to it."""
+        assert self._read_until(lambda: text in self.text), f"{text!r} did not appear: {self.text!r}"
+        self.text = self.text.partition(text)[2]
 
-    def press_until(self, key: str, words: str) -> None:
-        """As people do where nothing happens: CPython's input() is deaf to a signal between its prompt and its wait."""
+    def press_until(self, key: str, text: str) -> None:
+        """Repeat the key, because CPython's input() misses signals between printing its prompt and waiting."""
         for _ in range(60):
             self.type(key)
-            if self._read_until(lambda: words in self.text, seconds=2):
+            if self._read_until(lambda: text in self.text, seconds=2):
                 break
-        self.wait_for(words)
+        self.wait_for(text)
 
-    def more_than(self, characters: int) -> None:
-        assert self._read_until(lambda: len(self.text) > characters), f"waited in vain: {self.text!r}"
+    def wait_for_output(self, characters: int) -> None:
+        assert self._read_until(lambda: len(self.text) > characters), f"too little output: {self.text!r}"
 
     def _read_until(self, condition: Callable[[], bool], seconds: float = 300) -> bool:
-        """Whether it came true in time."""
+        """Return False after the time limit."""
         deadline = time.monotonic() + seconds
         while not condition():
             if not select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))[0]:

@@ -1,4 +1,4 @@
-"""The engine under terminal, browser and endpoint: what is read again, what is left out, who gets which answer."""
+"""Engine and conversation: reuse of prefixes, batching, truncation to the context, cancellation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 
 from clips_mllm.data.llava_json import to_example
 from clips_mllm.model.checkpoint import load_mllm
-from clips_mllm.talk.answer import Answer
-from clips_mllm.talk.conversation import Conversation, fit, question, statement
-from clips_mllm.talk.engine import Closed, Engine, QueueFull, TooLong
-from clips_mllm.talk.prompt import InputImage
-from clips_mllm.talk.sampling import Sampling, TextStream
-from vision_tower.common.errors import UserError
+from clips_mllm.talk.conversation import Conversation, text_message, truncate, user_message
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.images import InputImage
+from clips_mllm.talk.requests import Closed, QueueFull, TooLong
+from clips_mllm.talk.sampling import IncrementalDetokenizer, Sampling
+from tests.helpers.errors import raises_user_error
 
 GREEDY = Sampling(max_new_tokens=12)
 
@@ -36,42 +36,44 @@ def images() -> list[InputImage]:
     return [InputImage(Image.new("RGB", (40 + 8 * i, 40), color)) for i, color in enumerate(("green", "red", "blue"))]
 
 
-class Reads:
-    """Counts the positions that the language model reads, and the images that the tower sees."""
+class ForwardCounter:
+    """Counts positions read by the language model and images encoded by the tower."""
 
     def __init__(self, engine: Engine) -> None:
         self.positions: list[int] = []
         self.images: list[int] = []
         model = engine.mllm.model.model
         self.hooks = [
-            model.language_model.register_forward_pre_hook(self._language, with_kwargs=True),
-            model.vision_tower.register_forward_pre_hook(self._tower, with_kwargs=True),
+            model.language_model.register_forward_pre_hook(self._count_positions, with_kwargs=True),
+            model.vision_tower.register_forward_pre_hook(self._count_images, with_kwargs=True),
         ]
 
-    def _language(self, _: Any, __: Any, given: dict[str, Any]) -> None:
-        self.positions.append(given["inputs_embeds"].shape[1])
+    def _count_positions(self, _: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        self.positions.append(kwargs["inputs_embeds"].shape[1])
 
-    def _tower(self, _: Any, given: Any, __: Any) -> None:
-        self.images.append(given[0].shape[0])
+    def _count_images(self, _: Any, args: Any, __: Any) -> None:
+        self.images.append(args[0].shape[0])
 
     def take(self) -> tuple[int, int]:
-        """Positions and images since the last call."""
-        found = sum(self.positions), sum(self.images)
+        """Return the counts since the last call."""
+        counts = sum(self.positions), sum(self.images)
         self.positions.clear()
         self.images.clear()
-        return found
+        return counts
 
 
 @pytest.fixture
-def reads(engine: Engine) -> Iterator[Reads]:
-    counter = Reads(engine)
+def forwards(engine: Engine) -> Iterator[ForwardCounter]:
+    counter = ForwardCounter(engine)
     yield counter
     for hook in counter.hooks:
         hook.remove()
 
 
-def fresh(engine: Engine, messages: list[Any], images: list[InputImage], tokens: int = 12, **options: Any) -> str:
-    """`generate` on the whole conversation, from scratch, by the stock processor."""
+def plain_answer(
+    engine: Engine, messages: list[Any], images: list[InputImage], tokens: int = 12, **options: Any
+) -> str:
+    """Answer with `generate` and the stock processor, without any cache."""
     mllm = engine.mllm
     text = mllm.processor.apply_chat_template(messages, add_generation_prompt=True)
     decoded = [image.image for image in images]
@@ -81,168 +83,172 @@ def fresh(engine: Engine, messages: list[Any], images: list[InputImage], tokens:
     return str(mllm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_a_later_turn_reads_only_what_is_new(engine: Engine, reads: Reads, images: list[InputImage]) -> None:
-    """The issue's count: nothing of the first prompt, of its image or of its answer is read again."""
+def test_later_turns_read_only_new_positions(
+    engine: Engine, forwards: ForwardCounter, images: list[InputImage]
+) -> None:
+    """Nothing of the first prompt, its image or its answer is read again."""
     conversation = Conversation(engine)
-    conversation.waiting = [images[0]]
-    asked = engine.prompt([question("What is this?", 1)], images[:1])
+    conversation.pending_images = [images[0]]
+    asked = engine.prompt([user_message("What is this?", 1)], images[:1])
     first = "".join(conversation.ask("What is this?", GREEDY))
-    positions, shown = reads.take()
-    assert shown == 1 and positions <= len(asked.ids) + GREEDY.max_new_tokens - 1
+    positions, encoded = forwards.take()
+    assert encoded == 1 and positions <= len(asked.ids) + GREEDY.max_new_tokens - 1
     before = len(conversation.messages)
     second = "".join(conversation.ask("And its colour?", GREEDY))
-    positions, shown = reads.take()
-    whole = engine.prompt([*conversation.messages[:before], question("And its colour?", 0)], images[:1])
-    template = len(whole.ids) - len(asked.ids)
-    assert shown == 0, "no image runs through the tower again"
-    assert positions <= template + GREEDY.max_new_tokens - 1 < len(whole.ids)
-    assert second == fresh(engine, [*conversation.messages[:before], question("And its colour?", 0)], images[:1])
+    positions, encoded = forwards.take()
+    full = engine.prompt([*conversation.messages[:before], user_message("And its colour?", 0)], images[:1])
+    template = len(full.ids) - len(asked.ids)
+    assert encoded == 0
+    assert positions <= template + GREEDY.max_new_tokens - 1 < len(full.ids)
+    assert second == plain_answer(
+        engine, [*conversation.messages[:before], user_message("And its colour?", 0)], images[:1]
+    )
     conversation.undo()
-    reads.take()
+    forwards.take()
     assert "".join(conversation.ask("And its colour?", GREEDY)) == second
-    positions, shown = reads.take()
-    assert shown == 0 and positions <= GREEDY.max_new_tokens, "a retry reads the last position of the prompt alone"
+    positions, encoded = forwards.take()
+    assert encoded == 0 and positions <= GREEDY.max_new_tokens, "a retry reads the last position of the prompt only"
     assert first != second
 
 
-def test_answers_are_those_of_a_fresh_run(engine: Engine, images: list[InputImage]) -> None:
-    """Images at any turn, several in one; undo and another question in between."""
+def test_answers_equal_plain_generate(engine: Engine, images: list[InputImage]) -> None:
+    """With images in any turn, several in one turn, and an undone question."""
     conversation = Conversation(engine)
-    for turn, (text, shown) in enumerate([("One?", []), ("Two?", [0, 1]), ("Three?", []), ("Four?", [2, 0])]):
-        conversation.waiting = [images[place] for place in shown]
+    for turn, (text, numbers) in enumerate([("One?", []), ("Two?", [0, 1]), ("Three?", []), ("Four?", [2, 0])]):
+        conversation.pending_images = [images[number] for number in numbers]
         if turn == 2:
-            list(conversation.ask("A question that is taken back.", GREEDY))
+            list(conversation.ask("An undone question.", GREEDY))
             conversation.undo()
-        said = "".join(conversation.ask(text, GREEDY))
-        assert said == fresh(engine, conversation.messages[:-1], conversation.images)
+        answer = "".join(conversation.ask(text, GREEDY))
+        assert answer == plain_answer(engine, conversation.messages[:-1], conversation.images)
 
 
-def test_the_same_words_with_another_image_are_read_anew(engine: Engine, images: list[InputImage]) -> None:
+def test_the_prefix_cache_distinguishes_images(engine: Engine, images: list[InputImage]) -> None:
     answers = []
     for image in images:
-        messages = [question("What?", 1)]
-        answers.append("".join(Answer(engine, engine.prompt(messages, [image]), GREEDY)))
-        assert answers[-1] == fresh(engine, messages, [image])
+        messages = [user_message("What?", 1)]
+        answers.append("".join(engine.answer(engine.prompt(messages, [image]), GREEDY)))
+        assert answers[-1] == plain_answer(engine, messages, [image])
     assert len(set(answers)) > 1
 
 
-def test_rows_of_a_batch_get_their_own_answers(engine: Engine, images: list[InputImage]) -> None:
-    """Prompts and answers of different lengths, more requests than rows: each as if it were alone."""
+def test_batched_answers_equal_single_ones(engine: Engine, images: list[InputImage]) -> None:
+    """Prompts and answers have different lengths, and there are more requests than rows."""
     asked = [
-        ([question(f"Question {number}: " + "and so on " * (number % 4), number % 3)], images[: number % 3])
+        ([user_message(f"Question {number}: " + "and so on " * (number % 4), number % 3)], images[: number % 3])
         for number in range(9)
     ]
     budgets = [3 + 5 * (number % 4) for number in range(9)]
-    alone = [fresh(engine, *request, tokens=budget) for request, budget in zip(asked, budgets, strict=True)]
+    expected = [plain_answer(engine, *request, tokens=budget) for request, budget in zip(asked, budgets, strict=True)]
     answers = [
-        Answer(engine, engine.prompt(*request), Sampling(max_new_tokens=budget))
+        engine.answer(engine.prompt(*request), Sampling(max_new_tokens=budget))
         for request, budget in zip(asked, budgets, strict=True)
     ]
-    assert ["".join(answer) for answer in answers] == alone
+    assert ["".join(answer) for answer in answers] == expected
     assert {answer.done.reason for answer in answers if answer.done} <= {"stop", "length"}
 
 
-def test_what_fails_in_one_answer_leaves_the_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as logits that are not numbers, which cannot be drawn from."""
-    prompt = engine.prompt([question("One?", 0)], [])
-    alone = fresh(engine, [question("One?", 0)], [], tokens=12)
-    bad, good = (Answer(engine, prompt, Sampling(max_new_tokens=12)) for _ in range(2))
-    choose, calls = bad._request.chooser.choose, iter(range(99))
+def test_sampling_errors_end_one_answer_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example NaN probabilities."""
+    prompt = engine.prompt([user_message("One?", 0)], [])
+    expected = plain_answer(engine, [user_message("One?", 0)], [], tokens=12)
+    bad, good = (engine.answer(prompt, Sampling(max_new_tokens=12)) for _ in range(2))
+    sample, calls = bad.request.sampler.sample, itertools.count()
 
-    def fails(*given: Any) -> int:
+    def fail_at_fourth(*args: Any) -> int:
         if next(calls) == 3:
             raise RuntimeError("probability tensor contains inf")
-        return choose(*given)
+        return sample(*args)
 
-    monkeypatch.setattr(bad._request.chooser, "choose", fails)
-    assert "".join(good) == alone
-    with pytest.raises(RuntimeError, match="probability tensor"):
+    monkeypatch.setattr(bad.request.sampler, "sample", fail_at_fourth)
+    assert "".join(good) == expected
+    with pytest.raises(RuntimeError):
         list(bad)
 
 
-def test_after_memory_ran_out_the_next_answer_comes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was kept for later turns is let go."""
-    messages = [question("One?", 0)]
-    alone = "".join(Answer(engine, engine.prompt(messages, []), Sampling(max_new_tokens=5)))
-    assert engine.prefixes.kept
+def test_out_of_memory_clears_the_prefix_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request fails, and the next one is answered."""
+    messages = [user_message("One?", 0)]
+    expected = "".join(engine.answer(engine.prompt(messages, []), Sampling(max_new_tokens=5)))
+    assert engine.prefixes.entries
     read = engine.read
 
-    def full(*given: Any) -> Any:
+    def out_of_memory(*args: Any) -> Any:
         monkeypatch.setattr(engine, "read", read)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine, "read", full)
+    monkeypatch.setattr(engine, "read", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        list(Answer(engine, engine.prompt(messages, []), Sampling(max_new_tokens=5)))
-    engine.run(lambda: None)  # the worker is done with it
-    assert not engine.prefixes.kept and not engine.features.kept
-    assert "".join(Answer(engine, engine.prompt(messages, []), Sampling(max_new_tokens=5))) == alone
+        list(engine.answer(engine.prompt(messages, []), Sampling(max_new_tokens=5)))
+    engine.run(lambda: None)  # waits until the worker has handled the error
+    assert not engine.prefixes.entries
+    assert "".join(engine.answer(engine.prompt(messages, []), Sampling(max_new_tokens=5))) == expected
 
 
-def test_the_queue_has_an_end_and_cancelled_answers_leave(engine: Engine) -> None:
-    prompt = engine.prompt([question("Why?", 0)], [])
+def test_full_queue_rejects_and_cancelled_requests_end(engine: Engine) -> None:
+    prompt = engine.prompt([user_message("Why?", 0)], [])
     release = threading.Event()
-    holder = threading.Thread(target=engine.run, args=(lambda: release.wait(30),))
-    holder.start()
+    blocker = threading.Thread(target=engine.run, args=(lambda: release.wait(30),))
+    blocker.start()
     try:
-        while engine.load[1]:  # until the worker has taken the job that holds it
+        while engine.load[1]:  # until the worker runs the blocking job
             time.sleep(0.01)
-        answers = [Answer(engine, prompt, GREEDY) for _ in range(engine.max_batch_size + engine.max_waiting)]
+        answers = [engine.answer(prompt, GREEDY) for _ in range(engine.max_batch_size + engine.max_waiting)]
         with pytest.raises(QueueFull):
-            Answer(engine, prompt, GREEDY)
+            engine.answer(prompt, GREEDY)
         for answer in answers:
             answer.stop()
     finally:
         release.set()
-    holder.join()
+    blocker.join()
     assert all("".join(answer) == "" for answer in answers)
     assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
 
 
-def test_at_the_end_of_patience_every_answer_ends(talker: Path) -> None:
-    """Also the one whose prompt is being read, and those that wait."""
+def test_close_ends_running_and_waiting_requests(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Including the request whose prompt is being read."""
     with Engine(load_mllm(talker, device="cpu"), max_batch_size=2) as engine:
-        reading, go_on = threading.Event(), threading.Event()
+        reading, release = threading.Event(), threading.Event()
         read = engine.read
 
-        def slow(*given: Any) -> torch.Tensor:
+        def blocked(*args: Any) -> torch.Tensor:
             reading.set()
-            go_on.wait(30)
-            return read(*given)
+            release.wait(30)
+            return read(*args)
 
-        engine.read = slow  # type: ignore[method-assign]
-        prompt = engine.prompt([question("Why?", 0)], [])
-        answers = [Answer(engine, prompt, Sampling(max_new_tokens=100)) for _ in range(4)]
+        monkeypatch.setattr(engine, "read", blocked)
+        prompt = engine.prompt([user_message("Why?", 0)], [])
+        answers = [engine.answer(prompt, Sampling(max_new_tokens=100)) for _ in range(4)]
         assert reading.wait(30)
         closing = threading.Thread(target=engine.close)
         closing.start()
-        while not engine._ended:
+        while not engine._aborting:
             time.sleep(0.01)
-        go_on.set()
+        release.set()
         closing.join(30)
         assert ["".join(answer) for answer in answers] == [""] * 4
         assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
 
 
-def test_long_conversations_are_cut_between_turns(talker: Path, images: list[InputImage]) -> None:
+def test_long_conversations_are_truncated_between_turns(talker: Path, images: list[InputImage]) -> None:
     with Engine(load_mllm(talker, device="cpu"), context=150) as engine:
         notices: list[str] = []
         conversation = Conversation(engine, notices.append)
         conversation.system = "Be brief."
         for turn in range(8):
-            conversation.waiting = [images[turn % 3]]
+            conversation.pending_images = [images[turn % 3]]
             list(conversation.ask(f"Question {turn}?", Sampling(max_new_tokens=8)))
-        assert len(conversation.turns) == 16, "what was left out is still there to be saved"
-        assert "its first turn is left out" in notices[0] and "its first 2 turns are left out" in notices[1]
-        fitted = fit(engine, conversation.messages[:-1], conversation.images, Sampling(max_new_tokens=8))
-        assert fitted.messages[0] == statement("system", "Be brief.") and fitted.messages[1]["role"] == "user"
-        prompt = engine.prompt(fitted.messages, fitted.images)
+        assert len(conversation.turns) == 16, "dropped turns remain in the conversation, to be saved"
+        assert len(notices) == conversation.dropped, "one notice whenever more turns are dropped"
+        truncated = truncate(engine, conversation.messages[:-1], conversation.images, Sampling(max_new_tokens=8))
+        assert truncated.messages[0] == text_message("system", "Be brief.") and truncated.messages[1]["role"] == "user"
+        prompt = engine.prompt(truncated.messages, truncated.images)
         runs = [
             len(list(run)) for image, run in itertools.groupby(prompt.keys, lambda key: isinstance(key, str)) if image
         ]
-        assert len(runs) == len(fitted.images) and runs == prompt.lengths, "whole images only"
-        assert fitted.images == conversation.images[fitted.dropped :]
-        with pytest.raises(TooLong, match="context of 150"):
+        assert len(runs) == len(truncated.images) and runs == prompt.lengths, "images are not split"
+        assert truncated.images == conversation.images[truncated.dropped :]
+        with pytest.raises(TooLong):
             list(Conversation(engine).ask("long " * 200, GREEDY))
 
 
@@ -253,73 +259,77 @@ def test_a_saved_conversation_is_a_training_row(engine: Engine, images: list[Inp
         image.image.save(files[-1])
     conversation = Conversation(engine)
     conversation.system = "Be brief."
-    conversation.turns = [question("Which?", 2), statement("assistant", "Both."), question("Why?", 1)]
-    conversation.turns += [statement("assistant", "So.\nReally."), question("And?", 0), statement("assistant", "No.")]
+    conversation.turns = [user_message("Which?", 2), text_message("assistant", "Both."), user_message("Why?", 1)]
+    conversation.turns += [
+        text_message("assistant", "So.\nReally."),
+        user_message("And?", 0),
+        text_message("assistant", "No."),
+    ]
     conversation.images = [InputImage(p.image, f) for p, f in zip(images, files, strict=True)]
     row = conversation.to_row("chat")
     example = to_example(row)
     assert example.messages == conversation.messages and example.images == files
-    again = Conversation(engine)
-    again.load_row(row, tmp_path)
-    assert again.messages == conversation.messages
-    assert [image.key for image in again.images] == [image.key for image in images]
-    with pytest.raises(UserError, match="nothing to save"):
+    loaded = Conversation(engine)
+    loaded.load_row(row, tmp_path)
+    assert loaded.messages == conversation.messages
+    assert [image.key for image in loaded.images] == [image.key for image in images]
+    with raises_user_error():
         Conversation(engine).to_row("empty")
-    conversation.turns[1] = statement("assistant", "\n")  # stopped before its first word
+    conversation.turns[1] = text_message("assistant", "\n")  # stopped before its first token
     kept = to_example(conversation.to_row("chat"))
     assert conversation.unanswered == 1 and kept.images == files[2:]
     assert kept.messages == [*conversation.messages[:1], *conversation.messages[3:]]
-    with pytest.raises(UserError, match="LLaVA's format"):
-        again.load_row({"conversations": []}, tmp_path)
+    with raises_user_error():
+        loaded.load_row({"conversations": []}, tmp_path)
 
 
-def test_empty_thoughts_are_not_told() -> None:
-    """Qwen3's template opens an answer with them; what only looks like it is told."""
+def test_empty_thought_blocks_are_removed() -> None:
+    """Qwen3's template starts an answer with one; similar text is kept."""
 
     class Letters:
         def decode(self, ids: list[int], **_: Any) -> str:
             return "".join(map(chr, ids))
 
-    for said, told in (
+    for text, expected in (
         ("<think>\n\n</think>\n\nYes.", "Yes."),
         ("<think>\nSo", "<think>\nSo"),
         ("<thin", "<thin"),
         ("Yes <think>\n\n</think>\n\n", "Yes <think>\n\n</think>\n\n"),
     ):
-        stream = TextStream(Letters(), ())  # type: ignore[arg-type]
-        assert "".join([*(stream.push(ord(letter)) for letter in said), stream.end()]) == told
+        stream = IncrementalDetokenizer(Letters(), ())  # type: ignore[arg-type]
+        assert "".join([*(stream.push(ord(letter)) for letter in text), stream.flush()]) == expected
 
 
-def test_seeds_and_stop_texts(engine: Engine) -> None:
-    prompt = engine.prompt([question("Why?", 0)], [])
+def test_seed_stop_strings_and_invalid_values(engine: Engine) -> None:
+    prompt = engine.prompt([user_message("Why?", 0)], [])
 
-    def draw(**values: Any) -> str:
-        return "".join(Answer(engine, prompt, Sampling(max_new_tokens=12, **values)))
+    def answer(**values: Any) -> str:
+        return "".join(engine.answer(prompt, Sampling(max_new_tokens=12, **values)))
 
-    assert draw(temperature=2.0, seed=1) == draw(temperature=2.0, seed=1) != draw(temperature=2.0, seed=2)
-    whole = draw()
-    assert draw(stop=(whole[3:6],)) == whole[: whole.index(whole[3:6])]
-    assert draw(repetition_penalty=3.0) == fresh(engine, [question("Why?", 0)], [], repetition_penalty=3.0)
-    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"repetition_penalty": 0.0}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            Sampling(**wrong)  # type: ignore[arg-type]
+    assert answer(temperature=2.0, seed=1) == answer(temperature=2.0, seed=1) != answer(temperature=2.0, seed=2)
+    full = answer()
+    assert answer(stop=(full[3:6],)) == full[: full.index(full[3:6])]
+    assert answer(repetition_penalty=3.0) == plain_answer(engine, [user_message("Why?", 0)], [], repetition_penalty=3.0)
+    for key, value in (("temperature", -1.0), ("top_p", 0.0), ("max_new_tokens", 0), ("repetition_penalty", 0.0)):
+        with raises_user_error(key=key, value=value):
+            Sampling(**{key: value})
 
 
-def test_pieces_are_whole_characters(engine: Engine) -> None:
-    """A character of several tokens comes when its last one does, and pieces join to the whole text."""
+def test_streamed_text_has_complete_characters(engine: Engine) -> None:
+    """A character of several tokens is emitted with its last token."""
     text = "Grüße 🐕 — 犬が走る"
-    stream = TextStream(engine.mllm.tokenizer)
-    pieces = [stream.push(token) for token in engine.mllm.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    assert "".join([*pieces, stream.end()]) == text
-    assert not any("\ufffd" in piece for piece in pieces)
+    stream = IncrementalDetokenizer(engine.mllm.tokenizer)
+    parts = [stream.push(token) for token in engine.mllm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert "".join([*parts, stream.flush()]) == text
+    assert not any("\ufffd" in part for part in parts)
 
 
-def test_a_closed_engine_ends_its_answers(talker: Path) -> None:
+def test_close_with_timeout_completes_answers(talker: Path) -> None:
     engine = Engine(load_mllm(talker, device="cpu"))
-    prompt = engine.prompt([question("Why?", 0)], [])
-    answer = Answer(engine, prompt, Sampling(max_new_tokens=100))
-    engine.close(patience=60)
+    prompt = engine.prompt([user_message("Why?", 0)], [])
+    answer = engine.answer(prompt, Sampling(max_new_tokens=100))
+    engine.close(timeout=60)
     "".join(answer)
-    assert answer.done is not None and answer.done.reason in ("stop", "length"), "patience lets it end"
+    assert answer.done is not None and answer.done.reason in ("stop", "length")
     with pytest.raises(Closed):
-        Answer(engine, prompt, GREEDY)
+        engine.answer(prompt, GREEDY)

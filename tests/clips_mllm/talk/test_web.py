@@ -1,7 +1,8 @@
-"""The page, used with mouse and keyboard in a real headless Chromium.
+"""The page in headless Chromium, with mouse and keyboard.
 
-With SCREENSHOTS=docs/images the guide's images are made anew, of the tests' random models; of trained ones with
-MODEL=runs/quickstart/finetune BESIDE=runs/quickstart/align ENCODER=runs/quickstart/encoder DATA=runs/quickstart/data.
+SCREENSHOTS=docs/images writes the images of docs/chat.md: of the tests' random models, or of trained ones with
+MODEL=runs/quickstart/finetune COMPARE_WITH=runs/quickstart/align ENCODER=runs/quickstart/encoder
+DATA=runs/quickstart/data.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from PIL import Image
 
 from clips_mllm import web
 from clips_mllm.data.llava_json import to_example
-from clips_mllm.talk.batch import Batch
-from clips_mllm.talk.conversation import question
-from clips_mllm.talk.engine import Engine, QueueFull
-from clips_mllm.talk.prompt import InputImage
-from clips_mllm.talk.recipes import WebRecipe
+from clips_mllm.talk.conversation import user_message
+from clips_mllm.talk.engine import Engine
+from clips_mllm.talk.images import InputImage
+from clips_mllm.talk.kv_cache import DecodingBatch
+from clips_mllm.talk.recipe import WebRecipe
+from clips_mllm.talk.requests import QueueFull
 from clips_mllm.talk.web import page as web_page
+from clips_mllm.talk.web import toasts
 from clips_mllm.talk.web.attention import attention_maps, overlay
 from clips_mllm.web import launch, short_names
 from tests.helpers.server import assert_no_paths, bomb
@@ -44,12 +47,12 @@ from vision_tower.common.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-ARGUMENTS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera, and consent to it
+ARGUMENTS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a fake camera with permission
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 IMAGES = {"web-chat", "web-attention", "web-retrieval", "web-phone"}  # of docs/chat.md
-SECONDS = 60_000  # of patience with a busy machine, in milliseconds
+TIMEOUT = 60_000  # milliseconds
 
-# Notes how long the first answer is whenever the page changes.
+# Records the length of the first answer whenever the page changes.
 WATCH = """() => {
   window.lengths = [];
   new MutationObserver(() => {
@@ -58,8 +61,8 @@ WATCH = """() => {
   }).observe(document.body, {childList: true, subtree: true, characterData: true});
 }"""
 
-# Hands a file over as the browser does on a paste or a drop.
-HAND_OVER = """([content, name, way]) => {
+# Dispatches the browser's events for pasting or dropping a file.
+PASTE_OR_DROP = """([content, name, way]) => {
   const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
   const data = new DataTransfer();
   data.items.add(new File([bytes], name, {type: 'image/png'}));
@@ -87,7 +90,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines() -> list[Engine]:
-    """Those behind the page, once it is served."""
+    """Engines of `page_server`."""
     return []
 
 
@@ -100,29 +103,29 @@ def page_server(
     engines: list[Engine],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
-    """The page with all its parts, on two models (one twice), with a slow voice so that streaming can be seen."""
-    beside = tmp_path_factory.mktemp("two") / "beside"
-    beside.symlink_to(talker)
+    """The page with all features and the same model twice; decoding is slow, so that streaming is visible."""
+    second = tmp_path_factory.mktemp("two") / "second"
+    second.symlink_to(talker)
     patch = pytest.MonkeyPatch()
-    step, start = Batch.step, web.start_engine
+    step, start = DecodingBatch.step, web.start_engine
 
-    def slow(self: Batch, cursors: list[Any]) -> torch.Tensor:
+    def slow(self: DecodingBatch, tokens: list[int], lengths: list[int]) -> torch.Tensor:
         time.sleep(0.03)
-        return step(self, cursors)
+        return step(self, tokens, lengths)
 
-    def noted(*words: Any, **options: Any) -> Engine:
-        engines.append(start(*words, **options))
+    def recorded(*args: Any, **options: Any) -> Engine:
+        engines.append(start(*args, **options))
         return engines[-1]
 
-    patch.setattr(Batch, "step", slow)
-    patch.setattr(web, "start_engine", noted)
+    patch.setattr(DecodingBatch, "step", slow)
+    patch.setattr(web, "start_engine", recorded)
     images = world / "gallery"
     images.mkdir()
     for color in ("green", "red", "blue"):
         shutil.copy(world / f"{color}.png", images)
     recipe = WebRecipe(
         model=str(talker),
-        beside=str(beside),
+        compare_with=str(second),
         encoder=str(encoder_dir),
         images=str(images),
         captions=str(world / "captions.txt"),
@@ -138,8 +141,8 @@ def page_server(
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A page to be looked at, with something to search for in its retrieval tab."""
+class DocsPage:
+    """A page for screenshots, with a query for its retrieval tab."""
 
     server: Any
     caption: str
@@ -147,10 +150,12 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def shown(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
-    """The page of a trained model, where MODEL names one, or the tests' own."""
+def docs_page(
+    request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DocsPage]:
+    """The page of the trained model MODEL if it is set, else of the tests' model."""
     if "MODEL" not in os.environ:
-        yield Shown(request.getfixturevalue("page_server"), "a red square", world / "red.png")
+        yield DocsPage(request.getfixturevalue("page_server"), "a red square", world / "red.png")
         return
     data = Path(os.environ["DATA"])
     rows = json.loads((data / "retrieval" / "test.json").read_text())["images"]
@@ -158,7 +163,7 @@ def shown(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.
     captions.write_text("\n".join(row["sentences"][0]["raw"] for row in rows))
     recipe = WebRecipe(
         model=os.environ["MODEL"],
-        beside=os.environ["BESIDE"],
+        compare_with=os.environ["COMPARE_WITH"],
         encoder=os.environ["ENCODER"],
         images=str(data / "retrieval" / "images"),
         captions=str(captions),
@@ -168,7 +173,7 @@ def shown(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.
     )
     with contextlib.ExitStack() as stack:
         server = launch(recipe, stack)
-        yield Shown(server, rows[0]["sentences"][0]["raw"], data / "retrieval" / "images" / rows[0]["filename"])
+        yield DocsPage(server, rows[0]["sentences"][0]["raw"], data / "retrieval" / "images" / rows[0]["filename"])
 
 
 @pytest.fixture(scope="module")
@@ -185,25 +190,25 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def visit(browser: Any, server: Any, **options: Any) -> Iterator[Any]:
-    """A fresh session; requests that leave this machine fail the test."""
+    """A new session; a request to another server fails the test."""
     context = browser.new_context(reduced_motion="reduce", **options)
-    abroad: list[str] = []
+    external: list[str] = []
 
     def watch(route: Any) -> None:
         if route.request.url.startswith(server.local_url):
             route.continue_()
         else:
-            abroad.append(route.request.url)
+            external.append(route.request.url)
             route.abort()
 
     context.route(re.compile("^http"), watch)
     opened = context.new_page()
-    opened.set_default_timeout(SECONDS)
+    opened.set_default_timeout(TIMEOUT)
     opened.goto(server.local_url)
     opened.locator("#box textarea").wait_for()
     yield opened
     context.close()
-    assert not abroad, "no fonts, scripts or counts from elsewhere"
+    assert not external, "no fonts, scripts or analytics of other servers"
 
 
 @pytest.fixture
@@ -226,15 +231,15 @@ def answers(page: Any, chat: int = 0) -> list[str]:
 
 
 def wait_until(condition: Any, page: Any) -> None:
-    for _ in range(SECONDS // 50):
+    for _ in range(TIMEOUT // 50):
         if condition():
             return
         page.wait_for_timeout(50)
-    pytest.fail("waited in vain")
+    pytest.fail("the condition did not become true")
 
 
-def settled(page: Any, count: int, chat: int = 0) -> list[str]:
-    """The answers, once there are `count` and the last has stopped growing."""
+def wait_for_answers(page: Any, count: int, chat: int = 0) -> list[str]:
+    """Wait until there are `count` answers and the last stops growing; return them."""
     wait_until(lambda: len(answers(page, chat)) == count and answers(page, chat)[-1], page)
     last = ""
     while last != (last := answers(page, chat)[-1]):
@@ -251,22 +256,22 @@ def set_number(page: Any, slider: str, value: int) -> None:
     settings.click()
     page.locator(f"{slider} input[type=number]").fill(str(value))
     page.locator(f"{slider} input[type=number]").press("Tab")
-    page.wait_for_timeout(300)  # until the page knows: a question asked at once would go out with the old value
+    page.wait_for_timeout(300)  # until the page has the value; a question asked at once would use the old one
     settings.click()
 
 
-def image_of(seen: Any, name: str) -> None:
-    """Of the page, or of a part of it."""
+def screenshot(element: Any, name: str) -> None:
+    """Save an image of the page or of a part of it, if SCREENSHOTS is set."""
     assert name in IMAGES
     if SCREENSHOTS is not None:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
-        shot = Image.open(io.BytesIO(seen.screenshot())).convert("RGB")
+        shot = Image.open(io.BytesIO(element.screenshot())).convert("RGB")
         shot.quantize(128).save(Path(SCREENSHOTS) / f"{name}.png", optimize=True)
 
 
-def take_example(page: Any, place: int = 0) -> None:
-    """Click one, and wait until its question and image are in the box."""
-    page.locator("#examples tbody tr, #examples button.gallery-item").nth(place).click()
+def take_example(page: Any) -> None:
+    """Click an example, and wait for its question and image in the box."""
+    page.locator("#examples tbody tr, #examples button.gallery-item").first.click()
     wait_until(lambda: page.locator("#box textarea").input_value() and page.locator("#box img").count(), page)
 
 
@@ -279,23 +284,23 @@ def tab_to(page: Any, selector: str) -> None:
     pytest.fail(f"Tab does not reach {selector}")
 
 
-def test_upload_ask_stream_second_turn_side_by_side(page: Any, world: Path) -> None:
+def test_upload_streaming_second_turn_and_comparison(page: Any, world: Path) -> None:
     limit_answers(page, 40)
     page.evaluate(WATCH)
     ask(page, "What is this?", world / "green.png")
-    first = settled(page, 1)
-    assert len(set(page.evaluate("window.lengths"))) > 3, "the answer appeared while it was being made"
-    assert settled(page, 1, chat=1) == first, "the second model, here the same one, says the same beside it"
+    first = wait_for_answers(page, 1)
+    assert len(set(page.evaluate("window.lengths"))) > 3, "the answer is streamed"
+    assert wait_for_answers(page, 1, chat=1) == first, "both engines have the same model"
     assert page.locator("#chat0 .user img").count() == 1
     ask(page, "And the colour?")
-    both = settled(page, 2)
+    both = wait_for_answers(page, 2)
     assert both[0] == first[0]
     page.locator("#look").click()
     page.locator("#maps img").first.wait_for()
     page.locator("#retry").click()
     maps = page.locator("#maps img").locator("visible=true")
-    wait_until(lambda: maps.count() == 0, page)  # they were of an answer that is gone
-    wait_until(lambda: answers(page) == both, page)  # a greedy answer comes again
+    wait_until(lambda: maps.count() == 0, page)  # of an answer that was replaced
+    wait_until(lambda: answers(page) == both, page)  # greedy decoding
     page.locator("#chat0 .user").first.hover()
     assert page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).locator("visible=true").count() == 0
     page.locator("#clear").click()
@@ -308,47 +313,47 @@ def test_stop(page: Any) -> None:
     wait_until(lambda: answers(page) and answers(page)[0], page)
     page.locator("#stop").click()
     page.wait_for_timeout(1000)
-    stopped = settled(page, 1)[0]
+    stopped = wait_for_answers(page, 1)[0]
     page.wait_for_timeout(1000)
     assert answers(page)[0] == stopped
     limit_answers(page, 5)
-    ask(page, "Go on.")
-    assert len(settled(page, 2)) == 2, "the conversation goes on after a stop"
+    ask(page, "Continue.")
+    assert len(wait_for_answers(page, 2)) == 2
 
 
-def test_what_cannot_be_used_is_refused_with_words(page: Any, world: Path) -> None:
+def test_unusable_uploads_are_rejected_and_others_kept(page: Any, world: Path) -> None:
     limit_answers(page, 5)
     ask(page, "What is this?", world / "corrupt.png", world / "red.png")
-    page.get_by_text("corrupt.png: not a readable image").first.wait_for()
+    page.get_by_text("corrupt.png").first.wait_for()
     assert not [answer for answer in answers(page) if answer]
-    assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0, "no blank panel over the chat"
+    assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0, "Gradio does not cover the chat"
     wait_until(lambda: page.locator("#box img").count() == 1, page)
-    assert page.locator("#box textarea").input_value() == "What is this?", "what was good stays, to be asked with"
+    assert page.locator("#box textarea").input_value() == "What is this?", "the question and valid images stay"
     page.locator("#box textarea").press("Enter")
-    settled(page, 1)
+    wait_for_answers(page, 1)
     page.reload()
     ask(page, "What is this?", world / "bomb.png")
-    page.get_by_text("more than the 50,000,000 pixels allowed; send a smaller one").first.wait_for()
+    page.get_by_text("bomb.png").first.wait_for()
     assert not [answer for answer in answers(page) if answer]
 
 
-def test_tags_are_text_and_an_error_leaves_the_chat(page: Any) -> None:
+def test_tags_are_displayed_as_text_and_errors_keep_the_chat(page: Any) -> None:
     limit_answers(page, 5)
     text = 'Is 1<2, <b>bold</b> & "x" &amp; fine?'
     ask(page, text)
-    settled(page, 1)
-    shown = page.locator("#chat0 .user").first.inner_text()
-    assert shown.replace("\u2060", "").strip() == text
+    wait_for_answers(page, 1)
+    question = page.locator("#chat0 .user").first.inner_text()
+    assert question.replace("\u2060", "").strip() == text
     ask(page, "What is <image>?")
-    page.get_by_text("<image> in a question stands for an image").first.wait_for()
+    page.get_by_text("<image> in a question").first.wait_for()
     assert page.get_by_text("Error", exact=True).locator("visible=true").count() == 0
-    assert page.locator("#chat0 .user").first.inner_text() == shown
-    assert page.locator("#box textarea").input_value() == "What is <image>?", "it stays, to be mended"
+    assert page.locator("#chat0 .user").first.inner_text() == question
+    assert page.locator("#box textarea").input_value() == "What is <image>?", "it stays, to be corrected"
 
 
 @pytest.mark.parametrize("way", ["upload", "paste", "drop", "search"])
-def test_an_oversized_file_is_refused_before_it_is_sent(page: Any, world: Path, way: str) -> None:
-    """In our words: how large it is, how large it may be, and what to do. What fits is taken afterwards."""
+def test_oversized_files_are_rejected_before_upload(page: Any, world: Path, way: str) -> None:
+    """One toast with size and limit; smaller files are accepted afterwards."""
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url) if "/upload" in request.url else None)
     if way in ("upload", "search"):
@@ -358,9 +363,11 @@ def test_an_oversized_file_is_refused_before_it_is_sent(page: Any, world: Path, 
             [str(world / "large.png")]
         )
     else:
-        page.evaluate(HAND_OVER, [base64.b64encode((world / "large.png").read_bytes()).decode(), "large.png", way])
-    page.get_by_text("large.png has 1.2 MB, more than the 1 MB allowed; send a smaller one").first.wait_for()
-    assert page.get_by_text(re.compile("exceed", re.IGNORECASE)).count() == 0, "Gradio's own words do not come, too"
+        page.evaluate(PASTE_OR_DROP, [base64.b64encode((world / "large.png").read_bytes()).decode(), "large.png", way])
+    toast = page.get_by_text("large.png has 1.2 MB").first
+    toast.wait_for()
+    assert "1 MB" in toast.inner_text()
+    assert page.get_by_text(re.compile("exceed", re.IGNORECASE)).count() == 0, "no second message by Gradio"
     assert sent == [] and page.locator(".dragging").count() == 0
     if way == "search":
         page.locator("#query input[type=file]").set_input_files(str(world / "red.png"))
@@ -370,42 +377,41 @@ def test_an_oversized_file_is_refused_before_it_is_sent(page: Any, world: Path, 
         wait_until(lambda: page.locator("#box img").count() == 1, page)
 
 
-def test_a_cut_conversation_is_told(page: Any, engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the terminal: which turns the model no longer reads, of each model that has outgrown its context."""
-    room = 2 * len(engines[0].prompt([question("Question 0?", 0)], []).ids) + 3 * 8
+def test_truncated_conversation_is_reported(page: Any, engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One notice for each model whose context is exceeded."""
+    room = 2 * len(engines[0].prompt([user_message("Question 0?", 0)], []).ids) + 3 * 8
     for engine in engines:
         monkeypatch.setattr(engine, "context", room)
     limit_answers(page, 8)
     notice = page.get_by_text("its first turn is left out")
     for number in range(3):
         ask(page, f"Question {number}?")
-        settled(page, number + 1)
+        wait_for_answers(page, number + 1)
         if notice.count():
             break
     assert number > 0 and notice.count() == len(engines) == 2, "one for each model"
-    assert page.get_by_text("beside: the conversation is longer than the model's context").count() == 1
-    assert len(answers(page)) == number + 1, "what was left out is still there to be read"
+    assert page.get_by_text("second: the conversation is longer than the model's context").count() == 1
+    assert len(answers(page)) == number + 1, "dropped turns are still displayed"
 
 
-def test_what_is_typed_during_an_answer_is_the_next_question(page: Any) -> None:
-    """Sampled at a temperature that the slider gives as a whole number."""
+def test_text_typed_during_an_answer_is_kept(page: Any) -> None:
+    """The temperature slider returns an int; Markdown in the question is not rendered."""
     limit_answers(page, 60)
     set_number(page, "#temperature", 1)
     ask(page, "What is ![a](http://127.0.0.1:9/a.png)?")
     wait_until(lambda: answers(page) and answers(page)[0], page)
     page.locator("#box textarea").fill("And next?")
-    settled(page, 1)
+    wait_for_answers(page, 1)
     assert page.locator("#box textarea").input_value() == "And next?"
-    shown = page.locator("#chat0 .user").first.inner_text()
-    assert "![a](http://127.0.0.1:9/a.png)" in shown, "no Markdown: nothing is fetched"
+    assert "![a](http://127.0.0.1:9/a.png)" in page.locator("#chat0 .user").first.inner_text()
 
 
 def test_edit_a_question(page: Any) -> None:
     limit_answers(page, 8)
     ask(page, "One?")
-    settled(page, 1)
+    wait_for_answers(page, 1)
     ask(page, "Two?")
-    settled(page, 2)
+    wait_for_answers(page, 2)
     page.locator("#chat0 .user").first.hover()
     page.locator("#chat0").get_by_role("button", name=re.compile("edit", re.IGNORECASE)).first.click()
     field = page.locator("#chat0 textarea").first
@@ -415,14 +421,14 @@ def test_edit_a_question(page: Any) -> None:
     assert "Three?" in page.locator("#chat0 .user").first.inner_text()
 
 
-def test_examples_thumbs_and_the_keyboard_alone(page: Any, world: Path) -> None:
-    """An example is taken, asked with Enter alone, and rated; what is kept is a training row."""
+def test_example_retry_and_rating(page: Any, world: Path) -> None:
+    """A rated conversation is saved as a training row."""
     limit_answers(page, 8)
     page.get_by_text("Which colour is it?").first.click()
     wait_until(lambda: page.locator("#box textarea").input_value() == "Which colour is it?", page)
     page.locator("#box textarea").focus()
     page.keyboard.press("Enter")
-    settled(page, 1)
+    wait_for_answers(page, 1)
     for _ in range(60):  # Tab reaches every button
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.closest('#retry') !== null"):
@@ -431,7 +437,7 @@ def test_examples_thumbs_and_the_keyboard_alone(page: Any, world: Path) -> None:
         pytest.fail("Tab does not reach Retry")
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
-    said = settled(page, 1)[0]
+    answer = wait_for_answers(page, 1)[0]
     page.locator("#chat0").get_by_role(
         "button", name=re.compile("^(like|thumbs? ?up|good)", re.IGNORECASE)
     ).first.click()
@@ -440,24 +446,24 @@ def test_examples_thumbs_and_the_keyboard_alone(page: Any, world: Path) -> None:
     (line,) = file.read_text().splitlines()
     row = json.loads(line)
     example = to_example(row)
-    assert row["liked"] is True and example.messages[-1]["content"][0]["text"].split() == said.split()
+    assert row["liked"] is True and example.messages[-1]["content"][0]["text"].split() == answer.split()
     assert Image.open(file.parent / str(example.images[0])).size == (64, 48)
 
 
 def test_paste_and_drop(page: Any, world: Path) -> None:
-    """Images by clipboard and by dragging, as the browser tells a page of them."""
+    """Images from the clipboard and by dragging."""
     content = base64.b64encode((world / "blue.png").read_bytes()).decode()
     limit_answers(page, 5)
     for count, way in enumerate(("paste", "drop"), start=1):
-        page.evaluate(HAND_OVER, [content, "blue.png", way])
+        page.evaluate(PASTE_OR_DROP, [content, "blue.png", way])
         wait_until(lambda count=count: page.locator("#box img").count() == count, page)
     ask(page, "Two images?")
-    settled(page, 1)
+    wait_for_answers(page, 1)
     assert page.locator("#chat0 .user img").count() == 2
 
 
-def test_the_camera(page: Any) -> None:
-    """What it sees goes with the next question."""
+def test_camera(page: Any) -> None:
+    """Its image belongs to the next question."""
     limit_answers(page, 5)
     page.get_by_role("button", name="Camera").click()
     page.locator("#camera button:visible").first.click()
@@ -465,7 +471,7 @@ def test_the_camera(page: Any) -> None:
     page.locator("#camera button[aria-label='capture photo']").click()
     page.locator("#camera img:visible").first.wait_for()
     ask(page, "What do you see?")
-    settled(page, 1)
+    wait_for_answers(page, 1)
     assert page.locator("#chat0 .user img").count() == 1
 
 
@@ -476,7 +482,7 @@ def search(page: Any, caption: str, image: Path, expected: str) -> None:
     page.keyboard.press("Enter")
     wait_until(lambda: page.locator("#found img").count() >= 3, page)
     page.locator("#query input[type=file]").set_input_files(str(image))
-    # Of the table's cells some are hidden: it measures with them.
+    # The table has hidden cells, which it uses to measure widths.
     page.get_by_text(expected).locator("visible=true").first.wait_for()
 
 
@@ -486,36 +492,36 @@ def test_retrieval(page: Any, world: Path) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
-@pytest.mark.parametrize(("name", "words"), [("bomb", "50,000,000 pixels allowed"), ("corrupt", "not a readable")])
-def test_the_search_refuses_with_words(page: Any, world: Path, name: str, words: str) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("bomb", "pixels"), ("corrupt", "not a readable")])
+def test_retrieval_rejects_unusable_images(page: Any, world: Path, name: str, reason: str) -> None:
     page.get_by_role("tab", name="Retrieval").click()
     page.locator("#query input[type=file]").set_input_files(str(world / f"{name}.png"))
-    page.get_by_text(words).first.wait_for()
+    page.get_by_text(reason).first.wait_for()
 
 
-def test_images_of_the_guide(browser: Any, shown: Shown) -> None:
-    """Two checkpoints answer about an example, where they looked, and retrieval: all that the guide shows."""
+def test_screenshots_of_the_guide(browser: Any, docs_page: DocsPage) -> None:
+    """Two checkpoints answer about an example, their attention maps, and retrieval."""
     guide = (Path(__file__).parents[3] / "docs" / "chat.md").read_text()
     assert set(re.findall(r"images/(web-[\w-]+)\.png", guide)) == IMAGES
-    with visit(browser, shown.server, viewport={"width": 1200, "height": 1100}) as page:
+    with visit(browser, docs_page.server, viewport={"width": 1200, "height": 1100}) as page:
         limit_answers(page, 16)
         take_example(page)
         page.locator("#box textarea").press("Enter")
-        settled(page, 1)
-        settled(page, 1, chat=1)
+        wait_for_answers(page, 1)
+        wait_for_answers(page, 1, chat=1)
         ask(page, "What is in the image?")
-        settled(page, 2)
-        settled(page, 2, chat=1)
+        wait_for_answers(page, 2)
+        wait_for_answers(page, 2, chat=1)
         page.evaluate("window.scrollTo(0, 0)")
-        image_of(page, "web-chat")
+        screenshot(page, "web-chat")
         page.locator("#look").click()
         page.locator("#maps img").first.wait_for()
-        image_of(page.locator("#maps"), "web-attention")
-        search(page, shown.caption, shown.image, shown.caption)
-        image_of(page, "web-retrieval")
+        screenshot(page.locator("#maps"), "web-attention")
+        search(page, docs_page.caption, docs_page.image, docs_page.caption)
+        screenshot(page, "web-retrieval")
 
 
-# The contrast of WCAG 2 between an element's text and what is behind it.
+# WCAG 2 contrast between an element's text and its background.
 CONTRAST = """(selector) => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
   const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
@@ -531,22 +537,22 @@ CONTRAST = """(selector) => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone(browser: Any, shown: Shown, scheme: str) -> None:
-    """An example is asked and looked into by touch; nothing is wider than the screen, and all can be read."""
+def test_phone(browser: Any, docs_page: DocsPage, scheme: str) -> None:
+    """By touch on a small screen: nothing is wider than it, and the contrast is sufficient."""
     screen = {"width": 375, "height": 740}
-    with visit(browser, shown.server, viewport=screen, color_scheme=scheme, has_touch=True, is_mobile=True) as page:
+    with visit(browser, docs_page.server, viewport=screen, color_scheme=scheme, has_touch=True, is_mobile=True) as page:
 
-        def fits() -> None:
+        def assert_fits() -> None:
             assert page.evaluate("document.documentElement.scrollWidth") <= 375
             for name in ("box", "stop", "retry", "clear", "look"):
-                place = page.locator(f"#{name}").bounding_box()
-                assert place["x"] >= 0 and place["x"] + place["width"] <= 375 and place["height"] >= 24, name
+                bounds = page.locator(f"#{name}").bounding_box()
+                assert bounds["x"] >= 0 and bounds["x"] + bounds["width"] <= 375 and bounds["height"] >= 24, name
 
-        fits()
+        assert_fits()
         limit_answers(page, 12)
         take_example(page)
         page.locator("#box").get_by_role("button", name=re.compile("submit|send", re.IGNORECASE)).tap()
-        settled(page, 1)
+        wait_for_answers(page, 1)
         red, green, blue = map(
             int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]
         )
@@ -555,17 +561,17 @@ def test_a_phone(browser: Any, shown: Shown, scheme: str) -> None:
             assert page.evaluate(CONTRAST, selector) >= 4.5, selector
         if scheme == "dark":
             page.evaluate("window.scrollTo(0, 0)")
-            image_of(page, "web-phone")
+            screenshot(page, "web-phone")
         page.locator("#look").tap()
         page.locator("#maps img").first.wait_for()
-        fits()
+        assert_fits()
         page.get_by_role("tab", name="Retrieval").tap()
         page.locator("#caption").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
-def test_everything_by_keyboard(page: Any, world: Path) -> None:
-    """No mouse: choose an image, ask, stop, ask again, look, change a setting and the question, clear, search."""
+def test_keyboard_only(page: Any, world: Path) -> None:
+    """Choose an image, ask, stop, retry, show attention, change a setting and the question, clear, switch tabs."""
     with page.expect_file_chooser() as chosen:
         tab_to(page, "#box [data-testid=upload-button]")
         page.keyboard.press("Enter")
@@ -578,7 +584,7 @@ def test_everything_by_keyboard(page: Any, world: Path) -> None:
     tab_to(page, "#stop")
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
-    stopped = settled(page, 1)[0]
+    stopped = wait_for_answers(page, 1)[0]
     tab_to(page, "button:has-text('Settings')")
     page.keyboard.press("Enter")
     tab_to(page, "#tokens input[type=number]")
@@ -587,8 +593,8 @@ def test_everything_by_keyboard(page: Any, world: Path) -> None:
     tab_to(page, "#retry")
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
-    said = settled(page, 1)[0]
-    assert said.startswith(stopped) or stopped.startswith(said), "the same question to a greedy model"
+    answer = wait_for_answers(page, 1)[0]
+    assert answer.startswith(stopped) or stopped.startswith(answer), "greedy decoding"
     assert page.locator("#tokens input[type=number]").input_value() == "8"
     tab_to(page, "#look")
     page.keyboard.press("Enter")
@@ -601,7 +607,7 @@ def test_everything_by_keyboard(page: Any, world: Path) -> None:
     tab_to(page, "#chat0 button[aria-label*=ubmit]")
     page.keyboard.press("Enter")
     wait_until(lambda: "And that?" in page.locator("#chat0").inner_text(), page)
-    settled(page, 1)
+    wait_for_answers(page, 1)
     tab_to(page, "#clear")
     page.keyboard.press("Space")
     wait_until(lambda: not answers(page), page)
@@ -613,17 +619,30 @@ def test_everything_by_keyboard(page: Any, world: Path) -> None:
     page.locator("#caption").wait_for()
 
 
-# --- safety -----------------------------------------------------------------------------------------------------------
+# --- security ---------------------------------------------------------------------------------------------------------
 
 
-def made_up(server: Any, file: str | None = None, tokens: int = 5) -> str:
-    """What the page's function for a question tells a client that makes up its request."""
+def ask_by_http(server: Any, file: str | None = None, tokens: int = 5) -> str:
+    """Send a question as a hand-written client could; return the events of the answer."""
+    files = [] if file is None else [file_data(file)]
+    return call_handler(server, "submit", [{"text": "What?", "files": files}, None, None, "", tokens, 0, 1, 1])
+
+
+def search_by_http(server: Any, file: str) -> str:
+    """Search captions with a file as a hand-written client could; return the events of the answer."""
+    return call_handler(server, "change", [file_data(file)])
+
+
+def file_data(path: str) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def call_handler(server: Any, event: str, data: list[Any]) -> str:
+    """Call the first event handler of this kind without the page."""
     config = httpx.get(f"{server.local_url}config").json()
-    place = next(i for i, entry in enumerate(config["dependencies"]) if any(t[1] == "submit" for t in entry["targets"]))
-    files = [] if file is None else [{"path": file, "meta": {"_type": "gradio.FileData"}}]
+    index = next(i for i, entry in enumerate(config["dependencies"]) if any(t[1] == event for t in entry["targets"]))
     name = os.urandom(4).hex()
-    data = [{"text": "What?", "files": files}, None, None, "", tokens, 0, 1, 1]
-    body = {"data": data, "fn_index": place, "session_hash": name}
+    body = {"data": data, "fn_index": index, "session_hash": name}
     joined = httpx.post(f"{server.local_url}gradio_api/queue/join", json=body)
     text = joined.text
     if joined.status_code == 200:
@@ -636,33 +655,38 @@ def made_up(server: Any, file: str | None = None, tokens: int = 5) -> str:
     return text.replace(" ", "")
 
 
-def test_no_files_of_the_machine_and_no_addresses(page_server: Any, world: Path) -> None:
-    """Neither by address nor as an upload that was none; nor does the page fetch what a client names."""
+def test_local_files_and_urls_are_not_read(page_server: Any, world: Path) -> None:
+    """Neither by Gradio's file route nor as a forged upload; the server fetches no URL."""
     for path in (__file__, str(world / "captions.txt"), "/etc/passwd"):
         assert httpx.get(f"{page_server.local_url}gradio_api/file={path}").status_code in (403, 404)
-    assert '"success":true' in made_up(page_server), "what is well made is answered"
-    text = made_up(page_server, "/etc/passwd")
-    assert "root:" not in text and '"success":true' not in text
-    with socket.create_server(("127.0.0.1", 0)) as inside:
-        inside.setblocking(False)
-        assert '"success":true' not in made_up(page_server, f"http://127.0.0.1:{inside.getsockname()[1]}/a.png")
+    assert '"success":true' in ask_by_http(page_server), "the request is valid"
+    for call in (ask_by_http, search_by_http):
+        text = call(page_server, "/etc/passwd")
+        assert "root:" not in text and '"success":true' not in text
+    assert '"success":true' not in search_by_http(page_server, str(world / "red.png")), "an image, but not an upload"
+    uploaded = str(upload(page_server.local_url, (world / "red.png").read_bytes()))
+    assert '"success":true' in search_by_http(page_server, uploaded)
+    with socket.create_server(("127.0.0.1", 0)) as internal:
+        internal.setblocking(False)
+        for call in (ask_by_http, search_by_http):
+            assert '"success":true' not in call(page_server, f"http://127.0.0.1:{internal.getsockname()[1]}/a.png")
         with pytest.raises(BlockingIOError):
-            inside.accept()
+            internal.accept()
 
 
-def test_limits_hold_for_clients_of_their_own(page_server: Any, world: Path) -> None:
-    """What the page's sliders and scripts keep people from, the server refuses."""
-    assert '"success":true' not in made_up(page_server, tokens=1025)
+def test_limits_hold_without_the_page(page_server: Any, world: Path) -> None:
+    """The server checks the limits of the sliders and scripts again."""
+    assert '"success":true' not in ask_by_http(page_server, tokens=1025)
     files = {"files": ("large.png", (world / "large.png").read_bytes())}
     assert httpx.post(f"{page_server.local_url}gradio_api/upload", files=files).status_code == 413
     limits = {"max_upload_mb": 1, "max_pixels": 9, "max_images": 2}
     page = web_page.Page(engines=[], names=[], examples=[], gallery=None, feedback=None, **limits)
-    with pytest.raises(gradio.Error, match="may have 2 images, these are 3; show fewer"):
+    with pytest.raises(gradio.Error):
         next(page.ask({"text": "What?", "files": ["a.png"] * 3}, None, []))
 
 
-def test_what_goes_wrong_is_said_without_paths(
-    page: Any, engines: list[Engine], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_error_toasts_reveal_no_paths(
+    page: Any, engines: list[Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"cannot open {__file__}")
@@ -670,31 +694,31 @@ def test_what_goes_wrong_is_said_without_paths(
     with monkeypatch.context() as patch:
         patch.setattr(engines[0], "read", fail)
         ask(page, "Why?")
-        page.get_by_text("Something went wrong; see the server's log").first.wait_for()
+        page.get_by_text("the server's log").first.wait_for()
     assert_no_paths(page.locator("body").inner_text())
-    assert __file__ in capfd.readouterr().err
-    for error, words in ((UserError("too long"), "too long"), (QueueFull("64"), "questions are waiting")):
-        with pytest.raises(gradio.Error, match=words), web_page.in_words():
+    assert __file__ in caplog.text
+    for error, text in ((UserError("too long"), "too long"), (QueueFull("64"), "waiting")):
+        with pytest.raises(gradio.Error, match=text), toasts.errors_as_toasts():
             raise error
 
 
-def test_names_of_models_tell_no_more_than_they_must() -> None:
+def test_displayed_model_names_are_as_short_as_possible() -> None:
     assert short_names(["/data/me/runs/a/finetune"]) == ["finetune"]
     assert short_names(["/data/me/runs/a/finetune", "/data/me/runs/b/finetune"]) == ["a/finetune", "b/finetune"]
     assert short_names(["/runs/a", "/runs/a"]) == ["a", "a"]
 
 
-def test_binds_to_this_machine_and_counts_nothing(page_server: Any) -> None:
+def test_default_address_is_loopback_and_analytics_are_off(page_server: Any) -> None:
     assert WebRecipe(model="m").host == "127.0.0.1" and page_server.local_url.startswith("http://127.0.0.1:")
     assert page_server.analytics_enabled is False
 
 
-def test_uploads_are_deleted_in_time(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_page, "LOOK", 0.1)
-    monkeypatch.setattr(web_page, "KEEP", 1.0)
+def test_uploads_are_deleted_after_their_lifetime(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_page, "CLEANUP_INTERVAL", 0.1)
+    monkeypatch.setattr(web_page, "UPLOAD_LIFETIME", 1.0)
     with contextlib.ExitStack() as stack:
         server = launch(WebRecipe(model=str(talker), port=0, device="cpu"), stack)
-        file = upload(lambda *words, **options: httpx.post(server.local_url + words[0], **options))
+        file = upload(server.local_url)
         assert file.is_file()
         deadline = time.monotonic() + 60
         while file.exists() and time.monotonic() < deadline:
@@ -702,20 +726,21 @@ def test_uploads_are_deleted_in_time(talker: Path, monkeypatch: pytest.MonkeyPat
         assert not file.exists()
 
 
-def upload(post: Callable[..., httpx.Response]) -> Path:
-    """Where the server keeps it."""
-    return Path(post("gradio_api/upload", files={"files": ("a.png", b"image")}).raise_for_status().json()[0])
+def upload(address: str, content: bytes = b"image", post: Callable[..., httpx.Response] = httpx.post) -> Path:
+    """Upload a file and return its path on the server."""
+    response = post(f"{address}gradio_api/upload", files={"files": ("a.png", content)})
+    return Path(response.raise_for_status().json()[0])
 
 
 @pytest.mark.slow
-def test_a_password_and_no_upload_left_after_sigterm(talker: Path, tmp_path: Path) -> None:
-    """The real command, its LLM in four bits: strangers get nothing, others on the machine cannot read along."""
+def test_password_and_deleted_uploads_after_sigterm(talker: Path, tmp_path: Path) -> None:
+    """The command with a 4-bit LLM: clients need the password, and other users of the machine cannot read uploads."""
     (tmp_path / "token").write_text("secret\n")
     folder = tmp_path / "temporary"
     folder.mkdir()
-    words = ["--port", "0", "--device", "cpu", "--quantize", "4bit", "--token_file", str(tmp_path / "token")]
+    options = ["--port", "0", "--device", "cpu", "--quantize", "4bit", "--token_file", str(tmp_path / "token")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "clips_mllm.web", str(talker), *words],
+        [sys.executable, "-m", "clips_mllm.web", str(talker), *options],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(folder)},
@@ -729,7 +754,7 @@ def test_a_password_and_no_upload_left_after_sigterm(talker: Path, tmp_path: Pat
             assert stranger.post("/gradio_api/upload", files={"files": ("a.png", b"x")}).status_code == 401
         with httpx.Client(base_url=address) as guest:
             guest.post("/login", data={"username": "x", "password": "secret"}).raise_for_status()
-            file = upload(guest.post)
+            file = upload("/", post=guest.post)
         (own,) = folder.glob("clips-mllm-web-*")
         assert file.is_file() and file.is_relative_to(own) and own.stat().st_mode & 0o777 == 0o700
         process.send_signal(signal.SIGTERM)
@@ -740,31 +765,31 @@ def test_a_password_and_no_upload_left_after_sigterm(talker: Path, tmp_path: Pat
         process.communicate()
 
 
-def test_the_llm_in_four_bits(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both models of the page are loaded rounded, and the page's function answers."""
-    found: list[Engine] = []
+def test_4bit_quantization(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models of the page are loaded with quantized weights, and answer."""
+    engines: list[Engine] = []
     start = web.start_engine
 
-    def noted(*words: Any, **options: Any) -> Engine:
-        found.append(start(*words, **options))
-        return found[-1]
+    def recorded(*args: Any, **options: Any) -> Engine:
+        engines.append(start(*args, **options))
+        return engines[-1]
 
-    monkeypatch.setattr(web, "start_engine", noted)
-    recipe = WebRecipe(model=str(talker), beside=str(talker), port=0, device="cpu", quantize="4bit")
+    monkeypatch.setattr(web, "start_engine", recorded)
+    recipe = WebRecipe(model=str(talker), compare_with=str(talker), port=0, device="cpu", quantize="4bit")
     with contextlib.ExitStack() as stack:
         server = launch(recipe, stack)
-        layers: list[Any] = [engine.mllm.model.model.language_model.layers[0] for engine in found]
+        layers: list[Any] = [engine.mllm.model.model.language_model.layers[0] for engine in engines]
         assert [type(layer.mlp.up_proj).__name__ for layer in layers] == ["Linear4bit"] * 2
-        assert '"success":true' in made_up(server)
+        assert '"success":true' in ask_by_http(server)
 
 
-def test_attention_falls_on_patches(talker: Path, world: Path) -> None:
-    """A map for each image, of its patches, that sums to 1; the same as in one pass over prompt and answer."""
+def test_attention_maps_equal_those_of_one_pass(talker: Path, world: Path) -> None:
+    """One map per image that sums to 1, as in a single pass over prompt and answer."""
     from clips_mllm.model.checkpoint import load_mllm
 
     images = [InputImage(Image.open(world / f"{color}.png").convert("RGB")) for color in ("green", "red")]
     with Engine(load_mllm(talker, device="cpu")) as engine:
-        prompt = engine.prompt([question("Which?", 2)], images)
+        prompt = engine.prompt([user_message("Which?", 2)], images)
         maps = attention_maps(engine, prompt, "the second")
         assert [tuple(weights.shape) for weights in maps] == [(3, 3), (3, 3)]
         assert all(abs(float(weights.sum()) - 1) < 1e-5 for weights in maps)
