@@ -1,4 +1,4 @@
-"""`clips-mllm data doctor`: every row and image looked at before a night is spent on them.
+"""`clips-mllm data doctor`: check every row and image before training, and write a clean copy.
 
 clips-mllm data doctor llava_v1_5_mix665k.json --images data/LLaVA-Instruct --model lmsys/vicuna-7b-v1.5
 clips-mllm data doctor rows.json --images images --fix rows_clean.json
@@ -8,22 +8,29 @@ clips-mllm data doctor '/data/recap/*.tar'
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clips_mllm.checks.recipe import DoctorRecipe
 from vision_tower.common.errors import run_command
 from vision_tower.common.recipe import parse_recipe
 
-SHARD_ENDINGS = (".tar", ".tgz", ".gz")
-CONVERSATIONS = {"conversations", "messages", "texts"}
+if TYPE_CHECKING:
+    from clips_mllm.checks.report import Summary
+
+SHARD_SUFFIXES = (".tar", ".tgz", ".gz")
+CONVERSATION_COLUMNS = {"conversations", "messages", "texts"}
+ROWS_PER_CHUNK = 200
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
-    """Look, tell, and write a clean copy where that is asked for."""
+    """Check the data, print the table, and write the report and the clean copy."""
     recipe = parse_recipe(DoctorRecipe, argv, command="data doctor", positional=("file",))
     recipe.check()
     shards = _are_shards(recipe)
@@ -34,28 +41,28 @@ def main(argv: list[str]) -> None:
     if recipe.fix is not None:
         check_copy(recipe.source, Path(recipe.fix), shards)
     begin = time.monotonic()
-    report, table = examine_shards(recipe) if shards else examine_rows(recipe)
-    seconds = time.monotonic() - begin
-    write_text(Path(recipe.output), json.dumps(report | {"seconds": round(seconds, 1)}, indent=1, ensure_ascii=False))
-    print(table)
-    print(f"{seconds:.0f} s; report in {recipe.output}", file=sys.stderr)
+    summary = check_shards(recipe) if shards else check_rows(recipe)
+    report = summary.report() | {"seconds": round(time.monotonic() - begin, 1)}
+    write_text(Path(recipe.output), json.dumps(report, indent=1, ensure_ascii=False))
+    print(summary.table())
+    logger.info("report in %s", recipe.output)
     if recipe.fix is not None:
-        print(f"clean copy in {recipe.fix}", file=sys.stderr)
+        logger.info("clean copy in %s", recipe.fix)
 
 
-def examine_rows(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
-    """(report, table) of conversations."""
+def check_rows(recipe: DoctorRecipe) -> Summary:
+    """Check conversations, and copy the usable ones if --fix is given."""
     from tqdm import tqdm
 
     from clips_mllm.checks.fix import copy_rows
-    from clips_mllm.checks.report import Findings
-    from clips_mllm.checks.rows import check_chunk, start
+    from clips_mllm.checks.report import Summary
+    from clips_mllm.checks.rows import check_chunk, start_worker
     from clips_mllm.data.parallel import spread
     from clips_mllm.data.row_source import image_folder, is_json, json_chunks, open_table, table_chunks
 
     source = recipe.source
     base = None if is_json(source) else open_table(source)
-    rows = json_chunks(source, 200) if base is None else table_chunks(base)
+    rows = json_chunks(source, ROWS_PER_CHUNK) if base is None else table_chunks(base)
     folder = image_folder(source)
 
     def chunks() -> Iterator[tuple[Path, int, list[Any]]]:
@@ -64,14 +71,16 @@ def examine_rows(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
             yield folder, begin, chunk
             begin += len(chunk)
 
-    findings = Findings(recipe.file, recipe.max_length)
+    summary = Summary(recipe.file, recipe.max_length)
     bad: set[int] = set()
     files: dict[int, list[str]] = {}
     total = None if base is None else len(base)
-    with tqdm(desc="Looking", unit=" rows", total=total, delay=3, file=sys.stderr) as bar:
-        for verdicts in spread(check_chunk, chunks(), workers=recipe.workers, start=start, arguments=(recipe.render,)):
+    with tqdm(desc="Checking", unit=" rows", total=total, delay=3, file=sys.stderr) as bar:
+        for verdicts in spread(
+            check_chunk, chunks(), workers=recipe.workers, start=start_worker, arguments=(recipe.render,)
+        ):
             for verdict in verdicts:
-                findings.add(verdict)
+                summary.add(verdict)
                 if verdict.cause:
                     bad.add(verdict.number)
                 elif verdict.files is not None:
@@ -79,15 +88,15 @@ def examine_rows(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
             bar.update(len(verdicts))
     if recipe.fix is not None:
         copy_rows(source, Path(recipe.fix), bad, files)
-    return findings.report(), findings.table()
+    return summary
 
 
-def examine_shards(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
-    """(report, table) of pretraining pairs."""
+def check_shards(recipe: DoctorRecipe) -> Summary:
+    """Check pretraining pairs, and copy the usable ones if --fix is given."""
     from tqdm import tqdm
 
     from clips_mllm.checks.fix import copy_shard, refuse_same_names
-    from clips_mllm.checks.report import Findings
+    from clips_mllm.checks.report import Summary
     from clips_mllm.checks.rows import check_shard
     from clips_mllm.data.parallel import spread
     from vision_tower.data.recipe import SourceRecipe
@@ -99,22 +108,22 @@ def examine_shards(recipe: DoctorRecipe) -> tuple[dict[str, Any], str]:
     shards = find_shards(recipe.file)
     if recipe.fix is not None:
         refuse_same_names(shards)
-    findings = Findings(recipe.file, recipe.max_length)
-    found = spread(check_shard, ((shard, source) for shard in shards), workers=recipe.workers)
-    with tqdm(desc="Looking", unit=" shards", total=len(shards), delay=3, file=sys.stderr) as bar:
-        for shard, verdicts in zip(shards, found, strict=True):
+    summary = Summary(recipe.file, recipe.max_length)
+    results = spread(check_shard, ((shard, source) for shard in shards), workers=recipe.workers)
+    with tqdm(desc="Checking", unit=" shards", total=len(shards), delay=3, file=sys.stderr) as bar:
+        for shard, verdicts in zip(shards, results, strict=True):
             for verdict in verdicts:
-                findings.add(verdict, shard)
+                summary.add(verdict, shard)
             if recipe.fix is not None:
                 bad = {verdict.number for verdict in verdicts if verdict.cause}
                 copy_shard(shard, Path(recipe.fix), source.names, bad)
             bar.update()
-    return findings.report(), findings.table()
+    return summary
 
 
 def _are_shards(recipe: DoctorRecipe) -> bool:
-    """By the ending; Parquet by its columns."""
-    if Path(recipe.file).suffix in SHARD_ENDINGS:
+    """Return True for pretraining shards: by the suffix, or by the columns of a Parquet file."""
+    if Path(recipe.file).suffix in SHARD_SUFFIXES:
         return True
     if Path(recipe.file).suffix != ".parquet":
         return False
@@ -122,7 +131,7 @@ def _are_shards(recipe: DoctorRecipe) -> bool:
 
     from vision_tower.data.shards import find_shards
 
-    return not CONVERSATIONS & set(pq.ParquetFile(find_shards(recipe.file)[0]).schema_arrow.names)
+    return not CONVERSATION_COLUMNS & set(pq.ParquetFile(find_shards(recipe.file)[0]).schema_arrow.names)
 
 
 if __name__ == "__main__":

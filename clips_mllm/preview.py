@@ -1,4 +1,4 @@
-"""`clips-mllm data preview`: samples as the model sees them, with what it learns in colour.
+"""`clips-mllm data preview`: show samples as the model reads them, with supervised tokens marked.
 
 clips-mllm data preview rows.json --images images --model runs/quickstart/finetune
 clips-mllm data preview rows.json --images images --model lmsys/vicuna-7b-v1.5 --template vicuna_v1 --output p.html
@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import html
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,11 @@ from vision_tower.common.errors import run_command
 from vision_tower.common.recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from clips_mllm.checks.display import Piece
+    from clips_mllm.checks.display import TokenSpan
 
-THUMBNAIL = 320  # pixels of the longer side, in the page
+THUMBNAIL = 320  # pixels of the longer side, in the HTML page
+
+logger = logging.getLogger(__name__)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -37,18 +40,26 @@ img { max-height: 220px; margin-right: .5rem; border-radius: 4px } small { color
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A sample of the preview: where it is from, its tokens in runs, its images; or why it cannot be used."""
+class PreviewSample:
+    """One sample of the preview.
 
-    place: str
-    counts: str
-    pieces: list[Piece]
-    images: list[bytes]
-    fault: str = ""
+    Attributes:
+        title: row number.
+        counts: numbers of tokens and images, as text.
+        spans: its tokens.
+        images: JPEG thumbnails.
+        error: reason why the sample cannot be used; empty if it can.
+    """
+
+    title: str
+    counts: str = ""
+    spans: list[TokenSpan] = dataclasses.field(default_factory=list)
+    images: list[bytes] = dataclasses.field(default_factory=list)
+    error: str = ""
 
 
 def main(argv: list[str]) -> None:
-    """Show the samples."""
+    """Print the samples, or write the HTML page."""
     recipe = parse_recipe(PreviewRecipe, argv, command="data preview", positional=("file",))
     recipe.check()
 
@@ -57,73 +68,77 @@ def main(argv: list[str]) -> None:
 
     if recipe.output is not None:
         write_text(Path(recipe.output), page(recipe.file, list(samples(recipe))))
-        print(f"preview in {recipe.output}", file=sys.stderr)
+        logger.info("preview in %s", recipe.output)
         return
     color = sys.stdout.isatty()
-    for shown in samples(recipe):
-        print(f"--- {shown.place}: {shown.fault or shown.counts}")
-        print(as_text(shown.pieces, color))
-    print("what is learnt is " + ("green" if color else "between ⟦ and ⟧"), file=sys.stderr)
+    for sample in samples(recipe):
+        print(f"--- {sample.title}: {sample.error or sample.counts}")
+        print(as_text(sample.spans, color))
+    logger.info("supervised tokens are %s", "green" if color else "between ⟦ and ⟧")
 
 
-def samples(recipe: PreviewRecipe) -> Iterator[Shown]:
-    """Evenly spread over the usable rows of the file."""
-    from clips_mllm.checks.display import pieces
+def samples(recipe: PreviewRecipe) -> Iterator[PreviewSample]:
+    """Yield samples that are evenly spaced over the usable rows of the file."""
+    from clips_mllm.checks.display import token_spans
     from clips_mllm.checks.rendering import open_renderer
     from clips_mllm.data.row_store import RowStore, say
     from clips_mllm.prompts.conversation import IGNORED, IMAGE, Unsupervised
 
-    renderer = open_renderer(recipe.render)
+    render = recipe.render
+    assert render is not None, "PreviewRecipe.model is required"
+    renderer = open_renderer(render)
     store = RowStore(recipe.source)
     say(recipe.source, store.report, len(store), max_bad_fraction=1.0, quiet=False)
     image_id = renderer.tokenizer.convert_tokens_to_ids(IMAGE)
     count = min(recipe.count, len(store))
     for at in (number * len(store) // count for number in range(count)):
         example = store.example(at)
-        place = f"row {store.number(at)}"
+        title = f"row {store.number(at)}"
         try:
             images = [_thumbnail(store.image(at, name)) for name in example.images]
             rendered = renderer(example)
         except (Unsupervised, OSError, ValueError) as error:
-            yield Shown(place, "", [], [], str(error))
+            yield PreviewSample(title, error=str(error))
             continue
-        learnt = sum(label != IGNORED for label in rendered.labels)
+        supervised = sum(label != IGNORED for label in rendered.labels)
         cut = f", cut from {rendered.whole}" if rendered.whole > len(rendered.ids) else ""
-        counts = f"{len(rendered.ids)} tokens{cut}, {learnt} learnt, {len(images)} images"
-        yield Shown(place, counts, pieces(rendered.ids, rendered.labels, renderer.tokenizer, image_id), images)
+        counts = f"{len(rendered.ids)} tokens{cut}, {supervised} supervised, {len(images)} images"
+        spans = token_spans(rendered.ids, rendered.labels, renderer.tokenizer, image_id)
+        yield PreviewSample(title, counts, spans, images)
 
 
-def page(title: str, shown: list[Shown]) -> str:
-    """The preview as HTML that needs no other file."""
-    articles = "\n".join(_article(sample) for sample in shown)
+def page(title: str, samples: list[PreviewSample]) -> str:
+    """Return the preview as a self-contained HTML page."""
+    articles = "\n".join(map(_article, samples))
     return (
         f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n"
-        f"<p>What the model learns is <mark>marked</mark>; the rest is what it is given.</p>\n{articles}\n</html>\n"
+        f"<p>Supervised tokens are <mark>marked</mark>; the model predicts these and is given the others.</p>\n"
+        f"{articles}\n</html>\n"
     )
 
 
-def _article(sample: Shown) -> str:
+def _article(sample: PreviewSample) -> str:
     images = "".join(
         f"<img alt='image' src='data:image/jpeg;base64,{base64.b64encode(content).decode()}'>"
         for content in sample.images
     )
-    said = f"<p class='bad'>{html.escape(sample.fault)}</p>" if sample.fault else f"<small>{sample.counts}</small>"
+    counts = f"<p class='bad'>{html.escape(sample.error)}</p>" if sample.error else f"<small>{sample.counts}</small>"
     return (
-        f"<article><h3>{sample.place}</h3>{said}<div>{images}</div>"
-        f"<pre>{''.join(map(_piece, sample.pieces))}</pre></article>"
+        f"<article><h3>{sample.title}</h3>{counts}<div>{images}</div>"
+        f"<pre>{''.join(map(_span, sample.spans))}</pre></article>"
     )
 
 
-def _piece(piece: Piece) -> str:
-    text = html.escape(piece.text)
-    if piece.images:
+def _span(span: TokenSpan) -> str:
+    text = html.escape(span.text)
+    if span.image_tokens:
         return f"<span class='image'>{text}</span>"
-    return f"<mark>{text}</mark>" if piece.learnt else text
+    return f"<mark>{text}</mark>" if span.supervised else text
 
 
 def _thumbnail(content: bytes) -> bytes:
-    """A small JPEG. Raises BadImage."""
+    """Return the image as a small JPEG. Raises BadImage."""
     from vision_tower.data.images import decode_image
 
     image = decode_image(content, min_size=THUMBNAIL)

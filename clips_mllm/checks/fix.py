@@ -1,4 +1,4 @@
-"""Clean copies: what the doctor dropped is left out, what it can mend in the file is mended. Whole files or none."""
+"""Clean copies for `data doctor --fix`: without unusable rows, with repaired ones. Files appear when complete."""
 
 from __future__ import annotations
 
@@ -20,67 +20,71 @@ from vision_tower.common.errors import UserError
 
 
 def check_copy(source: InstructionSource, copy: Path, shards: bool) -> None:
-    """Raise UserError where the copy would be of another kind, or replace what it is copied from."""
+    """Raise UserError if the copy would have another format, or overwrite the source."""
     if copy.resolve() == Path(source.file).resolve():
-        raise UserError(f"--fix {copy}: that is the file itself", remedy="give another name")
+        raise UserError("would overwrite the checked file", key="--fix", value=copy, remedy="give another name")
     if shards:
         if copy.suffix:
-            raise UserError(f"--fix {copy}: shards are copied into a folder", remedy="give its name")
+            raise UserError(
+                "not a folder, as shards need", key="--fix", value=copy, remedy="give a name without suffix"
+            )
         return
-    wanted = (".json", ".jsonl") if is_json(source) else (".parquet",)
-    if copy.suffix not in wanted:
-        raise UserError(f"--fix {copy}: write {' or '.join(wanted)}, as {source.file} is read")
+    suffixes = (".json", ".jsonl") if is_json(source) else (".parquet",)
+    if copy.suffix not in suffixes:
+        raise UserError(
+            f"not the format of {source.file}", key="--fix", value=copy, remedy=f"end it with {' or '.join(suffixes)}"
+        )
 
 
 def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files: Mapping[int, list[str]]) -> None:
-    """The good rows of a JSON, JSONL or table, as they were but for an opening answer and renamed images.
+    """Copy the usable rows of a JSON, JSONL or table; JSON rows without opening answers, and with existing image paths.
 
     Args:
-        bad: numbers of rows that are left out.
-        files: the images that are there, by number of the row.
+        bad: numbers of rows to leave out.
+        files: by row number, image paths that replace those in the row.
     """
     if not is_json(source):
         table = open_table(source)
-        with _whole(copy) as work:
-            table.select([at for at in range(len(table)) if at not in bad]).to_parquet(str(work))
+        with _atomic(copy) as work:
+            table.select([number for number in range(len(table)) if number not in bad]).to_parquet(str(work))
         return
     lines = copy.suffix == ".jsonl"
-    # Half a character makes a row bad where it is read; elsewhere, as in an id, it becomes "?".
-    with _whole(copy) as work, work.open("w", encoding="utf-8", errors="replace") as out:
-        between = "" if lines else "[\n"
+    # A lone surrogate in the text makes a row unusable; in other fields, such as an id, it is written as "?".
+    with _atomic(copy) as work, work.open("w", encoding="utf-8", errors="replace") as out:
+        separator = "" if lines else "[\n"
         for number, row in enumerate(read_rows(Path(source.file))):
             if number not in bad:
-                out.write(between + json.dumps(_mend(row, files.get(number)), ensure_ascii=False))
-                between = "\n" if lines else ",\n"
-        out.write("\n" if lines else "\n]\n" if between != "[\n" else "[\n]\n")
+                out.write(separator + json.dumps(_repair(row, files.get(number)), ensure_ascii=False))
+                separator = "\n" if lines else ",\n"
+        out.write("\n" if lines else "\n]\n" if separator != "[\n" else "[\n]\n")
 
 
-def _mend(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-    read = turns_read(row)  # what is JSON as text stays text where nothing in it is to be mended
-    turns = read.get(turns_key(read))
+def _repair(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
+    parsed = turns_read(row)  # turns given as a JSON string stay a string unless something in them is repaired
+    turns = parsed.get(turns_key(parsed))
     if isinstance(turns, list):
         opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in turns])
         if opening:
             del turns[opening]
-            row = read
+            row = parsed
     if files is None:
         return row
     for key in ("image", "images"):
         if row.get(key):
             return row | {key: files[0] if isinstance(row[key], str) else files}
-    for (part, name), file in zip(image_parts(read), files, strict=True):
+    for (part, name), file in zip(image_parts(parsed), files, strict=True):
         part[name] = file
-    return read
+    return parsed
 
 
 def refuse_same_names(shards: Iterable[str]) -> None:
-    """Copies lie in one folder. Raises UserError where one would take another's place."""
+    """Raise UserError if two shards have the same file name, since copies are written to one folder."""
     known: dict[str, str] = {}
     for shard in shards:
         name = _name(shard)
         if name in known:
             raise UserError(
-                f"{known[name]} and {shard} have the same name", key="--fix", remedy="mend one folder at a time"
+                f"has the same file name as {known[name]}", file=shard, key="--fix", remedy="fix one folder at a time"
             )
         known[name] = shard
 
@@ -90,23 +94,23 @@ def _name(shard: str) -> str:
 
 
 def copy_shard(shard: str, folder: Path, names: frozenset[str], bad: Collection[int]) -> None:
-    """The good rows of a pretraining shard, into a shard of the same name; none where there is no good row."""
+    """Copy the usable rows of a pretraining shard into a shard of the same name, unless there are none."""
     from vision_tower.data.shards import BadShard, read_shard
 
     folder.mkdir(parents=True, exist_ok=True)
     name = _name(shard)
 
-    def good() -> Iterator[Any]:
+    def usable() -> Iterator[Any]:
         try:
             yield from read_shard(shard, names, lambda number: number not in bad)
         except BadShard:
-            return  # counted by the doctor; what came before the fault is kept
+            return  # the doctor counts it; rows before the damage are kept
 
-    rows = good()
+    rows = usable()
     first = next(rows, None)
     if first is None:
         return
-    with _whole(folder / name) as work:
+    with _atomic(folder / name) as work:
         (_write_parquet if name.endswith(".parquet") else _write_tar)(work, itertools.chain([first], rows))
 
 
@@ -127,8 +131,8 @@ def _write_parquet(work: Path, rows: Iterator[Any]) -> None:
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """A name to write to; the file appears under its own when all went well."""
+def _atomic(file: Path) -> Iterator[Path]:
+    """Yield a temporary name; rename it to `file` if the body succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}.partial")
     try:

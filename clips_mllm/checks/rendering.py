@@ -1,4 +1,4 @@
-"""Conversations to tokens without a model: what `data doctor` and `data preview` need of a checkpoint or an LLM."""
+"""Renders conversations to tokens with the tokenizer of a checkpoint or an LLM, without loading the model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LLAVA_TOKENS = 576  # CLIP-L/14 at 336 pixels
+LLAVA_IMAGE_TOKENS = 576  # CLIP-L/14 at 336 pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Renderer:
-    """Tokenizer, template and lengths."""
+    """Render conversations as training does, with a fixed number of tokens per image."""
 
     tokenizer: PreTrainedTokenizerFast
     template: str
@@ -30,7 +30,7 @@ class Renderer:
     max_length: int
 
     def __call__(self, example: Example) -> Rendered:
-        """Raises Unsupervised."""
+        """Return ids and labels. Raises Unsupervised."""
         return render(
             example.messages,
             template=self.template,
@@ -41,15 +41,14 @@ class Renderer:
 
 
 def open_renderer(recipe: RenderRecipe) -> Renderer:
-    """Raises UserError where the model cannot be read or the template does not suit it."""
+    """Load the tokenizer and choose the template. Raises UserError if one of them cannot be used."""
     from transformers import AutoTokenizer
 
-    assert recipe.model is not None, "RenderRecipe.check has run, or the caller knows"
     tokenizer = read_pretrained(AutoTokenizer, recipe.model)
     add_image_token(tokenizer)
     if recipe.template is not None or not tokenizer.chat_template:
         template = template_for(tokenizer, recipe.template or "tokenizer")
-    elif _is_llava(recipe.model):
+    elif _is_llava(recipe.model):  # the template of a checkpoint is complete already
         template = str(tokenizer.chat_template)
     else:
         template = template_for(tokenizer, "tokenizer")
@@ -61,16 +60,16 @@ def _is_llava(model: str) -> bool:
 
 
 def _image_tokens(model: str) -> int:
-    """Of a checkpoint's processor; LLaVA-1.5's where there is none."""
+    """Return the tokens per image of a checkpoint, or LLaVA-1.5's for a bare LLM. Raises UserError for tiles."""
     from transformers import AutoProcessor, LlavaProcessor
 
     from clips_mllm.model.processors import image_tokens
 
     if not _is_llava(model):
-        return LLAVA_TOKENS
+        return LLAVA_IMAGE_TOKENS
     processor = read_pretrained(AutoProcessor, model)
     if not isinstance(processor, LlavaProcessor):
         raise UserError(
-            "its images have tiles, as many as their shape asks for", file=model, remedy="give --image_tokens"
+            "the number of tokens per image varies, since images have tiles", file=model, remedy="give --image_tokens"
         )
     return image_tokens(processor)

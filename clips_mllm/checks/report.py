@@ -1,4 +1,4 @@
-"""What the doctor found, summed up: counts by cause with examples, lengths, and the table that is printed."""
+"""Summary of the doctor's verdicts: counts by cause with examples, lengths, and the printed table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from clips_mllm.checks.rows import Verdict
 
-EXAMPLES = 20  # of each cause
+MAX_EXAMPLES = 20  # of each cause
 
 
 @dataclasses.dataclass
-class Findings:
-    """Sums over verdicts; memory of a few bytes a row."""
+class Summary:
+    """Sums over verdicts, with a few bytes of memory per row."""
 
     file: str
     max_length: int
@@ -24,45 +24,45 @@ class Findings:
     over_long: int = 0
     repeated_ids: int = 0
     causes: Counter[str] = dataclasses.field(default_factory=Counter)
-    mended: Counter[str] = dataclasses.field(default_factory=Counter)
+    repairs: Counter[str] = dataclasses.field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     tokens: array[int] = dataclasses.field(default_factory=lambda: array("i"))
-    learnt: array[int] = dataclasses.field(default_factory=lambda: array("i"))
-    seen: set[int] = dataclasses.field(default_factory=set)
+    supervised: array[int] = dataclasses.field(default_factory=lambda: array("i"))
+    seen_ids: set[int] = dataclasses.field(default_factory=set)
     shard: str = ""
 
     @property
     def usable(self) -> int:
-        """Rows that can be trained on."""
+        """Number of rows that training can use."""
         return self.rows - self.causes.total()
 
     def add(self, verdict: Verdict, shard: str = "") -> None:
-        """Count a row."""
+        """Count a row. Shards come one after the other."""
         self.rows += 1
-        if shard != self.shard:  # shards come one after the other, and a name stands for a sample within one
-            self.seen.clear()
+        if shard != self.shard:  # ids are unique within a shard
+            self.seen_ids.clear()
             self.shard = shard
         name = hash(verdict.name)
-        self.repeated_ids += bool(verdict.name) and name in self.seen
-        self.seen.add(name)
-        self.mended.update(verdict.mended)
+        self.repeated_ids += bool(verdict.name) and name in self.seen_ids
+        self.seen_ids.add(name)
+        self.repairs.update(verdict.repairs)
         if verdict.cause:
             self.causes[verdict.cause] += 1
-            found = self.examples.setdefault(verdict.cause, [])
-            if len(found) < EXAMPLES:
-                place = {"shard": shard} if shard else {}
-                found.append({**place, "row": verdict.number, "id": verdict.name, "detail": verdict.detail})
+            examples = self.examples.setdefault(verdict.cause, [])
+            if len(examples) < MAX_EXAMPLES:
+                origin = {"shard": shard} if shard else {}
+                examples.append({**origin, "row": verdict.number, "id": verdict.name, "detail": verdict.detail})
             return
         self.images += verdict.images
         self.text_only += not verdict.images
         if verdict.tokens:
-            self.tokens.append(verdict.whole)
-            self.learnt.append(verdict.learnt)
-            self.over_long += verdict.whole > self.max_length
+            self.tokens.append(verdict.uncut_tokens)
+            self.supervised.append(verdict.supervised)
+            self.over_long += verdict.uncut_tokens > self.max_length
 
     def report(self) -> dict[str, Any]:
-        """For `doctor.json`."""
-        found: dict[str, Any] = {
+        """Return the content of the report file."""
+        report: dict[str, Any] = {
             "file": self.file,
             "rows": self.rows,
             "usable": self.usable,
@@ -72,40 +72,41 @@ class Findings:
             "dropped": {
                 cause: {"rows": count, "examples": self.examples[cause]} for cause, count in self.causes.most_common()
             },
-            "mended": dict(self.mended.most_common()),
+            "repaired": dict(self.repairs.most_common()),
         }
         if self.tokens:
-            found |= {
+            report |= {
                 "max_length": self.max_length,
                 "over_long": self.over_long,
-                "tokens": _spread(self.tokens),
-                "learnt": _spread(self.learnt),
+                "tokens": _quantiles(self.tokens),
+                "supervised": _quantiles(self.supervised),
             }
-        return found
+        return report
 
     def table(self) -> str:
-        """For the terminal."""
+        """Return the table for the terminal."""
         lines = [("rows", self.rows, ""), ("usable", self.usable, "")]
         for cause, count in self.causes.most_common():
             first = self.examples[cause][0]
-            place = f"{first['shard']}: " if "shard" in first else ""
-            lines.append((f"  dropped: {cause}", count, f"{place}row {first['row']} {first['detail']}".rstrip()))
-        for what, count in self.mended.most_common():
-            lines.append((f"  mended: {what}", count, ""))
+            shard = f"{first['shard']}: " if "shard" in first else ""
+            lines.append((f"  dropped: {cause}", count, f"{shard}row {first['row']} {first['detail']}".rstrip()))
+        lines += [(f"  repaired: {repair}", count, "") for repair, count in self.repairs.most_common()]
         lines += [("images", self.images, ""), ("text only", self.text_only, "")]
-        lines.append(("ids that repeat", self.repeated_ids, "kept"))
+        lines.append(("repeated ids", self.repeated_ids, "kept"))
         if self.tokens:
-            spread, learnt = _spread(self.tokens), _spread(self.learnt)
-            lines.append(("tokens, median", spread["median"], f"99 %: {spread['p99']}, longest: {spread['max']}"))
-            lines.append(("learnt, median", learnt["median"], f"99 %: {learnt['p99']}, most: {learnt['max']}"))
-            lines.append((f"longer than {self.max_length}", self.over_long, "cut there"))
+            for name, values in (("tokens", self.tokens), ("supervised tokens", self.supervised)):
+                quantiles = _quantiles(values)
+                lines.append(
+                    (f"{name}, median", quantiles["median"], f"99 %: {quantiles['p99']}, max: {quantiles['max']}")
+                )
+            lines.append((f"longer than {self.max_length}", self.over_long, "cut"))
         width = max(len(line[0]) for line in lines)
-        return "\n".join(f"{name:<{width}} {count:>12,}  {said}".rstrip() for name, count, said in lines)
+        return "\n".join(f"{name:<{width}} {count:>12,}  {note}".rstrip() for name, count, note in lines)
 
 
-def _spread(values: array[int]) -> dict[str, int]:
+def _quantiles(values: array[int]) -> dict[str, int]:
     ordered = sorted(values)
     last = len(ordered) - 1
-    places = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-    found = {name: ordered[round(share * last)] for name, share in places.items()}
-    return found | {"mean": round(sum(ordered) / len(ordered)), "total": sum(ordered)}
+    ranks = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    quantiles = {name: ordered[round(rank * last)] for name, rank in ranks.items()}
+    return quantiles | {"mean": round(sum(ordered) / len(ordered)), "total": sum(ordered)}

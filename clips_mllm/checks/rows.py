@@ -1,7 +1,7 @@
-"""What the doctor looks at, a chunk at a time and in any process: rows, their images, their tokens.
+"""Checks of the doctor: rows, their images and their tokens, a chunk at a time, in any process.
 
-chunk of rows --to_example--> conversation --decode--> images --render--> tokens --> a Verdict each
-shard         --read_shard--> pair         --decode--> image                     --> a Verdict each
+chunk of rows --to_example--> conversation --decode--> images --render--> tokens --> one Verdict per row
+shard         --read_shard--> pair         --decode--> image                     --> one Verdict per pair
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ if TYPE_CHECKING:
     from clips_mllm.checks.rendering import Renderer
 
 CORRUPT = "corrupt image"
-UNSUPERVISED = "nothing to learn"
-GIF = "GIF, of which the first frame is taken"
+UNSUPERVISED = "no supervised token"
+GIF = "GIF, only the first frame is used"
 
-_renderer: Renderer | None = None  # one a process; tokenizers do not travel between processes cheaply
+_renderer: Renderer | None = None  # one per process, since a tokenizer is slow to send to another process
 
 
 @dataclasses.dataclass
 class Verdict:
-    """What was found of a row.
+    """Result of checking a row.
 
     Attributes:
-        number: of the row in the source, or in its shard.
+        number: position in the source, or in the shard.
         name: the row's id or key.
-        cause: why it cannot be used; empty where it can.
-        detail: the file or the error behind the cause.
-        mended: what loading puts right, or passes over, in it.
-        files: its images, where a file of another name stands in for a missing one.
-        images: images.
-        tokens, learnt: positions in the sequence, and supervised ones; 0 without a tokenizer.
-        whole: positions before the cut at max_length.
+        cause: reason why the row cannot be used; empty if it can.
+        detail: file or error behind the cause.
+        repairs: problems that loading repairs or ignores.
+        files: its image files, if one with another suffix replaces a missing one.
+        images: number of images.
+        tokens: length after the cut at max_length; 0 without a tokenizer.
+        uncut_tokens: length before the cut.
+        supervised: number of supervised tokens.
     """
 
     number: int
     name: str = ""
     cause: str = ""
     detail: str = ""
-    mended: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
     files: list[str] | None = None
     images: int = 0
     tokens: int = 0
-    learnt: int = 0
-    whole: int = 0
+    uncut_tokens: int = 0
+    supervised: int = 0
 
 
-def start(render: RenderRecipe | None) -> None:
-    """Once in every process, before `check_chunk`."""
+def start_worker(recipe: RenderRecipe | None) -> None:
+    """Load the tokenizer of this process. Must run before `check_chunk`; without a recipe no tokens are counted."""
     global _renderer
-    if render is not None:
+    _renderer = None
+    if recipe is not None:
         from clips_mllm.checks.rendering import open_renderer
 
-        _renderer = open_renderer(render)
-    else:
-        _renderer = None
+        _renderer = open_renderer(recipe)
 
 
 def check_chunk(chunk: tuple[Path, int, Sequence[Any]]) -> list[Verdict]:
-    """The rows of a source of conversations from a number on.
+    """Check consecutive rows.
 
     Args:
         chunk: folder of the images, number of the first row, the rows.
@@ -81,16 +81,16 @@ def check_chunk(chunk: tuple[Path, int, Sequence[Any]]) -> list[Verdict]:
 def _check_row(row: Any, number: int, folder: Path) -> Verdict:
     verdict = Verdict(number, row_name(row))
     try:
-        example = to_example(row)
-        found = find_images(example, folder)
-        verdict.mended, verdict.images = found.mended, len(found.images)
-        if found.images != example.images:
-            verdict.files = [str(name) for name in found.images]
-        _check_images(verdict, row, found, folder)
+        parsed = to_example(row)
+        example = find_images(parsed, folder)
+        verdict.repairs, verdict.images = example.mended, len(example.images)
+        if example.images != parsed.images:
+            verdict.files = [str(name) for name in example.images]
+        _check_images(verdict, row, example, folder)
         if _renderer is not None:
-            rendered = _renderer(found)
-            verdict.tokens, verdict.whole = len(rendered.ids), rendered.whole
-            verdict.learnt = sum(label != IGNORED for label in rendered.labels)
+            rendered = _renderer(example)
+            verdict.tokens, verdict.uncut_tokens = len(rendered.ids), rendered.whole
+            verdict.supervised = sum(label != IGNORED for label in rendered.labels)
     except BadRow as error:
         verdict.cause = str(error)
     except FileNotFoundError as error:
@@ -110,19 +110,19 @@ def _check_images(verdict: Verdict, row: dict[str, Any], example: Example, folde
 
 def _check_image(verdict: Verdict, content: bytes, name: str) -> None:
     try:
-        decode_image(content, min_size=1)  # a JPEG's every block is read, but at an eighth of the size
+        decode_image(content, min_size=1)  # decodes every block of a JPEG, but at an eighth of the size
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from error
     if content.startswith(b"GIF8"):
-        verdict.mended = (*verdict.mended, GIF)
+        verdict.repairs = (*verdict.repairs, GIF)
 
 
-def check_shard(given: tuple[str, SourceRecipe]) -> list[Verdict]:
-    """The pairs of a pretraining shard; one that cannot be read to its end has a last verdict that says so."""
+def check_shard(task: tuple[str, SourceRecipe]) -> list[Verdict]:
+    """Check the pairs of a pretraining shard. If it cannot be read to its end, the last verdict is about the shard."""
     from vision_tower.data.pairs import BadSample, read_captions, read_image
     from vision_tower.data.shards import BadShard, read_shard
 
-    shard, source = given
+    shard, source = task
     verdicts: list[Verdict] = []
     try:
         for row in read_shard(shard, source.names, lambda _: True):

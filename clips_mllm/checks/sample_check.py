@@ -1,4 +1,4 @@
-"""A look at a sample of the data before step 1: what the doctor would say of it, in seconds."""
+"""Check of a sample of the training data before step 1, in seconds. `data doctor` checks all of it."""
 
 from __future__ import annotations
 
@@ -16,67 +16,66 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class SampleCheck:
-    """What was found.
+    """Result of `check_sample`. Means are over usable samples.
 
     Attributes:
-        seen: samples that were looked at, evenly spread over the set.
-        causes: how many of them cannot be used, by cause.
-        first: the first unusable one, in words; empty where all are fine.
-        tokens: mean length of the usable ones, images included.
-        learnt: mean number of supervised tokens.
-        cut: how many are longer than max_length and lose their end.
+        checked: number of checked samples.
+        causes: number of unusable samples by cause.
+        first: position and error of the first unusable sample; empty if all are usable.
+        tokens: mean length, with image tokens.
+        supervised: mean number of supervised tokens.
+        cut: number of samples longer than max_length, which lose their end.
         images: mean number of images.
     """
 
-    seen: int
+    checked: int
     causes: dict[str, int]
     first: str
     tokens: float
-    learnt: float
+    supervised: float
     cut: int
     images: float
 
     def line(self) -> str:
-        """For the log."""
-        bad = sum(self.causes.values())
-        told = ", ".join(f"{count} x {cause}" for cause, count in self.causes.items())
+        """Return a line for the log."""
+        unusable = sum(self.causes.values())
+        causes = ", ".join(f"{count} x {cause}" for cause, count in self.causes.items())
         return (
-            f"{self.seen} samples looked at: {self.tokens:.0f} tokens and {self.learnt:.0f} learnt on average, "
-            f"{self.images:.2f} images, {self.cut} cut at max_length, {bad} unusable" + (f" ({told})" if told else "")
+            f"{self.checked} samples checked: mean {self.tokens:.0f} tokens, {self.supervised:.0f} supervised, "
+            f"{self.images:.2f} images; {self.cut} cut at max_length, {unusable} unusable"
+            + (f" ({causes})" if causes else "")
         )
 
 
 def check_sample(dataset: InstructionDataset, count: int = 64) -> SampleCheck:
-    """Render and decode `count` samples, evenly spread; counts nothing against `max_bad_fraction` of the run.
+    """Render and decode `count` evenly spaced samples. They do not count for the run's own `max_bad_fraction`.
 
     Raises:
-        UserError: more than `max_bad_fraction` of the sample, and more than one, cannot be used.
+        UserError: more than one sample, and more than `max_bad_fraction` of them, cannot be used.
     """
-    places = sorted({at * len(dataset) // count for at in range(min(count, len(dataset)))})
-    if len(dataset) <= count:
-        places = list(range(len(dataset)))
+    count = min(count, len(dataset))
     causes: Counter[str] = Counter()
     first = ""
-    tokens, learnt, images, cut = 0, 0, 0, 0
-    for at in places:
+    tokens, supervised, images, cut = 0, 0, 0, 0
+    for index in (number * len(dataset) // count for number in range(count)):
         try:
-            sample, rendered = dataset.load(at)
+            sample, rendered = dataset.load(index)
         except (BadImage, OSError, Unsupervised) as error:
-            cause = "nothing to learn" if isinstance(error, Unsupervised) else "unreadable image"
-            causes[cause] += 1
-            first = first or f"{dataset.describe(at)}: {error}"
+            causes["no supervised token" if isinstance(error, Unsupervised) else "unreadable image"] += 1
+            first = first or f"{dataset.describe(index)}: {error}"
             continue
         tokens += len(rendered.ids)
-        learnt += sum(label != IGNORED for label in rendered.labels)
+        supervised += sum(label != IGNORED for label in rendered.labels)
         images += len(sample["images"])
         cut += rendered.whole > len(rendered.ids)
-    good = max(len(places) - causes.total(), 1)
-    found = SampleCheck(len(places), dict(causes), first, tokens / good, learnt / good, cut, images / good)
-    if causes.total() > max(1, dataset.recipe.max_bad_fraction * len(places)) or causes.total() == len(places):
+    bad = causes.total()
+    if bad > max(1, dataset.recipe.max_bad_fraction * count) or bad == count:
         raise UserError(
-            f"{causes.total()} of {len(places)} samples looked at cannot be used (first: {first}), more "
-            f"than data.max_bad_fraction={dataset.recipe.max_bad_fraction}",
+            f"{bad} of {count} checked samples cannot be used (first: {first})",
             file=dataset.name,
-            remedy="run `clips-mllm data doctor` on it",
+            key="data.max_bad_fraction",
+            value=dataset.recipe.max_bad_fraction,
+            remedy="run `clips-mllm data doctor` on the file",
         )
-    return found
+    good = count - bad
+    return SampleCheck(count, dict(causes), first, tokens / good, supervised / good, cut, images / good)

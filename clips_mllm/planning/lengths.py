@@ -1,44 +1,46 @@
-"""How long the samples of a recipe are, from its file where that is there, else as the recipe allows. No torch."""
+"""Lengths of a recipe's samples in tokens: rendered as in training if the data exists, otherwise assumed.
+
+data files --evenly spaced rows--> conversations --template and tokenizer of the recipe--> Lengths
+
+Needs transformers only if the data files exist.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from clips_mllm.data.json_rows import read_rows
-from clips_mllm.data.llava_json import BadRow, Example, to_example
+from clips_mllm.data.llava_json import BadRow, to_example
 from clips_mllm.data.mixture import mix, share
-from clips_mllm.data.recipe import JSON_SUFFIXES, InstructionRecipe
+from clips_mllm.data.recipe import InstructionRecipe, InstructionSource
+from clips_mllm.data.row_source import is_json, matching, open_table, table_rows
 from clips_mllm.model.recipe import MllmRecipe
-from clips_mllm.prompts.conversation import Message
+from clips_mllm.planning.catalog import read_catalog
+from clips_mllm.prompts.conversation import IGNORED, Unsupervised
 from vision_tower.common.errors import UserError
 
-LOOKED_AT = 5000  # samples, spread over the file
-TOKENS_A_WORD = 1.4  # where no tokenizer is at hand
-AROUND_A_TURN = {  # what a template writes around a question and an answer; "tokenizer" is taken to be like ChatML
-    "plain": ("", "\n"),
-    "vicuna_v1": ("USER: ", " ASSISTANT: </s>"),
-    "llama_2": ("<s>[INST]  [/INST]", "  </s>"),
-    "llama_3": tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n<|eot_id|>" for role in ("user", "assistant")),
-    "chatml": tuple(f"<|im_start|>{role}\n<|im_end|>\n" for role in ("user", "assistant")),
-}
-# Sizes of LLaVA-1.5's sets (Liu et al., arXiv 2310.03744), for files that are not there yet.
-SAMPLES = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
+if TYPE_CHECKING:
+    from clips_mllm.checks.rendering import Renderer
+    from clips_mllm.prompts.render import Rendered
+
+MAX_RENDERED = 2000  # samples, about five seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Of the samples, in tokens.
+    """Lengths of samples, in tokens.
 
     Attributes:
-        samples: their number; 0 where nothing says it.
+        samples: number of samples in an epoch; 0 if unknown.
         longest, mean: with image tokens.
-        supervised: mean of those that are learnt from.
-        images: mean of a sample.
-        measured: whether they come from the file.
+        supervised: mean number of tokens that have a label.
+        images: mean number of images.
+        assumed: reason why the lengths are assumed; empty if they were measured.
     """
 
     samples: int
@@ -46,75 +48,109 @@ class Lengths:
     mean: float
     supervised: float
     images: float
-    measured: bool
+    assumed: str = ""
 
 
-def read_lengths(data: InstructionRecipe, model: MllmRecipe, patches: int) -> Lengths:
-    """Lengths of the recipe's samples.
+def read_lengths(
+    data: InstructionRecipe, model: MllmRecipe, image_tokens: int, *, text_tokens: int, samples: int
+) -> Lengths:
+    """Measure the lengths of a recipe's samples. Images are counted, not opened.
 
+    Args:
+        model: as `resolve_model` returns it.
+        image_tokens: tokens of one image.
+        text_tokens: mean tokens of a sample's text if lengths cannot be measured.
+        samples: number of samples if a data file does not exist; 0 takes the size of LLaVA's files.
     Raises:
-        UserError: a file that is no LLaVA JSON.
+        UserError: a file cannot be read, or no row of it can be used.
     """
-    files = [Path(source.file) for source in data.sources]
-    if not all(file.is_file() and file.suffix in JSON_SUFFIXES for file in files):
-        sizes = [SAMPLES.get(file.name, 0) for file in files]
-        known = sum(share(source, size) for source, size in zip(data.sources, sizes, strict=True) if size)
-        mean = min(data.max_length, patches + 300)
-        return Lengths(
-            samples=known,
-            longest=data.max_length,
-            mean=mean,
-            supervised=mean - patches,
-            images=1.0,
-            measured=False,
-        )
-    found = [list(read_rows(file)) for file in files]
-    rows = [row for part in found for row in part]
-    chosen = mix(data.sources, [len(part) for part in found], data.seed)
-    rows = rows if chosen is None else [rows[place] for place in chosen]
-    looked = list(_examples(rows[:: max(1, len(rows) // LOOKED_AT)]))
-    if not looked:
-        raise UserError("no conversations", file=files[0], remedy="`clips-mllm data doctor` tells more")
-    count = _counter(model)
-    around = [count(text) for text in AROUND_A_TURN.get(data.template, AROUND_A_TURN["chatml"])]
-    whole, learnt = [], []
-    for example in looked:
-        spoken = [(turn["role"] == "assistant", _text(turn, data.template)) for turn in example.messages]
-        tokens = [(answer, count(text)) for answer, text in spoken]
-        images = patches * len(example.images)
-        whole.append(min(data.max_length, images + sum(around[answer] + length for answer, length in tokens)))
-        learnt.append(sum(length + 1 for answer, length in tokens if answer))
+    assumed = Lengths(
+        samples=samples or _catalog_samples(data),
+        longest=data.max_length,
+        mean=min(data.max_length, image_tokens + text_tokens),
+        supervised=min(data.max_length - image_tokens, text_tokens),
+        images=1.0,
+    )
+    missing = [source.file for source in data.sources if source.on_hub or not matching(source.file)]
+    if missing:
+        return dataclasses.replace(assumed, assumed=f"{missing[0]} is not on this machine")
+    count, rows = sample_rows(data)
+    renderer = _open_renderer(data, model, image_tokens)
+    if renderer is None:
+        reason = f"{model.checkpoint or model.llm} has no tokenizer on this machine"
+        return dataclasses.replace(assumed, samples=count, assumed=reason)
+    rendered = list(_render(rows, renderer))
+    if not rendered:
+        file = data.sources[0].file
+        raise UserError("no usable conversation", file=file, remedy="run `clips-mllm data doctor` on it")
+    lengths = [len(one.ids) for one, _ in rendered]
     return Lengths(
-        samples=len(rows),
-        longest=max(whole),
-        mean=sum(whole) / len(whole),
-        supervised=sum(learnt) / len(learnt),
-        images=sum(len(example.images) for example in looked) / len(looked),
-        measured=True,
+        samples=count,
+        longest=max(lengths),
+        mean=float(np.mean(lengths)),
+        supervised=float(np.mean([sum(label != IGNORED for label in one.labels) for one, _ in rendered])),
+        images=float(np.mean([images for _, images in rendered])),
     )
 
 
-def _examples(rows: list[Any]) -> Iterator[Example]:
-    """Without the bad rows, which the doctor tells of and training leaves out."""
+def sample_rows(data: InstructionRecipe) -> tuple[int, list[Any]]:
+    """Return the number of samples in an epoch, and rows that are evenly spaced over it.
+
+    JSON files are read twice, so that memory does not grow with their size.
+    """
+    sizes = [_count_rows(source) for source in data.sources]
+    order = mix(data.sources, sizes, data.seed)
+    places = np.arange(sum(sizes)) if order is None else order
+    sampled = places[:: max(1, len(places) // MAX_RENDERED)]
+    rows: list[Any] = []
+    begin = 0
+    for source, size in zip(data.sources, sizes, strict=True):
+        inside = sampled[(sampled >= begin) & (sampled < begin + size)] - begin
+        found = _read_rows(source, set(inside.tolist()))
+        rows += [found[number] for number in inside.tolist()]  # a weight above 1 repeats rows
+        begin += size
+    return len(places), rows
+
+
+def _count_rows(source: InstructionSource) -> int:
+    return sum(1 for _ in read_rows(Path(source.file))) if is_json(source) else len(open_table(source))
+
+
+def _read_rows(source: InstructionSource, numbers: set[int]) -> dict[int, Any]:
+    if is_json(source):
+        return {number: row for number, row in enumerate(read_rows(Path(source.file))) if number in numbers}
+    table = open_table(source)
+    return {number: table_rows(table, number)[0] for number in numbers}
+
+
+def _catalog_samples(data: InstructionRecipe) -> int:
+    """Samples in an epoch of the files that the catalog lists; 0 if it lists none."""
+    known: dict[str, int] = read_catalog()["samples"]
+    sizes = [(source, known.get(Path(source.file).name, 0)) for source in data.sources]
+    return sum(share(source, size) for source, size in sizes if size)
+
+
+def _open_renderer(data: InstructionRecipe, model: MllmRecipe, image_tokens: int) -> Renderer | None:
+    """Return the renderer of the recipe; None if the tokenizer of a hub model or future folder is not available."""
+    from clips_mllm.checks.recipe import RenderRecipe
+    from clips_mllm.checks.rendering import open_renderer
+
+    name = model.checkpoint or model.llm
+    assert name is not None, "MllmRecipe.check has run"
+    recipe = RenderRecipe(model=name, template=data.template, image_tokens=image_tokens, max_length=data.max_length)
+    try:
+        return open_renderer(recipe)
+    except UserError:
+        if Path(name).exists():
+            raise
+        return None
+
+
+def _render(rows: list[Any], renderer: Renderer) -> Iterator[tuple[Rendered, int]]:
+    """Yield rendered samples with their number of images; rows that training drops are left out."""
     for row in rows:
-        with contextlib.suppress(BadRow):
-            yield to_example(row)
-
-
-def _text(turn: Message, template: str) -> str:
-    """What of a turn is written: `plain` shows the images of a question alone."""
-    if template == "plain" and turn["role"] != "assistant":
-        return ""
-    return "".join(part.get("text", "") for part in turn["content"])
-
-
-def _counter(model: MllmRecipe) -> Any:
-    """Tokens of a text: by the LLM's tokenizer.json where it is in a folder, else from its words."""
-    folder = model.checkpoint or model.llm
-    file = Path(folder or "") / "tokenizer.json"
-    if not file.is_file():
-        return lambda text: round(len(text.split()) * TOKENS_A_WORD)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            example = to_example(row)
+            yield renderer(example), len(example.images)
+        except (BadRow, Unsupervised):
+            continue  # `clips-mllm data doctor` reports them

@@ -1,84 +1,82 @@
-"""What `clips-mllm plan` is asked: a recipe of `train` as it is, and the devices it would run on. No torch."""
+"""Recipe of `clips-mllm plan`: a recipe of `train`, and the devices to plan for. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Literal
-
-import psutil
 
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.recipe import MllmRecipe
-from clips_mllm.planning.shapes import UNKNOWN_TILES
+from clips_mllm.planning.catalog import Device, default_device
 from clips_mllm.training.recipe import TrainRecipe
 from vision_tower.common.errors import UserError
-
-GB = 1e9
-# What one device has, and does, where the user does not say.
-GPU_MEMORY, GPU_FLOPS, GPU_UTILISATION = 80 * GB, 312e12, 0.4  # an A100 in bf16
-CORE_FLOPS = {"fp32": 0.085e12, "bf16": 0.198e12}  # `linear` on cores with AVX2, and with AVX-512 bf16 (docs/log.md)
-CORE_UTILISATION = 0.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRecipe(TrainRecipe):
-    """Memory, batch and time of a recipe of `train` before anything runs; with --table, of LLaVA-1.5's sizes on GPUs.
+    """Estimate memory, batch size and time of a training recipe; with --table, of LLaVA-1.5's sizes on GPUs.
 
     Args:
-        output_dir: not written to.
-        model: what the MLLM is made of; sizes come from config.json, weights are not needed.
-        data: the conversations; where the file is there, lengths come from it.
+        output_dir: ignored.
+        model: tower and LLM, or a checkpoint. Weights are not needed.
+        data: the conversations. Lengths are measured on them if the files exist.
         stage: what trains.
-        training: how to optimise.
-        evaluation: not looked at.
-        devices: how many devices train.
-        device: their kind.
-        memory_gb: memory of one of them, in 10^9 bytes; if not given, 80 for a GPU, and for CPUs this machine's.
-        tflops: what one of them computes at most, in 10^12 operations a second; if not given, 312 for a GPU (an A100 in
-            bf16), and for CPUs so much for each core of this machine as docs/log.md found in one.
-        utilisation: share of that which training reaches; if not given, 0.4 on GPUs and 0.6 on CPUs.
-        tokens: of the longest sample; 0 takes it from the data, or from data.max_length.
-        table: print the ways to train 7B, 8B and 13B on 1, 4 and 8 GPUs of 24, 40 and 80 GB instead.
-        json: print JSON instead of tables.
+        training: how to optimize.
+        evaluation: ignored.
+        recipes: folder of YAML recipes. If a model folder does not exist yet, its sizes come from the recipe whose
+            output_dir makes it.
+        devices: number of devices that train.
+        device: kind of device.
+        memory_gb: memory of one device in 10^9 bytes (default: 80 for a GPU; this machine's memory / devices for CPUs).
+        tflops: peak speed of one device in 10^12 operations per second (default: 312 for a GPU, which is an A100 in
+            bf16; for CPUs the speed of one measured core x cores of this machine / devices).
+        utilization: fraction of tflops that training reaches (default: 0.4 for a GPU, 0.6 for CPUs).
+        process_gb: memory of a process before any tensor is allocated, in 10^9 bytes (default: 1.0 for a GPU, 1.6 for
+            CPUs).
+        slack: memory that the allocator holds in excess of what it was asked for, as a fraction (default: 0.05 for a
+            GPU, 0 for CPUs).
+        tokens: length of the longest sample; 0 measures it, or takes data.max_length if data.file does not exist.
+        text_tokens: mean length of a sample's text, used if lengths cannot be measured.
+        samples: samples in an epoch, used if data.file does not exist; 0 takes the size of LLaVA's files.
+        table: print how to train 7B, 8B and 13B on 1, 4 and 8 GPUs of 24, 40 and 80 GB instead.
+        json: print JSON.
     """
 
     output_dir: str = ""
     model: MllmRecipe = dataclasses.field(default_factory=MllmRecipe)
-    data: InstructionRecipe | None = None  # type: ignore[assignment]  # the table does without
+    data: InstructionRecipe | None = None  # type: ignore[assignment]  # --table needs none
+    recipes: str = "configs"
     devices: int = 1
     device: Literal["gpu", "cpu"] = "gpu"
     memory_gb: float | None = None
     tflops: float | None = None
-    utilisation: float | None = None
+    utilization: float | None = None
+    process_gb: float | None = None
+    slack: float | None = None
     tokens: int = 0
+    text_tokens: int = 300
+    samples: int = 0
     table: bool = False
     json: bool = False
 
     def check_plan(self) -> None:
-        """Raise UserError where a number has no meaning, or the recipe is not there."""
-        for name in ("devices", "memory_gb", "tflops", "utilisation"):
+        """Raise UserError if a number is out of range, or there is no recipe."""
+        for name in ("devices", "memory_gb", "tflops", "utilization"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"{name}={value}: must be above 0")
-        if self.tokens < 0:
-            raise UserError(f"tokens={self.tokens}: 0 (from the data) or a number of tokens")
+                raise UserError("must be above 0", key=name, value=value)
+        for name in ("process_gb", "slack", "tokens", "text_tokens", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError("must not be negative", key=name, value=value)
         if self.data is None:
-            raise UserError("plan: no recipe", remedy="give --config configs/mllm/NAME.yaml, or --table")
-        if self.model.tiles is not None:
-            raise UserError(f"{UNKNOWN_TILES}", key="model.tiles")
+            raise UserError("no recipe", key="--config", remedy="give --config configs/mllm/NAME.yaml, or --table")
 
     @property
-    def available(self) -> float:
-        """Memory of one device in bytes; CPU ranks share the machine's."""
-        if self.memory_gb is not None:
-            return self.memory_gb * GB
-        return GPU_MEMORY if self.device == "gpu" else psutil.virtual_memory().total / self.devices
-
-    @property
-    def flops(self) -> float:
-        """Operations that one device really does in a second; with `training.precision` settled."""
-        cores = (os.cpu_count() or 1) / self.devices
-        most = GPU_FLOPS if self.device == "gpu" else CORE_FLOPS[self.training.precision] * cores
-        reached = GPU_UTILISATION if self.device == "gpu" else CORE_UTILISATION
-        return (most if self.tflops is None else self.tflops * 1e12) * (self.utilisation or reached)
+    def hardware(self) -> Device:
+        """The device to plan for: the catalog's, with the given options. Needs a settled training.precision."""
+        precision: Literal["bf16", "fp32"] = "fp32" if self.training.precision == "fp32" else "bf16"
+        known = default_device(self.device, precision=precision, ranks=self.devices)
+        names = ("memory_gb", "tflops", "utilization", "process_gb", "slack")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(known, **given)

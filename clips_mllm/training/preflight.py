@@ -145,5 +145,5 @@ def show_data(trainer: MllmTrainer, recipe: InstructionRecipe) -> None:
     found = check_sample(dataset.whole if isinstance(dataset, Part) else dataset)
     if trainer.is_world_process_zero():
         batch = trainer.data_collator([dataset[at] for at in range(min(2, len(dataset)))])
-        shown = show_batch(batch, trainer.processor, color=sys.stderr.isatty(), most=2)
+        shown = show_batch(batch, trainer.processor, color=sys.stderr.isatty(), max_rows=2)
         print(f"{found.line()}\n{shown}", file=sys.stderr, flush=True)

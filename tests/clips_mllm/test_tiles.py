@@ -39,7 +39,6 @@ from tests.helpers.conversations import row
 from tests.helpers.errors import raises_user_error
 from tests.helpers.tiny_llava import make_requests, plain_answer
 from tests.helpers.train_runs import losses, weights
-from vision_tower.common.errors import UserError
 
 SIZES = [(96, 96), (300, 90), (80, 250), (20, 10), (97, 333)]
 
@@ -260,12 +259,12 @@ def test_tiles_are_chosen_in_stage_1(recipe: dict[str, Any], parts: dict[str, An
         main(words(recipe | values))
 
 
-def test_no_plan_without_images(stages: Path, recipe: dict[str, Any], parts: dict[str, Any]) -> None:
-    for model in (
-        {"model.tiles": 2, "model.tower": parts["model.tower"], "model.llm": parts["model.llm"]},
-        {"model.checkpoint": stages / "align"},
+def test_plan_refuses_tiles(stages: Path, recipe: dict[str, Any], parts: dict[str, Any]) -> None:
+    for model, fields in (
+        ({"model.tiles": 2, "model.tower": parts["model.tower"], "model.llm": parts["model.llm"]}, {"value": 2}),
+        ({"model.checkpoint": stages / "align"}, {"file": stages / "align"}),
     ):
-        with pytest.raises(UserError, match="no image is opened here"):
+        with raises_user_error(**fields):
             plan(words(recipe | model | {"data.file": parts["data.file"]}))
 
 

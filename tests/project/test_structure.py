@@ -36,7 +36,7 @@ ARROWS = {
     "mllm/formats": "mllm/prompts mllm/model vt/common vt/checkpoints",
     "mllm/checks": "mllm/prompts mllm/model mllm/data vt/common vt/data vt/checkpoints",
     "mllm/training": "mllm/prompts mllm/model mllm/data mllm/checks vt/common vt/training vt/model vt/checkpoints",
-    "mllm/planning": "mllm/prompts mllm/model mllm/data mllm/training vt/common vt/data",
+    "mllm/planning": "mllm/prompts mllm/model mllm/data mllm/checks mllm/training vt/common vt/data",
     "mllm/provenance": "mllm/model mllm/formats mllm/training vt/common vt/training",
     "mllm/sample": "vt/common vt/checkpoints",
     "mllm/talk": "mllm/prompts mllm/model mllm/data mllm/provenance vt/common vt/data",
