@@ -1,70 +1,103 @@
-"""`clips-mllm convert SRC DST --to clips|tower|open_clip|llava|llava_projector`: checkpoints in and out.
+"""`clips-mllm convert SRC DST --to FORMAT`: convert checkpoints.
 
-encoders                                                     --> vision_tower.convert
-mm_projector.bin, LoRA folder, whole original LLaVA folder   --> llava            stock model, processor, template
+encoder of `pretrain` or open_clip                           --> clips | tower | open_clip
+mm_projector.bin, LoRA folder or full original LLaVA folder  --> llava            stock model, processor, template
 checkpoint of `train`                                        --> llava_projector  mm_projector.bin, config.json
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from pathlib import Path
+from typing import Literal
 
-from clips_mllm.formats.recipe import ConvertRecipe
-from vision_tower.checkpoints.recipe import ConvertRecipe as EncoderRecipe
+from clips_mllm.prompts.render import TemplateName
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import new_folder
 from vision_tower.common.recipe import parse_recipe
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertRecipe:
+    """Convert encoders and multimodal LLMs between the formats in which they are published, trained and used.
+
+    Args:
+        source: an encoder (folder of a `pretrain` run or of an open_clip model); with --to llava an original LLaVA
+            checkpoint (full, LoRA, or an mm_projector.bin); with --to llava_projector a checkpoint of `train`.
+        destination: a new folder.
+        to: clips (as `pretrain` saves it), tower (the stock vision tower alone), open_clip, llava (a stock multimodal
+            LLM) or llava_projector (an mm_projector.bin for the original LLaVA code).
+        tower: vision tower of an original LLaVA checkpoint, a folder or hub id; default is the one in its config.
+        llm: LLM that an original LoRA or mm_projector.bin was trained with; a LoRA's config names one.
+        template: chat template that an original LLaVA checkpoint was trained with.
+    """
+
+    source: Path
+    destination: Path
+    to: Literal["clips", "tower", "open_clip", "llava", "llava_projector"]
+    tower: str | None = None
+    llm: str | None = None
+    template: TemplateName = "vicuna_v1"
+
+
+# Options that change nothing in a conversion, and are refused there.
+UNUSED = {
+    "clips": ("tower", "llm"),
+    "tower": ("tower", "llm"),
+    "open_clip": ("tower", "llm"),
+    "llava": (),
+    "llava_projector": ("llm",),
+}
+
+
 def main(argv: list[str]) -> None:
-    """Run the command.
+    """Convert, and write the destination completely or not at all.
 
     Raises:
-        UserError: a source that is not what `to` wants, is damaged or does not fit; a destination that is not empty.
+        UserError: a source of another kind than `to` needs, a damaged file, parts that do not fit together, or a
+            destination that is not empty.
     """
+    from vision_tower.common.provenance import finish_provenance, start_provenance
+
     recipe = parse_recipe(ConvertRecipe, argv, command="convert", positional=("source", "destination"))
+    for name in UNUSED[recipe.to]:
+        if (value := getattr(recipe, name)) is not None:
+            raise UserError(f"has no effect with --to {recipe.to}", key=f"--{name}", value=value, remedy="leave it out")
+    with new_folder(recipe.destination) as work:
+        inputs = {"source": str(recipe.source), "tower": recipe.tower, "llm": recipe.llm}
+        start_provenance(work, "convert", argv, inputs)
+        line = convert(recipe, work)
+        finish_provenance(work)
+    print(f"{recipe.source}: {line}\n{recipe.destination}: written as {recipe.to}", flush=True)
+
+
+def convert(recipe: ConvertRecipe, folder: Path) -> str:
+    """Write the converted checkpoint to `folder` and return a one-line description of the source."""
     match recipe.to:
         case "clips" | "tower" | "open_clip":
-            refuse_unused(recipe)
-            from vision_tower.convert import convert
+            from vision_tower.checkpoints.convert import convert_encoder
 
-            convert(EncoderRecipe(source=recipe.source, destination=recipe.destination, to=recipe.to))
+            return convert_encoder(recipe.source, folder, recipe.to, name=recipe.destination.name)
         case "llava":
-            import_llava(recipe)
+            return convert_original(recipe, folder)
         case "llava_projector":
-            export_projector(recipe)
+            from clips_mllm.formats.original_weights import write_projector
+
+            write_projector(recipe.source, folder, tower=recipe.tower)
+            return "projector, for --pretrain_mm_mlp_adapter of the original LLaVA code"
 
 
-def refuse_unused(recipe: ConvertRecipe) -> None:
-    """Raise UserError where a field is given that an encoder has no use for."""
-    for name in ("tower", "llm"):
-        if getattr(recipe, name) is not None:
-            raise UserError(f"--{name}: an encoder's conversion has no use for it", remedy="it belongs to '--to llava'")
-
-
-def import_llava(recipe: ConvertRecipe) -> None:
-    """An original LLaVA checkpoint as a stock one."""
+def convert_original(recipe: ConvertRecipe, folder: Path) -> str:
+    """Write an original LLaVA checkpoint as a stock one with processor and chat template."""
     from clips_mllm.formats.original_llava import read_original
     from clips_mllm.model.checkpoint import save_mllm
     from clips_mllm.prompts.chat_template import adopt_template
-    from clips_mllm.provenance.manifest import note_origin
 
-    with new_folder(recipe.destination) as work:
-        model, processor, line = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
-        print(f"{recipe.source}: {line}", flush=True)
-        adopt_template(processor, recipe.template, model, key="--template")
-        save_mllm(model, processor, work)
-        note_origin(work, made_by="convert", source=str(recipe.source), tower=recipe.tower, llm=recipe.llm)
-    print(f"{recipe.destination}: written as a stock LLaVA checkpoint; conversations as {recipe.template}")
-
-
-def export_projector(recipe: ConvertRecipe) -> None:
-    """The projector of a stock checkpoint under its original names."""
-    from clips_mllm.formats.original_weights import write_projector
-
-    with new_folder(recipe.destination) as work:
-        write_projector(recipe.source, work, tower=recipe.tower)
-    print(f"{recipe.destination}: mm_projector.bin and config.json, for --pretrain_mm_mlp_adapter of the original code")
+    model, processor, line = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
+    adopt_template(processor, recipe.template, model, key="--template")
+    save_mllm(model, processor, folder)
+    return f"{line}; chat template {recipe.template}"
 
 
 if __name__ == "__main__":

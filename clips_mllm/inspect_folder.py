@@ -1,7 +1,7 @@
-"""`clips-mllm inspect DIR`: what a folder is and where it came from.
+"""`clips-mllm inspect DIR`: what a folder contains and how it was made.
 
-folder --files, declared fields--> kind
-       --manifest.json, recipe.yaml, and those of what it came from--> origin
+files and declared fields --folder_kinds--> kind
+provenance.json, and those of its inputs and their inputs --> origin
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clips_mllm.model.fingerprints import file_hash
-from clips_mllm.provenance.folder_kinds import find_kind, manifest
+from clips_mllm.provenance.folder_kinds import find_kind, known_kind
 from vision_tower.common.errors import UserError, run_command
-from vision_tower.common.files import read_object, read_text
+from vision_tower.common.hashes import file_hash
+from vision_tower.common.provenance import FILE, describe_input, read_provenance
 from vision_tower.common.recipe import parse_recipe
+
+MAX_DEPTH = 8  # of inputs of inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectRecipe:
-    """Tell what a folder is: data, encoder, tower, LLM, run, checkpoint, adapter, converted; and where it came from.
+    """Print what a folder contains (encoder, vision tower, LLM, multimodal LLM, adapter or run) and how it was made.
 
     Args:
-        folder: any folder that a command of this project, open_clip or the original LLaVA code left.
+        folder: an output folder of this project, or a checkpoint of transformers, open_clip or the original LLaVA code.
         json: print JSON.
-        verify: compare the weights with the hashes in the manifest, which reads all of them.
+        verify: compare the weight files with the hashes in provenance.json; reads all of them.
     """
 
     folder: Path
@@ -35,116 +37,98 @@ class InspectRecipe:
 
 
 def main(argv: list[str]) -> None:
-    """Print it.
+    """Print the description of a folder.
 
     Raises:
-        UserError: an unknown kind of folder, a damaged file, or with `verify` weights that are not the manifest's.
+        UserError: an unknown kind of folder, a damaged file, or with `verify` weights that differ from their hashes.
     """
     recipe = parse_recipe(InspectRecipe, argv, command="inspect", positional=("folder",))
-    told = describe(recipe.folder)
+    about = describe(recipe.folder)
     if recipe.verify:
-        told["verified"] = verify(recipe.folder)
-    print(json.dumps(told, indent=1, default=str) if recipe.json else as_text(told))
+        about["verified"] = verify(recipe.folder)
+    print(json.dumps(about, indent=1, default=str) if recipe.json else as_text(about))
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """All that is known of a folder."""
-    kind = find_kind(folder)
-    told: dict[str, Any] = {"folder": str(folder), "kind": kind.kind, "line": kind.line, "facts": kind.facts}
-    home = folder.resolve().parent if kind.kind == "checkpoint" else folder
-    about = manifest(home)
-    if about:
-        told["manifest"] = {name: value for name, value in about.items() if name not in ("recipe", "environment")}
-    if (home / "environment.json").is_file():
-        environment = read_object(home / "environment.json")
-        told["made"] = {name: environment.get(name) for name in ("command", "git", "packages")}
-    told["origin"] = origin(home)
-    return told
+    """Collect kind, facts, provenance and origin of a folder."""
+    found = find_kind(folder)
+    about: dict[str, Any] = {"folder": str(folder), "kind": found.kind, "line": found.line, "facts": found.facts}
+    run = Path(found.facts.get("run", folder))  # an intermediate checkpoint has the provenance of its run
+    if provenance := read_provenance(run):
+        about["provenance"] = provenance
+    return about | {"origin": origin(run)}
 
 
 def origin(folder: Path, depth: int = 0) -> list[dict[str, Any]]:
-    """What a folder was made of, and that in turn, as far back as folders are still there."""
-    found: list[dict[str, Any]] = []
-    for role, source in _sources(folder).items():
-        place = Path(source.get("folder", source["name"]))
+    """List the inputs of a folder, each followed by its own inputs, as far back as the folders exist."""
+    entries: list[dict[str, Any]] = []
+    for role, source in _inputs(folder).items():
         entry: dict[str, Any] = {"role": role, "name": source["name"], "depth": depth}
-        if not place.exists():
-            entry["line"] = "not in a folder here"
-        else:
-            entry |= _state(place, source)
-            found.append(entry)
-            if place.is_dir() and depth < 8:
-                found += origin(place, depth + 1)
-            continue
-        found.append(entry)
-    return found
+        path = Path(source.get("path", source["name"]))
+        entries.append(entry | _state(path, source))
+        if path.is_dir() and depth < MAX_DEPTH:
+            entries += origin(path, depth + 1)
+    return entries
 
 
-def _state(place: Path, source: dict[str, Any]) -> dict[str, Any]:
-    try:
-        kind = find_kind(place)
-    except UserError:
-        return {"line": "a file" if place.is_file() else "no folder that is known here"}
-    file = place / "manifest.json"
-    changed = "manifest" in source and (not file.is_file() or file_hash(file) != source["manifest"])
-    return {"line": kind.line, "kind": kind.kind, "changed_since": changed}
+def _inputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Inputs by role, as provenance.json records them."""
+    if provenance := read_provenance(folder):
+        return dict(provenance["inputs"])
+    if folder.resolve().name in ("tower", "ema"):  # subfolders of a `pretrain` run
+        return {"encoder": describe_input(str(folder.resolve().parent))}
+    return {}
 
 
-def _sources(folder: Path) -> dict[str, dict[str, Any]]:
-    """By the manifest, else by the recipe of a run that has none."""
-    about = manifest(folder)
-    if "from" in about:
-        return dict(about["from"])
-    file = folder / "recipe.yaml"
-    if not file.is_file():
-        if folder.resolve().name in ("tower", "ema"):  # of a `pretrain` run
-            return {"encoder": {"name": str(folder.resolve().parent)}}
-        return {}
-    import yaml
-
-    recipe = yaml.safe_load(read_text(file))
-    data, model = recipe.get("data") or {}, recipe.get("model") or {}
-    names = ("checkpoint", "tower", "llm", "start_from")
-    named = {name: model.get(name) for name in names} | {"shards": data.get("shards")}
-    return {role: {"name": str(name)} for role, name in named.items() if name}
+def _state(path: Path, source: dict[str, Any]) -> dict[str, Any]:
+    if not path.exists():
+        return {"line": "not a local path"}
+    changed = source.get("sha256") != describe_input(str(path)).get("sha256")
+    if not path.is_dir():
+        return {"line": "file", "changed_since": changed}
+    found = known_kind(path)
+    kind, line = (found.kind, found.line) if found else (None, "unknown folder")
+    return {"line": line, "kind": kind, "changed_since": changed}
 
 
 def verify(folder: Path) -> list[str]:
-    """Names of the files whose hashes are the manifest's. Raises UserError where one is not, or none is told."""
-    written = manifest(folder).get("written")
-    if not written:
+    """Compare the weight files with their recorded hashes and return their names.
+
+    Raises:
+        UserError: a file differs, or no hashes are recorded.
+    """
+    recorded = read_provenance(folder).get("outputs")
+    if not recorded:
         raise UserError(
-            "tells of no weights", file=folder / "manifest.json", remedy="only finished runs, merges and conversions do"
+            "no hashes of weight files",
+            file=folder / FILE,
+            key="outputs",
+            remedy="give the folder of a finished run, a merge or a conversion",
         )
-    for name, wanted in written.items():
+    for name, wanted in recorded.items():
         if not (folder / name).is_file() or file_hash(folder / name) != wanted:
-            raise UserError(
-                "not what the manifest tells of", file=folder / name, remedy="make or fetch the folder again"
-            )
-    return list(written)
+            raise UserError(f"differs from its hash in {FILE}", file=folder / name, remedy="make or download it again")
+    return list(recorded)
 
 
-def as_text(told: dict[str, Any]) -> str:
-    """For people."""
-    lines = [f"{told['folder']}: {told['line']}"]
-    about = told.get("manifest", {})
-    for name, part in about.get("parts", {}).items():
-        lines.append(f"  {name:<10} {part['hash']}  {part['class']}, before training")
-    for name in ("tokenizer", "image_processor"):
-        if name in about:
-            lines.append(f"  {name:<10.10} {about[name]}")
-    if "template" in about:
-        lines.append(f"  template   {about['template']['hash']}  {about['template']['name']}")
-    for source in about.get("data", {}).get("sources", []):
-        lines.append(f"  data       {source.get('hash', '-'):<32}  {source['file']}")
-    if "made" in told:
-        lines.append(f"  made by    {told['made']['command']}")
-        lines.append(f"  git        {told['made']['git']}")
-    for entry in told["origin"]:
+def as_text(about: dict[str, Any]) -> str:
+    """Format what `describe` returned."""
+    lines = [f"{about['folder']}: {about['line']}"]
+    provenance = about.get("provenance", {})
+    rows = [(name, f"{part['hash']}  {part['class']}") for name, part in provenance.get("parts", {}).items()]
+    rows += [(name, provenance[name][:32]) for name in ("tokenizer", "image_processor") if name in provenance]
+    if template := provenance.get("template"):
+        rows.append(("template", f"{template['hash'][:32]}  {template['name']}"))
+    for source in provenance.get("data", {}).get("sources", []):
+        rows.append(("data", f"{source.get('hash', '-')[:32]:<32}  {source['file']}"))
+    if provenance:
+        rows += [("command", provenance["command"]), ("git", str(provenance["git"]))]
+    lines += [f"  {name:<15}  {text}" for name, text in rows]
+    for entry in about["origin"]:
         changed = " (changed since)" if entry.get("changed_since") else ""
         lines.append(f"  {'  ' * entry['depth']}from {entry['role']} {entry['name']}: {entry['line']}{changed}")
-    if "verified" in told:
-        lines.append(f"  verified   {', '.join(told['verified'])}")
+    if "verified" in about:
+        lines.append(f"  {'verified':<15}  {', '.join(about['verified'])}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""`clips-mllm merge`: an adapter and its base become one plain checkpoint.
+"""`clips-mllm merge ADAPTER OUTPUT`: merge an adapter into its base model.
 
 clips-mllm merge runs/vicuna_7b_finetune_lora runs/vicuna_7b_merged
 """
@@ -6,6 +6,7 @@ clips-mllm merge runs/vicuna_7b_finetune_lora runs/vicuna_7b_merged
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import Literal
@@ -13,15 +14,17 @@ from typing import Literal
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.recipe import parse_recipe
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeRecipe:
-    """Merge an adapter into its base: a stock checkpoint that answers as the adapter does.
+    """Merge an adapter into its base model and save a stock checkpoint with the same outputs.
 
     Args:
         adapter: folder of a LoRA, DoRA or QLoRA run, or one of its checkpoints.
         output: new folder for the merged checkpoint.
-        dtype: auto (the base's), float32, bfloat16 or float16.
+        dtype: auto (that of the base), float32, bfloat16 or float16.
     """
 
     adapter: str
@@ -30,27 +33,28 @@ class MergeRecipe:
 
 
 def main(argv: list[str]) -> None:
-    """Load, merge, save whole or not at all.
+    """Load, merge and save; the output folder is written completely or not at all.
 
-    A QLoRA adapter is merged into the base's 4-bit weights turned back into numbers: they are what it learnt to
-    correct, and with the unquantised weights the answers would be others.
+    A QLoRA adapter is merged into the dequantized 4-bit weights: it was trained on these, so merging it into the
+    unquantized weights would change the outputs.
     """
     recipe = parse_recipe(MergeRecipe, argv, command="merge", positional=("adapter", "output"))
 
     from clips_mllm.model.adapters import is_adapter
     from clips_mllm.model.checkpoint import load_parts, save_mllm
-    from clips_mllm.provenance.manifest import note_origin
     from vision_tower.common.files import new_folder
+    from vision_tower.common.provenance import finish_provenance, start_provenance
 
     if not is_adapter(recipe.adapter):
         raise UserError(
-            "no adapter here (adapter_config.json)", file=recipe.adapter, remedy="give the folder of a LoRA run"
+            "no adapter_config.json in this folder", file=recipe.adapter, remedy="give the folder of a LoRA run"
         )
     with new_folder(Path(recipe.output)) as work:
+        start_provenance(work, "merge", argv, {"adapter": recipe.adapter})
         model, processor = load_parts(recipe.adapter, dtype=recipe.dtype)
         save_mllm(model, processor, work)
-        note_origin(work, made_by="merge", adapter=recipe.adapter)
-    print(f"merged checkpoint in {recipe.output}", file=sys.stderr, flush=True)
+        finish_provenance(work)
+    logger.info("merged checkpoint in %s", recipe.output)
 
 
 if __name__ == "__main__":

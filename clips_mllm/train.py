@@ -16,6 +16,7 @@ from clips_mllm.model.recipe import MllmRecipe
 from clips_mllm.training.recipe import TrainRecipe
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.launcher import drop_launcher_arguments, is_main_process
+from vision_tower.common.provenance import finish_provenance
 from vision_tower.common.recipe import parse_recipe
 from vision_tower.training.arguments import training_arguments
 from vision_tower.training.model_tools import compile_blocks
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from clips_mllm.data.dataset import Examples
-    from clips_mllm.provenance.manifest import compare_manifest, finish_manifest, part_hashes, write_manifest
+    from clips_mllm.provenance.training_inputs import compare_inputs, hash_parts, inputs_of, training_facts
     from clips_mllm.training.preflight import preflight, show_data
     from vision_tower.training.resume import end_if_stopped, refuse_other_recipe
 
@@ -71,16 +72,16 @@ def main(argv: list[str]) -> None:
     set_seed(recipe.training.seed)
     examples = Examples(recipe.data)  # before the model too: bad rows are told of before minutes of loading
     model, processor = load_or_build(recipe, weight_dtype(recipe))
-    parts = part_hashes(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
+    parts = hash_parts(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
     if checkpoint is not None and is_main_process():
-        compare_manifest(folder, recipe, parts)
+        compare_inputs(folder, recipe, parts)
     trainer, line = build_trainer(recipe, model, processor, examples, arguments)
     with only_run_in(folder):
         preflight(trainer, folder)
         show_data(trainer, recipe.data)
         if is_main_process():
-            start_run_folder(folder, recipe)
-            write_manifest(folder, recipe, processor, parts, len(trainer.train_dataset))  # type: ignore[arg-type]
+            facts = training_facts(recipe, processor, parts, len(trainer.train_dataset))  # type: ignore[arg-type]
+            start_run_folder(folder, recipe, "train", argv, inputs_of(recipe.model), **facts)
             samples = f"{len(trainer.train_dataset):,} samples in {recipe.training.precision}"  # type: ignore[arg-type]
             print(f"{samples}; {line}", file=sys.stderr, flush=True)
         add_metrics_file(trainer, folder / "metrics.jsonl")
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> None:
         end_if_stopped(trainer)
         trainer.save_model(str(folder))
         if is_main_process():
-            finish_manifest(folder)
+            finish_provenance(folder)
             print(f"checkpoint in {folder}", file=sys.stderr, flush=True)
             if trainer.tower is not None:
                 print(trainer.tower.store.summary(), file=sys.stderr, flush=True)
@@ -274,7 +275,7 @@ def load_or_build(whole: TrainRecipe, dtype: torch.dtype) -> tuple[AnyModel, Any
 
 def check_ranks_agree(dataset: InstructionDataset) -> None:
     """Raise UserError on all ranks where they read different rows: each draws its batches from its own table."""
-    from clips_mllm.model.fingerprints import value_hash
+    from vision_tower.common.hashes import value_hash
     from vision_tower.training.process import first_mismatch
 
     other = first_mismatch((len(dataset), value_hash([int(length) for length in dataset.lengths()])))

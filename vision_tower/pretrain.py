@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.launcher import drop_launcher_arguments, is_main_process
+from vision_tower.common.provenance import finish_provenance
 from vision_tower.common.recipe import parse_recipe
 from vision_tower.model.recipe import ModelRecipe
 from vision_tower.pretraining.recipe import PretrainRecipe
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     import torch
     from transformers import set_seed
 
-    from vision_tower.checkpoints.lock import lock_tower
+    from vision_tower.checkpoints.loading import lock_tower
     from vision_tower.data.pairs import PairCollator, PairStream
     from vision_tower.model.attention import choose_attention
     from vision_tower.model.step_loss import StepLoss
@@ -95,7 +96,14 @@ def main(argv: list[str]) -> None:
     )
     with only_run_in(folder):
         if is_main_process():
-            start_run_folder(folder, recipe)
+            inputs = {
+                "start_from": recipe.model.start_from,
+                "lock": recipe.lock.checkpoint,
+                "vocabulary": recipe.model.vocabulary,
+                "shards": recipe.data.shards,
+            }
+            data = {"shards": len(stream.shards), "hash": stream.fingerprint()}
+            start_run_folder(folder, recipe, "pretrain", argv, inputs, data=data)
         add_metrics_file(trainer, folder / "metrics.jsonl")
         if recipe.evaluation.every:
             from vision_tower.pretraining.eval_callback import Scoring
@@ -105,6 +113,8 @@ def main(argv: list[str]) -> None:
         report_skipped(trainer)
         end_if_stopped(trainer)
         save_weights(trainer, tokenizer, folder)
+        if is_main_process():
+            finish_provenance(folder)
 
 
 def save_weights(trainer: PretrainTrainer, tokenizer: ClipsTokenizer, folder: Path) -> None:

@@ -9,7 +9,6 @@ map it. The folder's name is a hash of the file's path, size and time of change,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from clips_mllm.data.row_source import (
 )
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object, write_text
+from vision_tower.common.hashes import value_hash
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +136,7 @@ def _key(source: InstructionSource, base: Dataset | None) -> str:
         words += [str(file.resolve()), state.st_size, state.st_mtime_ns]
     else:
         words += [source.file, source.split, base._fingerprint]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
+    return value_hash(words)[:32]
 
 
 def _is_current(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""config.json of the original LLaVA code: what of it is the LLM's, and what says how a tower is read."""
+"""config.json of the original LLaVA code: fields of the LLM, and how features of the tower are read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Literal
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
 
-# The LLM behind each of the original classes, by the `model_type` that they write.
+# model_type of the original classes: model type of their LLM in transformers.
 LLMS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 FEATURES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
-PROJECTOR = "mlp2x_gelu"
-# Fields of a config that name its class or its training, and that no LLM's config takes.
+PROJECTOR_TYPE = "mlp2x_gelu"
+# Fields about the class or the training, which the LLM's own config does not have.
 CLASS_FIELDS = ("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version")
 TRAINING_FIELDS = (
     "freeze_mm_mlp_adapter",
@@ -30,51 +30,53 @@ TRAINING_FIELDS = (
     "unfreeze_mm_vision_tower",
     "use_mm_proj",
 )
+# Checked, or equal to the size of the projector's weights, which is checked.
+PROJECTOR_FIELDS = ("mm_hidden_size", "mm_patch_merge_type", "mm_projector_type", "mm_use_im_start_end")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OriginalConfig:
-    """How an original checkpoint reads its tower, and the rest of its config, which is the LLM's.
+    """Config of an original checkpoint, divided into tower and LLM.
 
     Attributes:
-        tower: name or path of the vision tower, where the file says one.
-        feature_layer: which hidden state the projector reads.
+        tower: path or hub id of the vision tower; None if the file names none.
+        feature_layer: hidden state of the tower that the projector reads.
         feature_select: "default" drops the class token.
-        square: whether images are padded to a square first.
-        width: of the features that the projector reads, where the file says it.
-        llm_type: transformers' model type of the LLM.
-        llm: the LLM's own fields.
+        image_aspect_ratio: "pad" pads images to a square, "squash" resizes them to one.
+        llm_type: model type of the LLM in transformers.
+        llm: fields of the LLM's config.
     """
 
     tower: str | None = None
     feature_layer: int = -2
     feature_select: Literal["default", "full"] = "default"
-    square: Literal["squash", "pad"] = "squash"
-    width: int | None = None
+    image_aspect_ratio: Literal["squash", "pad"] = "squash"
     llm_type: str = "llama"
     llm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of the original code; both codes have used the model type 'llava'."""
+    """Return True if a config.json is from the original code; its model type 'llava' is also transformers'."""
     return config.get("model_type") in LLMS and ("mm_vision_tower" in config or "mm_projector_type" in config)
 
 
 def read_original_config(file: Path) -> OriginalConfig:
-    """The config of an original checkpoint.
+    """Read the config of an original checkpoint.
 
     Raises:
-        UserError: another kind of model, or a field that the stock model has no form for.
+        UserError: another kind of model, or a feature that the stock LLaVA model does not have.
     """
     values = read_object(file)
     if not is_original(values):
         raise UserError(
-            f"not of the original LLaVA code (model_type '{values.get('model_type')}')",
+            "not a config of the original LLaVA code",
             file=file,
-            remedy="give a folder with its config.json",
+            key="model_type",
+            value=values.get("model_type"),
+            remedy="give the folder of an original checkpoint",
         )
     llm_type = LLMS[values["model_type"]]
-    _refuse(file, values, "mm_projector_type", (PROJECTOR,))
+    _refuse(file, values, "mm_projector_type", (PROJECTOR_TYPE,))
     _refuse(file, values, "mm_use_im_start_end", (False, None))
     _refuse(file, values, "mm_patch_merge_type", ("flat", None))
     _refuse(file, values, "mm_vision_select_feature", (*FEATURES, None))
@@ -83,20 +85,23 @@ def read_original_config(file: Path) -> OriginalConfig:
         "tower": values.pop("mm_vision_tower", None),
         "feature_layer": values.pop("mm_vision_select_layer", -2),
         "feature_select": FEATURES[values.pop("mm_vision_select_feature", None) or "patch"],
-        "square": "pad" if values.pop("image_aspect_ratio", None) == "pad" else "squash",
-        "width": values.pop("mm_hidden_size", None),
+        "image_aspect_ratio": "pad" if values.pop("image_aspect_ratio", None) == "pad" else "squash",
     }
-    for name in (*CLASS_FIELDS, *TRAINING_FIELDS):
+    for name in (*CLASS_FIELDS, *TRAINING_FIELDS, *PROJECTOR_FIELDS):
         values.pop(name, None)
-    for name in ("mm_projector_type", "mm_use_im_start_end", "mm_patch_merge_type"):
-        values.pop(name, None)
-    unknown = sorted(name for name in values if name.startswith("mm_"))
-    if unknown:
-        raise UserError(f"{unknown[0]}={values[unknown[0]]!r}: the stock model has no form for it", file=file)
+    for name in sorted(values):
+        if name.startswith("mm_"):
+            _refuse(file, values, name, ())
     return OriginalConfig(**own, llm_type=llm_type, llm=values)
 
 
 def _refuse(file: Path, values: dict[str, Any], name: str, known: tuple[Any, ...]) -> None:
     if values.get(name) not in known:
-        can = " or ".join(str(value) for value in known if value is not None)
-        raise UserError(f"{name}={values.get(name)!r}: the stock model has no form for it, only for {can}", file=file)
+        accepted = " or ".join(str(value) for value in known if value is not None)
+        raise UserError(
+            f"the stock LLaVA model supports only {accepted}" if known else "the stock LLaVA model has no such option",
+            file=file,
+            key=name,
+            value=values.get(name),
+            remedy="this checkpoint cannot be converted",
+        )

@@ -1,8 +1,8 @@
-"""Checkpoints of the original LLaVA code as stock models.
+"""Convert checkpoints of the original LLaVA code to stock models.
 
-mm_projector.bin         + tower + LLM                    ->  projector into a fresh join
-LoRA folder              + tower + LLM it was trained on  ->  adapter merged, projector from non_lora_trainables.bin
-whole folder             + tower (weights may be inside)  ->  everything from its files
+mm_projector.bin  + tower + LLM                    ->  stock model with this projector
+LoRA folder       + tower + LLM it was trained on  ->  adapter merged, projector from non_lora_trainables.bin
+full folder       + tower (weights may be inside)  ->  projector, LLM and perhaps tower from its files
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 def read_original(
     source: Path, *, tower: str | None, llm: str | None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, str]:
-    """The stock model, its processor and a line that says what was read.
+    """Return the stock model, its processor and a one-line description of the source.
 
     Args:
-        source: a whole folder, a LoRA folder, a folder with mm_projector.bin, or that file.
-        tower: instead of the one that the config names.
-        llm: of a projector or LoRA; a LoRA's config names one.
+        source: a full folder, a LoRA folder, a folder with mm_projector.bin, or this file.
+        tower: folder or hub id; default is the one that the config names.
+        llm: folder or hub id of the LLM of a projector or LoRA; a LoRA's config names one.
     Raises:
-        UserError: none of these, a part that is missing or does not fit, or a weight without a place.
+        UserError: not an original checkpoint, a part that is missing or does not fit, or a weight that the stock model
+            does not have.
     """
     folder = source.parent if source.is_file() else source
     projector = source if source.is_file() else folder / PROJECTOR_FILE
@@ -50,31 +51,34 @@ def read_original(
         line = f"LoRA on {llm or _base(folder)}, merged"
     elif source.is_dir() and (files := weight_files(folder)):
         if llm is not None:
-            raise UserError(f"{folder} is a whole checkpoint, its LLM is inside", key="--llm", remedy="leave it out")
+            raise UserError(
+                f"{folder} is a full checkpoint with its own LLM", key="--llm", value=llm, remedy="leave it out"
+            )
         config = read_original_config(folder / "config.json")
         weights = read_weights(files)
-        language, tokenizer = _whole_llm(folder, config, weights)
-        line = "whole checkpoint"
+        language, tokenizer = _full_llm(folder, config, weights)
+        line = "full checkpoint"
     elif projector.is_file():
         file = folder / "config.json"
         config = read_original_config(file) if file.is_file() else OriginalConfig()
         if llm is None:
-            raise UserError(f"{projector}: a projector alone", remedy="say with --llm which LLM it was trained with")
+            raise UserError("has no LLM", file=projector, key="--llm", remedy="give the LLM that it was trained with")
         weights = read_weights([projector])
         language, tokenizer = read_llm(llm, "auto")
         line = f"projector for {llm}"
     else:
         raise UserError(
-            "no original LLaVA checkpoint",
+            "not an original LLaVA checkpoint",
             file=source,
-            remedy=f"give a folder with its weights, with adapter_config.json or with {PROJECTOR_FILE}, or that file",
+            remedy=f"give a folder with weights, with adapter_config.json or with {PROJECTOR_FILE}, or this file",
         )
     if weights.llm:
         raise UserError(
-            f"{sorted(weights.llm)[0]}: a weight of the LLM beside it, which has no place here", file=source
+            "a weight of an LLM in a projector file", file=source, key=min(weights.llm), remedy="give the original file"
         )
     model, processor = _join(source, config, weights, tower, language, tokenizer)
-    return model, processor, f"{line}; {'its own tower' if weights.tower else 'tower from its folder'}"
+    origin = "from the checkpoint" if weights.tower else tower or config.tower
+    return model, processor, f"{line}; tower {origin}"
 
 
 def _join(
@@ -87,14 +91,14 @@ def _join(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     name = tower or config.tower
     if name is None:
-        raise UserError("nothing names its vision tower", file=source, remedy="give --tower")
+        raise UserError("its config names no vision tower", file=source, key="--tower", remedy="give it")
     vision, image_processor = _tower(source, name, weights.tower)
-    # A tower without a class token has none to drop, whatever the file says of "patch".
+    # "default" means to drop the class token, which some towers do not have.
     select = feature_selection(name, vision.config, "auto" if config.feature_select == "default" else "full")
     model, processor = join_parts(
         vision, image_processor, language, tokenizer, feature_layer=config.feature_layer, feature_select=select
     )
-    if config.square == "pad":
+    if config.image_aspect_ratio == "pad":
         set_aspect_ratio(processor, "pad")
     _fill_projector(source, model.model.multi_modal_projector, weights.projector)
     return model, processor
@@ -105,15 +109,16 @@ def _fill_projector(source: Path, projector: torch.nn.Module, state: Weights) ->
     for name, value in state.items():
         if value.shape != wanted[name].shape:
             raise UserError(
-                f"the projector's {name} is {tuple(value.shape)}, this tower and LLM need {tuple(wanted[name].shape)}",
+                f"its shape is {tuple(value.shape)}, this tower and LLM need {tuple(wanted[name].shape)}",
                 file=source,
+                key=f"projector.{name}",
                 remedy="give the tower and the LLM that it was trained with",
             )
     projector.load_state_dict(state)
 
 
 def _tower(source: Path, name: str, state: Weights) -> tuple[Any, Any]:
-    """The named tower, or where the checkpoint holds its weights the named tower's shape with those."""
+    """Load the named tower; weights in the checkpoint (`state`) replace its own."""
     from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel
 
     if not state:
@@ -124,7 +129,11 @@ def _tower(source: Path, name: str, state: Weights) -> tuple[Any, Any]:
     check_tower(name, config)
     if config.model_type != "clip_vision_model":
         raise UserError(
-            f"a '{config.model_type}'", file=name, remedy=f"the weights in {source} are of a CLIP vision tower"
+            f"the weights in {source} are those of a CLIP vision tower",
+            file=name,
+            key="model_type",
+            value=config.model_type,
+            remedy="give the CLIP tower with --tower",
         )
     weights = _without_position_ids(state)
     model = with_weights(CLIPVisionModel, config, weights, source, dtype=_dtype(weights))
@@ -132,12 +141,12 @@ def _tower(source: Path, name: str, state: Weights) -> tuple[Any, Any]:
 
 
 def _without_position_ids(state: Weights) -> Weights:
-    """Old checkpoints hold 0, 1, 2, …, which transformers computes."""
+    """Remove 0, 1, 2, …, which old checkpoints contain and transformers computes."""
     return {name: value for name, value in state.items() if not name.endswith("embeddings.position_ids")}
 
 
-def _whole_llm(folder: Path, config: OriginalConfig, weights: OriginalWeights) -> tuple[Any, PreTrainedTokenizerFast]:
-    """The LLM that lies in a whole checkpoint; its weights are taken out of `weights`."""
+def _full_llm(folder: Path, config: OriginalConfig, weights: OriginalWeights) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Load the LLM of a full checkpoint, with `weights.llm`, which is emptied."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     own = AutoConfig.for_model(config.llm_type, **config.llm)
@@ -158,7 +167,7 @@ def _dtype(state: Weights) -> torch.dtype:
 def _lora_file(folder: Path) -> Path:
     if not (folder / LORA_FILE).is_file():
         raise UserError(
-            "missing", file=folder / LORA_FILE, remedy="the projector of an original LoRA is there, fetch it"
+            "no such file", file=folder / LORA_FILE, remedy="download it: it has the projector of an original LoRA"
         )
     return folder / LORA_FILE
 
@@ -169,34 +178,39 @@ def _base(folder: Path) -> str:
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(
-            "its adapter_config.json names no base model", file=folder, remedy="say with --llm which it was trained on"
+            "names no base model",
+            file=folder / "adapter_config.json",
+            key="base_model_name_or_path",
+            remedy="give the LLM that it was trained on with --llm",
         )
     return str(base)
 
 
 def _with_adapter(folder: Path, llm: str | None) -> tuple[Any, PreTrainedTokenizerFast]:
-    """The base LLM with the adapter merged into it; every weight of the adapter has its place."""
+    """Load the base LLM and merge the adapter into it; every weight of the adapter must fit."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     from vision_tower.checkpoints.weight_files import read_tensors
 
     file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"no {ADAPTERS[0]} beside adapter_config.json", file=folder, remedy="fetch it")
+        raise UserError("no such file", file=folder / ADAPTERS[0], remedy="download it")
     language, tokenizer = read_llm(llm or _base(folder), "auto")
     state = read_tensors(file)
     try:
         adapted = get_peft_model(language, PeftConfig.from_pretrained(str(folder)))
     except (ValueError, TypeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"adapter_config.json does not fit the LLM ({error})", file=folder, remedy="give its own with --llm"
+            f"does not fit the LLM ({error})",
+            file=folder / "adapter_config.json",
+            remedy="give the LLM that it was trained on with --llm",
         ) from error
     wanted = {name: value.shape for name, value in get_peft_model_state_dict(adapted).items()}
     found = {name: value.shape for name, value in state.items()}
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise UserError(
-            f"{len(wrong)} weights do not fit the LLM (first: {wrong[0]}, "
-            f"{found.get(wrong[0], 'missing')} for {wanted.get(wrong[0], 'no place')})",
+            f"{len(wrong)} weights do not fit the LLM (first: {wrong[0]}, shape {found.get(wrong[0], 'missing')}, "
+            f"needed {wanted.get(wrong[0], 'none')})",
             file=file,
             remedy="give the LLM that it was trained on with --llm",
         )

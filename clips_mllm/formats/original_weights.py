@@ -1,4 +1,4 @@
-"""Weights under the names of the original LLaVA code: read part by part, every name used or refused; and written.
+"""Read and write weights under the names of the original LLaVA code; unknown names are refused.
 
 model.mm_projector.{0,2}.{weight,bias}   <-->  multi_modal_projector.linear_{1,2}.{weight,bias}
 model.vision_tower.vision_tower.*         -->  the tower
@@ -8,15 +8,17 @@ model.*, lm_head.*                        -->  the LLM
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clips_mllm.formats.original_config import FEATURES, LLMS, PROJECTOR_TYPE
 from vision_tower.checkpoints.weight_files import read_tensors
 from vision_tower.common.errors import UserError
-from vision_tower.common.files import read_object
+from vision_tower.common.files import read_object, write_text
 
 Weights = dict[str, torch.Tensor]
 
@@ -26,11 +28,12 @@ LINEAR = {"0.weight": "linear_1.weight", "0.bias": "linear_1.bias", "2.weight": 
 LINEAR["2.bias"] = "linear_2.bias"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
+NO_WAY = "this checkpoint cannot be converted"
 
 
 @dataclasses.dataclass(frozen=True)
 class OriginalWeights:
-    """The parts of a checkpoint: the projector and the tower under stock names, the LLM under its own."""
+    """Weights of a checkpoint by part: projector and tower under stock names, the LLM under its own."""
 
     projector: Weights
     tower: Weights
@@ -38,35 +41,33 @@ class OriginalWeights:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a whole checkpoint, none where there is none. Raises UserError for a file that is missing."""
+    """List the weight files of a full checkpoint; empty if there are none. Raises UserError for a missing shard."""
     for name in INDEXES:
         if (folder / name).is_file():
             files = sorted(set(read_object(folder / name)["weight_map"].values()))
             for file in files:
                 if not (folder / file).is_file():
-                    raise UserError(f"missing, but named by {name}", file=folder / file, remedy="fetch it again")
+                    raise UserError(f"no such file, but {name} names it", file=folder / file, remedy="download it")
             return [folder / file for file in files]
     return [folder / name for name in SINGLE if (folder / name).is_file()][:1]
 
 
 def read_weights(files: list[Path], prefix: str = "") -> OriginalWeights:
-    """All tensors of the files, sorted into parts.
+    """Read all tensors of the files, sorted into parts.
 
     Args:
-        prefix: what stands before every name (`base_model.model.` in a LoRA's files).
+        prefix: removed from every name, such as `base_model.model.` in a LoRA's files.
     Raises:
-        UserError: a name without the prefix, twice the same name, a projector of another form, or what belongs to
-            none of the parts.
+        UserError: a name without the prefix or in two files, a projector of another type, or a weight that the stock
+            LLaVA model does not have.
     """
     state: Weights = {}
     for file in files:
         for name, value in read_tensors(file).items():
             if not name.startswith(prefix):
-                raise UserError(
-                    f"{name}: expected names that begin with {prefix}", file=file, remedy="give the original file"
-                )
+                raise UserError(f"names must begin with {prefix}", file=file, key=name, remedy="give the original file")
             if state.setdefault(name.removeprefix(prefix), value) is not value:
-                raise UserError(f"{name}: in more than one file", file=file, remedy="fetch the checkpoint again")
+                raise UserError("in more than one file", file=file, key=name, remedy="download the checkpoint again")
     found = OriginalWeights({}, {}, {})
     for name, value in state.items():
         if name.startswith(PROJECTOR):
@@ -74,27 +75,32 @@ def read_weights(files: list[Path], prefix: str = "") -> OriginalWeights:
         elif name.startswith(TOWER):
             found.tower[name.removeprefix(TOWER)] = value
         elif name.startswith(("model.vision", "model.image_newline", "model.mm_")):
-            raise UserError(f"{name}: the stock LLaVA model has no place for it", file=files[-1].parent)
+            raise UserError("the stock LLaVA model has no such weight", file=files[-1].parent, key=name, remedy=NO_WAY)
         else:
             found.llm[name] = value
     absent = sorted(set(LINEAR.values()) - set(found.projector))
     if absent:
-        raise UserError(f"no {PROJECTOR}* for the projector's {absent[0]}", file=files[-1], remedy="it is not whole")
+        raise UserError(
+            f"no such weight of the projector under {PROJECTOR}*",
+            file=files[-1],
+            key=f"projector.{absent[0]}",
+            remedy="the file is incomplete: download it again",
+        )
     return found
 
 
 def _stock_name(file: Path, name: str) -> str:
     stock = LINEAR.get(name.removeprefix(PROJECTOR))
     if stock is None:
-        raise UserError(f"{name}: not of an mlp2x_gelu projector, the only one that the stock model has", file=file)
+        raise UserError("the stock LLaVA model supports only mlp2x_gelu projectors", file=file, key=name, remedy=NO_WAY)
     return stock
 
 
 def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
-    """Without the frequencies of rotary positions, which old checkpoints hold and transformers computes.
+    """Remove the rotary frequencies, which old checkpoints contain and transformers computes.
 
     Raises:
-        UserError: frequencies other than `theta` ** (-2i / d), as computed (Su et al., arXiv 2104.09864).
+        UserError: frequencies other than `theta` ** (-2i / d) (Su et al., arXiv 2104.09864).
     """
     kept: Weights = {}
     for name, value in state.items():
@@ -102,9 +108,12 @@ def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
             kept[name] = value
             continue
         steps = torch.arange(0, 2 * len(value), 2, dtype=torch.float32) / (2 * len(value))
-        if not torch.allclose(value.float(), theta**-steps, rtol=1e-2):  # they are kept in half precision
+        if not torch.allclose(value.float(), theta**-steps, rtol=1e-2):  # stored in half precision
             raise UserError(
-                f"{name}: not those of rope_theta={theta}", file=folder, remedy="its config is another model's"
+                f"not the frequencies of rope_theta={theta}",
+                file=folder,
+                key=name,
+                remedy="config.json belongs to another model: download both again",
             )
     return kept
 
@@ -113,12 +122,12 @@ def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
 
 
 def write_projector(source: Path, folder: Path, tower: str | None) -> None:
-    """mm_projector.bin and the config.json that belongs to it, from a stock checkpoint or an adapter.
+    """Write the projector of a stock checkpoint or adapter as mm_projector.bin, with a config.json.
 
     Args:
-        tower: name that the original code shall find the vision tower by.
+        tower: path or hub id of the vision tower, for the config.
     Raises:
-        UserError: no stock LLaVA checkpoint there, or one that reads its tower in a way the original code cannot.
+        UserError: not a stock LLaVA checkpoint, or one with features that the original code lacks.
     """
     from transformers import AutoConfig, LlavaConfig, LlavaNextConfig
 
@@ -130,31 +139,42 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
     config = read_pretrained(AutoConfig, base)
     if isinstance(config, LlavaNextConfig):
         raise UserError(
-            "shows images in tiles (LLaVA-NeXT), and mm_projector.bin has no place for the end of their rows",
+            "a LLaVA-NeXT model with tiles; mm_projector.bin cannot store its newline embedding",
             file=source,
+            key="model_type",
+            value=config.model_type,
             remedy="give a run without model.tiles",
         )
     if not isinstance(config, LlavaConfig):
         raise UserError(
-            f"a '{config.model_type}' checkpoint, not a stock LLaVA model", file=source, remedy="give a `train` run"
+            "not a stock LLaVA model",
+            file=source,
+            key="model_type",
+            value=config.model_type,
+            remedy="give a `train` run",
         )
     if not isinstance(config.vision_feature_layer, int):
         raise UserError(
-            f"its projector reads the hidden states {config.vision_feature_layer} of the tower, the original code one",
+            "the original code reads one hidden state of the tower",
             file=source,
+            key="vision_feature_layer",
+            value=config.vision_feature_layer,
             remedy="give a run with a single model.feature_layer",
         )
     names = {stock: f"{PROJECTOR}{original}" for original, stock in LINEAR.items()}
-    own = dict(_stock_projector([source / "adapter_model.safetensors"])) if adapter else {}  # none where it was frozen
+    # An adapter folder has no projector weights if the projector was frozen: then those of the base are used.
+    own = dict(_stock_projector([source / "adapter_model.safetensors"])) if adapter else {}
     found = {names[name]: value for name, value in (own or dict(_stock_projector(weight_files(base)))).items()}
     if set(found) != set(names.values()):
-        raise UserError(f"its projector has {len(found)} of 4 weights", file=source, remedy="save the checkpoint again")
+        raise UserError(
+            f"its projector has {len(found)} of {len(names)} weights", file=source, remedy="save the checkpoint again"
+        )
     torch.save(found, folder / "mm_projector.bin")
     _write_config(config, folder / "config.json", source, tower)
 
 
 def _stock_projector(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The projector's weights alone, without reading the LLM's."""
+    """Yield the weights of the projector; the LLM's are not read."""
     from safetensors import safe_open
 
     for file in files:
@@ -166,23 +186,25 @@ def _stock_projector(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _write_config(config: Any, file: Path, source: Path, tower: str | None) -> None:
-    import json
-
     from transformers import LlavaProcessor
 
-    from clips_mllm.formats.original_config import FEATURES, LLMS
     from vision_tower.checkpoints.loading import read_pretrained
-    from vision_tower.common.files import write_text
 
     classes = {llm: name for name, llm in LLMS.items() if name != "llava"}
     own = classes.get(config.text_config.model_type)
     if own is None:
-        raise UserError(f"the original code has no class for the LLM '{config.text_config.model_type}'", file=source)
+        raise UserError(
+            "the original LLaVA code has no class for this LLM",
+            file=source,
+            key="text_config.model_type",
+            value=config.text_config.model_type,
+            remedy=f"the LLM must be one of {', '.join(classes)}",
+        )
     selects = {ours: theirs for theirs, ours in FEATURES.items()}
     pads = getattr(read_pretrained(LlavaProcessor, source).image_processor, "do_pad", False)
     values = config.text_config.to_dict() | {
         "model_type": own,
-        "mm_projector_type": "mlp2x_gelu",
+        "mm_projector_type": PROJECTOR_TYPE,
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": selects[config.vision_feature_select_strategy],

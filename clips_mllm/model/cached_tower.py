@@ -26,8 +26,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clips_mllm.model.feature_store import DIGESTS, IS_KNOWN, KNOWN, FeatureStore
-from clips_mllm.model.fingerprints import module_hash, value_hash
+from clips_mllm.model.fingerprints import module_hash
 from vision_tower.common.errors import UserError
+from vision_tower.common.hashes import value_hash
 from vision_tower.data.images import DECODING
 
 

@@ -1,20 +1,19 @@
-"""Content hashes of weights, files, images and JSON values, to compare them across runs."""
+"""Content hashes of weights and encoded images, to compare them across runs."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vision_tower.common.hashes import value_hash
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 SIZE = 16  # bytes; BLAKE2b, which is fast and has no known collisions at this length
-BLOCK = 1 << 22
 
 
 def weights_hash(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -60,35 +59,6 @@ def _combined(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """Hash a file."""
-    digest = hashlib.blake2b(digest_size=SIZE)
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def ends_hash(file: Path) -> str:
-    """Hash a file's length and its first and last 4 MiB.
-
-    A Parquet file with images can have hundreds of gigabytes, too many for rank 0 to read while the others wait. Its
-    footer holds the number of rows and the place and size of each column.
-    """
-    size = file.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=SIZE)
-    with file.open("rb") as stream:
-        digest.update(stream.read(BLOCK))
-        stream.seek(max(size - BLOCK, 0))
-        digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
-
-
-def value_hash(value: Any) -> str:
-    """Hash a JSON value; independent of the order of keys."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=SIZE).hexdigest()
 
 
 def image_digest(content: bytes) -> bytes:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text
+from vision_tower.common.hashes import image_hash
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class InputImage:
     @functools.cached_property
     def key(self) -> str:
         """Digest of size and pixels."""
-        return hashlib.sha256(repr(self.image.size).encode() + self.image.tobytes()).hexdigest()
+        return image_hash(self.image)
 
     def prepared(self, processor: AnyProcessor) -> PreparedImage:
         """Return the tower's input; computed once per processor."""

@@ -15,8 +15,6 @@ from vision_tower.common.files import check_model_exists
 if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
 
-# Kinds of folders that do not contain a multimodal LLM.
-OTHER_KINDS = ("encoder", "tower", "llm", "open_clip", "sample_world", "feature_cache", "unfinished_run")
 TOKEN_VARIABLE = "CLIPS_MLLM_TOKEN"
 
 
@@ -25,9 +23,11 @@ def check_model(name: str, recipe: ModelRecipe, key: str = "model") -> None:
     check_model_exists(name, key)
     if recipe.context is not None and recipe.context < 1:
         raise UserError("too small", key="context", value=recipe.context, remedy="set at least 1 token")
-    kind = known_kind(Path(name)) if Path(name).is_dir() else None
-    if kind is not None and kind.kind in OTHER_KINDS:
-        raise UserError(f"not a LLaVA model but: {kind.line}", file=name, remedy=f"point {key} to a `train` run")
+    if Path(name).is_dir():
+        found = known_kind(Path(name))
+        if found is None or found.kind not in ("mllm", "adapter"):
+            line = found.line if found else "an unknown folder"
+            raise UserError(f"not a LLaVA model but: {line}", file=name, remedy=f"point {key} to a `train` run")
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -8,7 +8,6 @@ data       a sample of it is rendered and decoded; the first rows are shown, wit
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from clips_mllm.model.adapters import PROJECTOR, read_config
 from clips_mllm.model.checkpoint import save_mllm
+from clips_mllm.model.fingerprints import tensor_digest
 from clips_mllm.model.stock import check_image_token
 from vision_tower.checkpoints.loading import read_pretrained
 from vision_tower.common.errors import UserError, disk_is_full
@@ -114,13 +114,8 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
 
 def _same_weights(probe: Path, state: dict[str, torch.Tensor]) -> None:
     (file,) = probe.glob("*.safetensors")
-    there, here = ({*map(_bits, weights.values())} for weights in (load_file(file), state))
+    there, here = ({*map(tensor_digest, weights.values())} for weights in (load_file(file), state))
     _expect(there == here, "the weights")
-
-
-def _bits(weights: torch.Tensor) -> tuple[tuple[int, ...], str]:
-    """Shape and digest; a NaN equals itself here, and is the training loop's to report."""
-    return tuple(weights.shape), hashlib.sha256(weights.cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _expect(same: bool, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Published checkpoints are measured as our own runs are: converted out to open_clip and in again, same scores."""
+"""Scores of an encoder do not change when it is converted to open_clip and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from clips_eval import retrieve, zeroshot
-from vision_tower import convert
+from clips_mllm import convert
 from vision_tower.checkpoints.encoder import load_encoder, save_encoder
 from vision_tower.data.image_folder import DEFAULT_TEMPLATES, read_templates
 from vision_tower.evaluation.zeroshot import class_embeddings
@@ -26,7 +26,7 @@ NAMES = ["cat", "dog", "hat", "moon", "cup", "bus"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose tower has a class token, as published ones; it as open_clip's checkpoint; that converted back."""
+    """`run`: an encoder with class token, as published ones have; `open_clip` and `back`: converted to it and back."""
     root = tmp_path_factory.mktemp("converted")
     tokenizer = ClipsTokenizer.train([f"a photo of the {name} in an image" for name in NAMES], 90)
     tower = TowerRecipe(width=16, layers=2, mlp=20, heads=2)
@@ -54,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_zero_shot_of_a_converted_checkpoint(root: Path) -> None:
+def test_zero_shot_scores_survive_conversion(root: Path) -> None:
     found = {}
     for name in ("run", "back"):
         zeroshot.main([str(root / name), "--data", str(root / "data"), "--device", "cpu"])
@@ -64,7 +64,7 @@ def test_zero_shot_of_a_converted_checkpoint(root: Path) -> None:
     assert 0 < found["back"]["top5"] < 1 and found["run"]["sha256"] != found["back"]["sha256"]
 
 
-def test_retrieval_of_a_converted_checkpoint(root: Path) -> None:
+def test_retrieval_scores_survive_conversion(root: Path) -> None:
     lines = [f"{name}/{number}.png,a photo of the {name} {number}" for name in NAMES for number in range(4)]
     (root / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
     data = ["--format", "csv", "--data", str(root / "pairs.csv"), "--images", str(root / "data"), "--device", "cpu"]
@@ -77,12 +77,12 @@ def test_retrieval_of_a_converted_checkpoint(root: Path) -> None:
     assert 0 < found["back"]["i2t_r10"] < 1
 
 
-def test_the_classifier_is_open_clips(root: Path) -> None:
-    """With open_clip's model and tokenizer on one side, and ours after conversion on the other."""
-    place = f"local-dir:{root / 'open_clip'}"
+def test_classifier_equals_open_clip(root: Path) -> None:
+    """Our model and tokenizer after conversion give the classifier of open_clip's."""
+    name = f"local-dir:{root / 'open_clip'}"
     templates = read_templates(DEFAULT_TEMPLATES)
     theirs = open_clip.build_zero_shot_classifier(
-        open_clip.create_model(place).eval(), open_clip.get_tokenizer(place), NAMES, templates
+        open_clip.create_model(name).eval(), open_clip.get_tokenizer(name), NAMES, templates
     )
     ours = class_embeddings(load_encoder(root / "back", "cpu"), NAMES, templates, batch_size=64, progress=False)
     assert (ours - theirs.T).abs().max() < 1e-5

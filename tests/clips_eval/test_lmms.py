@@ -77,12 +77,12 @@ def test_features_are_computed_once_an_image_and_equal_the_towers(mllm: SimpleNa
     finally:
         handle.remove()
     assert sum(seen) == 5  # images 1 to 5, though shown nine times
-    from clips_eval.lmms.images import pixel_digest
+    from vision_tower.common.hashes import image_hash
 
     pixels = mllm.processor.image_processor([make_image(4)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         alone = mllm.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
-    kept = model.features.get(pixel_digest(make_image(4)))
+    kept = model.features.get(image_hash(make_image(4)))
     assert kept is not None
     torch.testing.assert_close(kept, alone, atol=1e-5, rtol=1e-5)
 
@@ -122,8 +122,8 @@ def test_small_cache_gives_the_same_answers(mllm: SimpleNamespace) -> None:
 
 
 def test_shuffled_shows_other_images_and_keeps_the_questions(mllm: SimpleNamespace) -> None:
-    from clips_eval.lmms.images import pixel_digest
     from clips_eval.lmms.model import ClipsMllm
+    from vision_tower.common.hashes import image_hash
 
     answers = [
         (model := ClipsMllm(mllm=mllm, batch_size=4, control="shuffled", seed=1)).generate_until(
@@ -132,9 +132,9 @@ def test_shuffled_shows_other_images_and_keeps_the_questions(mllm: SimpleNamespa
         for _ in range(2)
     ]
     assert answers[0] == answers[1]
-    digests = {pixel_digest(make_image(n)): n for n in range(1, 6)}
+    digests = {image_hash(make_image(n)): n for n in range(1, 6)}
     other = {digests[a]: digests[b] for a, b in derangement(digests, 1).items()}
-    shown = [([make_image(other[digests[pixel_digest(i)]]) for i in images], text) for images, text in DOCUMENTS]
+    shown = [([make_image(other[digests[image_hash(i)]]) for i in images], text) for images, text in DOCUMENTS]
     assert answers[0] == [plain_answer(mllm, images, text) for images, text in shown]
     with pytest.raises(UserError, match="two different images"):
         model.generate_until(make_requests(DOCUMENTS[:1], model))

@@ -1,4 +1,4 @@
-"""Checkpoints of the original LLaVA code, built from random weights, against its forward pass written out by hand."""
+"""Conversion of original LLaVA checkpoints with random weights, compared with a hand-written LLaVA forward pass."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from clips_mllm.convert import main
 from clips_mllm.model.build import build_mllm
 from clips_mllm.model.checkpoint import load_mllm, save_mllm
 from clips_mllm.model.processors import set_aspect_ratio
-from vision_tower.common.errors import UserError
+from tests.helpers.errors import raises_user_error
+from vision_tower.common.provenance import read_provenance
 
 SIDE, PATCH, WIDTH = 56, 14, 48
-CHATML = ("--template", "chatml")  # that of the tokenizer here
-IMAGE = -200  # what the original code has in place of the image
+CHATML = ("--template", "chatml")  # that of the tokenizer in these tests
+IMAGE = -200  # id of the image in the original code
 
 
 class Original:
-    """The parts of an original checkpoint, and LLaVA's forward pass: encode_images, then splice and run the LLM."""
+    """Parts of an original checkpoint, and LLaVA's forward pass: encode the image, insert it, and run the LLM."""
 
     def __init__(self, llm: Path) -> None:
         torch.manual_seed(0)
         self.llm: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
-        for value in self.llm.parameters():  # wide enough that every part shows in the logits
+        for value in self.llm.parameters():  # large enough that every part affects the logits
             nn.init.normal_(value, std=0.2)
         vision = CLIPVisionConfig(
             hidden_size=WIDTH,
@@ -63,11 +64,11 @@ class Original:
 
     @torch.no_grad()
     def logits(self, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
-        """(tokens, vocabulary), the image's tokens in the place of `IMAGE`."""
+        """Return logits (tokens, vocabulary) with the image's features at the position of `IMAGE`."""
         features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        place = ids.index(IMAGE)
+        index = ids.index(IMAGE)
         embed = self.llm.get_input_embeddings()
-        words = [embed(torch.tensor(part)) for part in (ids[:place], ids[place + 1 :])]
+        words = [embed(torch.tensor(part)) for part in (ids[:index], ids[index + 1 :])]
         return self.llm(inputs_embeds=torch.cat([words[0], self.projector(features)[0], words[1]])[None]).logits[0]
 
     def projector_state(self) -> dict[str, torch.Tensor]:
@@ -112,7 +113,7 @@ def write_config(folder: Path, original: Original, tower: Path, **changes: Any) 
 
 
 @pytest.fixture
-def whole(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> Path:
+def full(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> Path:
     """LlavaLlamaForCausalLM in two pickled shards with an index, as LLaVA-1.5 was published."""
     folder = tmp_path / "llava"
     folder.mkdir()
@@ -133,7 +134,7 @@ def whole(original: Original, clip: Path, sample_world: Path, tmp_path: Path) ->
 
 
 def compare(folder: Path, original: Original) -> None:
-    """The stock checkpoint in `folder` has the logits of the original."""
+    """Assert that the stock checkpoint in `folder` has the logits of the original."""
     mllm = load_mllm(folder, device="cpu", dtype="float32")
     photo = Image.effect_noise((SIDE, SIDE), 90).convert("RGB")
     text = "What is <image> here?"
@@ -143,8 +144,8 @@ def compare(folder: Path, original: Original) -> None:
     image, patches = mllm.processor.image_token_id, (SIDE // PATCH) ** 2
     ids = batch["input_ids"][0].tolist()
     assert ids.count(image) == patches
-    place = ids.index(image)
-    wanted = original.logits([*ids[:place], IMAGE, *ids[place + patches :]], batch["pixel_values"])
+    index = ids.index(image)
+    wanted = original.logits([*ids[:index], IMAGE, *ids[index + patches :]], batch["pixel_values"])
     assert wanted.std() > 0.1
     torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
     assert "<|im_start|>" in mllm.processor.chat_template
@@ -153,31 +154,31 @@ def compare(folder: Path, original: Original) -> None:
     assert end in (ends if isinstance(ends, list) else [ends]), "answers end where the template's do"
 
 
-def test_a_template_of_another_family_is_refused(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--template=vicuna_v1: it ends answers with '</s>', which is not one"):
-        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+def test_template_of_another_tokenizer_is_refused(full: Path, tmp_path: Path) -> None:
+    with raises_user_error(key="--template", value="vicuna_v1"):
+        main([str(full), str(tmp_path / "out"), "--to", "llava"])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_whole_checkpoint(
-    whole: Path, original: Original, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main([str(whole), str(tmp_path / "out"), "--to", "llava", *CHATML])
-    assert "whole checkpoint; its own tower" in capsys.readouterr().out
+def test_full_checkpoint(full: Path, original: Original, tmp_path: Path) -> None:
+    main([str(full), str(tmp_path / "out"), "--to", "llava", *CHATML])
     compare(tmp_path / "out", original)
+    provenance = read_provenance(tmp_path / "out")
+    assert provenance["made_by"] == "convert" and provenance["inputs"]["source"]["name"] == str(full)
+    assert "model.safetensors" in provenance["outputs"]
     assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]["do_pad"]
 
 
-def test_a_whole_checkpoint_without_its_tower(whole: Path, original: Original, tmp_path: Path) -> None:
-    file = whole / "pytorch_model-00002-of-00002.bin"
+def test_full_checkpoint_with_the_tower_in_its_own_folder(full: Path, original: Original, tmp_path: Path) -> None:
+    file = full / "pytorch_model-00002-of-00002.bin"
     torch.save(original.projector_state(), file)
-    main([str(whole), str(tmp_path / "out"), "--to", "llava", *CHATML])
+    main([str(full), str(tmp_path / "out"), "--to", "llava", *CHATML])
     compare(tmp_path / "out", original)
 
 
 @pytest.fixture
 def lora(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> tuple[Path, Original]:
-    """What LLaVA's LoRA training leaves, and the merged original that it stands for."""
+    """A LoRA folder of the original code, and the equivalent merged original."""
     from peft import LoraConfig, get_peft_model
 
     base, folder = tmp_path / "base", tmp_path / "llava-lora"
@@ -206,13 +207,13 @@ def _another(layer: nn.Module) -> nn.Module:
     return nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer
 
 
-def test_a_lora_folder(lora: tuple[Path, Original], tmp_path: Path) -> None:
+def test_lora_folder(lora: tuple[Path, Original], tmp_path: Path) -> None:
     folder, trained = lora
     main([str(folder), str(tmp_path / "out"), "--to", "llava", *CHATML])
     compare(tmp_path / "out", trained)
 
 
-def test_a_projector_goes_in_and_out(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> None:
+def test_projector_converts_both_ways(original: Original, clip: Path, sample_world: Path, tmp_path: Path) -> None:
     given = tmp_path / "stage1"
     given.mkdir()
     torch.save(original.projector_state(), given / "mm_projector.bin")
@@ -229,16 +230,16 @@ def test_a_projector_goes_in_and_out(original: Original, clip: Path, sample_worl
     compare(tmp_path / "again", original)
 
 
-@pytest.mark.parametrize("square", ["pad", "crop"])
-def test_how_images_become_square_goes_in_and_out(
-    square: Any, original: Original, clip: Path, sample_world: Path, tmp_path: Path
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
+def test_image_aspect_ratio_converts_both_ways(
+    image_aspect_ratio: Any, original: Original, clip: Path, sample_world: Path, tmp_path: Path
 ) -> None:
     original.llm.save_pretrained(tmp_path / "llm")
     AutoTokenizer.from_pretrained(sample_world / "llm").save_pretrained(tmp_path / "llm")
     model, processor = build_mllm(
         str(clip), str(tmp_path / "llm"), feature_layer=-2, feature_select="auto", dtype=torch.float32
     )
-    set_aspect_ratio(processor, square)
+    set_aspect_ratio(processor, image_aspect_ratio)
     save_mllm(model, processor, tmp_path / "stock")
     main([str(tmp_path / "stock"), str(tmp_path / "out"), "--to", "llava_projector", "--tower", str(clip)])
     main([str(tmp_path / "out"), str(tmp_path / "again"), "--to", "llava", "--llm", str(tmp_path / "llm"), *CHATML])
@@ -260,57 +261,67 @@ def change(folder: Path, rename: dict[str, str] | None = None, **tensors: torch.
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("field", "value"),
     [
-        ("mm_projector_type", "linear", "mm_projector_type='linear': the stock model has no form"),
-        ("mm_use_im_start_end", True, "mm_use_im_start_end=True"),
-        ("image_aspect_ratio", "anyres", "image_aspect_ratio='anyres'"),
-        ("mm_hidden_act", "x", "mm_hidden_act='x'"),
-        ("model_type", "llama", "not of the original LLaVA code"),
-        ("mm_vision_tower", None, "nothing names its vision tower; give --tower"),
+        ("mm_projector_type", "linear"),
+        ("mm_use_im_start_end", True),
+        ("mm_patch_merge_type", "spatial"),
+        ("image_aspect_ratio", "anyres"),
+        ("mm_hidden_act", "x"),
+        ("model_type", "llama"),
     ],
 )
-def test_fields_without_a_stock_form(
-    whole: Path, original: Original, clip: Path, tmp_path: Path, field: str, value: Any, message: str
+def test_config_fields_without_stock_equivalent_are_refused(
+    full: Path, original: Original, clip: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
-    write_config(whole, original, clip, **{field: value})
-    with pytest.raises(UserError, match=message):
-        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    write_config(full, original, clip, **{field: value})
+    with raises_user_error(file=full / "config.json", key=field, value=value):
+        main([str(full), str(tmp_path / "out"), "--to", "llava"])
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_every_weight_is_used_or_refused(whole: Path, original: Original, tmp_path: Path) -> None:
-    def refused(message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+def test_config_without_vision_tower_needs_the_option(
+    full: Path, original: Original, clip: Path, tmp_path: Path
+) -> None:
+    write_config(full, original, clip, mm_vision_tower=None)
+    with raises_user_error(file=full, key="--tower"):
+        main([str(full), str(tmp_path / "out"), "--to", "llava"])
 
-    change(whole, **{"model.image_newline": torch.zeros(4)})
-    refused("model.image_newline: the stock LLaVA model has no place")
+
+def test_every_weight_is_used_or_refused(full: Path, original: Original, tmp_path: Path) -> None:
+    def refused(file: Path, key: str | None, contains: str = "") -> None:
+        with raises_user_error(file=file, key=key) as caught:
+            main([str(full), str(tmp_path / "out"), "--to", "llava"])
+        assert contains in caught.value.problem
+
+    shard = full / "pytorch_model-00002-of-00002.bin"
+    change(full, **{"model.image_newline": torch.zeros(4)})
+    refused(full, "model.image_newline")
     state = original.projector_state() | {"model.norm2.weight": torch.zeros(4)}
-    torch.save(state, whole / "pytorch_model-00002-of-00002.bin")
-    refused(r"1 unexpected key \(first: model.norm2.weight\)")
-    torch.save(original.tower_state(), whole / "pytorch_model-00002-of-00002.bin")
-    refused("the projector's linear_1.bias; it is not whole")
+    torch.save(state, full / "pytorch_model-00002-of-00002.bin")
+    refused(full, None, "model.norm2.weight")
+    torch.save(original.tower_state(), full / "pytorch_model-00002-of-00002.bin")
+    refused(shard, "projector.linear_1.bias")
     short = original.projector_state()
     short["model.mm_projector.0.weight"] = torch.zeros(64, WIDTH + 1)
-    torch.save(short, whole / "pytorch_model-00002-of-00002.bin")
-    refused(r"the projector's linear_1.weight is \(64, 49\), this tower and LLM need \(64, 48\)")
-    torch.save({"model.mm_projector.4.weight": torch.zeros(1)}, whole / "pytorch_model-00002-of-00002.bin")
-    refused("not of an mlp2x_gelu projector")
-    (whole / "pytorch_model-00002-of-00002.bin").unlink()
-    refused("pytorch_model-00002-of-00002.bin: missing, but named by pytorch_model.bin.index.json")
+    torch.save(short, full / "pytorch_model-00002-of-00002.bin")
+    refused(full, "projector.linear_1.weight", "(64, 49)")
+    torch.save({"model.mm_projector.4.weight": torch.zeros(1)}, full / "pytorch_model-00002-of-00002.bin")
+    refused(shard, "model.mm_projector.4.weight")
+    (full / "pytorch_model-00002-of-00002.bin").unlink()
+    refused(shard, None, "pytorch_model.bin.index.json")
 
 
-def test_frequencies_of_another_model_are_refused(whole: Path, original: Original, tmp_path: Path) -> None:
+def test_rotary_frequencies_of_another_model_are_refused(full: Path, original: Original, tmp_path: Path) -> None:
     state = original.projector_state() | {"model.layers.9.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    torch.save(state, whole / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(UserError, match=r"not those of rope_theta=10000\.0"):
-        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+    torch.save(state, full / "pytorch_model-00002-of-00002.bin")
+    with raises_user_error(file=full, key="model.layers.9.self_attn.rotary_emb.inv_freq"):
+        main([str(full), str(tmp_path / "out"), "--to", "llava"])
 
 
-def test_a_lora_that_lacks_something_is_refused(lora: tuple[Path, Original], tmp_path: Path) -> None:
+def test_incomplete_lora_is_refused(lora: tuple[Path, Original], tmp_path: Path) -> None:
     folder, _ = lora
-    with pytest.raises(UserError, match="say with --llm"):
+    with raises_user_error(file=folder / "non_lora_trainables.bin", key="--llm"):
         main([str(folder / "non_lora_trainables.bin"), str(tmp_path / "out"), "--to", "llava"])
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
@@ -319,31 +330,37 @@ def test_a_lora_that_lacks_something_is_refused(lora: tuple[Path, Original], tmp
     weights = load_file(folder / "adapter_model.safetensors")
     removed = sorted(weights)[0]
     save_file({name: value for name, value in weights.items() if name != removed}, broken / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"1 weights do not fit the LLM \(first: .*missing"):
+    with raises_user_error(file=broken / "adapter_model.safetensors") as caught:
         main([str(broken), str(tmp_path / "out"), "--to", "llava"])
+    assert removed in caught.value.problem
     (broken / "non_lora_trainables.bin").unlink()
-    with pytest.raises(UserError, match=r"non_lora_trainables.bin: missing; the projector of an original LoRA"):
+    with raises_user_error(file=broken / "non_lora_trainables.bin"):
         main([str(broken), str(tmp_path / "out"), "--to", "llava"])
 
 
-def test_a_pickle_with_code_is_refused(whole: Path, tmp_path: Path) -> None:
-    torch.save({"model.mm_projector.0.weight": Path("code")}, whole / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(UserError, match="holds more than plain tensors"):
-        main([str(whole), str(tmp_path / "out"), "--to", "llava"])
+def test_pickle_with_code_is_refused(full: Path, tmp_path: Path) -> None:
+    shard = full / "pytorch_model-00002-of-00002.bin"
+    torch.save({"model.mm_projector.0.weight": Path("code")}, shard)
+    with raises_user_error(file=shard):
+        main([str(full), str(tmp_path / "out"), "--to", "llava"])
 
 
-def test_options_that_belong_elsewhere(encoder_dir: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--llm: an encoder's conversion has no use for it"):
-        main([str(encoder_dir), str(tmp_path / "out"), "--to", "tower", "--llm", "x"])
-    with pytest.raises(UserError, match=r"--llm: .* is a whole checkpoint"):
-        main([str(whole), str(tmp_path / "out"), "--to", "llava", "--llm", "x"])
+def test_options_without_effect_are_refused(encoder_dir: Path, full: Path, tmp_path: Path) -> None:
+    for words in (["--to", "tower", "--llm", "x"], ["--to", "llava_projector", "--llm", "x"]):
+        with raises_user_error(key="--llm", value="x"):
+            main([str(encoder_dir), str(tmp_path / "out"), *words])
+    with raises_user_error(key="--llm", value="x"):
+        main([str(full), str(tmp_path / "out"), "--to", "llava", "--llm", "x"])
+
+
+def test_projector_of_other_models_is_refused(encoder_dir: Path, tmp_path: Path) -> None:
     main([str(encoder_dir), str(tmp_path / "tower"), "--to", "tower"])
     assert (tmp_path / "tower" / "model.safetensors").is_file()
-    with pytest.raises(UserError, match="not a stock LLaVA model"):
+    with raises_user_error(file=tmp_path / "tower", key="model_type"):
         main([str(tmp_path / "tower"), str(tmp_path / "out"), "--to", "llava_projector"])
     LlavaNextConfig().save_pretrained(tmp_path / "tiles")
-    with pytest.raises(UserError, match=r"tiles: shows images in tiles .*; give a run without model\.tiles"):
+    with raises_user_error(file=tmp_path / "tiles", key="model_type", value="llava_next"):
         main([str(tmp_path / "tiles"), str(tmp_path / "out"), "--to", "llava_projector"])
     LlavaConfig(vision_feature_layer=[-2, -5]).save_pretrained(tmp_path / "several")
-    with pytest.raises(UserError, match=r"reads the hidden states \[-2, -5\] of the tower, the original code one"):
+    with raises_user_error(file=tmp_path / "several", key="vision_feature_layer", value=[-2, -5]):
         main([str(tmp_path / "several"), str(tmp_path / "out"), "--to", "llava_projector"])

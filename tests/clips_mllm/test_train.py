@@ -219,7 +219,7 @@ def test_the_run_folder_is_complete(stages: tuple[Path, Path]) -> None:
         assert load_mllm(folder).processor.chat_template == load_template(template)  # type: ignore[arg-type]
         recipe = parse_recipe(TrainRecipe, ["--config", str(folder / "recipe.yaml")], command="train")
         assert dump_recipe(recipe) == (folder / "recipe.yaml").read_text()
-        assert {"environment.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+        assert {"provenance.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
         assert not list(folder.glob("partial*"))
 
 

@@ -21,6 +21,7 @@ def write_run(root: Path, share: float, *, seed: int = 0, n: int = 400) -> Path:
     for stage in ("encoder", "align", "finetune"):
         (root / stage).mkdir(exist_ok=True)
         (root / stage / "recipe.yaml").write_text("training:\n  seed: 7\n")
+        (root / stage / "provenance.json").write_text(json.dumps({"seed": 7}))
         lines = [json.dumps({"step": step, "loss": 4 / step}) for step in (1, 2, 4)]
         (root / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     setting = {"name": "x", "value": 0.2, "error": 0.01}

@@ -387,7 +387,7 @@ def test_a_full_disk(
     with monkeypatch.context() as patch:
         patch.setattr(LlavaForConditionalGeneration, "save_pretrained", fail)
         line = run(argv, code=28, alone=False)
-    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "environment.json", "metrics.jsonl"} & {
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "provenance.json", "metrics.jsonl"} & {
         path.name for path in out.iterdir()
     }
     if kind == "os":

@@ -325,7 +325,7 @@ def test_a_damaged_encoder_is_refused(encoder_dir: Path, tmp_path: Path) -> None
 
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(UserError, match=r"config\.json: missing"):
+    with pytest.raises(UserError, match=r"config\.json: "):
         load_encoder(tmp_path)
     folder = tmp_path / "damaged"
     shutil.copytree(encoder_dir, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 
 from tests.helpers.pretrain_runs import arguments, losses, metrics
 from vision_tower.common.errors import run_command
+from vision_tower.common.hashes import file_hash
 from vision_tower.common.recipe import parse_recipe
 from vision_tower.data.recipe import Augmentation
 from vision_tower.pretrain import main
 from vision_tower.pretraining.recipe import PretrainRecipe
-from vision_tower.training.run_folder import command_line
 
 PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
 
@@ -38,18 +37,9 @@ def test_a_run_leaves_what_the_next_step_needs(run: Path, sample_world: Path) ->
     expected = arguments(sample_world, run, **{"training.max_steps": 30, "training.save_every": 20})
     again = parse_recipe(PretrainRecipe, ["--config", str(run / "recipe.yaml")], command="pretrain")
     assert again == parse_recipe(PretrainRecipe, expected, command="pretrain")
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] and environment["ranks"] == 1
-
-
-def test_a_command_is_kept_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for program, words in (
-        ("/bin/clips-mllm", ["train"]),
-        ("/x/train.py", ["--local_rank=0"]),
-        ("/x/cli.py", ["train"]),
-    ):
-        monkeypatch.setattr(sys, "argv", [program, *words, "--output_dir", "a b"])
-        assert command_line() == "clips-mllm train --output_dir 'a b'"
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["versions"]["torch"] and provenance["ranks"] == 1
+    assert provenance["outputs"] == {"model.safetensors": file_hash(run / "model.safetensors")}
 
 
 def test_metrics_name_every_term_and_the_loss_falls(run: Path) -> None:

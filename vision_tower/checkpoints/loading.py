@@ -1,15 +1,17 @@
-"""Weights into models, whole or not at all, and at another resolution where asked.
+"""Load weights into models strictly, at another resolution, or as the start of a pretraining run.
 
-folder --from_pretrained--> ClipsModel --at_resolution--> ClipsModel for larger images
-                                       \\--continued------> the model of a recipe that starts from it
+folder --load_model--> ClipsModel --at_resolution--> ClipsModel for another image size
+                            \\------continued-------> model of a recipe with `model.start_from`
+                             \\-----lock_tower------> one tower of a recipe's model, frozen
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from vision_tower.common.files import read_object
 from vision_tower.model.config import ClipsConfig
 from vision_tower.model.modeling import ClipsModel
 from vision_tower.model.positions import resized_positions
-from vision_tower.model.recipe import ModelRecipe, TowerRecipe
+from vision_tower.model.recipe import LockRecipe, ModelRecipe, TowerRecipe
 from vision_tower.model.towers import has_class_token, tower_parts
 
-# The captioner's fields of ClipsConfig.
+# Fields of ClipsConfig that describe the captioner.
 CAPTIONER = (
     "captioner_width",
     "captioner_layers",
@@ -32,77 +34,99 @@ CAPTIONER = (
     "captioner_queries",
     "teacher_forced",
 )
+# Modules of a lockable tower, with its projection, and the recipe fields that must equal those of its checkpoint.
+LOCKED_MODULES = {"image": ("vision_model", "visual_projection"), "text": ("text_model",)}
+LOCKED_FIELDS = {
+    "image": ("class_token", "image", "patch_size", "positions", "embed_dim"),
+    "text": ("text", "padding", "text_length", "vocabulary_size", "embed_dim"),
+}
 
 
 def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
-    """The model that `save_encoder` wrote, in fp32, for images of `image_size` where that is given.
+    """Load the model that `save_encoder` wrote, in fp32.
 
+    Args:
+        folder: a `pretrain` run, or one of its checkpoints.
+        image_size: side of the images in pixels; None keeps that of the checkpoint.
     Raises:
-        UserError: a missing file, or missing or unexpected weights.
+        UserError: a file is missing, or weights are missing, unexpected or of another shape.
     """
     for name in ("config.json", "model.safetensors"):
         if not (Path(folder) / name).is_file():
             raise UserError(
-                "missing", file=Path(folder) / name, remedy=f"{folder} is not a finished `clips-mllm pretrain` run"
+                "no such file", file=Path(folder) / name, remedy="give the folder of a finished `clips-mllm pretrain`"
             )
     kind = read_object(Path(folder) / "config.json").get("model_type")
     if kind != ClipsConfig.model_type:
         raise UserError(
-            f"a '{kind}' checkpoint, not a CLIPS encoder", file=folder, remedy="give the folder of a `pretrain` run"
+            "not a CLIPS encoder",
+            file=folder,
+            key="model_type",
+            value=kind,
+            remedy="give the folder of a `pretrain` run",
         )
     model, info = read_pretrained(
         ClipsModel, folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    refuse_partial_load(folder, info)  # other sizes too: transformers would raise a table of them
+    refuse_partial_load(folder, info)  # mismatched sizes are refused here: transformers would raise a table of them
     return model if image_size is None else at_resolution(model, image_size)
 
 
 def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained`; a file that is missing or damaged becomes a UserError.
+    """Call `kind.from_pretrained`, with a UserError for a missing or damaged file.
 
-    With `output_loading_info` the caller judges missing weights, and transformers does not tell of them too.
+    With `output_loading_info` transformers' own warning about missing weights is silenced: the caller checks them.
     """
     from safetensors import SafetensorError
 
     try:
-        with without_load_report() if options.get("output_loading_info") else contextlib.nullcontext():
+        with no_load_report() if options.get("output_loading_info") else contextlib.nullcontext():
             return kind.from_pretrained(name, **options)
     except pickle.UnpicklingError as error:
         raise UserError(
-            "its weights are damaged, or hold more than plain tensors, and loading that could run code",
+            "the weights are damaged, or contain objects other than tensors, which could run code when loaded",
             file=name,
-            remedy="fetch it again, or save its weights as safetensors first",
+            remedy="download it again, or convert its weights to safetensors first",
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"cannot be read as {kind.__name__} ({error})", file=name, remedy="save or fetch the checkpoint again"
+            f"cannot be read as {kind.__name__} ({error})",
+            file=name,
+            remedy="save or download the checkpoint again",
         ) from error
 
 
 @contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """transformers tells that missing weights were "newly initialized"; here `refuse_partial_load` refuses them."""
-    from transformers.utils import logging
+def no_load_report() -> Iterator[None]:
+    """Silence transformers' warning that missing weights were newly initialized: `refuse_partial_load` refuses them."""
+    logger = logging.getLogger("transformers.modeling_utils")
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logger.removeFilter(keep)
 
 
-def refuse_partial_load(folder: str | Path, info: dict[str, object], fresh: tuple[str, ...] = ()) -> None:
-    """Raise UserError where a checkpoint has other weights than the model; modules named in `fresh` may be missing."""
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info.get(what) or ()))  # type: ignore[call-overload]
+def refuse_partial_load(folder: str | Path, info: Mapping[str, Any], fresh: tuple[str, ...] = ()) -> None:
+    """Raise UserError if weights were missing, unexpected or mismatched.
+
+    Args:
+        folder: named in the error.
+        info: what `from_pretrained(output_loading_info=True)` returned.
+        fresh: top-level modules whose weights may be missing.
+    """
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(map(str, info.get(f"{kind}_keys") or ()))
         keys = [key for key in keys if key.partition(".")[0] not in fresh]
         if keys:
-            kind = what.removesuffix("_keys") + (" key" if len(keys) == 1 else " keys")
             raise UserError(
-                f"{len(keys)} {kind} (first: {keys[0]})",
+                f"{len(keys)} {kind} {'key' if len(keys) == 1 else 'keys'} (first: {keys[0]})",
                 file=folder,
-                remedy="the checkpoint is incomplete or belongs to another model, save it again from its run",
+                remedy="the checkpoint is incomplete or belongs to another model: save or download it again",
             )
 
 
@@ -115,18 +139,21 @@ def with_weights(
     dtype: torch.dtype = torch.float32,
     fresh: tuple[str, ...] = (),
 ) -> Any:
-    """A model of the class `kind` with exactly the weights `state`; modules named in `fresh` may be missing there.
+    """Build a model of the class `kind` with exactly the weights `state`.
 
+    Args:
+        source: file or folder of the weights, named in errors.
+        fresh: top-level modules that `state` may lack; they are initialized.
     Raises:
-        UserError: naming `source`.
+        UserError: missing, unexpected or mismatched weights.
     """
-    with without_load_report():
+    with no_load_report():
         model, info = kind.from_pretrained(
             None,
             config=config,
             state_dict=state,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are reported, and refused, like the rest
+            ignore_mismatched_sizes=True,  # reported in `info`, and refused like the rest
             output_loading_info=True,
         )
     refuse_partial_load(source, info, fresh)
@@ -134,64 +161,83 @@ def with_weights(
 
 
 def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
-    """The same weights for square images of another side, in pixels.
+    """Return the model for square images of `image_size` pixels: sin-cos positions are recomputed, learned ones
+    interpolated.
 
-    Sin-cos positions are computed anew; learned ones are interpolated.
+    Raises:
+        UserError: an image smaller than one patch.
     """
     vision = model.config.vision_config
     if image_size == vision.image_size:
         return model
     if image_size < vision.patch_size:
         raise UserError(
-            f"image size {image_size}: smaller than one patch of {vision.patch_size} pixels", remedy="take a larger"
+            f"smaller than one patch of {vision.patch_size} pixels",
+            key="image_size",
+            value=image_size,
+            remedy="give a larger one",
         )
     config = copy.deepcopy(model.config)
     config.vision_config.image_size = image_size
-    side, classed = image_size // vision.patch_size, has_class_token(vision)
+    side, class_token = image_size // vision.patch_size, has_class_token(vision)
     positions = tower_parts(model.vision_model).positions
-    table = resized_positions(positions, side, classed, sincos=config.positions == "sincos")
+    table = resized_positions(positions, side, class_token, sincos=config.positions == "sincos")
     name = next(name for name, value in model.named_parameters() if value is positions)
     state = model.state_dict() | {name: table}
     return with_weights(ClipsModel, config, state, "the model at its old resolution")
 
 
 def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> ClipsModel:
-    """The encoder in `folder` as the model of `recipe`, whose stock words are `config`.
+    """Load the encoder in `folder` as the start of a run.
 
-    Only the image size and the captioner may differ: a checkpoint without one, such as a converted encoder, or with
-    another objective's gets a fresh one, and an objective without captions gets none.
+    The image size may differ from the checkpoint's. The captioner is initialized if the checkpoint has none (such as a
+    converted encoder) or one for another objective, and dropped if the objective has no captions.
 
+    Args:
+        recipe: the run's model.
+        config: the same as a config.
     Raises:
-        UserError: no encoder there, or a size that differs.
+        UserError: no encoder in the folder, or another size than in the recipe.
     """
     model = load_model(folder, config.vision_config.image_size)
-    found = recipe_words(model.config)
+    found = recipe_fields(model.config)
     same = bool(model.config.captioner_layers) == bool(config.captioner_layers)
     same = same and model.config.teacher_forced == config.teacher_forced
-    if not same or not config.captioner_layers:
-        found.pop("captioner")
-        found.pop("target_length")
-    for name, value in found.items():
-        wanted = getattr(recipe, name)
-        if wanted != value:
-            raise UserError(
-                f"model.{name}: {wanted} in the recipe, {value} in {folder}, where the run starts from",
-                remedy="make them equal (only image_size may differ)",
-            )
+    replaced = () if same and config.captioner_layers else ("captioner", "target_length")
+    wanted = {name: getattr(recipe, name) for name in found}
+    refuse_other_fields(wanted, found, [name for name in found if name not in replaced], folder)
     if same:
         return model
-    towers = copy.deepcopy(model.config)  # what a recipe does not say of them, such as the norms' epsilon, stays
+    # Start from the checkpoint's config: it has fields that no recipe sets, such as the epsilon of the norms.
+    towers = copy.deepcopy(model.config)
     towers.update({name: getattr(config, name) for name in CAPTIONER})
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("captioner.")}
     return with_weights(ClipsModel, towers, state, folder, fresh=("captioner",))
 
 
-def recipe_words(config: ClipsConfig) -> dict[str, object]:
-    """What a recipe would say of a model, but for its image size and vocabulary file."""
+def lock_tower(model: ClipsModel, recipe: LockRecipe) -> None:
+    """Replace a tower of the model by that of `recipe.checkpoint` and freeze it, as in LiT (arXiv 2111.07991).
+
+    Raises:
+        UserError: no encoder in the folder, or a tower of another size than in the recipe.
+    """
+    assert recipe.tower != "none" and recipe.checkpoint is not None, "LockRecipe.check has run"
+    source = load_model(recipe.checkpoint, model.config.vision_config.image_size)
+    wanted, found = recipe_fields(model.config), recipe_fields(source.config)
+    refuse_other_fields(wanted, found, LOCKED_FIELDS[recipe.tower], recipe.checkpoint)
+    for name in LOCKED_MODULES[recipe.tower]:
+        setattr(model, name, getattr(source, name).requires_grad_(False))
+    # The config has fields that no recipe sets, such as the epsilon of the norms.
+    section = {"image": "vision_config", "text": "text_config"}[recipe.tower]
+    setattr(model.config, section, getattr(source.config, section))
+
+
+def recipe_fields(config: ClipsConfig) -> dict[str, object]:
+    """The fields of a ModelRecipe that describe this config, except image size and vocabulary file."""
     image, text = config.vision_config, config.text_config
     return {
-        "image": _tower_words(image),
-        "text": _tower_words(text),
+        "image": _tower_recipe(image),
+        "text": _tower_recipe(text),
         "captioner": TowerRecipe(
             width=config.captioner_width,
             layers=config.captioner_layers,
@@ -209,7 +255,21 @@ def recipe_words(config: ClipsConfig) -> dict[str, object]:
     }
 
 
-def _tower_words(config: Any) -> TowerRecipe:
+def refuse_other_fields(
+    wanted: Mapping[str, object], found: Mapping[str, object], names: Iterable[str], folder: str | Path
+) -> None:
+    """Raise UserError if a field of the recipe differs from the checkpoint in `folder`."""
+    for name in names:
+        if wanted[name] != found[name]:
+            raise UserError(
+                f"the checkpoint in {folder} has {found[name]}",
+                key=f"model.{name}",
+                value=wanted[name],
+                remedy="set it to the checkpoint's value (only image_size may differ)",
+            )
+
+
+def _tower_recipe(config: Any) -> TowerRecipe:
     return TowerRecipe(
         width=config.hidden_size,
         layers=config.num_hidden_layers,

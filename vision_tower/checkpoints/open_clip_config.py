@@ -1,8 +1,8 @@
-"""open_clip's JSON and our config, both ways.
+"""open_clip_config.json to ClipsConfig and back.
 
-Only towers of the CLIPS layout pass: no LayerNorm before the first block, average pooling over patches, the final
-LayerNorm after pooling, bidirectional text with tanh GELU and the last token pooled. Each field of the JSON is a size,
-a choice that CLIPS fixes, or of no consequence to what the weights compute; a field of another name is refused.
+Only models of the CLIPS layout are accepted: no LayerNorm before the first block, average pooling over patches, the
+final LayerNorm after pooling, bidirectional text attention with tanh GELU, and the last text token pooled.
+Each field of the JSON is a size, a choice that CLIPS fixes, or has no effect on the outputs; others are refused.
 Source: `CLIPVisionCfg` and `CLIPTextCfg` of open_clip 3.3, and the JSON files of UCSC-VLAA's published checkpoints.
 """
 
@@ -20,6 +20,8 @@ from vision_tower.model.config import ClipsConfig
 from vision_tower.model.towers import has_class_token
 
 FILE = "open_clip_config.json"
+ONLY_CLIPS = "only CLIPS and OpenVision models can be converted"
+# Options of a block that CLIPS does not use: (open_clip's default, the value CLIPS needs).
 _PLAIN_BLOCKS = {
     "ls_init_value": (None, None),
     "block_type": (None, None),
@@ -30,12 +32,12 @@ _PLAIN_BLOCKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section of the JSON.
+    """Schema of one section of the JSON.
 
     Attributes:
-        sizes: numbers, with open_clip's defaults.
-        fixed: choices, as open_clip's default and what CLIPS needs.
-        free: fields that do not change what the weights compute.
+        sizes: positive numbers, with open_clip's defaults.
+        fixed: choices, each as (open_clip's default, the value CLIPS needs).
+        free: fields without effect on the outputs.
     """
 
     name: str
@@ -44,33 +46,36 @@ class Section:
     free: frozenset[str] = frozenset()
 
     def read(self, file: Path, given: Any) -> dict[str, Any]:
-        """The sizes that a JSON's section states. Raises UserError for what is not of the CLIPS layout."""
+        """Return the sizes in a section. Raises UserError if it is not of the CLIPS layout."""
         if not isinstance(given, dict):
             raise UserError(
-                f"no section '{self.name}'", file=file, remedy="a CLIP model with an image and a text tower is needed"
+                "no such section", file=file, key=self.name, remedy="give a CLIP model with image and text towers"
             )
         for key in given:
             if key not in self.sizes and key not in self.fixed and key not in self.free:
                 raise UserError(
-                    f"{self.name}.{key} is not a field of open_clip's {self.name}", file=file, remedy="take it out"
+                    f"not a field of open_clip's {self.name}", file=file, key=f"{self.name}.{key}", remedy="remove it"
                 )
         for key, (default, needed) in self.fixed.items():
             if given.get(key, default) != needed:
                 raise UserError(
-                    f"{self.name}.{key} is {given.get(key, default)!r}, and CLIPS has {needed!r}",
+                    f"CLIPS has {needed!r}",
                     file=file,
-                    remedy="only CLIPS and OpenVision models can be converted",
+                    key=f"{self.name}.{key}",
+                    value=repr(given.get(key, default)),
+                    remedy=ONLY_CLIPS,
                 )
         found = {key: given.get(key, default) for key, default in self.sizes.items()}
         for key, value in found.items():
-            whole = isinstance(self.sizes[key], int)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int if whole else (int, float))
-                or not 0 < value < math.inf
-            ):
-                kind = "positive whole number" if whole else "positive number"
-                raise UserError(f"{self.name}.{key} is {value!r}, where a {kind} is needed", file=file)
+            kind, types = ("integer", (int,)) if isinstance(self.sizes[key], int) else ("number", (int, float))
+            if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
+                raise UserError(
+                    f"a positive {kind} is needed",
+                    file=file,
+                    key=f"{self.name}.{key}",
+                    value=repr(value),
+                    remedy="download the file again",
+                )
         return found
 
 
@@ -122,18 +127,25 @@ PREPROCESSING: dict[str, Any] = {
 
 
 def read_config(file: Path) -> ClipsConfig:
-    """The model that a JSON describes, without captioner. Raises UserError for any that is not of the CLIPS layout."""
+    """Return the config of the model in a JSON, without captioner.
+
+    Raises:
+        UserError: a damaged file, or a model that is not of the CLIPS layout.
+    """
     tree = read_object(file)
     _check_preprocessing(file, tree.get("preprocess_cfg", {}))
     given = tree.get("model_cfg", tree)
     embed_dim = MODEL.read(file, given)["embed_dim"]
     image, text = VISION.read(file, given.get("vision_cfg")), TEXT.read(file, given.get("text_cfg"))
-    for name, width, heads in (
-        ("vision_cfg.head_width", image["width"], image["width"] / image["head_width"]),
-        ("text_cfg.heads", text["width"], text["heads"]),
-    ):
-        if heads % 1 or width % heads:
-            raise UserError(f"{name} does not divide the width {width}", file=file, remedy="fetch the file again")
+    for section, key, sizes in (("vision_cfg", "head_width", image), ("text_cfg", "heads", text)):
+        if sizes["width"] % sizes[key]:
+            raise UserError(
+                f"does not divide the width {sizes['width']}",
+                file=file,
+                key=f"{section}.{key}",
+                value=sizes[key],
+                remedy="download the file again",
+            )
     return ClipsConfig(
         vision_config={
             "model_type": "vit",
@@ -164,22 +176,26 @@ def read_config(file: Path) -> ClipsConfig:
 
 
 def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
-    """The JSON of a model with class token.
+    """Return the JSON of a model with class token.
 
     Args:
-        name: of the repository that holds the tokenizer. open_clip's `local-dir:` reads the folder's own in any case.
+        name: hub id of the tokenizer. With `local-dir:` open_clip reads the tokenizer in the folder instead.
     Raises:
-        UserError: a tower without class token, which open_clip's own ViT cannot be, or masked padding.
+        UserError: a vision tower without class token, or masked padding; open_clip has neither.
     """
     image, text = config.vision_config, config.text_config
     if config.padding == "masked":
         raise UserError(
-            "--to open_clip: this model masks padding, and open_clip attends to it",
+            "this model masks padding, and open_clip attends to it",
+            key="--to",
+            value="open_clip",
             remedy="use --to tower, or pretrain with model.padding=attended",
         )
     if not has_class_token(image):
         raise UserError(
-            "--to open_clip: this tower has no class token, and open_clip's always has one",
+            "this vision tower has no class token, and open_clip's always has one",
+            key="--to",
+            value="open_clip",
             remedy="use --to tower, or pretrain with model.class_token=true",
         )
     return {
@@ -219,27 +235,39 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
 def _check_preprocessing(file: Path, given: Any) -> None:
     if not isinstance(given, dict):
         raise UserError(
-            f"preprocess_cfg is {given!r}, where an object is needed", file=file, remedy="fetch the file again"
+            "an object is needed",
+            file=file,
+            key="preprocess_cfg",
+            value=repr(given),
+            remedy="download the file again",
         )
     for key, needed in PREPROCESSING.items():
         if given.get(key, needed) != needed:
             raise UserError(
-                f"preprocess_cfg.{key} is {given[key]!r}, and CLIPS has {needed!r}",
+                f"CLIPS has {needed!r}",
                 file=file,
-                remedy="only CLIPS and OpenVision models can be converted",
+                key=f"preprocess_cfg.{key}",
+                value=repr(given[key]),
+                remedy=ONLY_CLIPS,
             )
 
 
 def _eps(file: Path, section: dict[str, Any]) -> float:
     norm = section.get("norm_kwargs") or {}
     if not isinstance(norm, dict) or set(norm) - {"eps"}:
-        raise UserError(f"norm_kwargs is {norm!r}, where only 'eps' is known", file=file)
-    eps = norm.get("eps", 1e-5)
+        raise UserError("only 'eps' can be set", file=file, key="norm_kwargs", value=repr(norm), remedy=ONLY_CLIPS)
+    eps = norm.get("eps", 1e-5)  # torch.nn.LayerNorm's default
     if not isinstance(eps, (int, float)) or not 0 < eps < 1:
-        raise UserError(f"norm_kwargs.eps is {eps!r}, where a small positive number is needed", file=file)
+        raise UserError(
+            "a number between 0 and 1 is needed",
+            file=file,
+            key="norm_kwargs.eps",
+            value=repr(eps),
+            remedy="download the file again",
+        )
     return float(eps)
 
 
 def _ratio(width: int, mlp: int) -> float:
-    """The factor from which open_clip computes `int(width * ratio)` back to `mlp`."""
+    """Return the ratio for which open_clip's `int(width * ratio)` is `mlp`."""
     return mlp / width if int(width * (mlp / width)) == mlp else (mlp + 0.5) / width

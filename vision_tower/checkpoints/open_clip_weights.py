@@ -1,8 +1,8 @@
-"""open_clip's names of the weights and ours, both ways, from one table.
+"""Rename and reshape open_clip's weights to ours and back, from one table of pairs.
 
-theirs   visual.* and the text tower at the top level (or below `text.`), queries, keys and values in one matrix,
-         projections as (in, out)
-ours     vision_model.* of ViTModel, text_model.* of SiglipTextModel, projections as Linear, (out, in)
+theirs   visual.* and the text tower at the top level (or below `text.`); queries, keys and values in one matrix;
+         projections are (in, out)
+ours     vision_model.* of ViTModel, text_model.* of SiglipTextModel; projections are Linear layers, (out, in)
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from vision_tower.model.modeling import ClipsModel
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One tensor of theirs and what it is here.
+    """One tensor of open_clip and its counterpart.
 
     Attributes:
-        ours: several names where theirs is several of ours, one below the other.
-        form: `same`; `transposed`; `table`, ours (1, n, w) for (n, w); `token`, ours (1, 1, w) for (w,); `number`, ours
-            (1,) for one number of any shape.
+        theirs: name in open_clip.
+        ours: names of the tensors into which theirs is split along dimension 0.
+        form: `same`; `transposed`; `table`, (n, w) is (1, n, w) here; `token`, (w,) is (1, 1, w) here; `number`, one
+            number of any shape is (1,) here.
     """
 
     theirs: str
@@ -34,7 +35,7 @@ class Pair:
     form: Literal["same", "transposed", "table", "token", "number"] = "same"
 
     def split(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Theirs as ours."""
+        """Convert their tensor to ours, fp32."""
         match self.form:
             case "transposed":
                 tensor = tensor.T
@@ -48,7 +49,7 @@ class Pair:
             yield name, part.float().contiguous()
 
     def join(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Ours as theirs."""
+        """Convert our tensors to theirs, fp32."""
         tensor = torch.cat([state[name] for name in self.ours]) if len(self.ours) > 1 else state[self.ours[0]]
         match self.form:
             case "transposed":
@@ -62,14 +63,14 @@ class Pair:
         return tensor.float().clone(memory_format=torch.contiguous_format)
 
 
-# Modules of a block that have a weight and a bias, as theirs and ours.
+# Modules of a block with weight and bias: their name to ours.
 _MLP = {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 IMAGE_BLOCK = {"ln_1": "layernorm_before", "ln_2": "layernorm_after", "attn.out_proj": "attention.o_proj", **_MLP}
 TEXT_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", **_MLP}
 
 
 def pairs(config: ClipsConfig) -> list[Pair]:
-    """All tensors of the two towers; the captioner has no place in open_clip."""
+    """List the pairs of all tensors of both towers; open_clip has no captioner."""
     image = "vision_model.embeddings"
     text = "text_model.embeddings"
     found = [
@@ -96,21 +97,23 @@ def pairs(config: ClipsConfig) -> list[Pair]:
 def _block(theirs: str, ours: str, modules: dict[str, str], attention: str) -> Iterator[Pair]:
     for name, own in modules.items():
         yield from _module(f"{theirs}.{name}", f"{ours}.{own}")
-    for what in ("weight", "bias"):
-        three = tuple(f"{ours}.{attention}.{part}_proj.{what}" for part in "qkv")
-        yield Pair(f"{theirs}.attn.in_proj_{what}", three)
+    for kind in ("weight", "bias"):
+        qkv = tuple(f"{ours}.{attention}.{part}_proj.{kind}" for part in "qkv")
+        yield Pair(f"{theirs}.attn.in_proj_{kind}", qkv)
 
 
 def _module(theirs: str, ours: str) -> Iterator[Pair]:
-    for what in ("weight", "bias"):
-        yield Pair(f"{theirs}.{what}", (f"{ours}.{what}",))
+    for kind in ("weight", "bias"):
+        yield Pair(f"{theirs}.{kind}", (f"{ours}.{kind}",))
 
 
 def to_ours(state: dict[str, torch.Tensor], config: ClipsConfig, file: Path) -> dict[str, torch.Tensor]:
-    """A state dict of `ClipsModel` without captioner, fp32, from open_clip's.
+    """Convert open_clip's state dict to that of a `ClipsModel` without captioner, fp32.
 
+    Args:
+        file: of the weights, named in errors.
     Raises:
-        UserError: weights that are missing, left over, or of another shape than the config says.
+        UserError: weights are missing, unexpected, or of another shape than in the config.
     """
     state = {name.removeprefix("text."): value for name, value in state.items()}
     table = pairs(config)
@@ -123,26 +126,26 @@ def to_ours(state: dict[str, torch.Tensor], config: ClipsConfig, file: Path) -> 
         for name, value in pair.split(state[pair.theirs]):
             if value.shape != shapes[name]:
                 raise UserError(
-                    f"{pair.theirs} has the shape {tuple(state[pair.theirs].shape)}, which is not that "
-                    f"of the sizes in open_clip_config.json",
+                    f"its shape {tuple(state[pair.theirs].shape)} does not match the sizes in open_clip_config.json",
                     file=file,
-                    remedy="fetch both files of one model",
+                    key=pair.theirs,
+                    remedy="download both files of one model",
                 )
             found[name] = value
     return found
 
 
 def to_theirs(model: ClipsModel) -> dict[str, torch.Tensor]:
-    """open_clip's state dict of a model with class token; its captioner, if any, is left out.
+    """Convert a model with class token to open_clip's state dict, without its captioner.
 
     Raises:
-        UserError: a bias that CLIPS and open_clip do not have is not zero.
+        UserError: a bias that CLIPS and open_clip lack is not zero.
     """
     state = {name: value.detach() for name, value in model.named_parameters()}
     for name in _absent(model):
         if state[name].any():
             raise UserError(
-                "not zero, and open_clip has no place for it", file=name, remedy="this is no model of `pretrain`"
+                "not zero, and open_clip has no such weight", key=name, remedy="give a model that `pretrain` trained"
             )
     return {pair.theirs: pair.join(state) for pair in pairs(model.config)}
 
@@ -153,10 +156,10 @@ def _absent(model: ClipsModel) -> list[str]:
 
 
 def _refuse_other_names(state: dict[str, torch.Tensor], known: set[str], file: Path) -> None:
-    for what, names in (("missing", known - set(state)), ("unexpected", set(state) - known)):
+    for kind, names in (("missing", known - set(state)), ("unexpected", set(state) - known)):
         if names:
             raise UserError(
-                f"{len(names)} {what} weights (first: {min(names)})",
+                f"{len(names)} {kind} weights (first: {min(names)})",
                 file=file,
-                remedy="the file is not of the model that open_clip_config.json describes, fetch both again",
+                remedy="the file does not belong to open_clip_config.json: download both again",
             )

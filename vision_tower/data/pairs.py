@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vision_tower.common.hashes import value_hash
 from vision_tower.data.augmentation import TrainingTransform, enough_pixels
 from vision_tower.data.images import BadImage, decode_image
 from vision_tower.data.readers import Cursor, Reader
@@ -142,7 +142,7 @@ class PairStream(IterableDataset[CaptionSample]):
 
     def fingerprint(self) -> str:
         """Changes with the names and the order of the shards."""
-        return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()[:16]
+        return value_hash(self.shards)[:16]
 
     def go_on_from(self, cursors: dict[int, Cursor], turn: int) -> None:
         """Start each reader at its cursor, and the loader with its reader number `turn`.

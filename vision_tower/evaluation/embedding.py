@@ -1,7 +1,7 @@
-"""Many images and captions to embeddings, with progress and time left.
+"""Embed a set of images with their captions, with a progress bar.
 
-pairs --images.decoded--> Encoder.embed_images --> images (N, D)
-      --captions----------> Encoder.embed_texts ---> texts  (M, D), owner (M,)
+pairs --image_batches.decoded--> Encoder.embed_images --> images (N, D)
+      --captions---------------> Encoder.embed_texts ---> texts  (M, D), owner (M,)
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedPairs:
-    """Unit-norm fp32 embeddings with what they are of; `owner[j]` is the image that text j describes."""
+    """Unit-norm fp32 embeddings of N images and M captions; `owner[j]` is the image that caption j describes."""
 
     images: torch.Tensor  # (N, D)
     texts: torch.Tensor  # (M, D)
     owner: torch.Tensor  # (M,) int64
-    names: list[str]  # N
+    names: list[str]  # N, of the images
     captions: list[str]  # M
-    digests: list[str] = field(default_factory=list)  # N, SHA-256 of the images' bytes; empty where not known
+    digests: list[str] = field(default_factory=list)  # N, SHA-256 of the encoded images; empty if unknown
 
 
 def embed_pairs(
@@ -41,10 +41,14 @@ def embed_pairs(
     total: int | None,
     progress: bool = True,
 ) -> EmbeddedPairs:
-    """Embed every readable image and its captions; `total` pairs are expected, None if that is not known.
+    """Embed every readable image and its captions.
 
+    Args:
+        batch_size: images, or captions, at a time.
+        skips: counts unreadable images.
+        total: number of pairs for the progress bar; None if unknown.
     Raises:
-        UserError: too many unreadable images, or none at all.
+        UserError: too many unreadable images, or no readable one.
     """
     images: list[torch.Tensor] = []
     names: list[str] = []
@@ -61,7 +65,7 @@ def embed_pairs(
                 names.append(pair.name)
             bar.update(skips.seen - bar.n)
     if not images:
-        raise UserError("no readable image to measure on", file=skips.source, remedy="check the data")
+        raise UserError("no readable image", file=skips.source, remedy="check the data")
     texts = embed_captions(encoder, captions, batch_size, progress=progress)
     return EmbeddedPairs(
         images=torch.cat(images),
@@ -74,7 +78,7 @@ def embed_pairs(
 
 
 def embed_captions(encoder: Encoder, captions: list[str], batch_size: int, *, progress: bool = True) -> torch.Tensor:
-    """Embeddings (M, D) of M captions, at least one."""
+    """Return embeddings (M, D) of M captions; M is at least 1."""
     texts = []
     with tqdm(total=len(captions), desc="texts", unit="text", disable=not progress) as bar:
         for start in range(0, len(captions), batch_size):

@@ -1,7 +1,7 @@
-"""Scores of a model that is being trained: retrieval and zero-shot, as the commands measure them.
+"""Retrieval and zero-shot scores of a model during training, computed as the commands do.
 
-karpathy.load_pairs, image_folder.load_task   once, before training: bad data stops the run before it starts
-evaluate_retrieval, evaluate_zeroshot         every N steps; the model comes back in the mode it was in
+karpathy.load_pairs, image_folder.load_task   once, so that bad data stops the run before training starts
+evaluate_retrieval, evaluate_zeroshot         every N steps; training or evaluation mode is restored
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vision_tower.text.tokenizer import ClipsTokenizer
 
 @contextmanager
 def evaluating(model: ClipsModel, tokenizer: ClipsTokenizer) -> Iterator[Encoder]:
-    """The model as an encoder, in evaluation mode; its mode is restored."""
+    """Yield the model as an encoder in evaluation mode, and restore its mode."""
     training = model.training
     try:
         yield Encoder(model, tokenizer, evaluation_processor(model.config.vision_config.image_size))
@@ -33,8 +33,10 @@ def evaluating(model: ClipsModel, tokenizer: ClipsTokenizer) -> Iterator[Encoder
 def evaluate_retrieval(
     model: ClipsModel, tokenizer: ClipsTokenizer, pairs: list[Pair], batch_size: int = 64, *, progress: bool = False
 ) -> dict[str, float]:
-    """Recall@1, 5, 10 both ways as fractions, `i2t_r1` ... `t2i_r10`, over what `load_pairs` returned.
+    """Return recall@1, 5 and 10 in both directions as fractions, `i2t_r1` to `t2i_r10`.
 
+    Args:
+        pairs: what `load_pairs` returned.
     Raises:
         UserError: too many unreadable images.
         NotFinite: an embedding is not finite.
@@ -47,8 +49,10 @@ def evaluate_retrieval(
 def evaluate_zeroshot(
     model: ClipsModel, tokenizer: ClipsTokenizer, task: ZeroShotTask, batch_size: int = 64, *, progress: bool = False
 ) -> dict[str, float]:
-    """`top1`, `mean_per_class` and, from five classes on, `top5`, as fractions, over what `load_task` returned.
+    """Return `top1`, `mean_per_class` and, with at least five classes, `top5`, as fractions.
 
+    Args:
+        task: what `load_task` returned.
     Raises:
         UserError: too many unreadable images.
         NotFinite: an embedding is not finite.

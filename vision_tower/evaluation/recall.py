@@ -1,7 +1,7 @@
-"""Recall@k between images and texts, without ever holding the whole similarity matrix.
+"""Recall@k between images and texts, computed block by block: the full similarity matrix is never in memory.
 
-    texts (M, D), images (N, D) --block by block--> scores (TEXTS, IMAGES) --topk of rows-----> best images of a text
-                                                                           --topk of columns--> best texts of an image
+    texts (M, D), images (N, D) --block by block--> scores (TEXTS, IMAGES) --topk of rows-----> best images per text
+                                                                           --topk of columns--> best texts per image
 
 Shapes: N images, M texts, D embedding width, Q queries, C candidates.
 """
@@ -17,9 +17,9 @@ from vision_tower.common.errors import NotFinite
 if TYPE_CHECKING:
     from torch import Tensor
 
-# One product serves both directions. A block is wide enough that reading its columns costs little beside the product.
+# Size of a block. One product serves both directions; wide blocks make the cost of topk over columns small.
 TEXTS, IMAGES = 1024, 8192
-TIED = 64  # queries at a time whose order is drawn again over all candidates
+TIED = 64  # queries with ties that are ranked over all candidates at a time
 
 
 def recall_at_k(
@@ -29,22 +29,22 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10),
     block: tuple[int, int] = (TEXTS, IMAGES),
 ) -> dict[str, float]:
-    """Recall@k in both directions, as fractions of the queries; equal to CLIP_benchmark's on the same embeddings.
+    """Return recall@k in both directions as fractions of the queries, equal to CLIP_benchmark's.
 
-    Image to text: an image counts if *any* of its texts is among its k best texts (the usual protocol for COCO and
-    Flickr30K with five captions an image). Text to image: a text counts if its image is among its k best images.
+    Image to text: an image counts if *any* of its texts is among its k best texts, the usual protocol for COCO and
+    Flickr30K, which have five captions an image. Text to image: a text counts if its image is among its k best images.
 
-    Where equal scores lie across place k (duplicate captions), `torch.topk` over all candidates decides, as it does in
-    CLIP_benchmark (`clip_benchmark.metrics.zeroshot_retrieval`). It looks at scores alone, so an encoder that has
-    collapsed to a single point scores chance. Fractions are rounded to fp32, as there.
+    If scores are tied at rank k (duplicate captions), `torch.topk` over all candidates decides, as in CLIP_benchmark
+    (`clip_benchmark.metrics.zeroshot_retrieval`). It sees only the scores, so a collapsed encoder scores chance.
+    Fractions are rounded to fp32, as in CLIP_benchmark.
 
     Args:
-        images: (N, D), unit norm if the score is to be the cosine.
+        images: (N, D), of unit norm for cosine similarity.
         texts: (M, D).
-        image_of_text: (M,) integer, the row of `images` each text belongs to.
-        block: texts and images at a time; the memory is one block and max(ks) + 1 scores a query, linear in N + M.
+        image_of_text: (M,) integer, the row of `images` that each text describes.
+        block: texts and images at a time. Memory is one block plus max(ks) + 1 scores a query, linear in N + M.
     Returns:
-        `{"i2t_r1": ..., "t2i_r1": ...}`, one pair of keys for each k.
+        `{"i2t_r1": ..., "t2i_r1": ...}`, a pair of keys for each k.
     Raises:
         ValueError: shapes that do not fit, or an image without a text.
         NotFinite: an embedding is not finite.
@@ -60,7 +60,7 @@ def hits_at_k(
     ks: Sequence[int] = (1, 5, 10),
     block: tuple[int, int] = (TEXTS, IMAGES),
 ) -> dict[str, Tensor]:
-    """What `recall_at_k` is the share of: for each query whether it counts, (N,) and (M,) bool. Arguments as there."""
+    """Return the hits that `recall_at_k` averages, one bool a query, (N,) and (M,). Same arguments and errors."""
     import torch
 
     _check(images, texts, image_of_text)
@@ -72,51 +72,55 @@ def hits_at_k(
             scores = texts[some_texts] @ images[some_images].T
             of_text.add(some_texts, scores, first=some_images.start)
             of_image.add(some_images, scores.T, first=some_texts.start)
-    i2t = {f"i2t_r{k}": _hits(of_image.places_of(k, images, texts), image_of_text, rows) for k in ks}
-    t2i = {f"t2i_r{k}": _hits(of_text.places_of(k, texts, images), rows, image_of_text) for k in ks}
+    i2t = {f"i2t_r{k}": _hits(of_image.ranked(k, images, texts), image_of_text, rows) for k in ks}
+    t2i = {f"t2i_r{k}": _hits(of_text.ranked(k, texts, images), rows, image_of_text) for k in ks}
     return i2t | t2i
 
 
 class _Best:
-    """The `keep` best candidates of each query, gathered block by block: `values` and `places`, (Q, keep)."""
+    """The `keep` best candidates of each query, updated block by block: scores and indices, (Q, keep)."""
 
     def __init__(self, queries: Tensor, keep: int) -> None:
         import torch
 
         self.keep = keep
         self.values = torch.full((len(queries), keep), -torch.inf, dtype=queries.dtype, device=queries.device)
-        self.places = torch.zeros((len(queries), keep), dtype=torch.long, device=queries.device)
+        self.indices = torch.zeros((len(queries), keep), dtype=torch.long, device=queries.device)
 
     def add(self, rows: slice, scores: Tensor, first: int) -> None:
-        """Take in the scores (q, c) of some queries with the candidates from place `first` on."""
+        """Add the scores (q, c) of the queries `rows` with the candidates from index `first` on."""
         import torch
 
         new = scores.topk(min(self.keep, scores.shape[1]), dim=1)
         values = torch.cat([self.values[rows], new.values], dim=1)
-        places = torch.cat([self.places[rows], new.indices + first], dim=1)
+        indices = torch.cat([self.indices[rows], new.indices + first], dim=1)
         self.values[rows], order = values.topk(self.keep, dim=1)
-        self.places[rows] = places.gather(1, order)
+        self.indices[rows] = indices.gather(1, order)
 
-    def places_of(self, k: int, queries: Tensor, candidates: Tensor) -> Tensor:
-        """The k best candidates of each query, (Q, k); all of them where there are fewer than k."""
-        places = self.places[:, :k].clone()
+    def ranked(self, k: int, queries: Tensor, candidates: Tensor) -> Tensor:
+        """Return the indices of the k best candidates of each query, (Q, min(k, C))."""
+        indices = self.indices[:, :k].clone()
         if k < self.keep:
+            # The order of the blocks must not decide between candidates tied at rank k.
             tied = (self.values[:, k - 1] == self.values[:, k]).nonzero().squeeze(1)
             for part in tied.split(TIED):
-                places[part] = (queries[part] @ candidates.T).topk(k, dim=1).indices
-        return places
+                indices[part] = (queries[part] @ candidates.T).topk(k, dim=1).indices
+        return indices
 
 
-def _parts(total: int, most: int) -> list[slice]:
-    """`range(total)` in parts of nearly equal size: a last part of one row would go through another product's code."""
-    count = -(-total // most)
+def _parts(total: int, max_size: int) -> list[slice]:
+    """Divide `range(total)` into parts of nearly equal size.
+
+    A last part of a single row would use a matrix-vector kernel, whose rounding differs, and so break ties.
+    """
+    count = -(-total // max_size)
     edges = [total * part // count for part in range(count + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
-def _hits(places: Tensor, image_of_candidate: Tensor, image_of_query: Tensor) -> Tensor:
-    """Which queries have a candidate of their own image among `places` (Q, k)."""
-    return (image_of_candidate[places] == image_of_query[:, None]).any(dim=1)
+def _hits(ranked: Tensor, image_of_candidate: Tensor, image_of_query: Tensor) -> Tensor:
+    """Return True for each query with a candidate of its own image in `ranked` (Q, k)."""
+    return (image_of_candidate[ranked] == image_of_query[:, None]).any(dim=1)
 
 
 def _share(hits: Tensor) -> float:
@@ -133,6 +137,6 @@ def _check(images: Tensor, texts: Tensor, image_of_text: Tensor) -> None:
     if image_of_text.shape != (len(texts),):
         raise ValueError(f"image_of_text {tuple(image_of_text.shape)} must be ({len(texts)},), one image for each text")
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
-        raise NotFinite("an embedding holds NaN or infinity")
+        raise NotFinite("an embedding contains NaN or infinity")
     if not torch.equal(image_of_text.unique(), torch.arange(len(images), device=image_of_text.device)):
         raise ValueError(f"each of the {len(images)} images needs a text, and each text an image among them")

@@ -1,7 +1,7 @@
-"""Zero-shot classification: a class is the mean of its prompts' embeddings, an image gets the nearest class.
+"""Zero-shot classification: a class embedding is the mean over its prompts; an image gets the nearest class.
 
     "a photo of a {}." x "dog" --Encoder--> prompts (T, D) --mean, unit norm--> classifier (C, D)
-    ROOT/dog/1.jpg ...         --Encoder--> images (N, D) @ classifier.T -----> the five best classes (N, 5)
+    ROOT/dog/1.jpg ...         --Encoder--> images (N, D) @ classifier.T -----> five best classes (N, 5)
 
 Shapes: N images, C classes, T templates, D embedding width. As in open_clip and CLIP_benchmark.
 """
@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotScores:
-    """Fractions of the readable images; `top5` is None below five classes, a class without images likewise.
+    """Accuracies as fractions of the readable images.
 
-    `labels`, `first` and `near` are of each image: its class, whether that is the best, whether it is of the five.
+    Attributes:
+        top5: None if there are fewer than five classes.
+        per_class: None for a class without images.
+        labels: class of each image.
+        first: for each image, True if its class ranks first.
+        near: for each image, True if its class is among the best five.
     """
 
     top1: float
@@ -44,10 +49,10 @@ class ZeroShotScores:
 def classify(
     encoder: Encoder, task: ZeroShotTask, batch_size: int, skips: SkipCounter, *, progress: bool = True
 ) -> ZeroShotScores:
-    """Embed the prompts and the images of a task, and score.
+    """Embed the prompts and images of a task, and return its scores.
 
     Raises:
-        UserError: too many unreadable images, or none at all.
+        UserError: too many unreadable images, or no readable one.
         NotFinite: an embedding is not finite.
     """
     classifier = class_embeddings(encoder, task.names, task.templates, batch_size, progress=progress)
@@ -59,41 +64,37 @@ def classify(
             labels += [image.label for image in batch]
             bar.update(skips.seen - bar.n)
     if not best:
-        raise UserError("no readable image to measure on", file=skips.source, remedy="check the data")
+        raise UserError("no readable image", file=skips.source, remedy="check the data")
     return accuracies(torch.cat(best), torch.tensor(labels), len(task.names))
 
 
 def class_embeddings(
     encoder: Encoder, names: list[str], templates: list[str], batch_size: int, *, progress: bool = True
 ) -> torch.Tensor:
-    """The classifier, (C, D): unit-norm mean of the unit-norm embeddings of a class's prompts."""
+    """Return the classifier, (C, D): for each class the normalized mean of its prompts' unit-norm embeddings."""
     rows = []
-    group = max(1, batch_size // len(templates))  # classes at a time, so that a batch is full with one template too
+    group = max(1, batch_size // len(templates))  # classes at a time, so that their prompts fill a batch
     with tqdm(total=len(names), desc="classes", unit="class", disable=not progress) as bar:
         for start in range(0, len(names), group):
-            some = names[start : start + group]
-            prompts = [fill(template, name) for name in some for template in templates]
+            classes = names[start : start + group]
+            # Not str.format: a template may contain other braces.
+            prompts = [template.replace("{}", name) for name in classes for template in templates]
             embedded = torch.cat([encoder.embed_texts(batch) for batch in _batches(prompts, batch_size)])
-            rows.append(F.normalize(embedded.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
-            bar.update(len(some))
+            rows.append(F.normalize(embedded.view(len(classes), len(templates), -1).mean(dim=1), dim=-1))
+            bar.update(len(classes))
     return torch.cat(rows)
 
 
-def fill(template: str, name: str) -> str:
-    """The prompt; other braces than `{}` are left as they are."""
-    return template.replace("{}", name)
-
-
 def best_classes(images: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
-    """The five nearest classes, best first, (N, min(5, C)). Raises NotFinite."""
+    """Return the five nearest classes, best first, (N, min(5, C)). Raises NotFinite for NaN or infinity."""
     scores = images @ classifier.T
     if not torch.isfinite(scores).all():
-        raise NotFinite("an embedding holds NaN or infinity")
+        raise NotFinite("an embedding contains NaN or infinity")
     return scores.topk(min(5, len(classifier)), dim=1).indices
 
 
 def accuracies(best: torch.Tensor, labels: torch.Tensor, classes: int) -> ZeroShotScores:
-    """Scores of the best classes (N, k) of N images with these labels (N,)."""
+    """Compute the scores from the best classes (N, k) and the labels (N,) of N images."""
     hits = best == labels[:, None]
     counts = torch.bincount(labels, minlength=classes)
     right = torch.bincount(labels[hits[:, 0]], minlength=classes)

@@ -1,7 +1,7 @@
 """The folder of a run, of whatever stage: held by one run at a time, and what it tells of itself.
 
 recipe.yaml        the resolved recipe
-environment.json   command, ranks, machine, revision and versions
+provenance.json    command, inputs, revision, versions, hardware (`common/provenance.py`)
 metrics.jsonl      a line of the log each
 checkpoint-N/      to go on from (`resume.py` writes them)
 """
@@ -11,36 +11,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
-import shlex
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import make_folder, write_text
+from vision_tower.common.hashes import file_hash
 from vision_tower.common.launcher import drop_launcher_arguments, is_main_process
+from vision_tower.common.provenance import start_provenance
 from vision_tower.common.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "tokenizers",
-    "lmms-eval",
-)
 
 
 @contextmanager
@@ -79,41 +64,14 @@ def only_run_in(folder: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def start_run_folder(folder: Path, recipe: Any) -> None:
-    """Leave the resolved recipe and what it ran on, before anything is trained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    environment = {
-        "command": command_line(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "git": _git_revision(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
-    write_text(folder / "environment.json", json.dumps(environment, indent=1))
-
-
-def command_line() -> str:
-    """This process's, as one would type it; a launcher starts the command's module."""
-    program, *words = sys.argv
-    module = [Path(program).stem] if Path(program).stem in ("pretrain", "train") else []
-    return shlex.join(["clips-mllm", *module, *drop_launcher_arguments(words)])
-
-
-def _git_revision() -> str | None:
-    """Of this code, not of the project that a command may be run in."""
-    here, words = Path(__file__).parent, ["git", "rev-parse", "HEAD"]
-    answer = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def start_run_folder(
+    folder: Path, recipe: Any, command: str, argv: list[str], inputs: Mapping[str, str | None], **facts: Any
+) -> None:
+    """Write the resolved recipe and provenance.json before training starts; arguments as for `start_provenance`."""
+    file = folder / "recipe.yaml"
+    write_text(file, dump_recipe(recipe))
+    facts |= {"seed": recipe.training.seed, "recipe_sha256": file_hash(file)}
+    start_provenance(folder, command, drop_launcher_arguments(argv), inputs, **facts)
 
 
 def holds_run(folder: Path) -> bool:

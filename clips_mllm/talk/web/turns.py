@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import queue
 import re
@@ -24,6 +23,7 @@ from clips_mllm.talk.images import InputImage
 from clips_mllm.talk.requests import Done, Event, Failed, TextDelta
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.web.toasts import toast
+from vision_tower.common.hashes import value_hash
 
 # Gradio renders messages as HTML even without Markdown; an invisible word joiner (U+2060) after these characters
 # makes them text.
@@ -142,8 +142,7 @@ def append_feedback(file: Path, turns: list[Turn], model: int, name: str, liked:
         if not (file.parent / names[-1]).exists():
             image.image.save(file.parent / names[-1])
     conversation = [to_llava_turn(message) for message in messages]
-    digest = hashlib.sha256(json.dumps([names, conversation, name]).encode()).hexdigest()
-    row: dict[str, Any] = {"id": f"{file.stem}-{digest[:16]}"}
+    row: dict[str, Any] = {"id": f"{file.stem}-{value_hash([names, conversation, name])[:16]}"}
     if names:
         row["image"] = names[0] if len(names) == 1 else names
     row |= {"conversations": conversation, "model": name, "liked": liked}

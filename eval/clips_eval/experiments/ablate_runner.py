@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -20,6 +19,7 @@ from clips_eval.experiments.ablate_grid import AblateRecipe, Setting, settings
 from clips_eval.experiments.processes import EVERY, end, show_progress, sigterm_stops
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object, write_text
+from vision_tower.common.hashes import file_hash
 
 SCORES = "retrieval.json"
 
@@ -65,7 +65,7 @@ def _cell(recipe: AblateRecipe, setting: Setting, seed: int) -> Cell:
     order = {
         "pretrain": pretrain,
         "retrieve": [str(folder), f"--data={recipe.data}"],
-        "recipe_sha256": hashlib.sha256(recipe.pretrain.read_bytes()).hexdigest(),
+        "recipe_sha256": file_hash(recipe.pretrain),
     }
     return Cell(setting=setting, seed=seed, folder=folder, order=json.dumps(order, indent=1))
 

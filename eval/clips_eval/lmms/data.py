@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clips_eval.tasks import EASY_VQA_COLUMNS, MMBENCH_COLUMNS, OWN_TASKS, POPE_COLUMNS, STOCK_COLUMNS
 from clips_eval.tasks.metrics import mmbench_options, plain_word
 from vision_tower.common.errors import UserError
+from vision_tower.common.hashes import file_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,12 +40,7 @@ def data_digest(data: str, task: str) -> str:
     Raises:
         UserError: there is none.
     """
-    digest = hashlib.sha256()
-    for name in data_files(data, task):
-        with open(name, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_hash(*map(Path, data_files(data, task)))
 
 
 def check_data(data: str, task: str) -> None:

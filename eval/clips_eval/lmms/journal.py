@@ -6,13 +6,13 @@ further line is {"key", "answer"}; the key covers the document, its prompt, its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.hashes import value_hash
 
 
 class Journal:
@@ -55,8 +55,7 @@ class Journal:
 
 def key_of(task: str, doc_id: int, ids: Sequence[int], images: Sequence[str], options: str) -> str:
     """A document's key: its name, and a digest of all that its answer depends on."""
-    asked = json.dumps([list(ids), list(images), options])
-    return f"{task}/{doc_id}/{hashlib.blake2b(asked.encode(), digest_size=12).hexdigest()}"
+    return f"{task}/{doc_id}/{value_hash([list(ids), list(images), options])[:24]}"
 
 
 def weights_of(checkpoint: str) -> list[list[Any]]:

@@ -20,7 +20,6 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from clips_eval.lmms.batches import Document, batches, cut, expand, generation_options, left_pad, shuffle_images
-from clips_eval.lmms.images import pixel_digest
 from clips_eval.lmms.journal import Journal
 from clips_eval.lmms.prefix import continued, shared_beginnings
 from clips_eval.lmms.requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of, task_names
@@ -29,6 +28,7 @@ from clips_mllm.model.processors import IMAGE_INPUTS
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
 from vision_tower.common.errors import UserError
+from vision_tower.common.hashes import image_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,7 +163,7 @@ class ClipsMllm(lmms):
                 file=place,
                 remedy="take the placeholder out of the document's text or mend the chat template",
             )
-        digests = [pixel_digest(image) for image in asked.images]
+        digests = [image_hash(image) for image in asked.images]
         self.images[task, doc_id] = digests
         for index, digest in enumerate(digests):
             self._sources.setdefault(digest, (request, index))

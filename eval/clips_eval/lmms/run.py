@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from clips_eval.lmms.data import data_digest
 from clips_eval.lmms.earlier import FORMAT
 from clips_eval.lmms.engines import model_for
-from clips_eval.lmms.images import pixel_digest
 from clips_eval.lmms.journal import Journal, weights_of
 from clips_eval.lmms.needs import survey
 from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec, Variant
@@ -26,9 +25,11 @@ from clips_eval.lmms.scores import add_intervals, lower_is_better, sample_rows, 
 from clips_eval.lmms.tasks import index_tasks, load_task
 from clips_eval.lmms.wordings import reword
 from clips_eval.stats.json_files import write_json
-from clips_eval.stats.provenance import checkpoint_digest, hardware, versions
+from clips_eval.stats.provenance import checkpoint_digest
 from vision_tower.common.errors import UserError, disk_is_full
 from vision_tower.common.files import write_text
+from vision_tower.common.hashes import image_hash
+from vision_tower.common.provenance import hardware, versions
 
 if TYPE_CHECKING:
     from lmms_eval.api.model import lmms
@@ -162,7 +163,7 @@ def _clusters(name: str, task: Task, count: int, model: lmms) -> dict[int, str]:
         if digests is None:
             with readable(f"task {name}, document {doc_id}"):
                 visuals = task.doc_to_visual(task.eval_docs[doc_id]) or []
-                digests = [pixel_digest(visual.convert("RGB")) for visual in visuals if hasattr(visual, "convert")]
+                digests = [image_hash(visual.convert("RGB")) for visual in visuals if hasattr(visual, "convert")]
         found[doc_id] = " ".join(digests) or f"document {doc_id}"
     return found
 
@@ -184,7 +185,7 @@ def _about(recipe: EvaluateRecipe, variant: Variant, command: str, seconds: floa
         "mode": recipe.mode,
         "control": variant.control,
         "wording": variant.wording,
-        "versions": versions("datasets", "lmms-eval"),
+        "versions": versions(),
         "hardware": hardware(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "recipe": json.loads(json.dumps(asdict(recipe), default=str)),

@@ -78,7 +78,10 @@ def _intervals(run: Run) -> dict[str, Any]:
 
 def provenance(run: Run) -> dict[str, Any]:
     """With what each part was made and measured: commands, digests, versions, seeds, hardware."""
-    parts: dict[str, Any] = dict(run.environments)
+    trained = ("command", "ranks", "git", "seed", "recipe_sha256", "versions", "hardware")
+    parts: dict[str, Any] = {
+        stage: {key: tree[key] for key in trained if key in tree} for stage, tree in run.provenance.items()
+    }
     keys = ("command", "sha256", "data_sha256", "engine", "mode", "recipe", "versions", "hardware", "seconds")
     measured: dict[str, Benchmarks | Retrieval | ZeroShot | None] = {"retrieval": run.retrieval}
     measured |= {"zeroshot": run.zeroshot, "benchmarks": run.lmms}

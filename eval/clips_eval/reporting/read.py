@@ -6,8 +6,6 @@ RUN/*/metrics.jsonl --> Run
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +15,8 @@ from clips_eval.reporting.benchmarks import Benchmarks, read_benchmarks
 from clips_eval.reporting.encoder import check_breakdowns, check_geometry, check_hits, read_spans
 from clips_eval.stats.json_files import count_in, number_in, read_lines
 from vision_tower.common.errors import UserError
-from vision_tower.common.files import read_object, read_text
+from vision_tower.common.files import read_object
+from vision_tower.common.provenance import read_provenance
 
 CONTROLS = ("shuffled", "blank", "no_image")
 STAGES = ("encoder", "align", "finetune")
@@ -93,7 +92,7 @@ class Run:
     curves: list[Curve] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     chat: list[Answer] = field(default_factory=list)
-    environments: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage, with its recipe's digest
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # provenance.json of each stage
     ablation: dict[str, Any] | None = None
     baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by the model that was measured
     encoders: dict[str, Retrieval] = field(default_factory=dict)  # other encoders, by their names
@@ -124,7 +123,7 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
         curves=[curve for stage in STAGES if (curve := _read_curve(root / stage / "metrics.jsonl", stage))],
         steps=[_read_step(file) for file in sorted((root / "steps").glob("*.json"), key=_step_order)],
         chat=_read_chat(root / "chat.json"),
-        environments={stage: told for stage in STAGES if (told := _read_environment(root / stage))},
+        provenance={stage: tree for stage in STAGES if (tree := read_provenance(root / stage))},
         ablation=_read_ablation(root / "ablate" / "ablation.json"),
     )
     if run == Run(root=root):
@@ -240,18 +239,6 @@ def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
             file=file,
             remedy=f"run 'clips-mllm {command}' again",
         )
-
-
-def _read_environment(folder: Path) -> dict[str, Any]:
-    """What a stage was trained with, and the digest and seed of its recipe; empty where neither file is there."""
-    found = read_object(folder / "environment.json") if (folder / "environment.json").exists() else {}
-    recipe = folder / "recipe.yaml"
-    if recipe.exists():
-        text = read_text(recipe)
-        found["recipe_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        seeds = re.findall(r"^ *seed: (\d+)$", text, flags=re.MULTILINE)
-        found["seed"] = int(seeds[0]) if seeds else None
-    return found
 
 
 def _read_ablation(file: Path) -> dict[str, Any] | None:

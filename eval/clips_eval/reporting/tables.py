@@ -170,8 +170,7 @@ def provenance_table(run: Run) -> Table:
     ]
     rows = []
     for part, told in provenance(run).items():
-        versions = told.get("versions") or ({"python": told["python"]} | told["packages"] if "packages" in told else {})
-        hardware = told.get("hardware") or ({"cpus": told["cpus"]} if "cpus" in told else {})
+        versions, hardware = told.get("versions", {}), told.get("hardware", {})
         gpus = ", ".join(hardware.get("gpus", []))
         cells = [
             part,

@@ -6,8 +6,6 @@ torch among them would make `--help` take seconds.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clips_eval.stats.provenance import diverged
 from clips_eval.stats.uncertainty import Scores, interval
 from vision_tower.common.errors import NotFinite
+from vision_tower.common.hashes import value_hash
 
 if TYPE_CHECKING:
     from vision_tower.evaluation.embedding import EmbeddedPairs
@@ -59,8 +58,7 @@ def data_digest(found: EmbeddedPairs) -> str:
 
     File names and places are not in it, so the same data as a JSON, a CSV or shards are the same.
     """
-    pairs = [found.digests, list(zip(found.owner.tolist(), found.captions, strict=True))]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    return value_hash([found.digests, list(zip(found.owner.tolist(), found.captions, strict=True))])
 
 
 def hit_scores(hits: str, clusters: list[str]) -> Scores:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +10,8 @@ import yaml
 
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text
+from vision_tower.common.hashes import file_hash
+from vision_tower.common.provenance import command_line, hardware, versions
 
 if TYPE_CHECKING:
     from vision_tower.checkpoints.encoder import Encoder
@@ -25,7 +23,7 @@ def provenance(folder: Path, encoder: Encoder, command: str, argv: list[str]) ->
         "encoder": str(folder),
         "sha256": checkpoint_digest(folder),
         "preprocessing": {key: value for key, value in encoder.processor.to_dict().items() if value is not None},
-        "command": shlex.join(["clips-mllm", command, *argv]),
+        "command": command_line(command, argv),
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -62,12 +60,7 @@ def checkpoint_digest(folder: Path) -> str:
         raise UserError(
             "no model.safetensors here", file=folder, remedy="give the folder that 'clips-mllm pretrain' wrote"
         )
-    digest = hashlib.sha256()
-    for shard in shards:
-        with shard.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_hash(*shards)
 
 
 def diverged(folder: Path) -> UserError:
@@ -75,32 +68,3 @@ def diverged(folder: Path) -> UserError:
     return UserError(
         "its embeddings hold NaN or infinity", file=folder, remedy="the training diverged, pretrain it again"
     )
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Of Python, of this project and of the packages that made a number."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("clips-mllm", "torch", "transformers", *packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            found[package] = "not installed"
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """What the number was made on."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(memory / 2**30, 1),
-        "gpus": gpus,
-    }
