@@ -25,7 +25,7 @@ COMMANDS = {
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
-    "inspect": Command("clips_mllm.inspect_folder", "tell what a folder is and where it came from"),
+    "inspect": Command("clips_mllm.inspect_folder", "show what a folder contains and how it was made"),
     "plan": Command("clips_mllm.plan", "tell a recipe's memory, batch and time before it runs"),
     "merge": Command("clips_mllm.merge", "merge an adapter into its base: a plain checkpoint"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),

@@ -1,1 +1,1 @@
-"""Checkpoints of the original LLaVA code, in and out."""
+"""Conversion of checkpoints to and from the original LLaVA code."""

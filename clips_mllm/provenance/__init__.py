@@ -1,1 +1,1 @@
-"""What a folder is and where it came from."""
+"""Kinds of folders, and the inputs of a training run."""

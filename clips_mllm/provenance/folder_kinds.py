@@ -1,4 +1,4 @@
-"""Recognize what a folder contains by its files and the fields they declare, without loading torch.
+"""Recognize the content of a folder by its files and the fields they declare, without loading torch.
 
 encoder, tower, llm, mllm, adapter   loadable checkpoints, also intermediate ones (`checkpoint-N`) of a run
 run                                  an unfinished run, or a checkpoint without loadable weights
@@ -40,7 +40,7 @@ ORIGINS = {
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What a folder contains: its kind, a line for people, and facts for programs."""
+    """Content of a folder: its kind, a line for people, and facts for programs."""
 
     kind: Literal["encoder", "tower", "llm", "mllm", "adapter", "run"]
     line: str

@@ -43,7 +43,7 @@ ARROWS = {
     "mllm/talk/web": "mllm/talk mllm/prompts vt/common vt/data vt/checkpoints",
     "mllm/talk/serve": "mllm/talk mllm/prompts vt/common",
     "mllm": "mllm/prompts mllm/model mllm/data mllm/formats mllm/checks mllm/training mllm/planning mllm/provenance "
-    "mllm/talk mllm/talk/web mllm/talk/serve vt vt/common vt/training vt/data vt/checkpoints",
+    "mllm/talk mllm/talk/web mllm/talk/serve vt/common vt/training vt/data vt/checkpoints",
     "eval/tasks": "",
     "eval/stats": "vt/common vt/checkpoints",
     "eval/lmms": "eval/tasks eval/stats mllm/prompts mllm/model vt/common vt/training vt/checkpoints",

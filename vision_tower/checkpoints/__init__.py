@@ -1,1 +1,1 @@
-"""Encoders on disk: strict loading, saving, open_clip in and out."""
+"""Encoder checkpoints: strict loading, saving, and conversion to and from open_clip."""
