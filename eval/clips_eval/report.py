@@ -1,7 +1,7 @@
-"""`clips-mllm report RUN`: everything a run measured, on one page.
+"""`clips-mllm report RUN`: write a report of everything a run measured.
 
-RUN --report_read--> Run --report_numbers--> report.json
-                         --report_sections (tables, plots, gallery)--> report.md, report.html
+RUN --read--> Run --numbers--> report.json
+                  --sections (tables, plots, gallery)--> report.md, report.html
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import write_text
 from vision_tower.common.recipe import parse_recipe
 
-LEAD = "From image-text pairs to answers about images: what this run measured, and how to measure it again."
+LEAD = "What this run measured, with the commands to measure it again."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRecipe:
-    """Write report.json, report.md and report.html from what a run folder holds.
+    """Write report.json, report.md and report.html from the results in a run folder.
 
     Args:
-        run: the run folder, such as runs/quickstart.
-        against: another run folder; each metric on the same documents is marked better, worse or no difference.
-        baselines: lmms.json files of other models, each a column beside this run's, and retrieval.json files of other
-            encoders, each a row below it.
-        fail_if_worse: end with an error if any metric is worse than in the run of --against, or is not there.
+        run: run folder with encoder/, align/ and finetune/, or some of them.
+        against: another run folder; metrics on the same documents are marked better, worse or no difference.
+        baselines: lmms.json files of other models (one column each) and retrieval.json files of other encoders (one row
+            each).
+        fail_if_worse: exit with an error if a metric is worse than in --against, or is missing.
     """
 
     run: Path
@@ -40,12 +40,11 @@ def main(argv: list[str]) -> None:
     """Run the command.
 
     Raises:
-        UserError: no run in the folder, a malformed file in it, runs without a common metric, or a metric that is
-            worse where that was to fail.
+        UserError: nothing to report, a malformed file, no common metric, or a worse metric with `fail_if_worse`.
     """
     recipe = parse_recipe(ReportRecipe, argv, command="report", positional=("run",))
     if recipe.fail_if_worse and recipe.against is None:
-        raise UserError("worse than what? give the other run by --against FOLDER", key="--fail_if_worse")
+        raise UserError("needs another run to compare with", key="--fail_if_worse", remedy="add --against FOLDER")
 
     from clips_eval.reporting import html as report_html
     from clips_eval.reporting import markdown as report_markdown
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
     if recipe.against is not None:
         other = read_run(recipe.against)
         against = as_tree(*compare_runs(run, other), other)
-    # All three are rendered before the first is written, so that a malformed file leaves no half a report.
+    # Render everything before writing, so that a malformed file leaves no partial report.
     tree, parts = numbers(run, against), sections(run, against)
     title = f"clips-mllm: {run.root.resolve().name}"
     markdown = report_markdown.render([metadata(run), f"# {title}", "Plots and images are in report.html."], parts)
@@ -83,14 +82,14 @@ def main(argv: list[str]) -> None:
 def _refuse_worse(recipe: ReportRecipe, against: dict[str, Any]) -> None:
     worse = [f"{row['task']} {row['metric']}" for row in against["metrics"] if row["verdict"] == "worse"]
     lost = [f"{one['name']} ({one['reason']})" for one in against["not_compared"] if one["lost"]]
-    told = [f"worse in {', '.join(worse)}"] if worse else []
-    told += [f"not to be compared in {', '.join(lost)}"] if lost else []
-    if told:
-        raise UserError(f"against {recipe.against} {' and '.join(told)}", file=recipe.run, remedy="see its report.md")
+    problems = [f"worse in {', '.join(worse)}"] if worse else []
+    problems += [f"not comparable in {', '.join(lost)}"] if lost else []
+    if problems:
+        raise UserError(f"against {recipe.against}: {' and '.join(problems)}", file=recipe.run, remedy="see report.md")
 
 
 def summary(tree: dict[str, Any]) -> list[str]:
-    """The scores of report.json as lines for the terminal; what was not measured has no line."""
+    """Return the scores of report.json as lines for the terminal."""
     tables = {**tree["encoder"], **tree["mllm"]}
     lines = []
     for name, table in tables.items():
@@ -102,7 +101,7 @@ def summary(tree: dict[str, Any]) -> list[str]:
 
 
 def _shown(value: float) -> str:
-    """Shares in per cent; points and judges' scores as they are."""
+    """Format fractions as percent; other scores keep their unit."""
     return f"{value:.1%}" if 0 <= value <= 1 else f"{value:,.1f}"
 
 

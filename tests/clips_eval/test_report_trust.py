@@ -1,4 +1,4 @@
-"""`clips-mllm report`, the parts that let others believe it: comparisons, controls, schema, model card, a browser."""
+"""`clips-mllm report`: comparisons, controls, schema, model card, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from clips_eval import report
+from tests.helpers.errors import raises_user_error
 from tests.helpers.run_folders import write_run
-from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.errors import run_command
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -57,10 +58,10 @@ def test_against_marks_better_and_worse(runs: tuple[Path, Path], capsys: pytest.
     report.main([str(poor)])
 
 
-def test_what_a_run_has_lost_is_no_pass(
+def test_fail_if_worse_counts_missing_metrics(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A benchmark that failed, or that answers other documents, cannot be worse: the command must not call it well."""
+    """A failed benchmark, or one with other documents, is not "not worse"."""
     good, _ = runs
     run = write_run(tmp_path / "run", 0.85)
     other = tmp_path / "other"
@@ -73,30 +74,30 @@ def test_what_a_run_has_lost_is_no_pass(
     mine = run / "finetune" / "lmms.json"
     mine.write_text(json.dumps(json.loads(mine.read_text()) | {"failed": {"mme": "CUDA out of memory"}}))
     assert run_command(report.main, words) == 2
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        "not to be compared in mme (it failed in this run (CUDA out of memory)), gqa (not measured in this run)"
-        in told.err
+        "not comparable in mme (it failed in this run (CUDA out of memory)), gqa (not measured in this run)"
+        in printed.err
     )
-    assert "not compared   gqa: not measured in this run" in told.out
+    assert "not compared   gqa: not measured in this run" in printed.out
     rows = [json.loads(line) | {"task": "gqa"} for line in samples.read_text().splitlines()[:4]]
     samples.write_text(samples.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
     ours = json.loads(mine.read_text())
     ours["tasks"]["gqa"] = {"exact_match": 0.5, "n": 10}
     mine.write_text(json.dumps(ours))
     assert run_command(report.main, words) == 2
-    assert "gqa (the two answer different documents" in capsys.readouterr().err
-    assert "Not compared: gqa: the two answer different documents" in (run / "report.md").read_text()
+    assert "gqa (the runs answered different documents" in capsys.readouterr().err
+    assert "Not compared: gqa: the runs answered different documents" in (run / "report.md").read_text()
 
 
-def test_the_same_run_does_not_differ_and_others_are_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_identical_runs_do_not_differ(runs: tuple[Path, Path], tmp_path: Path) -> None:
     good, _ = runs
     report.main([str(write_run(tmp_path / "twin", 0.85)), "--against", str(good)])
     tree, _, _ = outputs(tmp_path / "twin")
     assert {row["verdict"] for row in tree["against"]["metrics"]} == {"no difference"}
-    with pytest.raises(UserError, match="shares no metric"):
+    with raises_user_error(file=runs[0]):
         report.main([str(write_run(tmp_path / "other", 0.85, n=396)), "--against", str(good)])
-    with pytest.raises(UserError, match="worse than what"):
+    with raises_user_error(key="--fail_if_worse"):
         report.main([str(good), "--fail_if_worse", "true"])
 
 
@@ -131,7 +132,7 @@ def test_controls_wordings_baselines_and_provenance_are_shown(runs: tuple[Path, 
     measured = next(line for line in markdown.splitlines() if line.startswith("| benchmarks |"))
     assert "| 11 |" in measured and "| 1 h 06 min |" in measured
     for text in (markdown, page):
-        assert "abababababababab" in text and "needs a judge" in text and "draws images" in text
+        assert "abababababababab" in text and "needs a judge" in text and "bootstrap over images" in text
     assert "Inverse effect" in page
 
 
@@ -143,7 +144,7 @@ STOCK = {
 }
 
 
-def test_the_papers_benchmarks_beside_the_papers_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paper_benchmarks_get_the_papers_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tasks of several metrics too: each of the paper's columns has one row, with ours and theirs in it."""
     from huggingface_hub import ModelCard
 
@@ -166,13 +167,13 @@ def test_the_papers_benchmarks_beside_the_papers_numbers(tmp_path: Path, capsys:
         assert rows[name][1] == ours and rows[name][theirs].strip("| ") == paper, name
     assert not [name for name in rows if name.startswith(("ChartQA", "MME", "NoCaps", "GQA", "easy-VQA"))]
     assert "Benchmarks of the MLLM: chartqa 14.3 %; nocaps_val 27.0 %; gqa 60.0 %" in page
-    told = capsys.readouterr().out
-    assert "mme_perception_score 1,400.0" in told and "%  mme" not in told
+    printed = capsys.readouterr().out
+    assert "mme_perception_score 1,400.0" in printed and "%  mme" not in printed
     values = {result.metric_name: result.metric_value for result in ModelCard(markdown).data.eval_results}
     assert values["nocaps_CIDEr"] == 102.5 and values["mme_perception_score"] == 1400.0
 
 
-def test_baselines_of_one_name_and_of_the_encoder(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_baselines_with_one_name_and_encoder_baselines(runs: tuple[Path, Path], tmp_path: Path) -> None:
     _, poor = runs
     run = write_run(tmp_path / "run", 0.8)
     few = write_run(tmp_path / "few", 0.8, n=80) / "finetune" / "lmms.json"
@@ -180,7 +181,7 @@ def test_baselines_of_one_name_and_of_the_encoder(runs: tuple[Path, Path], tmp_p
     recalls = {f"{way}_r{k}": 0.4 for way in ("i2t", "t2i") for k in (1, 5, 10)}
     encoder = tmp_path / "theirs" / "retrieval.json"
     encoder.parent.mkdir()
-    encoder.write_text(json.dumps(recalls | {"n_images": 5000, "encoder": "clip-b16", "data": "coco"}))
+    encoder.write_text(json.dumps(recalls | {"format": 1, "n_images": 5000, "encoder": "clip-b16", "data": "coco"}))
     report.main([str(run), *(f"--baselines={file}" for file in (other, few, encoder))])
     tree, markdown, _ = outputs(run)
     assert set(tree["baselines"]["mllm"]) == {f"m ({other})", f"m ({few})"}, "none is lost"
@@ -190,7 +191,7 @@ def test_baselines_of_one_name_and_of_the_encoder(runs: tuple[Path, Path], tmp_p
     cells = dict(zip(head, row, strict=True))
     assert cells[f"m ({few})"].endswith("n = 80") and "n =" not in cells[f"m ({other})"] and cells["Images"] == "100"
     assert "| clip-b16, 5,000 images | 40.0 |" in markdown and "| 95 % | 38.7–41.4 |" in markdown
-    with pytest.raises(UserError, match="no result there"):
+    with raises_user_error():
         report.main([str(run), "--baselines", str(tmp_path / "none.json")])
 
 
@@ -206,28 +207,29 @@ def test_report_md_is_a_model_card(runs: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "key"),
     [
-        ({"format": 9}, "format 9, of another version"),
-        ({"wording": 1}, "'wording' is 1"),
-        ({"intervals": {"a": {"b": {"least": 0}}}}, "'intervals' are not as"),
+        ({"format": 9}, "format"),
+        ({"wording": 1}, "wording"),
+        ({"intervals": {"a": {"b": {"least": 0}}}}, "intervals"),
     ],
 )
-def test_results_of_another_version_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_results_of_another_version_are_refused(tmp_path: Path, change: dict[str, Any], key: str) -> None:
     run = write_run(tmp_path / "run", 0.8, n=8)
     file = run / "finetune" / "lmms.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=words):
+    with raises_user_error(file=file, key=key):
         report.main([str(run)])
     assert not list(run.glob("report.*"))
 
 
-def test_a_document_that_is_there_twice_is_named(tmp_path: Path) -> None:
+def test_duplicate_documents_are_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 0.8, n=8)
     samples = run / "finetune" / "lmms_samples.jsonl"
     samples.write_text(samples.read_text() + samples.read_text().splitlines()[3] + "\n")
-    with pytest.raises(UserError, match=r"lmms_samples\.jsonl: line 9: document 3 of clips_easy_vqa is there twice"):
+    with raises_user_error(file=samples) as caught:
         report.main([str(run)])
+    assert "line 9" in caught.value.problem and "document 3" in caught.value.problem
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -246,7 +248,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)], ids=["phone", "desktop"])
-def test_the_page_opens_from_disk_and_fits(runs: tuple[Path, Path], browser: Any, width: int, height: int) -> None:
+def test_page_opens_from_disk_and_fits_the_screen(
+    runs: tuple[Path, Path], browser: Any, width: int, height: int
+) -> None:
     page = browser.new_page(viewport={"width": width, "height": height})
     requests: list[str] = []
     errors: list[str] = []

@@ -1,1 +1,1 @@
-"""One run on one page."""
+"""The report of a run: one page of numbers, plots and examples."""

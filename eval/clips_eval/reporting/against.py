@@ -1,4 +1,4 @@
-"""Two runs on the same documents: the difference of every metric, its interval, a paired test and a verdict."""
+"""Compare two runs on the same documents: difference, interval, paired test and verdict per metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clips_eval.retrieval.scores import hit_scores, query_clusters
 from clips_eval.stats.uncertainty import Difference, Scores, Undefined, holm, paired
 from vision_tower.common.errors import UserError
 
-# More of these is neither better nor worse; the last is a property of the questions.
+# Metrics without a better direction; target_yes_ratio is a property of the questions.
 NEITHER_WAY = frozenset({"n", "yes_ratio", "target_yes_ratio"})
 
 
@@ -30,7 +30,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class NotCompared:
-    """What the other run has and this one cannot be held against; `lost` where it is this run that lacks it."""
+    """A metric of the other run that cannot be compared. `lost` if this run is the one that lacks it."""
 
     name: str
     reason: str
@@ -38,27 +38,30 @@ class NotCompared:
 
 
 def compare_runs(ours: Run, theirs: Run) -> tuple[list[Compared], list[NotCompared]]:
-    """Every metric that both runs have on the same documents, p-values adjusted over all of them; and the rest.
+    """Compare every metric that both runs have on the same documents.
+
+    Returns:
+        The compared metrics, with p-values adjusted over all of them (Holm), and the metrics that were not compared.
 
     Raises:
-        UserError: the runs share no metric whose documents are known and the same.
+        UserError: the runs share no metric with known, identical documents.
     """
     both = [*_retrieval(ours, theirs), *_benchmarks(ours, theirs)]
     found = [one for one in both if isinstance(one, Compared)]
     rest = [one for one in both if isinstance(one, NotCompared)]
     if not found:
-        told = f" ({rest[0].name}: {rest[0].reason})" if rest else ""
+        example = f" ({rest[0].name}: {rest[0].reason})" if rest else ""
         raise UserError(
-            f"shares no metric with {ours.root} whose single answers are known and are about the same documents{told}",
+            f"no metric with single answers about the same documents as {ours.root}{example}",
             file=theirs.root,
-            remedy="measure both with this version, on the same data",
+            remedy="measure both with this version on the same data",
         )
     adjusted = holm([one.difference for one in found])
     return [replace(one, difference=difference) for one, difference in zip(found, adjusted, strict=True)], rest
 
 
 def scores_of(found: Benchmarks, task: str, metric: str) -> Scores | None:
-    """The metric document by document; None where the file does not tell."""
+    """Return the per-document scores of a metric, or None if the file does not have them."""
     rows = [sample for sample in found.samples if sample.task == task]
     parts = [sample.scores.get(metric) for sample in rows]
     if not rows or any(part is None for part in parts) or any(sample.cluster is None for sample in rows):
@@ -73,7 +76,7 @@ def scores_of(found: Benchmarks, task: str, metric: str) -> Scores | None:
 
 
 def lower_is_better(found: Benchmarks, task: str, metric: str) -> bool:
-    """As the task's own definition says, in results that keep it."""
+    """Return True if the task definition says that lower values are better."""
     return metric in found.about.get("lower_is_better", {}).get(task, ())
 
 
@@ -82,30 +85,30 @@ def _benchmarks(ours: Run, theirs: Run) -> Iterable[Compared | NotCompared]:
         return
     for task, metrics in theirs.lmms.tasks.items():
         if ours.lmms is None or task not in ours.lmms.tasks:
-            yield NotCompared(name=task, reason=_why_not_there(ours, task), lost=True)
+            yield NotCompared(name=task, reason=_missing_reason(ours, task), lost=True)
         elif not _same_documents(ours.lmms, theirs.lmms, task):
-            yield NotCompared(name=task, reason="the two answer different documents, or do not name them", lost=True)
+            yield NotCompared(name=task, reason="the runs answered different documents", lost=True)
         else:
             for metric in (name for name in metrics if name not in NEITHER_WAY):
                 yield _metric(ours.lmms, theirs.lmms, task, metric)
 
 
-def _why_not_there(run: Run, task: str) -> str:
+def _missing_reason(run: Run, task: str) -> str:
     if run.lmms is None:
         return "this run has no benchmarks"
-    for what, reasons in (("failed", run.lmms.failed), ("was skipped", run.lmms.skipped)):
+    for event, reasons in (("failed", run.lmms.failed), ("was skipped", run.lmms.skipped)):
         if task in reasons:
-            return f"it {what} in this run ({reasons[task]})"
+            return f"it {event} in this run ({reasons[task]})"
     return "not measured in this run"
 
 
 def _metric(ours: Benchmarks, theirs: Benchmarks, task: str, metric: str) -> Compared | NotCompared:
     name = f"{task} {metric}"
     if metric not in ours.tasks[task]:
-        return NotCompared(name=name, reason="this run has no such metric", lost=True)
+        return NotCompared(name=name, reason="not measured in this run", lost=True)
     a, b = (scores_of(found, task, metric) for found in (ours, theirs))
     if a is None or b is None:
-        return NotCompared(name=name, reason="what each document adds to it is not known", lost=False)
+        return NotCompared(name=name, reason="it has no per-document scores", lost=False)
     try:
         found = paired(a, b)
     except Undefined as error:
@@ -135,7 +138,7 @@ def _retrieval(ours: Run, theirs: Run) -> Iterable[Compared | NotCompared]:
     if a is None:
         yield NotCompared(name="retrieval", reason="not measured in this run", lost=True)
     elif "hits" not in a.about or "hits" not in b.about:
-        yield NotCompared(name="retrieval", reason="measured by a version that did not keep each query", lost=False)
+        yield NotCompared(name="retrieval", reason="it has no per-query results", lost=False)
     elif a.about.get("data_sha256") != b.about.get("data_sha256"):
         yield NotCompared(name="retrieval", reason="measured on other data", lost=True)
     else:
@@ -148,20 +151,20 @@ def _retrieval(ours: Run, theirs: Run) -> Iterable[Compared | NotCompared]:
 
 
 def as_tree(compared: list[Compared], rest: list[NotCompared], other: Run) -> dict[str, Any]:
-    """For report.json."""
+    """Return the comparison as it is written to report.json."""
     rows = [{**asdict(one), "verdict": one.difference.verdict} for one in compared]
     return {"run": str(other.root), "metrics": rows, "not_compared": [asdict(one) for one in rest]}
 
 
 def shown_p(p: float | None) -> str:
-    """With three decimals; never as 0, which no number of exchanges can show."""
+    """Format a p-value with three decimals; a permutation test cannot show p = 0."""
     if p is None:
         return NONE
     return f"{p:.3f}" if p > 0.001 else "≤ 0.001"
 
 
 def against_table(tree: dict[str, Any]) -> Table:
-    """Better, worse or no difference, metric by metric."""
+    """Return the table of differences and verdicts."""
     names = ("Metric", "Verdict", "This run", "Other", "Difference", "95 %", "p")
     rows = []
     for row in tree["metrics"]:
@@ -180,9 +183,9 @@ def against_table(tree: dict[str, Any]) -> Table:
         ]
         rows.append(cells)
     notes = [
-        f"Other: {tree['run']}. Differences on the same documents; 95 %: bootstrap that draws images, the same for "
-        "both. p: two-sided permutation test by image, after Holm's correction over all rows; a verdict is given "
-        "below 0.05. One training each: a difference between two trainings, not yet between two ways of training."
+        f"Other: {tree['run']}. Differences on the same documents. 95 %: bootstrap over images, same draws for "
+        "both runs. p: two-sided permutation test over images, Holm-corrected over all rows; verdicts at 0.05. A "
+        "run is one training: this compares two trained models, not two training methods."
     ]
     notes += [f"Not compared: {one['name'].removeprefix('clips_')}: {one['reason']}." for one in tree["not_compared"]]
     return plain_table(names, rows, notes)

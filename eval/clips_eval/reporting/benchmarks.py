@@ -1,4 +1,4 @@
-"""A result of `clips-mllm evaluate`, read and checked: scores, intervals, and the answers behind them."""
+"""Read and check a result of `clips-mllm evaluate`: scores, intervals and single answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from clips_eval.stats.uncertainty import Interval
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
 
-FORMATS = (1, 2)  # of lmms.json; 1 has no intervals
+FORMAT = 2  # of lmms.json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One evaluated question.
 
-    `correct` is None where the task has no right or wrong; `image` is None where there is none or it was not kept.
+    Attributes:
+        correct: None if the task does not judge single answers.
+        image: None if the question has none, or if it was not saved.
+        cluster: digest of the image; questions about one image are resampled together.
+        scores: metric to [numerator, denominator] or [numerator, denominator, stratum].
     """
 
     task: str
@@ -28,16 +32,19 @@ class Sample:
     target: str
     correct: bool | None
     image: Path | None
-    cluster: str | None = None  # its image
-    scores: dict[str, list[Any]] = field(default_factory=dict)  # metric -> numerator, denominator, perhaps a stratum
+    cluster: str | None = None
+    scores: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmarks:
-    """Metrics by task, under the names lmms.json gives them, and the samples behind them.
+    """Content of an lmms.json file.
 
-    `intervals` are by task and metric; `skipped` and `failed` say why a task has no score; `about` is the rest of the
-    file: what it was measured with.
+    Attributes:
+        tasks: task to metric to value, with the names of lmms.json.
+        intervals: the same keys to 95 % intervals.
+        skipped, failed: task to the reason why it has no score.
+        about: the rest of the file: model, recipe, versions, command.
     """
 
     tasks: dict[str, dict[str, float]]
@@ -49,30 +56,28 @@ class Benchmarks:
 
 
 def read_benchmarks(file: Path, control: str, wording: int = 0) -> Benchmarks | None:
-    """A result of 'clips-mllm evaluate'; None if there is no such file.
+    """Read an lmms.json file; return None if it does not exist.
 
     Raises:
-        UserError: of another version, of another control or wording, or malformed.
+        UserError: malformed, written by another version, or of another control or wording than its name says.
     """
     if not file.exists():
         return None
     tree = read_object(file)
-    if tree.get("format", 1) not in FORMATS:
+    if tree.get("format") != FORMAT:
         raise UserError(
-            f"format {tree['format']!r}, of another version of clips-mllm (this one reads "
-            f"{' and '.join(map(str, FORMATS))})",
+            f"{tree.get('format')!r} is not supported, expected {FORMAT}",
             file=file,
+            key="format",
             remedy="evaluate again",
         )
-    # Swapped files would turn the control into the result, so the file's own word is checked.
+    # A renamed control file would pass as the result, so the field in the file is checked.
     if tree.get("control", control) != control:
         raise UserError(
-            f"'control' is {tree['control']!r}, here '{control}' is expected", file=file, remedy="evaluate again"
+            f"expected '{control}'", file=file, key="control", value=tree["control"], remedy="evaluate again"
         )
     if tree.get("wording", wording) != wording:
-        raise UserError(
-            f"'wording' is {tree['wording']!r}, here {wording} is expected", file=file, remedy="evaluate again"
-        )
+        raise UserError(f"expected {wording}", file=file, key="wording", value=tree["wording"], remedy="evaluate again")
     tasks = tree.get("tasks")
     if not isinstance(tasks, dict) or not all(isinstance(metrics, dict) for metrics in tasks.values()):
         raise UserError("no 'tasks' of named metrics", file=file, remedy="run 'clips-mllm evaluate' again")
@@ -88,9 +93,7 @@ def read_benchmarks(file: Path, control: str, wording: int = 0) -> Benchmarks | 
             for task, metrics in tree.get("intervals", {}).items()
         }
     except (TypeError, AttributeError) as error:
-        raise UserError(
-            "'intervals' are not as 'clips-mllm evaluate' writes them", file=file, remedy="run it again"
-        ) from error
+        raise UserError("malformed", file=file, key="intervals", remedy="evaluate again") from error
     about = {key: value for key, value in tree.items() if key not in ("tasks", "intervals", "failed", "skipped")}
     return Benchmarks(
         tasks=checked,
@@ -108,13 +111,13 @@ def _read_samples(file: Path) -> list[Sample]:
     for line, row in read_lines(file):
         if not isinstance(row.get("correct"), bool | None) or not isinstance(row.get("task"), str):
             raise UserError(
-                f"line {line}: needs 'task' and a 'correct' of true, false or null", file=file, remedy="evaluate again"
+                f"line {line}: 'task' must be text, 'correct' true, false or null", file=file, remedy="evaluate again"
             )
         doc_id = row.get("doc_id")
         if isinstance(doc_id, int) and row.get("scores") is not None:
             if (row["task"], doc_id) in seen:
                 raise UserError(
-                    f"line {line}: document {doc_id} of {row['task']} is there twice",
+                    f"line {line}: document {doc_id} of {row['task']} appears twice",
                     file=file,
                     remedy="evaluate again",
                 )

@@ -1,4 +1,4 @@
-"""The metadata block of report.md: a model card in the hub's format, with the scores as its model index."""
+"""Metadata block of report.md: a Hugging Face model card with the scores as model index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TAGS = ["clips", "llava", "multimodal", "vision-language"]
 
 
 def metadata(run: Run) -> str:
-    """YAML between two lines of dashes. What only the author knows (license, base model) is left to the author."""
+    """Return the YAML front matter. License and base model are left for the author to add."""
     import yaml
 
     card: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": TAGS}

@@ -1,6 +1,6 @@
-"""What the report's tables are made of: columns, rows, and how a number is shown.
+"""Tables of the report: columns, rows and number formatting.
 
-Scores are shown in per cent. Rows of kind "paper" and columns with `paper=True` hold the CLIPS paper's numbers.
+Scores are shown in percent. Rows of kind "paper" and columns with `paper=True` hold numbers of the CLIPS paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NONE = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A heading; `paper` marks the column's numbers as the paper's."""
+    """A table column; `paper` marks its numbers as those of the CLIPS paper."""
 
     name: str
     paper: bool = False
@@ -22,15 +22,15 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Cells as shown; `kind` says whose they are."""
+    """A table row of formatted cells. `kind` is "ours", "control" or "paper"."""
 
     cells: list[str]
-    kind: str = "ours"  # ours | control | paper
+    kind: str = "ours"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table; `notes` are the sentences below it."""
+    """A table with footnotes."""
 
     columns: list[Column]
     rows: list[Row]
@@ -38,18 +38,18 @@ class Table:
 
 
 def plain_table(names: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> Table:
-    """Headings and cells of this run's alone."""
+    """Build a table without the paper's numbers."""
     columns = [Column(name=name) for name in names]
     return Table(columns=columns, rows=[Row(cells=list(cells)) for cells in rows], notes=list(notes))
 
 
 def percent(share: float | None) -> str:
-    """A fraction in per cent with one decimal; the mark for a missing number if None."""
+    """Format a fraction as percent with one decimal, or MISSING for None."""
     return MISSING if share is None else f"{100 * share:.1f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 42 s, 3 min 05 s, 1 h 02 min."""
+    """Format seconds: 42 s, 3 min 05 s, 1 h 02 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.0f} s"
@@ -59,15 +59,15 @@ def duration(seconds: float) -> str:
 
 
 def interval(ends: tuple[float, float] | None) -> str:
-    """The ends in per cent, or a dash where they are not known."""
+    """Format an interval in percent, or a dash for None."""
     return NONE if ends is None else f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}"
 
 
 def count(n: int | None) -> str:
-    """A whole number with thousands separated; a dash if None."""
+    """Format an integer with thousands separators, or a dash for None."""
     return NONE if n is None else f"{n:,}"
 
 
 def number(value: float | None) -> str:
-    """A number in its own unit with one decimal; a dash if None."""
+    """Format a number in its own unit with one decimal, or a dash for None."""
     return NONE if value is None else f"{value:,.1f}"

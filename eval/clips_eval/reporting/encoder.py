@@ -1,4 +1,4 @@
-"""What `retrieve` and `zeroshot` left beside their scores, checked: damage is named, older files may lack a part."""
+"""Validate the parts of retrieval.json and zeroshot.json beyond the scores."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ AGAIN = "run the step that writes this file again"
 
 
 def check_hits(file: Path, tree: dict[str, Any], recalls: Sequence[str], n_images: int, n_texts: int | None) -> None:
-    """The intervals of the recalls, and a 0 or 1 for each query where the file has them.
+    """Check the intervals of the recalls, and the string of one 0 or 1 per query.
 
     Raises:
-        UserError: an interval without its ends, other text than 0 and 1, or of another length than there are queries.
+        UserError: an interval without bounds, other characters than 0 and 1, or too few or many.
     """
     for key, ends in read_spans(file, tree, recalls).items():
         if ends is None:
-            raise UserError(f"'intervals.{key}' has no ends", file=file, remedy=f"{AGAIN}")
+            raise UserError(f"'intervals.{key}' has no bounds", file=file, remedy=f"{AGAIN}")
     if "hits" not in tree:
         return
     n_queries = {"i2t": n_images, "t2i": _count_captions(file, tree, n_images, n_texts)}
@@ -31,7 +31,7 @@ def check_hits(file: Path, tree: dict[str, Any], recalls: Sequence[str], n_image
     for key in recalls:
         queries, text = n_queries[key[:3]], hits.get(key)
         if not isinstance(text, str) or set(text) - {"0", "1"} or len(text) != queries:
-            raise UserError(f"'hits.{key}' is not a 0 or 1 for each of {queries} queries", file=file, remedy=f"{AGAIN}")
+            raise UserError(f"'hits.{key}' must have {queries} characters 0 or 1", file=file, remedy=f"{AGAIN}")
 
 
 def _count_captions(file: Path, tree: dict[str, Any], n_images: int, n_texts: int | None) -> int:
@@ -40,9 +40,9 @@ def _count_captions(file: Path, tree: dict[str, Any], n_images: int, n_texts: in
         raise UserError("'captions_per_image' is not a list of counts", file=file, remedy=f"{AGAIN}")
     total = sum(counts)
     if len(counts) != n_images or total != (n_texts or total):
-        told = "" if n_texts is None else f" and {n_texts} texts"
+        texts = "" if n_texts is None else f" and {n_texts} texts"
         raise UserError(
-            f"'captions_per_image' are {total} captions of {len(counts)} images, not of {n_images} images{told}",
+            f"'captions_per_image' has {total} captions of {len(counts)} images, expected {n_images} images{texts}",
             file=file,
             remedy=f"{AGAIN}",
         )
@@ -50,10 +50,10 @@ def _count_captions(file: Path, tree: dict[str, Any], n_images: int, n_texts: in
 
 
 def check_geometry(file: Path, tree: dict[str, Any]) -> None:
-    """Ranks, mAP@R and how the embeddings lie: all or none.
+    """Check median ranks, mAP@R and embedding geometry.
 
     Raises:
-        UserError: one of their numbers is missing or is none.
+        UserError: a number is missing or not finite.
     """
     if not {"geometry", "median_rank", "map_at_r"} & set(tree):
         return
@@ -67,30 +67,26 @@ def check_geometry(file: Path, tree: dict[str, Any]) -> None:
 
 
 def check_breakdowns(file: Path, tree: dict[str, Any]) -> None:
-    """Several right answers, and recalls by caption length and by object.
+    """Check multi-positive scores, and recalls by caption length and by object.
 
     Raises:
-        UserError: a part of another form, a number that is missing or is none.
+        UserError: a malformed part, or a number that is missing or not finite.
     """
     if tree.get("multi_positive") is not None:
         several = _object(file, tree, "multi_positive")
         for way in WAYS:
             found, place = _object(file, several, way, "multi_positive"), f"multi_positive.{way}"
             _check_shares(file, found, SHARES, place)
-            number_in(file, found, "n", place)  # 0 where the file annotates no query of this way
+            number_in(file, found, "n", place)  # 0 if the annotations have no query in this direction
     for place, row in _rows(file, tree, "by_length"):
         words = row.get("words")
         if not isinstance(words, list) or len(words) != 2 or not all(isinstance(number, int) for number in words):
-            raise UserError(
-                f"'{place}.words' is {words!r}, two whole numbers are expected", file=file, remedy=f"{AGAIN}"
-            )
+            raise UserError(f"'{place}.words' is {words!r}, expected two integers", file=file, remedy=f"{AGAIN}")
         count_in(file, row, "n", place)
         _check_shares(file, row, [f"t2i_r{k}" for k in (1, 5, 10)], place)
     for place, row in _rows(file, tree, "by_object"):
         if not isinstance(row.get("object"), str):
-            raise UserError(
-                f"'{place}.object' is {row.get('object')!r}, a name is expected", file=file, remedy=f"{AGAIN}"
-            )
+            raise UserError(f"'{place}.object' is {row.get('object')!r}, expected a name", file=file, remedy=f"{AGAIN}")
         count_in(file, row, "n_images", place)
         count_in(file, row, "n_texts", place)
         _check_shares(file, row, [f"{way}_r{k}" for way in WAYS for k in (1, 5, 10)], place)
@@ -99,12 +95,10 @@ def check_breakdowns(file: Path, tree: dict[str, Any]) -> None:
 def read_spans(
     file: Path, tree: dict[str, Any], keys: Iterable[str], place: str = ""
 ) -> dict[str, tuple[float, float] | None]:
-    """The ends of the `intervals` that stand beside numbers, for those keys that have one.
-
-    None where nothing can be said of a number.
+    """Return the (low, high) bounds in `tree["intervals"]` for the keys that have one; None if undefined.
 
     Raises:
-        UserError: an interval of another form.
+        UserError: a malformed interval.
     """
     if "intervals" not in tree:
         return {}
@@ -126,7 +120,7 @@ def _check_shares(file: Path, tree: dict[str, Any], keys: Sequence[str], place: 
 
 
 def _rows(file: Path, tree: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a list with their places; none where the file has no such list."""
+    """Yield (JSON path, object) for each object of a list; nothing if the key is absent."""
     rows = tree.get(key, [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"'{key}' is not a list of objects", file=file, remedy=f"{AGAIN}")
@@ -137,5 +131,5 @@ def _object(file: Path, tree: dict[str, Any], key: str, place: str = "") -> dict
     found = tree.get(key)
     if not isinstance(found, dict):
         name = f"{place}.{key}" if place else key
-        raise UserError(f"'{name}' is {type(found).__name__}, an object is expected", file=file, remedy=f"{AGAIN}")
+        raise UserError(f"'{name}' is {type(found).__name__}, expected an object", file=file, remedy=f"{AGAIN}")
     return found

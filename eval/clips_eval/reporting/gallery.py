@@ -1,4 +1,4 @@
-"""Images for the report: right and wrong answers, retrievals, the closing chat. Chosen by place, never by hand."""
+"""Example cards for the report: right and wrong answers, retrievals, chat. Chosen by position, not by hand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from clips_eval.reporting.benchmarks import Sample
 from clips_eval.reporting.read import Run
 
-PER_TASK = 2  # right ones, and as many wrong ones
-SIDE = 160  # pixels of a thumbnail's longer side
+PER_TASK = 2  # right answers, and as many wrong ones
+SIDE = 160  # longer side of a thumbnail, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One answer: a text or an image, and whether it is right (None: not judged)."""
+    """One answer of a card: a text or an image. `correct` is None if it was not judged."""
 
     text: str = ""
     image: str | None = None
@@ -25,7 +25,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A query with its answers; images are data URIs, None where the file is gone."""
+    """A query with its answers. Images are data URIs, or None if the file is missing."""
 
     title: str = ""
     text: str = ""
@@ -36,13 +36,13 @@ class Card:
 
 
 def answer_cards(run: Run) -> list[Card]:
-    """Right and wrong answers of each task, evenly spaced over those whose image was kept."""
+    """Return right and wrong answers of each task, evenly spaced, preferring samples with a saved image."""
     samples = run.lmms.samples if run.lmms else []
     cards = []
     for task in dict.fromkeys(sample.task for sample in samples):
         for correct in (True, False):
             group = [sample for sample in samples if sample.task == task and sample.correct is correct]
-            # The evaluation keeps a few images only; a task without any images is shown as text.
+            # The evaluation saves only a few images; a task without any is shown as text.
             group = [sample for sample in group if sample.image is not None] or group
             cards += [_answer_card(sample) for sample in _evenly(group, PER_TASK)]
     return cards
@@ -60,7 +60,7 @@ def _answer_card(sample: Sample) -> Card:
 
 
 def retrieval_cards(run: Run) -> tuple[list[Card], list[Card]]:
-    """Text queries with the images they found, and image queries with the texts they found."""
+    """Return (cards of text queries with retrieved images, cards of image queries with retrieved texts)."""
     if run.retrieval is None:
         return [], []
     folder, examples = run.retrieval.folder, run.retrieval.examples
@@ -89,7 +89,7 @@ def retrieval_cards(run: Run) -> tuple[list[Card], list[Card]]:
 
 
 def chat_cards(run: Run) -> list[Card]:
-    """The questions asked at the end of the run, as answered; nobody judged them."""
+    """Return the example questions of `clips-mllm chat --examples` with their answers, not judged."""
     return [
         Card(
             text=row.question,
@@ -102,7 +102,7 @@ def chat_cards(run: Run) -> list[Card]:
 
 
 def thumbnail(file: Path | None) -> str | None:
-    """A small WebP as data URI; None if there is no such file or it is no image (the report says so in its place)."""
+    """Return a small WebP as a data URI, or None if the file is missing or not an image."""
     from PIL import Image
 
     if file is None or not file.is_file():
@@ -119,7 +119,7 @@ def thumbnail(file: Path | None) -> str | None:
 
 
 def _question(prompt: str) -> str:
-    """The question without image placeholders and without the closing order on the answer's form."""
+    """Return the question without image placeholders and without the final "Answer …" instruction."""
     lines = [line.strip() for line in prompt.replace("<image>", "").strip().splitlines()]
     while len(lines) > 1 and (not lines[-1] or lines[-1].startswith("Answer ")):
         lines.pop()

@@ -1,4 +1,4 @@
-"""Sections as one HTML file that opens from disk, without scripts and without a single request."""
+"""Render report sections as one self-contained HTML file, without scripts or requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clips_eval.reporting.tables import PAPER_NOTE
 
 
 def render(title: str, lead: str, sections: Sequence[Section], *, tiles: str = "", foot: str = "") -> str:
-    """The whole page."""
+    """Return the HTML page."""
     from importlib.resources import files
 
     css = (files("clips_eval.reporting") / "data" / "report.css").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def render(title: str, lead: str, sections: Sequence[Section], *, tiles: str = "
 
 
 def _section(section: Section) -> str:
-    """What can be seen; its words only where there is nothing to see."""
+    """Render a section; `lines` are the text fallback and are left out when plots or cards show the same."""
     parts = [f"<h{section.level}>{escape(section.title)}</h{section.level}>"]
     if section.table:
         parts.append(_table(section.table))
@@ -47,7 +47,7 @@ def _section(section: Section) -> str:
 
 
 def run_tiles(run: Run) -> str:
-    """A run's main numbers in large."""
+    """Headline numbers of a run as tiles."""
     tree = numbers(run)
     recall, easy = tree["encoder"]["retrieval"], tree["mllm"]["easy_vqa"]
     pope = tree["mllm"]["pope_random"]
@@ -73,7 +73,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _table(table: Table) -> str:
-    """Rows and columns of the paper's carry a tag in words, not only a colour; commands in the last column get room."""
+    """Render a table. The paper's rows and columns get a text tag in addition to their colour."""
     kind = "steps" if table.columns[-1].name == "Command" else ""
     tag = '<span class="tag">paper</span>'
     head = "".join(
@@ -97,9 +97,9 @@ def _table(table: Table) -> str:
 
 def _plots(plots: list[Plot]) -> str:
     figures = [
-        f"<figure><figcaption>{escape(plot.title)}</figcaption><image>"
+        f"<figure><figcaption>{escape(plot.title)}</figcaption><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{_uri(plot.dark)}">'
-        f'<img src="{_uri(plot.light)}" alt="{escape(plot.summary)}"></image></figure>'
+        f'<img src="{_uri(plot.light)}" alt="{escape(plot.summary)}"></picture></figure>'
         for plot in plots
     ]
     kind = "plots one" if len(figures) == 1 else "plots"
@@ -117,7 +117,7 @@ def _cards(cards: list[Card], *, kind: str) -> str:
 def _card(card: Card) -> str:
     text = f'<p class="kind">{escape(card.title)}</p>' if card.title else ""
     text += f"<p>{escape(card.text)}</p>" if card.text else ""
-    if any(mark.image or not mark.text for mark in card.marks):  # the answers are images
+    if any(mark.image or not mark.text for mark in card.marks):  # retrieved images
         strip = "".join(_image(mark.image, mark.correct) for mark in card.marks)
         return f'<div class="card wide">{text}<div class="strip">{strip}</div></div>'
     image = _image(card.image, None) if card.has_image else ""
@@ -151,6 +151,6 @@ def _image(uri: str | None, correct: bool | None) -> str:
 
 
 def _code(text: str) -> str:
-    """`commands` between backticks as code."""
+    """Escape text and turn `backticks` into <code>."""
     parts = escape(text).split("`")
     return "".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts))

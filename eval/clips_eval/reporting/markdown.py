@@ -1,4 +1,4 @@
-"""Sections as plain Markdown, for terminals, pull requests, diffs, and as a model card."""
+"""Render report sections as Markdown, for terminals, pull requests and model cards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def render(head: Sequence[str], sections: Sequence[Section], foot: Sequence[str] = ()) -> str:
-    """Paragraphs, then what of each section can be said in words and tables, then more paragraphs."""
+    """Return Markdown: `head` paragraphs, the tables and lines of each section, `foot` paragraphs."""
     parts = list(head)
     for section in sections:
         if section.table or section.lines:
@@ -25,7 +25,7 @@ def render(head: Sequence[str], sections: Sequence[Section], foot: Sequence[str]
 
 
 def table(content: Table) -> str:
-    """Rows and columns of the paper's say so in words."""
+    """Render a table; the paper's rows and columns are marked "(paper)"."""
     head = [f"{column.name} (paper)" if column.paper else column.name for column in content.columns]
     lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
     for row in content.rows:

@@ -1,4 +1,4 @@
-"""The report's table of benchmarks: this run with its controls, baselines beside it, and the paper's columns."""
+"""Benchmark table of the report: this run with its controls, baselines and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = {
     ("pope_adversarial", "accuracy"): "POPE, adversarial",
     ("mmbench", "accuracy"): "MMBench",
 }
-# The paper's columns: lmms-eval's task and metric, and a name. POPE is one score there, and five in lmms-eval.
+# Columns of the paper: (lmms-eval task, metric, label). The paper has one POPE score, lmms-eval has five.
 PAPER_TASKS = {
     "pope": ("", "", "POPE (one score)"),
     "gqa": ("gqa", "exact_match", "GQA"),
@@ -37,11 +37,11 @@ PAPER_KEYS = {(task, metric): key for key, (task, metric, _) in PAPER_TASKS.item
 CONTROL_NAMES = {"shuffled": "Shuffled", "blank": "Blank", "no_image": "No image"}
 WORDINGS = "Wordings"
 
-Cells = dict[str, str]  # by column; a column without an entry has a dash
+Cells = dict[str, str]  # column to text; missing columns show a dash
 
 
 def mllm_table(run: Run, paper: dict[str, Any]) -> Table:
-    """Every benchmark of this run with its controls, chance and interval; baselines and the paper's columns beside."""
+    """Return the table of all benchmarks with interval, controls, chance, baselines and the paper's columns."""
     theirs = paper["llava_1_5_llama3"]
     tree = numbers(run)["mllm"]
     others = {task: metrics for task, metrics in tree.items() if task not in OWN_TASKS and metrics is not None}
@@ -64,7 +64,7 @@ def mllm_table(run: Run, paper: dict[str, Any]) -> Table:
 
 
 def _columns(run: Run) -> list[str]:
-    """The shuffled control is always a column; what else was not measured is none."""
+    """Return column names. The shuffled control is always shown; other controls only if measured."""
     controls = [CONTROL_NAMES[control] for control in CONTROLS if control == "shuffled" or control in run.controls]
     wordings = [WORDINGS] if len(run.wordings) == 2 else []
     return ["Benchmark", "Score", "95 %", "F1", *controls, *wordings, "Chance", "n", "Images", *run.baselines]
@@ -84,11 +84,11 @@ def _own_cells(run: Run, found: dict[str, Any] | None, name: str, metric: str, l
         cells["F1"] = percent(found["f1"])
     if name in CHANCE:
         cells["Chance"] = percent(CHANCE[name])
-    return cells | _beside(run, name, metric, share=True)
+    return cells | _comparisons(run, name, metric, share=True)
 
 
 def _stock_cells(run: Run, task: str, metric: str, metrics: dict[str, float]) -> Cells:
-    """A stock task: its metric may be no share at all (CIDEr, points), and then it is shown as it is."""
+    """Return the cells of a stock lmms-eval metric; points and CIDEr are shown in their own unit."""
     share = is_share(metric, metrics[metric])
     ends = span(run.lmms, task, metric)
     known = run.lmms.intervals.get(task, {}).get(metric) if run.lmms else None
@@ -100,11 +100,11 @@ def _stock_cells(run: Run, task: str, metric: str, metrics: dict[str, float]) ->
     }
     if ends is not None:
         cells["95 %"] = interval(ends) if share else f"{ends[0]:,.1f}–{ends[1]:,.1f}"
-    return cells | _beside(run, task, metric, share=share)
+    return cells | _comparisons(run, task, metric, share=share)
 
 
-def _beside(run: Run, name: str, metric: str, *, share: bool) -> Cells:
-    """Controls, wordings and baselines of one metric."""
+def _comparisons(run: Run, name: str, metric: str, *, share: bool) -> Cells:
+    """Return the cells of controls, wordings and baselines of a metric."""
     cells: Cells = {}
     for control, title in CONTROL_NAMES.items():
         value = under(run, control, name, metric)
@@ -113,7 +113,7 @@ def _beside(run: Run, name: str, metric: str, *, share: bool) -> Cells:
         cells[WORDINGS] = f"{_show(min(values), share)}–{_show(max(values), share)}"
     for title, found in run.baselines.items():
         other = found.tasks.get(task_of(name), {}).get(metric)
-        cells[title] = NONE if other is None else _show(other, share) + _around(found, name, metric, share)
+        cells[title] = NONE if other is None else _show(other, share) + _interval_suffix(found, name, metric, share)
         theirs, ours = (one.tasks.get(task_of(name), {}).get("n") if one else None for one in (found, run.lmms))
         if other is not None and theirs != ours:
             cells[title] += f", n = {theirs:,.0f}" if theirs else ", n unknown"
@@ -121,12 +121,12 @@ def _beside(run: Run, name: str, metric: str, *, share: bool) -> Cells:
 
 
 def _images(run: Run, name: str, metric: str) -> str:
-    """How many images the interval draws from; few of them make it a guess."""
+    """Return the number of images that the interval resamples."""
     found = run.lmms.intervals.get(task_of(name), {}).get(metric) if run.lmms else None
     return NONE if found is None else count(found.clusters)
 
 
-def _around(found: Benchmarks, name: str, metric: str, share: bool) -> str:
+def _interval_suffix(found: Benchmarks, name: str, metric: str, share: bool) -> str:
     ends = span(found, name, metric)
     return "" if ends is None or not share else f" ({interval(ends)})"
 
@@ -136,7 +136,7 @@ def _show(value: float, share: bool) -> str:
 
 
 def main_metric(task: str, metrics: dict[str, float]) -> str | None:
-    """The share that stands for a stock task: the paper's where it has one, else the first; None for points alone."""
+    """Return the headline metric of a task: the paper's if defined, else the first proportion, else None."""
     shares = [metric for metric, value in metrics.items() if metric != "n" and 0 <= value <= 1]
     return next((metric for metric in shares if (task, metric) in PAPER_KEYS), shares[0] if shares else None)
 
@@ -150,31 +150,26 @@ def _paper_cells(theirs: dict[str, Any], key: str | None) -> Cells:
 
 def _notes(run: Run) -> list[str]:
     notes = [
-        "Scores in %. Shuffled: the same model given another question's image; what it loses there is what it sees. "
-        "Chance: a guess without looking (POPE is balanced, MMBench has up to four options).",
+        "Scores in %. Shuffled: the same model with another question's image. Chance: guessing (POPE is balanced, "
+        "MMBench has up to four options).",
         _interval_note(run),
         PAPER_NOTE
-        + " Theirs is LLaVA-1.5 with LLaMA-3 on the full benchmarks; POPE there is one score for all splits.",
+        + " The paper uses LLaVA-1.5 with LLaMA-3 on the full benchmarks and reports one POPE score for all splits.",
     ]
     if {"blank", "no_image"} & set(run.controls):
-        notes.insert(1, "Blank: an image of the mean colour in place of each. No image: the question alone.")
+        notes.insert(1, "Blank: an image of the mean colour. No image: the question alone.")
     if len(run.wordings) == 2:
-        notes.insert(1, "Wordings: the least and the most of three ways to ask for the answer's form.")
+        notes.insert(1, "Wordings: lowest and highest score over three ways to ask for the answer format.")
     easy = task_of("easy_vqa")
     for control, found in run.controls.items():
         if run.lmms and easy in run.lmms.tasks and easy in found.tasks:
             real, other = run.lmms.tasks[easy].get("n"), found.tasks[easy].get("n")
             if real != other:
-                which = "the control" if control == "shuffled" else f"the control {control}"
-                notes.append(f"easy-VQA: {which} has n = {other}, the model n = {real}: not the same questions.")
+                notes.append(f"easy-VQA: the control {control} has n = {other}, the model n = {real}: other questions.")
     return notes
 
 
 def _interval_note(run: Run) -> str:
     by_image = run.lmms is not None and bool(run.lmms.intervals)
-    how = (
-        "bootstrap that draws images with all their questions"
-        if by_image
-        else "Wilson interval of a proportion over n answers"
-    )
-    return f"95 %: {how}; it covers the draw of questions, not of the training."
+    how = "bootstrap over images with all their questions" if by_image else "Wilson interval over n answers"
+    return f"95 %: {how}; it covers the sampling of questions, not the training."

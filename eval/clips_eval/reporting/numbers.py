@@ -1,4 +1,4 @@
-"""From a run to report.json, and the statistics beside the numbers: intervals and chance levels."""
+"""Content of report.json, with intervals and chance levels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from clips_eval.reporting.read import RECALLS, Retrieval, Run, ZeroShot
 from clips_eval.stats.json_files import count_in, number_in
 from clips_eval.stats.uncertainty import wilson
 
-SCHEMA_VERSION = 3  # data/report.schema.json; 2 had no baselines, and did not say what was not compared
-# Our own tasks: the name in lmms.json and the metrics that report.json promises.
+SCHEMA_VERSION = 3  # of data/report.schema.json
+# Tasks of the sample world: report name to (task in lmms.json, metrics that report.json guarantees).
 OWN_TASKS = {
     "easy_vqa": ("clips_easy_vqa", ("accuracy", "open_accuracy", "yes_no_accuracy")),
     "pope_random": ("clips_pope_random", ("accuracy", "f1")),
@@ -19,19 +19,19 @@ OWN_TASKS = {
     "pope_adversarial": ("clips_pope_adversarial", ("accuracy", "f1")),
     "mmbench": ("clips_mmbench", ("accuracy",)),
 }
-# A guess that never looks: POPE is balanced yes/no by construction, MMBench has up to four options.
+# Accuracy of guessing: POPE is balanced yes/no, MMBench has up to four options.
 CHANCE = {"pope_random": 0.5, "pope_popular": 0.5, "pope_adversarial": 0.5, "mmbench": 0.25}
 
 CIDER = frozenset({"nocaps_CIDEr", "coco_CIDEr", "flickr_CIDEr", "textcaps_CIDEr"})
 
 
 def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of report.json; what was not measured is null. All scores are fractions.
+    """Return the content of report.json. Scores are fractions; what was not measured is None.
 
     Args:
-        against: the comparison with another run, as `report_against.compared` gives it.
+        against: comparison with another run, from `against.as_tree`.
     Raises:
-        UserError: a promised metric is missing in lmms.json or not a fraction.
+        UserError: a guaranteed metric is missing in lmms.json or is not a fraction.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -62,7 +62,7 @@ def numbers(run: Run, against: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _intervals(run: Run) -> dict[str, Any]:
-    """{"retrieval": {metric: [low, high]}, "zeroshot": ..., task: ...}, by the names of the scores above."""
+    """Return {"retrieval": {metric: [low, high]}, "zeroshot": ..., task: ...}."""
     found: dict[str, Any] = {}
     if run.retrieval is not None:
         found["retrieval"] = {key: list(recall_span(run.retrieval, key)) for key in RECALLS}
@@ -77,7 +77,7 @@ def _intervals(run: Run) -> dict[str, Any]:
 
 
 def provenance(run: Run) -> dict[str, Any]:
-    """With what each part was made and measured: commands, digests, versions, seeds, hardware."""
+    """Return commands, digests, versions, seeds and hardware of each part."""
     trained = ("command", "ranks", "git", "seed", "recipe_sha256", "versions", "hardware")
     parts: dict[str, Any] = {
         stage: {key: tree[key] for key in trained if key in tree} for stage, tree in run.provenance.items()
@@ -108,7 +108,7 @@ def _mllm(run: Run) -> dict[str, dict[str, Any] | None]:
     own = {task for task, _ in OWN_TASKS.values()}
     for task, metrics in (run.lmms.tasks if run.lmms else {}).items():
         if task not in own:
-            # lmms-eval has a pope_random too; it must not pass for ours.
+            # lmms-eval has a pope_random too; keep it apart from ours.
             table[f"stock_{task}" if task in OWN_TASKS else task] = dict(metrics)
     return table
 
@@ -126,7 +126,7 @@ def _own_task(run: Run, name: str) -> dict[str, Any] | None:
 
 
 def under(run: Run, control: str, name: str, metric: str) -> float | None:
-    """The same metric of the same model under a control; None where it was not measured."""
+    """Return the metric under a control, or None if it was not measured."""
     task, found = task_of(name), run.controls.get(control)
     if found is None or metric not in found.tasks.get(task, {}):
         return None
@@ -135,7 +135,7 @@ def under(run: Run, control: str, name: str, metric: str) -> float | None:
 
 
 def worded(run: Run, name: str, metric: str) -> list[float]:
-    """The metric in the task's own wording and in each of the others; empty unless all were measured."""
+    """Return the metric in all three wordings, or an empty list unless all were measured."""
     task = task_of(name)
     passes = [run.lmms, *(run.wordings.get(wording) for wording in (1, 2))]
     values = [found.tasks[task][metric] for found in passes if found and metric in found.tasks.get(task, {})]
@@ -143,7 +143,7 @@ def worded(run: Run, name: str, metric: str) -> list[float]:
 
 
 def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float] | None:
-    """The 95 % interval: the one that was measured by image, Wilson's where the file has none; None if unknown."""
+    """Return the 95 % interval of a metric: bootstrap over images if measured, else Wilson's; None if unknown."""
     task = task_of(name)
     if found is None or metric not in found.tasks.get(task, {}):
         return None
@@ -155,7 +155,7 @@ def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float
 
 
 def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
-    """The 95 % interval of a recall: by image where it was measured, else Wilson's over the queries or images."""
+    """Return the 95 % interval of a recall: bootstrap over images if measured, else Wilson's."""
     known = found.about.get("intervals", {}).get(key)
     if known is not None:
         return known["low"], known["high"]
@@ -163,17 +163,17 @@ def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
 
 
 def is_share(metric: str, value: float) -> bool:
-    """Whether a score is shown in per cent: a fraction, or CIDEr, of which papers give the hundredfold."""
+    """Return True if a score is shown in percent: fractions, and CIDEr, which papers report times 100."""
     return 0 <= value <= 1 or metric in CIDER
 
 
 def task_of(name: str) -> str:
-    """lmms-eval's name of a task of ours; any other name is its own."""
+    """Return lmms-eval's task name for a report name."""
     return OWN_TASKS[name][0] if name in OWN_TASKS else name
 
 
 def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
-    """How many answers a proportion rests on; None for what is no proportion, or where it is not known."""
+    """Return the number of answers behind a proportion; None for other metrics or if unknown."""
     task = OWN_TASKS[name][0] if name in OWN_TASKS else name
     if found is None or task not in found.tasks:
         return None
@@ -186,7 +186,7 @@ def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
 
 
 def recall_chance(found: Retrieval, key: str) -> float | None:
-    """Recall@k of a random order, given that each image has the same number of captions; None if that is unknown."""
+    """Return recall@k of a random order if each image has the same number of captions; None if unknown."""
     way, k = key.split("_r")
     if way == "t2i":
         return min(1.0, int(k) / found.n_images)

@@ -1,7 +1,6 @@
-"""The report's plots as SVG text: training curves, and scores against chance and the shuffled control.
+"""Plots of the report as SVG text: training curves, and scores with chance and the shuffled control.
 
-Every plot is drawn twice, for light and for dark pages; the page picks one. No date and no random id goes in, so the
-same run gives the same bytes.
+Each plot is drawn for light and for dark mode. No date or random id is written, so the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from clips_eval.reporting.read import RECALLS, Curve, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 240  # of a curve: more than a screen shows
-WIDTH = 4.4  # inches; narrow enough that the lettering stays readable on a phone
+POINTS = 240  # per curve, more than a screen can show
+WIDTH = 4.4  # inches; text stays readable on a phone
 CURVE_NAMES = {"loss": "total", "loss_web": "web", "loss_sub": "sub-caption", "loss_caption": "caption"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of one page mode, the same as the style sheet's."""
+    """Colours of light or dark mode, as in report.css."""
 
     text: str
     faint: str
@@ -56,7 +55,7 @@ DARK = Theme(
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One plot in both modes; `summary` says in words what it shows, for those who cannot see it."""
+    """A plot in both modes, with its alt text in `summary`."""
 
     title: str
     summary: str
@@ -66,7 +65,7 @@ class Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One proportion to draw; `ends` of its interval, `chance` and `control` where they are known."""
+    """A proportion to draw, with interval, chance level and control if known."""
 
     label: str
     share: float
@@ -76,7 +75,7 @@ class Bar:
 
 
 def curve_plots(run: Run) -> list[Plot]:
-    """Loss by step of each stage that left a curve."""
+    """Return a loss plot for each stage with metrics."""
     plots = []
     for curve in run.curves:
         total = curve.losses.get("loss") or next(iter(curve.losses.values()))
@@ -87,7 +86,7 @@ def curve_plots(run: Run) -> list[Plot]:
 
 
 def benchmark_plot(run: Run) -> Plot | None:
-    """Accuracy of every benchmark that was measured and has such; None if none was."""
+    """Return a bar plot of the accuracy of each benchmark, or None if there is none."""
     tree = numbers(run)["mllm"]
     stock = {task: main_metric(task, found) for task, found in tree.items() if task not in OWN_TASKS and found}
     bars = [
@@ -116,7 +115,7 @@ def benchmark_plot(run: Run) -> Plot | None:
 
 
 def retrieval_plot(run: Run) -> Plot | None:
-    """Recall@k in both directions; None if it was not measured."""
+    """Return a bar plot of recall@k in both directions, or None if not measured."""
     found = run.retrieval
     if found is None:
         return None
@@ -135,7 +134,7 @@ def retrieval_plot(run: Run) -> Plot | None:
 
 
 def inverse_plot(run: Run) -> Plot | None:
-    """Recall over the length of the captions trained on, from 'clips-mllm ablate'; None if it was not run."""
+    """Return recall by caption length from `clips-mllm ablate`, or None if it was not run."""
     if run.ablation is None:
         return None
     rows = [row for row in run.ablation["settings"] if row["objective"] in ("clip-web", "clip-synthetic")]
@@ -151,14 +150,14 @@ def inverse_plot(run: Run) -> Plot | None:
         whole = "clip-web" if name == "web" else "clip-synthetic"
         points.sort(key=lambda row: row["budget"])
         points += [row for row in rows if row["objective"] == whole and row["budget"] is None]
-    told = "; ".join(
+    values = "; ".join(
         f"{name} " + ", ".join(f"{100 * row['value']:.1f} at {row['budget'] or 'whole'}" for row in points)
         for name, points in curves.items()
     )
     metric = f"R@{run.ablation.get('metric', 'r1')[1:]}"
     return _plot(
         "Inverse effect: recall by caption length",
-        f"{metric} in %: {told}",
+        f"{metric} in %: {values}",
         3.0,
         _draw_inverse(curves, budgets, metric),
     )
@@ -183,7 +182,7 @@ def _draw_inverse(
                 label=name,
             )
         axes.set_xticks(range(len(budgets) + 1), [*map(str, budgets), "whole"])
-        axes.set_xlabel("word pieces of a caption that the text tower reads")
+        axes.set_xlabel("word pieces per caption")
         axes.set_ylabel(f"{metric}, %")
         axes.grid(axis="y", color=theme.grid, linewidth=0.8)
         axes.legend(frameon=False, labelcolor=theme.faint, ncols=2)
@@ -254,7 +253,7 @@ def _plot(title: str, summary: str, height: float, draw: Callable[[Axes, Theme],
 
 def _svg(height: float, theme: Theme, draw: Callable[[Axes, Theme], None]) -> str:
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # no pyplot: it would look for a display
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyplot would look for a display
     from matplotlib.figure import Figure
 
     style: Any = {
@@ -276,12 +275,12 @@ def _svg(height: float, theme: Theme, draw: Callable[[Axes, Theme], None]) -> st
         draw(figure.add_subplot(), theme)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    # matplotlib lists its own fonts first; the page's font is what a reader expects.
+    # matplotlib puts its own fonts first; use the font of the page.
     return stream.getvalue().replace("'DejaVu Sans', ", "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', ")
 
 
 def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over the last twentieth of the points, so that the trend shows; a NaN stays a gap."""
+    """Smooth with a running mean over a twentieth of the points; NaN stays a gap."""
     window = max(1, len(points) // 20)
     values = [value for _, value in points]
     sums = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
@@ -289,6 +288,6 @@ def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most about POINTS of them, the last always among them."""
+    """Thin to about POINTS points, keeping the last."""
     stride = max(1, math.ceil(len(points) / POINTS))
     return points[::stride] + ([points[-1]] if (len(points) - 1) % stride else [])

@@ -1,4 +1,4 @@
-"""What a run folder holds, read and checked: every part may be missing, none may be malformed.
+"""Read and check a run folder: parts may be missing, but not malformed.
 
 RUN/steps/*.json  RUN/encoder/{retrieval,zeroshot}.json  RUN/finetune/lmms.json (+ samples)
 RUN/*/metrics.jsonl --> Run
@@ -20,13 +20,13 @@ from vision_tower.common.provenance import read_provenance
 
 CONTROLS = ("shuffled", "blank", "no_image")
 STAGES = ("encoder", "align", "finetune")
-FORMATS = (1,)  # of retrieval.json and zeroshot.json; a file without one counts as 1
+FORMAT = 1  # of retrieval.json and zeroshot.json
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the run: wall seconds, and the peak memory in bytes where it was recorded."""
+    """One pipeline step: wall time in seconds, peak memory in bytes if recorded."""
 
     name: str
     command: str
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Recall as fractions by key (`i2t_r1` ...), and the example queries."""
+    """Content of retrieval.json: recalls as fractions (`i2t_r1` ...) and example queries."""
 
     recalls: dict[str, float]
     n_images: int
@@ -44,12 +44,12 @@ class Retrieval:
     data: str
     folder: Path
     examples: dict[str, list[dict[str, Any]]]
-    about: dict[str, Any] = field(default_factory=dict)  # the whole file: intervals, further measures, provenance
+    about: dict[str, Any] = field(default_factory=dict)  # the rest of the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
-    """Zero-shot accuracies as fractions; `top5` is None below five classes."""
+    """Content of zeroshot.json: accuracies as fractions; `top5` is None below five classes."""
 
     top1: float
     top5: float | None
@@ -58,13 +58,13 @@ class ZeroShot:
     n_classes: int
     n_texts: int
     data: str
-    intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)  # empty in older files
+    intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # the whole file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Training losses of one stage: `losses[name]` is a list of (step, value)."""
+    """Training losses of a stage: `losses[name]` is a list of (step, value)."""
 
     stage: str
     losses: dict[str, list[tuple[int, float]]]
@@ -72,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One question of the closing chat."""
+    """One example question of `clips-mllm chat --examples`."""
 
     image: Path | None
     question: str
@@ -81,7 +81,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything found in a run folder; None or empty where a part is missing."""
+    """Content of a run folder; missing parts are None or empty."""
 
     root: Path
     retrieval: Retrieval | None = None
@@ -94,25 +94,25 @@ class Run:
     chat: list[Answer] = field(default_factory=list)
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # provenance.json of each stage
     ablation: dict[str, Any] | None = None
-    baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by the model that was measured
-    encoders: dict[str, Retrieval] = field(default_factory=dict)  # other encoders, by their names
+    baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by model name
+    encoders: dict[str, Retrieval] = field(default_factory=dict)  # other encoders, by name
 
     @property
     def shuffled(self) -> Benchmarks | None:
-        """The control that every report shows."""
+        """The shuffled-image control."""
         return self.controls.get("shuffled")
 
 
 def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
-    """Read what exists in `root`.
+    """Read a run folder.
 
     Args:
-        baselines: results of 'clips-mllm evaluate' of other models, and of 'clips-mllm retrieve' of other encoders.
+        baselines: lmms.json files of other models and retrieval.json files of other encoders.
     Raises:
-        UserError: no such folder, nothing of a run in it, or a malformed file.
+        UserError: the folder does not exist, has nothing to report, or has a malformed file.
     """
     if not root.is_dir():
-        raise UserError("no such folder", file=root, remedy="give a run folder, such as runs/quickstart")
+        raise UserError("no such folder", file=root, remedy="give a run folder")
     run = Run(
         root=root,
         retrieval=_read_retrieval(root / "encoder" / "retrieval.json"),
@@ -128,11 +128,11 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
     )
     if run == Run(root=root):
         raise UserError(
-            "nothing of a run in this folder", file=root, remedy="give one that holds encoder/, finetune/ or steps/"
+            "nothing to report in this folder", file=root, remedy="give a folder with encoder/, finetune/ or steps/"
         )
     others = [_read_baseline(file) for file in baselines]
     titles = [_title(one) for one in others]
-    named = {  # two results of one model stand beside each other
+    named = {  # results of the same model get their file name
         title if titles.count(title) == 1 else f"{title} ({file})": one
         for title, file, one in zip(titles, baselines, others, strict=True)
     }
@@ -152,7 +152,7 @@ def _read_baseline(file: Path) -> Benchmarks | Retrieval:
         found = _read_retrieval(file)
     if found is None:
         raise UserError(
-            "no result there", file=file, remedy="give an lmms.json of 'clips-mllm evaluate' or a retrieval.json"
+            "not a result file", file=file, remedy="give an lmms.json of `evaluate` or a retrieval.json of `retrieve`"
         )
     return found
 
@@ -194,9 +194,7 @@ def _read_retrieval(file: Path) -> Retrieval | None:
     for way, keys in known.items():
         rows = examples.get(way, []) if isinstance(examples, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
-            raise UserError(
-                f"'examples.{way}' is not as 'clips-mllm retrieve' writes it", file=file, remedy="run that again"
-            )
+            raise UserError(f"'examples.{way}' is malformed", file=file, remedy="run `clips-mllm retrieve` again")
     n_images = count_in(file, tree, "n_images")
     n_texts = count_in(file, tree, "n_texts") if "n_texts" in tree else None
     check_hits(file, tree, RECALLS, n_images, n_texts)
@@ -232,24 +230,24 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
 
 
 def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
-    if tree.get("format", 1) not in FORMATS:
+    if tree.get("format") != FORMAT:
         raise UserError(
-            f"format {tree['format']!r}, of another version of clips-mllm (this one reads "
-            f"{' and '.join(map(str, FORMATS))})",
+            f"{tree.get('format')!r} is not supported, expected {FORMAT}",
             file=file,
-            remedy=f"run 'clips-mllm {command}' again",
+            key="format",
+            remedy=f"run `clips-mllm {command}` again",
         )
 
 
 def _read_ablation(file: Path) -> dict[str, Any] | None:
-    """What 'clips-mllm ablate' left."""
+    """Read ablation.json of `clips-mllm ablate`."""
     if not file.exists():
         return None
     tree = read_object(file)
     known = ("name", "objective", "reduction", "budget", "value", "error")
     rows = tree.get("settings")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(known) <= set(row) for row in rows):
-        raise UserError("'settings' are not as 'clips-mllm ablate' writes them", file=file, remedy="run it again")
+        raise UserError("'settings' is malformed", file=file, remedy="run `clips-mllm ablate` again")
     return tree
 
 
@@ -258,7 +256,7 @@ def _read_curve(file: Path, stage: str) -> Curve | None:
         return None
     losses: dict[str, list[tuple[int, float]]] = {}
     for line, row in read_lines(file):
-        # A diverged run logs NaN; its curve has a gap there, which is what happened.
+        # A diverged run logs NaN; its curve shows a gap.
         for name in (key for key in row if key == "loss" or key.startswith("loss_")):
             if not isinstance(row[name], int | float) or not isinstance(row.get("step"), int):
                 raise UserError(
@@ -278,7 +276,7 @@ def _read_chat(file: Path) -> list[Answer]:
     except (JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"not valid JSON ({error})", file=file, remedy="run the chat step again") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError("a list of {image, question, answer} is expected", file=file, remedy="run the chat step again")
+        raise UserError("expected a list of {image, question, answer}", file=file, remedy="run the chat step again")
     return [
         Answer(
             image=_find(file.parent, row["image"]) if isinstance(row.get("image"), str) else None,
@@ -290,7 +288,7 @@ def _read_chat(file: Path) -> list[Answer]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    """Chat examples name images as the user typed them: relative to the run, or to where the command ran."""
+    """Return the path of an image that is named relative to the run or to the working directory."""
     return folder / name if (folder / name).exists() else Path(name)
 
 
@@ -298,6 +296,6 @@ def _text(file: Path, tree: dict[str, Any], key: str) -> str:
     value = tree.get(key)
     if not isinstance(value, str):
         raise UserError(
-            f"'{key}' is {value!r}, text is expected", file=file, remedy="run the step that writes this file again"
+            f"'{key}' is {value!r}, expected text", file=file, remedy="run the step that writes this file again"
         )
     return value

@@ -1,4 +1,4 @@
-"""What a page says, section by section, so that Markdown and HTML can only differ in how they show it."""
+"""Sections of the report, shared by the Markdown and the HTML renderer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from clips_eval.reporting.tables import (
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading and what stands under it.
+    """A heading with its content.
 
     Attributes:
-        level: 2, or 3 for a part of the section before.
-        lines: items with `commands` between backticks; where there are plots or cards, the same in words.
-        wide: the cards need room.
+        level: heading level: 2, or 3 for a subsection.
+        lines: list items, with commands in backticks; a text version of the plots or cards if there are any.
+        wide: use wide cards.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Section:
 
 
 def sections(run: Run, against: dict[str, Any] | None = None) -> list[Section]:
-    """The report, in order; what was not measured is said where it is missed most."""
+    """Return the sections of the report in order."""
     found = [*_encoder(run), *_mllm(run)]
     if against is not None:
         found.append(Section(title="Against another run", table=against_table(against)))
@@ -63,10 +63,10 @@ def _encoder(run: Run) -> list[Section]:
         found.append(Section(title="Beyond recall", level=3, table=further))
     by_text, by_image = retrieval_cards(run)
     if by_text:
-        title = "Text to image: the five best images, the right one outlined"
+        title = "Text to image: the five best images, the correct one outlined"
         found.append(Section(title=title, level=3, cards=by_text, wide=True))
     if by_image:
-        title = "Image to text: the five best captions, the image's own in green, with a tick"
+        title = "Image to text: the five best captions, correct ones in green with a tick"
         found.append(Section(title=title, level=3, cards=by_image, wide=True))
     if run.zeroshot:
         found.append(Section(title="Encoder: zero-shot classification", table=zeroshot_table(run.zeroshot)))
@@ -79,9 +79,9 @@ def _mllm(run: Run) -> list[Section]:
     found = [Section(title="Multimodal LLM: benchmarks", table=mllm_table(run, load_paper()), plots=plots)]
     if run.chat:
         lines = [f"**{_inline(row.question)}** {_inline(row.answer) or '(empty)'}" for row in run.chat]
-        found.append(Section(title="Asked at the end of the run", level=3, lines=lines, cards=chat_cards(run)))
+        found.append(Section(title="Example questions", level=3, lines=lines, cards=chat_cards(run)))
     if answers := answer_cards(run):
-        title = "Right and wrong answers, some of each task, chosen by place and not by hand"
+        title = "Right and wrong answers of each task, chosen by position"
         found.append(Section(title=title, level=3, cards=answers))
     return found
 

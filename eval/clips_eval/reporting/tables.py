@@ -1,4 +1,4 @@
-"""The report's tables as data, so that Markdown and HTML can only show the same numbers."""
+"""Tables of the report as data, shared by the Markdown and the HTML renderer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from clips_eval.reporting.cells import MISSING, NONE, Column, Row, Table, durati
 from clips_eval.reporting.encoder import WAYS
 from clips_eval.reporting.numbers import OWN_TASKS, provenance, recall_chance, recall_span
 from clips_eval.reporting.read import RECALLS, STAGES, Retrieval, Run, ZeroShot
-from clips_eval.stats.uncertainty import wilson
 
 PAPER_NOTE = (
     "Marked “paper”: published numbers of the CLIPS paper (arXiv 2411.16828), from other data, other models and a far "
-    "larger scale. They are not comparable with this run; they stand here for orientation."
+    "larger scale. They are not comparable with this run and are shown for orientation."
 )
 
 
 def load_paper() -> dict[str, Any]:
-    """The paper's results, shipped with the package."""
+    """Load the paper's results, which ship with the package."""
     from importlib.resources import files
 
     return json.loads((files("clips_eval.reporting") / "data" / "paper_results.json").read_text(encoding="utf-8"))
 
 
 def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
-    """Recall@k of this run, of chance, and of the paper's encoders."""
+    """Return recall@k of this run, of chance, of other encoders and of the paper's."""
     names = {"i2t": "I→T", "t2i": "T→I"}
     columns = [Column(name="Encoder")] + [
         Column(name=f"{names[key[:3]]} R@{key.partition('_r')[2]}") for key in RECALLS
@@ -45,10 +44,10 @@ def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
         captions = "" if found.n_texts is None else f" and {found.n_texts:,} captions"
         notes = [f"This run: {found.n_images:,} images{captions} ({found.data})."]
     notes = [
-        "Recall@k in %. I→T: an image counts if any of its captions is among its k best; T→I: a caption counts if its "
+        "Recall@k in %. I→T: an image counts if one of its captions is among the k best. T→I: a caption counts if its "
         "image is.",
         *notes,
-        PAPER_NOTE + " Theirs is zero-shot retrieval on COCO (5,000 images) and Flickr30K (1,000).",
+        PAPER_NOTE + " The paper's numbers are zero-shot retrieval on COCO (5,000 images) and Flickr30K (1,000).",
     ]
     for title, other in run.encoders.items():
         rows += _other_encoder(title, other)
@@ -79,7 +78,7 @@ def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
 
 
 def embedding_table(found: Retrieval) -> Table | None:
-    """What recall does not tell, of results that have it: ranks, several right answers, lengths, geometry."""
+    """Return ranks, multi-positive scores, recall by length and object, and geometry; None if not measured."""
     about = found.about
     if "geometry" not in about:
         return None
@@ -102,14 +101,14 @@ def embedding_table(found: Retrieval) -> Table | None:
     for group in about.get("by_object", []):
         title = f"R@5, “{group['object']}” (n = {group['n_images']:,} images, {group['n_texts']:,} captions)"
         rows.append(Row(cells=[title, *(_spanned(group, f"{way}_r5", percent) for way in WAYS)]))
-    lies = about["geometry"]
+    geometry = about["geometry"]
     notes = [
-        f"Embeddings: modality gap {lies['modality_gap']:.3f} (distance of the means of images and texts), alignment "
-        f"{lies['alignment']:.3f}, uniformity {lies['uniformity_images']:.2f} of images and "
-        f"{lies['uniformity_texts']:.2f} of texts (Wang & Isola 2020; lower is better).",
+        f"Embeddings: modality gap {geometry['modality_gap']:.3f} (distance of the means), alignment "
+        f"{geometry['alignment']:.3f}, uniformity {geometry['uniformity_images']:.2f} of images and "
+        f"{geometry['uniformity_texts']:.2f} of texts (Wang & Isola 2020; lower is better).",
     ]
     if "intervals" in about["median_rank"]:
-        notes.insert(0, "In brackets: 95 %, by a bootstrap that draws images with all their captions.")
+        notes.insert(0, "In brackets: 95 % interval, bootstrap over images with all their captions.")
     return Table(columns=[Column(name=name) for name in ("Measure", "I→T", "T→I")], rows=rows, notes=notes)
 
 
@@ -118,34 +117,31 @@ def _rank(value: float) -> str:
 
 
 def _spanned(values: dict[str, Any], key: str, show: Callable[[float], str]) -> str:
-    """The number, with its interval in brackets where it is known: 41.2 (39.8–42.7)."""
+    """Format a number with its interval if known: 41.2 (39.8–42.7)."""
     span = values.get("intervals", {}).get(key) or {"low": None}
     return show(values[key]) + ("" if span["low"] is None else f" ({show(span['low'])}–{show(span['high'])})")
 
 
 def zeroshot_table(found: ZeroShot) -> Table:
-    """Zero-shot accuracies of this run, how far they can be trusted, and those of a guess."""
+    """Return zero-shot accuracies of this run with intervals and chance."""
     columns = [Column(name=name) for name in ("Encoder", "Top-1", "Top-5", "Mean per class")]
     chance, near = percent(1 / found.n_classes), percent(min(1.0, 5 / found.n_classes))
     top5 = NONE if found.top5 is None else percent(found.top5)
-    # An older file has no intervals; that of a plain share of images can be told from the number of images.
-    spans = found.intervals or {"top1": wilson(found.top1, found.n_images)}
-    ends = [interval(spans.get(key)) for key in ("top1", "top5", "mean_per_class")]
+    ends = [interval(found.intervals.get(key)) for key in ("top1", "top5", "mean_per_class")]
     rows = [
         Row(cells=["This run", percent(found.top1), top5, percent(found.mean_per_class)]),
         Row(cells=["95 %", *ends], kind="control"),
         Row(cells=["Chance", chance, NONE if found.top5 is None else near, chance], kind="control"),
     ]
-    how = "bootstrap that draws images" if found.intervals else "Wilson interval"
     notes = [
-        f"Accuracy in %. An image gets the class whose prompts' mean embedding is nearest; 95 %: {how}.",
+        "Accuracy in %. An image gets the class with the nearest mean prompt embedding. 95 %: bootstrap over images.",
         f"{found.n_images:,} images, {found.n_classes:,} classes, {found.n_texts:,} prompts ({found.data}).",
     ]
     return Table(columns=columns, rows=rows, notes=notes)
 
 
 def steps_table(run: Run) -> Table:
-    """Each step with its time, memory and command."""
+    """Return time, memory and command of each pipeline step."""
     columns = [Column(name=name) for name in ("Step", "Time", "Peak memory", "Command")]
     rows = [
         Row(
@@ -163,31 +159,31 @@ def steps_table(run: Run) -> Table:
 
 
 def provenance_table(run: Run) -> Table:
-    """What each part was made or measured with."""
+    """Return digests, versions, hardware and commands of each part."""
     columns = [
         Column(name=name)
         for name in ("Part", "Weights or recipe, SHA-256", "Seed", "Versions", "Hardware", "Time", "Command")
     ]
     rows = []
-    for part, told in provenance(run).items():
-        versions, hardware = told.get("versions", {}), told.get("hardware", {})
+    for part, source in provenance(run).items():
+        versions, hardware = source.get("versions", {}), source.get("hardware", {})
         gpus = ", ".join(hardware.get("gpus", []))
         cells = [
             part,
-            str(told.get("sha256") or told.get("recipe_sha256") or NONE)[:16],
-            str(told.get("seed", told.get("recipe", {}).get("seed", NONE))),
+            str(source.get("sha256") or source.get("recipe_sha256") or NONE)[:16],
+            str(source.get("seed", source.get("recipe", {}).get("seed", NONE))),
             ", ".join(f"{name} {version}" for name, version in versions.items()) or NONE,
             f"{hardware['cpus']} CPUs{', ' + gpus if gpus else ''}" if hardware else NONE,
-            duration(told["seconds"]) if "seconds" in told else NONE,
-            told.get("command", NONE),
+            duration(source["seconds"]) if "seconds" in source else NONE,
+            source.get("command", NONE),
         ]
         rows.append(Row(cells=cells))
-    notes = ["Of training parts the digest is that of the resolved recipe, of measured ones that of the weights."]
+    notes = ["The digest is that of the resolved recipe for training, and that of the weights for measurements."]
     return Table(columns=columns, rows=rows, notes=notes if rows else [])
 
 
 def missing_parts(run: Run) -> list[str]:
-    """What this report could not show, with the command that would measure it."""
+    """Return what was not measured, with the command that would measure it."""
     root = run.root
     absent = {
         f"Retrieval: `clips-mllm retrieve {root}/encoder --data TEST.json`": run.retrieval is None,
@@ -195,7 +191,7 @@ def missing_parts(run: Run) -> list[str]:
         f"Shuffled-image control: `clips-mllm evaluate {root}/finetune --config RECIPE.yaml --control shuffled`": (
             run.shuffled is None
         ),
-        f"Answers to look at: the samples file that {root}/finetune/lmms.json names": (
+        f"Example answers: the samples file named in {root}/finetune/lmms.json": (
             run.lmms is not None and not run.lmms.samples
         ),
         f"Times and commands: {root}/steps": not run.steps,
