@@ -1,6 +1,6 @@
 """`clips-mllm data preview`: show samples as the model reads them, with supervised tokens marked.
 
-clips-mllm data preview rows.json --images images --model runs/quickstart/finetune
+clips-mllm data preview rows.json --images images --model llava-hf/llava-1.5-7b-hf
 clips-mllm data preview rows.json --images images --model lmsys/vicuna-7b-v1.5 --template vicuna_v1 --output p.html
 """
 

@@ -1,4 +1,4 @@
-"""Clean copies for `data doctor --fix`: without unusable rows, with repaired ones. Files appear when complete."""
+"""Clean copies for `data doctor --fix`: without unusable rows, with fixed ones. Files appear when complete."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
         separator = "" if lines else "[\n"
         for number, row in enumerate(read_rows(Path(source.file))):
             if number not in bad:
-                out.write(separator + json.dumps(_repair(row, files.get(number)), ensure_ascii=False))
+                out.write(separator + json.dumps(_fixed(row, files.get(number)), ensure_ascii=False))
                 separator = "\n" if lines else ",\n"
         out.write("\n" if lines else "\n]\n" if separator != "[\n" else "[\n]\n")
 
 
-def _repair(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-    parsed = turns_read(row)  # turns given as a JSON string stay a string unless something in them is repaired
+def _fixed(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
+    parsed = turns_read(row)  # turns given as a JSON string stay a string unless something in them is fixed
     turns = parsed.get(turns_key(parsed))
     if isinstance(turns, list):
         opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in turns])

@@ -24,7 +24,7 @@ class Summary:
     over_long: int = 0
     repeated_ids: int = 0
     causes: Counter[str] = dataclasses.field(default_factory=Counter)
-    repairs: Counter[str] = dataclasses.field(default_factory=Counter)
+    fixes: Counter[str] = dataclasses.field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     tokens: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     supervised: array[int] = dataclasses.field(default_factory=lambda: array("i"))
@@ -45,7 +45,7 @@ class Summary:
         name = hash(verdict.name)
         self.repeated_ids += bool(verdict.name) and name in self.seen_ids
         self.seen_ids.add(name)
-        self.repairs.update(verdict.repairs)
+        self.fixes.update(verdict.fixes)
         if verdict.cause:
             self.causes[verdict.cause] += 1
             examples = self.examples.setdefault(verdict.cause, [])
@@ -72,7 +72,7 @@ class Summary:
             "dropped": {
                 cause: {"rows": count, "examples": self.examples[cause]} for cause, count in self.causes.most_common()
             },
-            "repaired": dict(self.repairs.most_common()),
+            "fixed": dict(self.fixes.most_common()),
         }
         if self.tokens:
             report |= {
@@ -90,7 +90,7 @@ class Summary:
             first = self.examples[cause][0]
             shard = f"{first['shard']}: " if "shard" in first else ""
             lines.append((f"  dropped: {cause}", count, f"{shard}row {first['row']} {first['detail']}".rstrip()))
-        lines += [(f"  repaired: {repair}", count, "") for repair, count in self.repairs.most_common()]
+        lines += [(f"  fixed: {fix}", count, "") for fix, count in self.fixes.most_common()]
         lines += [("images", self.images, ""), ("text only", self.text_only, "")]
         lines.append(("repeated ids", self.repeated_ids, "kept"))
         if self.tokens:

@@ -38,7 +38,7 @@ class Verdict:
         name: the row's id or key.
         cause: reason why the row cannot be used; empty if it can.
         detail: file or error behind the cause.
-        repairs: problems that loading repairs or ignores.
+        fixes: problems that loading fixes or ignores.
         files: its image files, if one with another suffix replaces a missing one.
         images: number of images.
         tokens: length after the cut at max_length; 0 without a tokenizer.
@@ -50,7 +50,7 @@ class Verdict:
     name: str = ""
     cause: str = ""
     detail: str = ""
-    repairs: tuple[str, ...] = ()
+    fixes: tuple[str, ...] = ()
     files: list[str] | None = None
     images: int = 0
     tokens: int = 0
@@ -83,7 +83,7 @@ def _check_row(row: Any, number: int, folder: Path) -> Verdict:
     try:
         parsed = to_example(row)
         example = find_images(parsed, folder)
-        verdict.repairs, verdict.images = example.mended, len(example.images)
+        verdict.fixes, verdict.images = example.mended, len(example.images)
         if example.images != parsed.images:
             verdict.files = [str(name) for name in example.images]
         _check_images(verdict, row, example, folder)
@@ -114,7 +114,7 @@ def _check_image(verdict: Verdict, content: bytes, name: str) -> None:
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from error
     if content.startswith(b"GIF8"):
-        verdict.repairs = (*verdict.repairs, GIF)
+        verdict.fixes = (*verdict.fixes, GIF)
 
 
 def check_shard(task: tuple[str, SourceRecipe]) -> list[Verdict]:

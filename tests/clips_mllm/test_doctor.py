@@ -33,20 +33,20 @@ def encoded(kind: str, color: str = "red") -> bytes:
 
 
 QUESTION = "<image>\nWhat?"
-# name: (row, expected result: "kept", "repaired: ..." or "dropped: ...")
+# name: (row, expected result: "kept", "fixed: ..." or "dropped: ...")
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "text only": ({"conversations": turns("2 plus 2?", "Four.")}, "kept"),
-    "begins with gpt": ({"conversations": turns("Hi!", "2?", "2.", first="gpt")}, "repaired: opening answer dropped"),
+    "begins with gpt": ({"conversations": turns("Hi!", "2?", "2.", first="gpt")}, "fixed: opening answer dropped"),
     "same id as another": ({"id": "text only", "conversations": turns("3?", "3.")}, "kept"),
     "empty answer": ({"conversations": turns("Why?", " \n")}, "dropped: empty answer"),
     "one empty of two": ({"conversations": turns("Why?", "So.", "Why?", "")}, "dropped: empty answer"),
     "no answer": ({"conversations": turns("Why?")}, "dropped: no answer"),
     "missing": ({"image": "gone.png", "conversations": turns(QUESTION, "Cat.")}, "dropped: missing image"),
-    "renamed": ({"image": "a.jpg", "conversations": turns(QUESTION, "A.")}, "repaired: image under another ending"),
-    "gif": ({"image": "g.gif", "conversations": turns(QUESTION, "G.")}, "repaired: GIF, only the first frame is used"),
+    "renamed": ({"image": "a.jpg", "conversations": turns(QUESTION, "A.")}, "fixed: image under another ending"),
+    "gif": ({"image": "g.gif", "conversations": turns(QUESTION, "G.")}, "fixed: GIF, only the first frame is used"),
     "gif named jpg": (
         {"image": "h.jpg", "conversations": turns(QUESTION, "H.")},
-        "repaired: GIF, only the first frame",
+        "fixed: GIF, only the first frame",
     ),
     "html": ({"image": "html.png", "conversations": turns(QUESTION, "X.")}, "dropped: corrupt image"),
     "cut jpeg": ({"image": "cut.jpg", "conversations": turns(QUESTION, "X.")}, "dropped: corrupt image"),
@@ -59,11 +59,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "image in the middle": (
         {"image": "a.png", "conversations": turns("In <image>, what?", "A.")},
-        "repaired: placeholder moved to the front",
+        "fixed: placeholder moved to the front",
     ),
     "image at the end": (
         {"image": "a.png", "conversations": turns("What?\n<image>", "A.")},
-        "repaired: placeholder moved to the front",
+        "fixed: placeholder moved to the front",
     ),
     "image in a later turn": ({"image": "a.png", "conversations": turns("Hi", "Hi.", QUESTION, "A.")}, "kept"),
     "image in an answer": (
@@ -116,7 +116,7 @@ def report(world: Path, mllm_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_edge_case_is_kept_repaired_or_dropped(name: str, report: dict[str, Any]) -> None:
+def test_edge_case_is_kept_fixed_or_dropped(name: str, report: dict[str, Any]) -> None:
     kind, _, cause = CASES[name][1].partition(": ")
     number = list(CASES).index(name)
     dropped = {example["row"]: cause for cause, entry in report["dropped"].items() for example in entry["examples"]}
@@ -124,7 +124,7 @@ def test_edge_case_is_kept_repaired_or_dropped(name: str, report: dict[str, Any]
         assert dropped[number] == cause
     else:
         assert number not in dropped
-        assert not cause or any(repair.startswith(cause) for repair in report["repaired"])
+        assert not cause or any(fix.startswith(cause) for fix in report["fixed"])
 
 
 def test_report_counts(report: dict[str, Any], mllm_dir: Path, world: Path) -> None:
@@ -134,8 +134,8 @@ def test_report_counts(report: dict[str, Any], mllm_dir: Path, world: Path) -> N
     assert sum(entry["rows"] for entry in report["dropped"].values()) == dropped
     assert report["repeated_ids"] == 1
     assert report["over_long"] == 1
-    assert report["repaired"]["GIF, only the first frame is used"] == 2
-    assert report["repaired"]["placeholder moved to the front"] == 2
+    assert report["fixed"]["GIF, only the first frame is used"] == 2
+    assert report["fixed"]["placeholder moved to the front"] == 2
     assert report["tokens"]["max"] > 400
     assert report["supervised"]["max"] < 120
     corrupt = {example["id"]: example["detail"] for example in report["dropped"]["corrupt image"]["examples"]}
@@ -163,7 +163,7 @@ def test_clean_copy_has_nothing_to_drop(report: dict[str, Any], world: Path, mll
     by_id = {row["id"]: row for row in rows}
     assert by_id["renamed"]["image"] == "a.png"
     assert by_id["begins with gpt"]["conversations"] == turns("2?", "2.")
-    assert "opening answer dropped" not in again["repaired"]
+    assert "opening answer dropped" not in again["fixed"]
     assert by_id["two images"] == {"id": "two images"} | CASES["two images"][0], "a good row stays as it was"
     assert again["tokens"]["total"] == report["tokens"]["total"]
 
@@ -182,7 +182,7 @@ def test_worker_processes_give_the_same_report(world: Path, report: dict[str, An
     assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == result["usable"]
 
 
-def test_messages_are_repaired_in_the_copy(tmp_path: Path) -> None:
+def test_messages_are_fixed_in_the_copy(tmp_path: Path) -> None:
     """Under either key, also as a JSON string; image paths are replaced in the row or in the part of a message."""
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     asked = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
