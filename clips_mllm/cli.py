@@ -20,13 +20,13 @@ class Command:
 
 COMMANDS = {
     "data sample": Command("clips_mllm.sample.build", "build the sample world: images, captions, benchmarks, an LLM"),
-    "data doctor": Command("clips_mllm.doctor", "look at every row and image of a data set; write a clean copy"),
-    "data preview": Command("clips_mllm.preview", "show samples with what the model learns in colour"),
+    "data doctor": Command("clips_mllm.doctor", "check every row and image of a data set; write a clean copy"),
+    "data preview": Command("clips_mllm.preview", "show samples with supervised tokens marked"),
     "pretrain": Command("vision_tower.pretrain", "pretrain a CLIPS encoder from image-text pairs"),
     "convert": Command("clips_mllm.convert", "convert checkpoints: open_clip, CLIPS, the stock tower, original LLaVA"),
     "train": Command("clips_mllm.train", "stage 1 (align the projector) and stage 2 (finetune the LLM)"),
     "inspect": Command("clips_mllm.inspect_folder", "show what a folder contains and how it was made"),
-    "plan": Command("clips_mllm.plan", "tell a recipe's memory, batch and time before it runs"),
+    "plan": Command("clips_mllm.plan", "estimate memory, batch size and time of a recipe before it runs"),
     "merge": Command("clips_mllm.merge", "merge an adapter into its base: a plain checkpoint"),
     "retrieve": Command("clips_eval.retrieve", "measure an encoder's image-text retrieval"),
     "zeroshot": Command("clips_eval.zeroshot", "measure an encoder's zero-shot classification"),
