@@ -56,7 +56,7 @@ def decode_data_url(url: str, limits: Limits) -> bytes:
         raise _error(
             "the data URL of an image starts with data:image/png;base64, (or another type)", "invalid_image_url"
         )
-    if (len(url) - head.end()) * 3 // 4 > limits.image_bytes + 2:  # base64 may end with two bytes of padding
+    if (len(url) - head.end()) * 3 // 4 > limits.image_bytes + 2:  # padding adds up to two bytes to this estimate
         raise too_large(limits)
     try:
         return base64.b64decode(url[head.end() :], validate=True)
