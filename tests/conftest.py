@@ -29,7 +29,7 @@ LONG = (
     "test_pretrain_engine.py",
     "test_resume.py",
     "test_evaluate.py",
-    "test_measuring.py",
+    "test_eval_callback.py",
     "test_ablate.py",
     "test_chat.py",
     "test_serve.py",

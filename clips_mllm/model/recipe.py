@@ -24,8 +24,10 @@ class MllmRecipe:
         image_size: image side in pixels, if not the tower's own; position embeddings are resized.
         tiles: maximum number of high-resolution tiles per image, in addition to the whole image. The checkpoint then
             has LLaVA-NeXT's classes. By default an image is not tiled, and the classes are LLaVA's.
-        word_steps: steps in which the projector alone first learns to put patches at the words of their captions
-            (clips_mllm/word_start.py), for LLMs too small to tell it where; 0 does without.
+        projector: file of initial projector weights (safetensors, or LLaVA's mm_projector.bin), like LLaVA's
+            --pretrain_mm_mlp_adapter; with tower and llm.
+        projector_init: without `projector`, its initialisation: `default` is torch's for nn.Linear, as in LLaVA;
+            `standardised` normalises the tower's features over a sample of the images.
         attention: attention implementation; `auto` is eager for bf16 on CPUs (fastest there), else transformers' own.
     """
 
@@ -36,7 +38,8 @@ class MllmRecipe:
     feature_select: Literal["auto", "full", "default"] = "auto"
     image_size: int | None = None
     tiles: int | None = None
-    word_steps: int = 0
+    projector: str | None = None
+    projector_init: Literal["default", "standardised"] = "default"
     attention: Attention = "auto"
 
     def check(self) -> None:
@@ -51,6 +54,8 @@ class MllmRecipe:
             ("image_size", self.image_size, None),
             ("feature_layer", self.feature_layer, -2),
             ("feature_select", self.feature_select, "auto"),
+            ("projector", self.projector, None),
+            ("projector_init", self.projector_init, "default"),
         ):
             if value != default and self.checkpoint is not None:
                 raise UserError(
@@ -59,10 +64,10 @@ class MllmRecipe:
                     value=value,
                     remedy="set it in stage 1, with 'tower' and 'llm'",
                 )
-        if self.word_steps < 0:
-            raise UserError("0 (none) or a number of steps", key="model.word_steps", value=self.word_steps)
-        if self.word_steps and (self.tiles is not None or self.checkpoint is not None):
-            raise UserError("a start of stage 1 without tiles", key="model.word_steps", remedy="leave it out")
+        if self.projector is not None and self.projector_init != "default":
+            raise UserError(
+                "has no effect with model.projector", key="model.projector_init", remedy="remove one of the two"
+            )
 
 
 def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:

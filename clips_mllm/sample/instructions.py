@@ -100,7 +100,7 @@ def told_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
     """Stage 2, no image: the same about a scene that is told patch by patch.
 
     A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and where
-    image tokens resemble words (`model.word_steps`), it can do it with images too.
+    image tokens resemble words (clips_mllm/sample/projector.py), it can do it with images too.
     """
     return _told(f"told-{scene.key}", patch_words(scene, rng), _scene_turns(scene, rng))
 

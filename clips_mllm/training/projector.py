@@ -1,38 +1,134 @@
-"""Where the projector starts: from the features it will read, not from a guess about them.
+"""Initial weights of the projector in stage 1.
 
-The hidden states of a pre-norm tower are not normalised: they share a large mean, and their widths differ by channel.
-A projector that starts from unit-scale noise first spends a good part of stage 1 on removing that mean. Here its first
-layer starts as a random map of *standardised* features, and its second is scaled so that image tokens are as long as
-the LLM's word embeddings. Measured in docs/log.md; the idea is that of data-dependent initialisation
-(Mishkin and Matas, arXiv 1511.06422). Only the starting values differ: the classes stay stock.
+default        torch's initialisation of nn.Linear, as in LLaVA; the same under every ZeRO stage
+standardised   data-dependent (Mishkin and Matas, arXiv 1511.06422): a random map of standardised tower features, scaled
+               so that image tokens are as long as the LLM's word embeddings. Hidden states of a pre-norm tower share a
+               large mean, which the default has to unlearn first. Measured in docs/log.md
+FILE           the weights of an earlier projector (LLaVA's --pretrain_mm_mlp_adapter)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
+from clips_mllm.formats.original_weights import LINEAR
+from clips_mllm.model.recipe import MllmRecipe
 from clips_mllm.model.tiles import AnyModel
+from vision_tower.checkpoints.weight_files import read_tensors
+from vision_tower.common.errors import UserError
+from vision_tower.common.randomness import untouched_randomness
+
+ROW_END = "image_newline"  # LLaVA-NeXT: the vector that ends a row of patches
+Weights = dict[str, torch.Tensor]
+
+
+def initialise_projector(
+    model: AnyModel, recipe: MllmRecipe, *, seed: int, device: torch.device, images: Callable[[], Weights]
+) -> None:
+    """Set the projector's weights as the recipe says, identically on every rank.
+
+    Args:
+        device: device on which the tower reads the images of `standardised`.
+        images: returns the image inputs of about a hundred samples; called for `standardised` only.
+    """
+    if recipe.projector is not None:
+        set_weights(model, read_weights(Path(recipe.projector), model))
+    elif recipe.projector_init == "standardised":
+        standardise(model.to(device), **images())
+    else:
+        set_weights(model, default_weights(model, seed))
+
+
+def default_weights(model: AnyModel, seed: int) -> Weights:
+    """Draw torch's initial weights of every layer; the draws depend on the seed alone."""
+    found: Weights = {}
+    with untouched_randomness():
+        torch.manual_seed(seed)
+        for name, layer in model.model.multi_modal_projector.named_children():
+            if isinstance(layer, nn.Linear):
+                fresh = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                found |= {f"{name}.{part}": value for part, value in fresh.state_dict().items()}
+        if ROW_END in _parameters(model):
+            width = model.config.text_config.hidden_size
+            found[ROW_END] = torch.randn(width) / width**0.5  # as in LLaVA-NeXT
+    return found
+
+
+def read_weights(file: Path, model: AnyModel) -> Weights:
+    """Read the projector from a safetensors file (`linear_1.weight`, with or without a prefix) or mm_projector.bin.
+
+    Raises:
+        UserError: the file is missing or damaged, or its names or shapes are not those of the model's projector.
+    """
+    remedy = "give the projector of this tower and LLM"
+    if not file.is_file():
+        raise UserError("no such file", file=file, key="model.projector", remedy=remedy)
+    found: Weights = {}
+    for name, value in read_tensors(file).items():
+        short = name.rpartition("projector.")[2].removeprefix("model.")
+        found[LINEAR.get(short, short)] = value
+    # ZeRO-3 leaves an empty tensor in place of the weights and keeps their shape in ds_shape.
+    wanted = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in _parameters(model).items()}
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    if shapes != wanted:
+        raise UserError(
+            f"holds {_listed(shapes)}; this model's projector needs {_listed(wanted)}",
+            file=file,
+            key="model.projector",
+            remedy=remedy,
+        )
+    return found
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(shapes.items())[:6])
 
 
 @torch.no_grad()
-def fit_projector(
-    model: AnyModel, pixel_values: torch.Tensor, *, device: torch.device | None = None, **sizes: torch.Tensor
-) -> None:
-    """Set the projector's starting values from images, a hundred or so.
+def set_weights(model: AnyModel, weights: Weights) -> None:
+    """Copy weights into the projector; under ZeRO-3 every rank gets its part of rank 0's."""
+    parameters = _parameters(model)
+    with gathered(parameters.values(), modifier_rank=0):
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """Under ZeRO-3: within this context the parameters are whole on every rank. Otherwise: nothing to do.
+
+    Args:
+        modifier_rank: rank whose changes are kept; None keeps none.
+    """
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not divided:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(divided, modifier_rank=modifier_rank):
+        yield
+
+
+def _parameters(model: AnyModel) -> dict[str, nn.Parameter]:
+    """The projector's parameters by the names used in its files, with LLaVA-NeXT's row end."""
+    end = getattr(model.model, ROW_END, None)
+    return dict(model.model.multi_modal_projector.named_parameters()) | ({} if end is None else {ROW_END: end})
+
+
+@torch.no_grad()
+def standardise(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> None:
+    """Set data-dependent weights from a hundred images or so. Not for models that ZeRO-3 has divided.
 
     Args:
         pixel_values: (n, 3, h, w), or (n, tiles, 3, h, w).
-        device: where to, before the tower reads them; where the model is by default.
-        sizes: `image_sizes` (n, 2) where there are tiles.
-
-    Under ZeRO-3 the weights are in pieces before training starts, and the values of transformers stay.
+        sizes: `image_sizes` (n, 2) if images are in tiles.
     """
-    if is_deepspeed_zero3_enabled():
-        return
-    if device is not None:
-        model.to(device)
     projector = model.model.multi_modal_projector
     first, second = projector.linear_1, projector.linear_2
     features = read_features(model, pixel_values, **sizes).to(first.weight.dtype)
@@ -47,11 +143,11 @@ def fit_projector(
 
 
 def read_features(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> torch.Tensor:
-    """The patch features that the projector reads, (n x patches, w), of every tile where there are some."""
-    seen: list[torch.Tensor] = []
-    handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    """Return the features that the projector reads, (n x patches, w), of all tiles if images are in tiles."""
+    inputs: list[torch.Tensor] = []
+    handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
         model.get_image_features(pixel_values.to(model.device, model.dtype), **sizes)
     finally:
         handle.remove()
-    return seen[0].flatten(0, 1)
+    return inputs[0].flatten(0, 1)

@@ -1,4 +1,4 @@
-"""A stage is a table of what trains, one function that applies it, and one line that says it."""
+"""Freeze and unfreeze the parts of an MLLM as a stage says; optimiser groups of the parts that train."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clips_mllm.model.adapters import add_adapter
 from clips_mllm.model.tiles import AnyModel, row_end
-from clips_mllm.training.stage_recipe import StageRecipe
+from clips_mllm.training.recipe import StageRecipe
 from vision_tower.common.errors import UserError
 from vision_tower.training.model_tools import parameter_groups, size
 
 
 def parts(model: AnyModel) -> dict[str, list[nn.Module]]:
-    """The three parts of an MLLM by the names that recipes use; the vocabulary layer belongs to the LLM."""
+    """Return the modules of tower, projector and LLM; the vocabulary layer belongs to the LLM."""
     inner = model.model
     return {
         "tower": [inner.vision_tower],
@@ -25,18 +25,21 @@ def parts(model: AnyModel) -> dict[str, list[nn.Module]]:
 
 
 def parameters_of(modules: list[nn.Module]) -> list[nn.Parameter]:
-    """Their parameters, each once, though embeddings may be tied."""
+    """Return their parameters, each once, also if embeddings are tied."""
     return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
 
-def apply_stage(model: AnyModel, stage: StageRecipe) -> tuple[nn.Module, str]:
-    """Freeze and unfreeze, or put adapters in; returns what is to be trained, and the line for the log.
+def apply_stage(model: AnyModel, stage: StageRecipe, *, master_weights: bool = False) -> nn.Module:
+    """Freeze and unfreeze the parts, or add adapters; return the module to train.
 
-    Raises UserError where nothing would train.
+    Args:
+        master_weights: convert trained weights to fp32. Not needed with DeepSpeed, which keeps a copy in fp32.
+    Raises:
+        UserError: nothing would train.
     """
     stage.check()
     model.requires_grad_(False)
-    tower = reached_modules(model, stage.tower_from_layer) if stage.tower else []
+    tower = used_modules(model, stage.tower_from_layer) if stage.tower else []
     chosen = {"tower": tower, "projector": parts(model)["projector"], "llm": parts(model)["llm"]}
     trained: nn.Module = model
     if stage.adapter.kind != "none":
@@ -47,26 +50,42 @@ def apply_stage(model: AnyModel, stage: StageRecipe) -> tuple[nn.Module, str]:
         for name, modules in chosen.items():
             for module in modules if getattr(stage, name) else ():
                 module.requires_grad_(True)
-    return trained, _line(model, stage)
+    if master_weights:
+        for weights in trained.parameters():
+            if weights.requires_grad:
+                weights.data = weights.data.float()
+    if stage.llm and stage.adapter.kind == "none":
+        clone_frozen_weights(model)
+    return trained
 
 
-def _line(model: AnyModel, stage: StageRecipe) -> str:
-    """What trains, by part, in weights."""
-    said, adapter = [], stage.adapter.kind
+def clone_frozen_weights(model: AnyModel) -> None:
+    """Clone frozen weights so that the memory-mapped checkpoint can be freed.
+
+    The engine copies trained weights, but a small frozen tower would keep the whole file in memory.
+    """
+    for weights in model.parameters():
+        if not weights.requires_grad:
+            weights.data = weights.data.clone()
+
+
+def trained_line(model: AnyModel, stage: StageRecipe) -> str:
+    """Return, for the log, how many weights of each part train."""
+    found, adapter = [], stage.adapter.kind
     for name, modules in parts(model).items():
         weights = parameters_of(modules)
         trains = sum(size(p) for p in weights if p.requires_grad)
-        # What an adapter brings is not counted as the part's own, nor the copy of the projector that trains with it.
+        # An adapter's weights do not count towards the part, nor does the projector's copy that PEFT trains.
         total = sum(size(p) for p in weights if adapter == "none" or not p.requires_grad)
         how = "trains" if name == "projector" or adapter == "none" else adapter
-        said.append(f"{name} {how} ({trains:,} of {total:,})" if trains else f"{name} frozen ({total:,})")
-    return ", ".join(said)
+        found.append(f"{name} {how} ({trains:,} of {total:,})" if trains else f"{name} frozen ({total:,})")
+    return ", ".join(found)
 
 
-def reached_modules(model: AnyModel, first: int) -> list[nn.Module]:
-    """The tower's modules that the projector's features pass, from block `first` on; 0 takes what comes before, too.
+def used_modules(model: AnyModel, first: int) -> list[nn.Module]:
+    """Return the tower's modules that contribute to the projector's features, from block `first` on.
 
-    The others would get no gradient, and decay would shrink them.
+    0 includes the embeddings. The other modules would get no gradient, and weight decay would shrink them.
     """
     tower = model.model.vision_tower
     blocks = next(
@@ -75,29 +94,29 @@ def reached_modules(model: AnyModel, first: int) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and isinstance(module[0], GradientCheckpointingLayer)
     )
     layers = model.config.vision_feature_layer
-    states = len(blocks) + 1  # hidden_states[0] are the embeddings
-    reach = max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
-    if not 0 <= first < reach:
+    states = len(blocks) + 1  # hidden_states[0] is the output of the embeddings
+    end = max(layer % states for layer in ([layers] if isinstance(layers, int) else layers))
+    if not 0 <= first < end:
         raise UserError(
-            f"the projector reads what block {reach - 1} gives",
+            f"the projector reads the output of block {end - 1}",
             key="stage.tower_from_layer",
             value=first,
-            remedy=f"from 0 to {reach - 1}",
+            remedy=f"give a block from 0 to {end - 1}",
         )
-    chosen: list[nn.Module] = list(blocks[first:reach])
+    chosen: list[nn.Module] = list(blocks[first:end])
     if first == 0:
         chosen += [module for name, module in tower.named_modules() if name.rpartition(".")[2] == "embeddings"]
     return chosen
 
 
 def linear_names(model: nn.Module, modules: list[nn.Module]) -> list[str]:
-    """Full names of the linear layers inside `modules`, but for the vocabulary layer."""
+    """Return the full names of the linear layers inside `modules`, without the vocabulary layer."""
     inside = {id(inner) for module in modules for inner in module.modules() if inner is not module}
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
 
 
 def optimizer_groups(model: AnyModel, stage: StageRecipe, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups; a part has a learning rate of its own where the recipe gives one."""
+    """Return the parameter groups, with a learning rate of their own for the parts that have one in the recipe."""
     rates = {
         "tower": stage.tower_learning_rate,
         "projector": stage.projector_learning_rate,

@@ -1,7 +1,7 @@
-"""`transformers.Trainer` with the loss over the global count of supervised tokens.
+"""`transformers.Trainer` with a loss averaged over the supervised tokens of the global batch.
 
-The vocabulary layer runs only where there is supervision: on image and prompt positions its output would be thrown
-away, and with a large vocabulary it is a good part of the step.
+The vocabulary layer runs at supervised positions only: its output at image and prompt positions is not needed, and with
+a large vocabulary it takes much of a step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clips_mllm.model.cached_tower import CachedTower
 from clips_mllm.model.checkpoint import load_parts, save_mllm
 from clips_mllm.model.tiles import AnyModel, AnyProcessor
 from clips_mllm.prompts.conversation import IGNORED
-from clips_mllm.training.stage_recipe import StageRecipe
+from clips_mllm.training.recipe import StageRecipe
 from clips_mllm.training.stages import optimizer_groups
 from vision_tower.common.errors import UserError
 from vision_tower.training.nan_guard import refuse
@@ -34,10 +34,10 @@ from vision_tower.training.sigterm import leave_signals_to_the_trainer
 
 @contextmanager
 def only_at(model: AnyModel, chosen: torch.Tensor) -> Iterator[None]:
-    """Within this context the vocabulary layer sees only the chosen positions.
+    """Run the vocabulary layer at the chosen positions only, within this context.
 
     Args:
-        chosen: (b, s) bool. The logits come out as (1, chosen.sum(), v), in reading order.
+        chosen: (b, s) bool. The logits are then (1, chosen.sum(), v), in row-major order.
     """
 
     def select(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -53,14 +53,14 @@ def only_at(model: AnyModel, chosen: torch.Tensor) -> Iterator[None]:
 def supervised_loss(
     model: torch.nn.Module, bare: AnyModel, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the cross entropy over this batch's supervised tokens in fp32, their number).
+    """Return (fp32 sum of the cross entropy over the batch's supervised tokens, their number).
 
     Args:
-        model: what to call (it may be wrapped by PEFT, DDP or DeepSpeed).
+        model: the model, possibly wrapped by PEFT, DDP or DeepSpeed.
         bare: the same model unwrapped.
         inputs: batch with `labels` (b, s); position t predicts label t + 1.
     """
-    labels = inputs["labels"][:, 1:]
+    labels = inputs["labels"][:, 1:]  # the only place that shifts labels
     chosen = F.pad(labels != IGNORED, (0, 1))
     batch = {name: value for name, value in inputs.items() if name != "labels"}
     with only_at(bare, chosen):
@@ -74,21 +74,21 @@ def _start_worker(seed: Callable[[int], None], worker: int) -> None:
     seed(worker)
 
 
-class Measures(Protocol):
-    """What `evaluate` asks for numbers."""
+class Evaluator(Protocol):
+    """Evaluates a model in training."""
 
-    def measure(self, trainer: MllmTrainer) -> dict[str, float]:
-        """All numbers, the same on every rank."""
+    def evaluate(self, trainer: MllmTrainer) -> dict[str, float]:
+        """Return numbers by name, the same on every rank."""
         ...
 
 
 class MllmTrainer(ResumableTrainer):
-    """Adds the loss, the stage's parameter groups, grouping by length, checkpoints that are complete by themselves.
+    """Adds the loss, the stage's parameter groups, grouping by length, and complete checkpoints.
 
     Args:
-        bare: the stock model inside `model`, which PEFT may have wrapped.
-        measuring: what `evaluate` measures, or none.
-        tower: reads and fills the feature cache, or none; then batches hold pixels.
+        bare: the stock model, which PEFT has wrapped in `model` if there are adapters.
+        evaluator: called by `evaluate`; None without evaluation.
+        tower: vision tower with a feature cache; None if batches hold pixels.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class MllmTrainer(ResumableTrainer):
         group_by_length: bool,
         text_first: bool,
         bare: AnyModel,
-        measuring: Measures | None = None,
+        evaluator: Evaluator | None = None,
         tower: CachedTower | None = None,
         **kwargs: Any,
     ) -> None:
@@ -109,7 +109,7 @@ class MllmTrainer(ResumableTrainer):
         self.group_by_length = group_by_length
         self.text_first = text_first
         self.bare = bare
-        self.measuring = measuring
+        self.evaluator = evaluator
         self.tower = tower
         self._batches: list[dict[str, torch.Tensor]] = []  # of this step
         self.model_accepts_loss_kwargs = True  # makes transformers count the supervised tokens of the global batch
@@ -117,13 +117,17 @@ class MllmTrainer(ResumableTrainer):
     # --- a step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step and the global count of their supervised tokens, which is not 0."""
+        """Return the micro-batches of a step and the number of supervised tokens in the global batch.
+
+        Raises:
+            UserError: there is none.
+        """
         batches, count = super().get_batch_samples(*args, **kwargs)
         if batches and not count:
             raise UserError(
-                f"step {self.state.global_step + 1}: no supervised token in the whole batch, so there is "
-                f"nothing to learn",
-                remedy="look at the data with `clips-mllm data doctor`, or raise data.max_length",
+                f"no supervised token in the global batch of step {self.state.global_step + 1}",
+                key="data",
+                remedy="check the data with `clips-mllm data doctor`, or raise data.max_length",
             )
         self._batches = batches
         return batches, count
@@ -135,30 +139,30 @@ class MllmTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Sum over this rank's tokens / global count, times the ranks over which gradients are averaged."""
+        """Return this rank's loss: sum over its tokens / global count, times the ranks that gradients average over."""
         summed, count = self.sum_and_count(model, inputs)
         return summed / (count if num_items_in_batch is None else num_items_in_batch) * self.accelerator.num_processes
 
     def sum_and_count(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`supervised_loss` of a batch, whose images may be in the feature cache."""
+        """Return the `supervised_loss` of a batch, with images from the feature cache if there is one."""
         with nullcontext(inputs) if self.tower is None else self.tower.completed(inputs, self.accelerator) as batch:
             return supervised_loss(model, self.bare, batch)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """The last place before anything of this step is kept: nothing that is not finite goes further."""
+        """Stop on a loss or gradient norm that is not finite, before the optimiser steps or anything is saved."""
         norm = super()._get_grad_norm(*args, **kwargs)
         values = {"loss": self._tr_loss, "gradient norm": torch.as_tensor(0.0 if norm is None else norm)}
-        refuse(values, self.state.global_step + 1, self._said, Path(self.args.output_dir))
+        refuse(values, self.state.global_step + 1, self._batch_texts, Path(self.args.output_dir))
         return norm
 
-    def _said(self) -> list[str]:
-        """This step's samples by the beginnings of their texts."""
+    def _batch_texts(self) -> list[str]:
+        """Return the beginnings of the texts of this step's samples."""
         image = self.processor.image_token_id
         rows = [row[row != image][:100] for batch in self._batches for row in batch["input_ids"]]
         return list(self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the stage's groups."""
+        """Build AdamW with the stage's parameter groups."""
         if self.optimizer is None:  # type: ignore[has-type]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(optimizer_groups(self.bare, self.stage, self.args.weight_decay), **options)
@@ -172,18 +176,18 @@ class MllmTrainer(ResumableTrainer):
         return LengthGroupedSampler(lengths, together, self.args.seed, text_first=self.text_first)
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        """transformers', whose loader processes also outlive a scheduler's signal to the whole job."""
+        """Return transformers' loader; its processes ignore a scheduler's signal, which is for the trainer."""
         loader = super().get_train_dataloader()
-        own = getattr(loader, "base_dataloader", loader)  # accelerate's stands around it
+        own = getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
         own.worker_init_fn = partial(_start_worker, own.worker_init_fn)
         return loader
 
-    # --- measuring
+    # --- evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """What the recipe asks for, on all ranks; the numbers go to the log and to the callbacks that wait for them."""
-        assert self.measuring is not None, "transformers evaluates only where the recipe says how often"
-        scores = self.measuring.measure(self)
+        """Evaluate on all ranks; log the numbers and pass them to the callbacks."""
+        assert self.evaluator is not None, "transformers evaluates only if evaluation.every is set"
+        scores = self.evaluator.evaluate(self)
         numbers = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(numbers))
         handler = self.callback_handler
@@ -193,39 +197,38 @@ class MllmTrainer(ResumableTrainer):
     # --- checkpoints
 
     def layout(self) -> dict[str, Any]:
-        """Also the number of samples, which the order depends on."""
+        """Add the number of samples, which the data order depends on."""
         return super().layout() | {"samples": len(self.train_dataset)}  # type: ignore[arg-type]
 
     def saved_parameters(self) -> Iterator[torch.nn.Parameter]:
-        """An adapter's checkpoints hold what trains."""
+        """Iterate over the saved weights: with an adapter those that train, otherwise all."""
         adapter = isinstance(self.model, PeftModel)
         return (weights for weights in self.model.parameters() if weights.requires_grad or not adapter)
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
-        """A checkpoint as the run's last one will be, so that it loads, chats and merges by itself."""
+        """Write a complete checkpoint, in the format of the run's result."""
         if self.args.should_save:
             config = self.bare.config
-            config.use_cache = True  # transformers switches it off while training
+            config.use_cache = True  # transformers turns it off during training
             try:
                 save_mllm(self.model, self.processor, Path(output_dir or self.args.output_dir), state_dict)
             finally:
                 config.use_cache = False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Weights of a checkpoint, by `from_pretrained`, which knows the names that files use for this class.
+        """Load weights by `from_pretrained`, which maps the names of stock files to those of the class.
 
-        Trainer's own version compares the file's names with the model's, finds none, warns, and goes on from the
-        weights that the run began with.
+        Trainer's own method does not map them: it finds no matching name, warns, and keeps the initial weights.
         """
         if isinstance(self.model, PeftModel):
             read_into(self.model, resume_from_checkpoint)
         else:
             widest = max((weights.dtype for weights in self.bare.parameters()), key=lambda kind: kind.itemsize)
-            saved, _ = load_parts(resume_from_checkpoint, dtype=widest)  # fp32 masters beside a bf16 LLM stay exact
+            saved, _ = load_parts(resume_from_checkpoint, dtype=widest)  # keeps fp32 master weights exact
             self.bare.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's weights, in the same way as any other's."""
+        """Load the best checkpoint's weights as those of any other."""
         best = self.state.best_model_checkpoint
         assert best is not None
         if self.is_deepspeed_enabled:

@@ -32,7 +32,7 @@ from clips_mllm.talk.images import InputImage
 from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.web.attention import attention_maps
 from clips_mllm.train import main
-from clips_mllm.training.stage_recipe import StageRecipe
+from clips_mllm.training.recipe import StageRecipe
 from clips_mllm.training.stages import apply_stage, optimizer_groups
 from clips_mllm.training.trainer import supervised_loss
 from tests.helpers.conversations import row

@@ -1,4 +1,4 @@
-"""Training through the real command: the loss, and what a stage changes."""
+"""`clips-mllm train`: the loss, trainable parts of a stage, run folder, compilation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from torch.nn.functional import cross_entropy
 from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.checkpoint import load_mllm
+from clips_mllm.model.recipe import AdapterRecipe
 from clips_mllm.prompts.conversation import IGNORED
-from clips_mllm.train import leave_the_file, main
+from clips_mllm.train import main
+from clips_mllm.training import stages as stages_module
 from clips_mllm.training.recipe import StageRecipe
-from clips_mllm.training.stages import apply_stage, optimizer_groups
+from clips_mllm.training.stages import apply_stage, optimizer_groups, trained_line
 from clips_mllm.training.trainer import supervised_loss
+from tests.helpers.errors import raises_user_error
 from tests.helpers.train_runs import losses, weights, words
-from vision_tower.common.errors import UserError
 
 
 def part(name: str) -> str:
-    for key, told in (("vision_tower", "tower"), ("multi_modal_projector", "projector")):
+    for key, found in (("vision_tower", "tower"), ("multi_modal_projector", "projector")):
         if key in name:
-            return told
+            return found
     return "llm"
 
 
@@ -67,11 +69,11 @@ def test_loss_equals_the_stock_loss(mllm_dir: Path, batch: dict[str, torch.Tenso
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert set(found) == set(wanted)
     assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
-    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape, "the vocabulary layer is whole again"
+    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape, "logits at all positions again"
 
 
 def test_loss_by_hand(mllm_dir: Path, batch: dict[str, torch.Tensor]) -> None:
-    """Every supervised token is predicted by the logits one place before it."""
+    """The logits at position t predict token t + 1."""
     model = load_mllm(mllm_dir, device="cpu", dtype="float32").model
     labels = batch["labels"]
     with torch.no_grad():
@@ -107,39 +109,55 @@ def test_every_trainable_parameter_is_in_one_group(mllm_dir: Path, own: float | 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_frozen_tower_does_not_keep_the_file_in_memory(mllm_dir: Path) -> None:
-    """The engine takes what trains out of the file that it is mapped from; what is left would pin all of it."""
+def test_frozen_weights_do_not_keep_the_checkpoint_mapped(mllm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine copies trained weights (here: clone); frozen ones alone would keep the whole file mapped."""
 
     def mapped() -> bool:
         return str(mllm_dir.resolve() / "model.safetensors") in Path("/proc/self/maps").read_text()
 
+    clone_frozen_weights = stages_module.clone_frozen_weights
+    monkeypatch.setattr(stages_module, "clone_frozen_weights", lambda _: None)
     model = load_mllm(mllm_dir, device="cpu").model
     apply_stage(model, StageRecipe(llm=True))
-    for leave in (lambda model: None, leave_the_file):
-        leave(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.clone()
-        gc.collect()
-        assert mapped() == (leave is not leave_the_file)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+    gc.collect()
+    assert mapped()
+    clone_frozen_weights(model)
+    gc.collect()
+    assert not mapped()
 
 
-def test_a_stage_that_trains_nothing(mllm_dir: Path) -> None:
-    model = load_mllm(mllm_dir, device="cpu", dtype="float32").model
-    with pytest.raises(UserError, match="nothing trains"):
-        apply_stage(model, StageRecipe(projector=False))
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        (StageRecipe(projector=False), "stage"),
+        (StageRecipe(tower_from_layer=1), "stage.tower_from_layer"),
+        (StageRecipe(llm_learning_rate=1e-5), "stage.llm_learning_rate"),
+        (StageRecipe(projector_learning_rate=-1.0), "stage.projector_learning_rate"),
+        (StageRecipe(llm=True, adapter=AdapterRecipe(rank=4)), "stage.adapter"),
+        (StageRecipe(adapter=AdapterRecipe(kind="lora")), "stage.adapter.kind"),
+        (StageRecipe(tower=True, adapter=AdapterRecipe(kind="qlora")), "stage.adapter.kind"),
+        (StageRecipe(llm=True, adapter=AdapterRecipe(kind="lora", rank=0)), "stage.adapter"),
+    ],
+)
+def test_invalid_stages_are_refused(stage: StageRecipe, key: str) -> None:
+    with raises_user_error(key=key):
+        stage.check()
 
 
 @pytest.mark.parametrize(("layer", "first", "expected"), [(-2, 0, {"embeddings", "0"}), (-1, 1, {"1"}), (2, 1, {"1"})])
-def test_the_tower_trains_as_far_as_the_projector_reads(
+def test_tower_trains_up_to_the_layer_of_the_projector(
     mllm_dir: Path, batch: dict[str, torch.Tensor], layer: int, first: int, expected: set[str]
 ) -> None:
-    """What trains gets a gradient; what lies behind does not train, though the whole tower was asked for."""
+    """Trainable weights get a gradient; later blocks stay frozen."""
     model = load_mllm(mllm_dir, device="cpu", dtype="float32").model
     model.config.vision_feature_layer = layer
     stage = StageRecipe(tower=True, tower_from_layer=first, tower_learning_rate=1e-6)
-    trained, line = apply_stage(model, stage)
-    assert trained is model and "llm frozen" in line and "tower trains" in line
+    assert apply_stage(model, stage) is model
+    line = trained_line(model, stage)
+    assert "llm frozen" in line and "tower trains" in line
     tower = model.model.vision_tower
     names = [name for name, weights in tower.named_parameters() if weights.requires_grad]
     blocks = [re.search(r"layers\.(\d+)\.", name) for name in names]
@@ -154,7 +172,7 @@ def test_the_tower_trains_as_far_as_the_projector_reads(
 
 @pytest.fixture(scope="module")
 def stages(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The two stages by the command: align from tower and LLM, finetune from align's checkpoint."""
+    """Both stages by the command: align from tower and LLM, finetune from the checkpoint of align."""
     folder = tmp_path_factory.mktemp("stages")
     main(
         words(
@@ -173,7 +191,7 @@ def stages(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.TempP
     return folder / "align", folder / "finetune"
 
 
-def test_stage_1_changes_the_projector_alone(stages: tuple[Path, Path], sample_world: Path, encoder_dir: Path) -> None:
+def test_stage_1_changes_only_the_projector(stages: tuple[Path, Path], sample_world: Path, encoder_dir: Path) -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
     model = load_mllm(stages[0], device="cpu", dtype="float32").model
@@ -187,7 +205,7 @@ def test_stage_1_changes_the_projector_alone(stages: tuple[Path, Path], sample_w
     found = model.model.vision_tower.state_dict()
     assert set(found) == set(tower)
     assert all(torch.equal(found[name], value) for name, value in tower.items())
-    assert len(set(losses(stages[0]))) == 3, "the projector learns"
+    assert len(set(losses(stages[0]))) == 3, "the projector trains"
 
 
 def test_stage_2_changes_llm_and_projector(stages: tuple[Path, Path]) -> None:
@@ -209,8 +227,8 @@ def test_tied_embeddings_stay_tied(stages: tuple[Path, Path]) -> None:
             assert sum("embed_tokens" in name or "lm_head" in name for name in file.keys()) == 1  # noqa: SIM118
 
 
-def test_the_run_folder_is_complete(stages: tuple[Path, Path]) -> None:
-    """The checkpoint carries the stage's own template; recipe.yaml repeats the run; no temporary files stay."""
+def test_run_folder_is_complete(stages: tuple[Path, Path]) -> None:
+    """The checkpoint has the stage's template, recipe.yaml reproduces the recipe, temporary files are removed."""
     from clips_mllm.prompts.render import load_template
     from clips_mllm.training.recipe import TrainRecipe
     from vision_tower.common.recipe import dump_recipe, parse_recipe
@@ -234,10 +252,10 @@ def test_gradient_checkpointing_changes_nothing(stages: tuple[Path, Path], sampl
     assert losses(tmp_path / "run") == pytest.approx(losses(stages[1]), abs=1e-5)
 
 
-def test_compiled_blocks_train_the_same(
+def test_compiled_blocks_give_the_same_losses(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced and differentiated by the compiler; its last stage, machine code, would take half a minute."""
+    """Traced and differentiated by the compiler; generating machine code would take half a minute."""
     from torch._dynamo.utils import counters
 
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -250,11 +268,13 @@ def test_compiled_blocks_train_the_same(
     assert counters["stats"]["unique_graphs"] > 0
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
     before, after = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
-    assert set(before) == set(after), "the checkpoint does not tell"
+    assert set(before) == set(after), "names do not change by compilation"
 
 
 @pytest.mark.slow
-def test_blocks_compiled_to_machine_code_train_the_same(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+def test_blocks_compiled_to_machine_code_give_the_same_losses(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path
+) -> None:
     torch._dynamo.reset()
     given = {"model.checkpoint": mllm_dir, "stage.llm": "true"}
     main(words(tmp_path / "plain", sample_world, **given))
@@ -262,10 +282,10 @@ def test_blocks_compiled_to_machine_code_train_the_same(mllm_dir: Path, sample_w
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's code is not C++")
-def test_no_compiler_is_told_before_the_first_step(
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the compiler is Triton")
+def test_missing_compiler_is_reported_before_step_1(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"training.compile: needs a .* compiler, and 'no-such-compiler' is not there"):
+    with raises_user_error(key="training.compile"):
         main(words(tmp_path / "out", sample_world, **{"model.checkpoint": mllm_dir, "training.compile": "true"}))

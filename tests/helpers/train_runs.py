@@ -51,7 +51,7 @@ def words(folder: Path, world: Path, **values: Any) -> list[str]:
 
 def subprocess_environment() -> dict[str, str]:
     """Also: as many threads as here, for sums in another order differ in the last bit."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
     threads = str(torch.get_num_threads())
     return os.environ | {
         "PYTHONPATH": paths,

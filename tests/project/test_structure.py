@@ -35,10 +35,11 @@ ARROWS = {
     "mllm/data": "mllm/prompts mllm/model vt/common vt/data",
     "mllm/formats": "mllm/prompts mllm/model vt/common vt/checkpoints",
     "mllm/checks": "mllm/prompts mllm/model mllm/data vt/common vt/data vt/checkpoints",
-    "mllm/training": "mllm/prompts mllm/model mllm/data mllm/checks vt/common vt/training vt/model vt/checkpoints",
+    "mllm/training": "mllm/prompts mllm/model mllm/data mllm/formats mllm/checks "
+    "vt/common vt/training vt/model vt/checkpoints",
     "mllm/planning": "mllm/prompts mllm/model mllm/data mllm/checks mllm/training vt/common vt/data",
     "mllm/provenance": "mllm/model mllm/formats mllm/training vt/common vt/training",
-    "mllm/sample": "vt/common vt/checkpoints",
+    "mllm/sample": "mllm/prompts mllm/model mllm/data mllm/training vt/common vt/checkpoints",
     "mllm/talk": "mllm/prompts mllm/model mllm/data mllm/provenance vt/common vt/data",
     "mllm/talk/web": "mllm/talk mllm/prompts vt/common vt/data vt/checkpoints",
     "mllm/talk/serve": "mllm/talk mllm/prompts vt/common",

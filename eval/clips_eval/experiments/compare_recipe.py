@@ -39,6 +39,7 @@ class CompareRecipe:
         retrieval: Karpathy-style JSON to measure the encoders on; left out if not given.
         pretrain: how to make those of the runs that are not there yet; equal samples are the recipes' business.
         stage_options: for both stages, such as --training.max_steps=100.
+        projector: module that writes the projector which stage 1 starts from; called with the options of stage 1.
         launcher: what starts a stage before the module's name; this Python if not given, for example
             [deepspeed, --num_gpus, "8", --module].
         seeds: of projector, data order and dropout of both stages; the towers stay as they are.
@@ -52,6 +53,7 @@ class CompareRecipe:
     retrieval: Path | None = None
     pretrain: list[PretrainSpec] = field(default_factory=list)
     stage_options: list[str] = field(default_factory=list)
+    projector: str | None = None
     launcher: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
@@ -82,7 +84,7 @@ class CompareRecipe:
 class Job:
     """One command in a process of its own; `done` appears when it has succeeded."""
 
-    step: Literal["pretrain", "align", "finetune", "evaluate", "retrieve"]
+    step: Literal["pretrain", "projector", "align", "finetune", "evaluate", "retrieve"]
     of: str
     module: str
     arguments: list[str]
@@ -140,8 +142,12 @@ def _cell_jobs(recipe: CompareRecipe, run: Path, seed: int) -> list[Job]:
         *common,
     ]
     words = [str(finetune), "--config", str(recipe.evaluate)]
+    found = []
+    if recipe.projector is not None:
+        first += ["--model.projector", str(folder / "projector.safetensors")]
+        found.append(Job(step="projector", of=of, module=recipe.projector, arguments=first, folder=folder))
     stage = partial(Job, of=of, module="clips_mllm.train", folder=folder, launched=True)
-    found = [
+    found += [
         stage(step="align", arguments=first, output=align),
         stage(step="finetune", arguments=second, output=finetune),
         Job(step="evaluate", of=of, module="clips_eval.evaluate", arguments=words, folder=folder),

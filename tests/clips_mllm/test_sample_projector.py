@@ -1,4 +1,4 @@
-"""The projector's start by words: its loss by hand, what it finds without being told where, what it leaves alone."""
+"""Projector of the sample world: its loss, patches matched to words, the command, the stage that reads its file."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.recipe import MllmRecipe
-from clips_mllm.train import main
-from clips_mllm.training.recipe import TrainRecipe
-from clips_mllm.training.stage_recipe import MllmTraining
-from clips_mllm.training.word_start import (
+from clips_mllm.sample.projector import (
     PULL,
     SHARPNESS,
     Captioned,
+    WordProjectorRecipe,
     fit_to_words,
+    main,
     rare_words,
     read_captions,
     word_loss,
 )
+from clips_mllm.train import main as train
+from tests.helpers.errors import raises_user_error
 from tests.helpers.train_runs import weights, words
-from vision_tower.common.errors import UserError
 
 
-def test_the_loss_by_hand() -> None:
+def test_loss_equals_a_naive_computation() -> None:
     torch.manual_seed(0)
     patches, embeddings = torch.randn(2, 3, 4), torch.randn(5, 4)
     weights = torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0]])
@@ -38,15 +39,15 @@ def test_the_loss_by_hand() -> None:
     for image, shares in zip(patches, weights, strict=True):
         distances = [[float((patch - word) @ (patch - word)) / unit for word in embeddings] for patch in image]
         for at, share in enumerate(shares.tolist()):
-            said = [
+            likelihoods = [
                 math.exp(-SHARPNESS * row[at]) / sum(math.exp(-SHARPNESS * other) for other in row) for row in distances
             ]
-            wanted -= share * math.log(sum(said) / 3) / 2
+            wanted -= share * math.log(sum(likelihoods) / 3) / 2
         wanted += PULL * sum(min(row) for row in distances) / 6
     assert float(word_loss(patches, embeddings, weights)) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_pieces_too_rare_or_too_common_are_not_words() -> None:
+def test_rare_and_frequent_pieces_are_not_words() -> None:
     """Piece 1 is in every caption and 9 in one; 5 in three of twelve, 7 in four."""
     captions = [{1, 5, 7}, {1, 5}, {1, 5}, {1, 7}, {1, 7}, {1, 7}, {1, 9}, *[{1}] * 5]
     words, weights = rare_words(captions)
@@ -56,16 +57,15 @@ def test_pieces_too_rare_or_too_common_are_not_words() -> None:
     assert weights[1].tolist() == [1, 0] and weights[6].tolist() == [0, 0]
 
 
-def test_a_set_without_single_images_has_no_words() -> None:
-    """Texts alone, or several images a row: the projector is left as it is."""
+def test_data_without_single_images_has_no_words() -> None:
     dataset: Any = [{"images": [], "labels": [1, 2]}] * 3
     model: Any = _model(features=4)
     captioned = read_captions(model, dataset, lambda _: {})  # type: ignore[arg-type]
     assert not len(captioned.words) and not len(captioned.features)
 
 
-def test_no_more_images_than_their_features_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of ten rows, evenly taken, as many as fit: 2 patches x 4 features x 4 bytes are 32 bytes an image."""
+def test_number_of_images_is_limited_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of ten rows fit, evenly spaced: 2 patches x 4 features x 4 bytes are 32 bytes per image."""
     seen: list[int] = []
 
     class Rows(list[dict[str, Any]]):
@@ -73,7 +73,7 @@ def test_no_more_images_than_their_features_have_room(monkeypatch: pytest.Monkey
             seen.append(index)
             return super().__getitem__(index)
 
-    monkeypatch.setattr("clips_mllm.training.word_start.FEATURE_BYTES", 5 * 32 + 31)
+    monkeypatch.setattr("clips_mllm.sample.projector.MAX_FEATURE_BYTES", 5 * 32 + 31)
     read_captions(_model(features=4), Rows([{"images": [], "labels": []}] * 10), lambda _: {})  # type: ignore[arg-type]
     assert seen == [0, 2, 4, 6, 8]
 
@@ -87,8 +87,8 @@ def _model(features: int) -> Any:
     )
 
 
-def test_it_finds_which_patch_shows_which_word() -> None:
-    """Images of four patches, two of them things, in any order; captions name the two things, not where they are."""
+def test_patches_are_matched_to_words() -> None:
+    """Two of an image's four patches show things; captions name the things but not their positions."""
     torch.manual_seed(0)
     things, draws = torch.randn(6, 16), torch.Generator().manual_seed(1)
     embeddings = torch.randn(6, 8)
@@ -107,34 +107,38 @@ def test_it_finds_which_patch_shows_which_word() -> None:
     assert (nearest == shown)[shown >= 0].float().mean() > 0.98
 
 
-def test_stage_1_starts_from_it(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """Other projector, all else as it was; the draws of the run do not depend on it."""
-    states = {}
-    for steps in (0, 3):
-        folder = tmp_path / str(steps)
-        parts = {"model.tower": encoder_dir / "tower", "model.llm": sample_world / "llm", "model.word_steps": steps}
-        stage = {"data.file": sample_world / "llava" / "stage1.json", "training.max_steps": 1}
-        main(words(folder, sample_world, **parts, **stage))
-        states[steps] = weights(folder)
-    changed = {name for name in states[0] if not torch.equal(states[0][name], states[3][name])}
-    assert changed == {name for name in states[0] if "multi_modal_projector" in name}
+def test_stage_1_starts_from_the_written_projector(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "projector.safetensors"
+    values = {
+        "model.tower": encoder_dir / "tower",
+        "model.llm": sample_world / "llm",
+        "model.projector": file,
+        "data.file": sample_world / "llava" / "stage1.json",
+        "training.max_steps": 1,
+        "training.learning_rate": 0,
+    }
+    main([*words(tmp_path / "run", sample_world, **values), "--word_steps=3"])
+    train(words(tmp_path / "run", sample_world, **values))
+    written, trained = load_file(file), weights(tmp_path / "run")
+    assert set(written) == {f"linear_{layer}.{part}" for layer in (1, 2) for part in ("weight", "bias")}
+    for name, value in written.items():
+        assert torch.equal(trained[f"model.multi_modal_projector.{name}"], value)
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [MllmRecipe(checkpoint="x", word_steps=5), MllmRecipe(tower="t", llm="l", tiles=4, word_steps=5)],
+    ("model", "steps", "key"),
+    [
+        ({}, 5, "model.projector"),
+        ({"projector": "p", "tiles": 4}, 5, "model.tiles"),
+        ({"projector": "p"}, 0, "word_steps"),
+    ],
 )
-def test_it_is_for_stage_1_without_tiles(recipe: MllmRecipe) -> None:
-    with pytest.raises(UserError, match="word_steps: a start of stage 1 without tiles"):
-        recipe.check()
-
-
-def test_no_start_by_words_under_zero_3() -> None:
-    recipe = TrainRecipe(
+def test_recipe_is_checked(model: dict[str, Any], steps: int, key: str) -> None:
+    recipe = WordProjectorRecipe(
         output_dir="o",
-        model=MllmRecipe(tower="t", llm="l", word_steps=5),
+        model=MllmRecipe(tower="t", llm="l", **model),
         data=InstructionRecipe(file="f", template="plain"),
-        training=MllmTraining(deepspeed=str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero3.json")),
+        word_steps=steps,
     )
-    with pytest.raises(UserError, match=r"model\.word_steps=5: under ZeRO-3"):
+    with raises_user_error(key=key):
         recipe.check()
