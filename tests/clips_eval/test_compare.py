@@ -200,7 +200,7 @@ def test_shipped_recipes_make_their_towers(file: Path, monkeypatch: pytest.Monke
     command = file.read_text().splitlines()[0].removeprefix("# clips-mllm compare ").split()
     recipe = parse_recipe(CompareRecipe, command, command="compare", positional=("runs",))
     assert [spec.run for spec in recipe.pretrain] == recipe.runs
-    assert len(jobs(recipe)) == 2 + len(recipe.seeds) * 2 * 4
+    assert len(jobs(recipe)) == 2 + len(recipe.seeds) * 2 * 5
     others = dataclasses.replace(recipe, runs=[recipe.runs[0], Path("runs/mine")])
     assert [job.folder for job in jobs(others) if job.title.endswith("pretrain")] == recipe.runs[:1]
     for path in (recipe.align, recipe.finetune, recipe.evaluate, *(spec.config for spec in recipe.pretrain)):
