@@ -8,6 +8,7 @@ checkpoint of `train`                                        --> llava_projector
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,8 @@ from clips_mllm.prompts.render import TemplateName
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import new_folder
 from vision_tower.common.recipe import parse_recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,37 +70,35 @@ def main(argv: list[str]) -> None:
     with new_folder(recipe.destination) as work:
         inputs = {"source": str(recipe.source), "tower": recipe.tower, "llm": recipe.llm}
         start_provenance(work, "convert", argv, inputs)
-        line = convert(recipe, work)
+        convert(recipe, work)
         finish_provenance(work)
-    print(f"{recipe.source}: {line}\n{recipe.destination}: written as {recipe.to}", flush=True)
+    logger.info("%s: written as %s", recipe.destination, recipe.to)
 
 
-def convert(recipe: ConvertRecipe, folder: Path) -> str:
-    """Write the converted checkpoint to `folder` and return a one-line description of the source."""
+def convert(recipe: ConvertRecipe, folder: Path) -> None:
+    """Write the converted checkpoint to `folder`."""
     match recipe.to:
         case "clips" | "tower" | "open_clip":
             from vision_tower.checkpoints.convert import convert_encoder
 
-            return convert_encoder(recipe.source, folder, recipe.to, name=recipe.destination.name)
+            convert_encoder(recipe.source, folder, recipe.to, name=recipe.destination.name)
         case "llava":
-            return convert_original(recipe, folder)
+            convert_original(recipe, folder)
         case "llava_projector":
             from clips_mllm.formats.original_weights import write_projector
 
             write_projector(recipe.source, folder, tower=recipe.tower)
-            return "projector, for --pretrain_mm_mlp_adapter of the original LLaVA code"
 
 
-def convert_original(recipe: ConvertRecipe, folder: Path) -> str:
+def convert_original(recipe: ConvertRecipe, folder: Path) -> None:
     """Write an original LLaVA checkpoint as a stock one with processor and chat template."""
     from clips_mllm.formats.original_llava import read_original
     from clips_mllm.model.checkpoint import save_mllm
     from clips_mllm.prompts.chat_template import adopt_template
 
-    model, processor, line = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
+    model, processor = read_original(recipe.source, tower=recipe.tower, llm=recipe.llm)
     adopt_template(processor, recipe.template, model, key="--template")
     save_mllm(model, processor, folder)
-    return f"{line}; chat template {recipe.template}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ full folder       + tower (weights may be inside)  ->  projector, LLM and perhap
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 PROJECTOR_FILE = "mm_projector.bin"
 LORA_FILE = "non_lora_trainables.bin"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,8 +34,8 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 def read_original(
     source: Path, *, tower: str | None, llm: str | None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, str]:
-    """Return the stock model, its processor and a one-line description of the source.
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Return the stock model and its processor.
 
     Args:
         source: a full folder, a LoRA folder, a folder with mm_projector.bin, or this file.
@@ -48,7 +51,6 @@ def read_original(
         config = read_original_config(folder / "config.json")
         weights = read_weights([_lora_file(folder)], "base_model.model.")
         language, tokenizer = _with_adapter(folder, llm)
-        line = f"LoRA on {llm or _base(folder)}, merged"
     elif source.is_dir() and (files := weight_files(folder)):
         if llm is not None:
             raise UserError(
@@ -57,7 +59,6 @@ def read_original(
         config = read_original_config(folder / "config.json")
         weights = read_weights(files)
         language, tokenizer = _full_llm(folder, config, weights)
-        line = "full checkpoint"
     elif projector.is_file():
         file = folder / "config.json"
         config = read_original_config(file) if file.is_file() else OriginalConfig()
@@ -65,7 +66,6 @@ def read_original(
             raise UserError("has no LLM", file=projector, key="--llm", remedy="give the LLM that it was trained with")
         weights = read_weights([projector])
         language, tokenizer = read_llm(llm, "auto")
-        line = f"projector for {llm}"
     else:
         raise UserError(
             "not an original LLaVA checkpoint",
@@ -76,9 +76,8 @@ def read_original(
         raise UserError(
             "a weight of an LLM in a projector file", file=source, key=min(weights.llm), remedy="give the original file"
         )
-    model, processor = _join(source, config, weights, tower, language, tokenizer)
-    origin = "from the checkpoint" if weights.tower else tower or config.tower
-    return model, processor, f"{line}; tower {origin}"
+    logger.info("%s: tower %s", source, "from the checkpoint" if weights.tower else tower or config.tower)
+    return _join(source, config, weights, tower, language, tokenizer)
 
 
 def _join(

@@ -17,14 +17,13 @@ from vision_tower.checkpoints.open_clip_config import FILE
 from vision_tower.checkpoints.weight_files import refuse_not_finite
 from vision_tower.common.errors import UserError
 from vision_tower.model.modeling import ClipsModel
-from vision_tower.model.towers import has_class_token
 from vision_tower.text.tokenizer import ClipsTokenizer
 
 EncoderFormat = Literal["clips", "tower", "open_clip"]
 
 
-def convert_encoder(source: Path, folder: Path, to: EncoderFormat, name: str) -> str:
-    """Write the encoder in `source` to `folder` in another format, and return a one-line description of the model.
+def convert_encoder(source: Path, folder: Path, to: EncoderFormat, name: str) -> None:
+    """Write the encoder in `source` to `folder` in another format.
 
     Args:
         name: of the model, for open_clip's JSON.
@@ -43,7 +42,6 @@ def convert_encoder(source: Path, folder: Path, to: EncoderFormat, name: str) ->
     else:
         save_open_clip(model, tokenizer, folder, name)
     make_readable(folder)
-    return describe(model)
 
 
 def read_encoder(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
@@ -58,16 +56,4 @@ def read_encoder(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
         f"neither {FILE} nor config.json in this folder",
         file=folder,
         remedy="give the folder of a `pretrain` run or of an open_clip model",
-    )
-
-
-def describe(model: ClipsModel) -> str:
-    """Sizes of a model in one line."""
-    vision = model.config.vision_config
-    millions = sum(value.numel() for value in model.parameters()) / 1e6
-    return (
-        f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, patch {vision.patch_size}, "
-        f"{vision.image_size} pixels, {'with' if has_class_token(vision) else 'without'} class token, "
-        f"{model.config.positions} positions, {'with' if model.captioner else 'without'} captioner; "
-        f"{millions:.1f}M parameters"
     )

@@ -20,7 +20,6 @@ from vision_tower.model.config import ClipsConfig
 from vision_tower.model.towers import has_class_token
 
 FILE = "open_clip_config.json"
-ONLY_CLIPS = "only CLIPS and OpenVision models can be converted"
 # Options of a block that CLIPS does not use: (open_clip's default, the value CLIPS needs).
 _PLAIN_BLOCKS = {
     "ls_init_value": (None, None),
@@ -48,34 +47,18 @@ class Section:
     def read(self, file: Path, given: Any) -> dict[str, Any]:
         """Return the sizes in a section. Raises UserError if it is not of the CLIPS layout."""
         if not isinstance(given, dict):
-            raise UserError(
-                "no such section", file=file, key=self.name, remedy="give a CLIP model with image and text towers"
-            )
+            raise _refused(file, self.name, given, "a section is needed")
         for key in given:
             if key not in self.sizes and key not in self.fixed and key not in self.free:
-                raise UserError(
-                    f"not a field of open_clip's {self.name}", file=file, key=f"{self.name}.{key}", remedy="remove it"
-                )
+                raise _refused(file, f"{self.name}.{key}", given[key], "unknown field")
         for key, (default, needed) in self.fixed.items():
             if given.get(key, default) != needed:
-                raise UserError(
-                    f"CLIPS has {needed!r}",
-                    file=file,
-                    key=f"{self.name}.{key}",
-                    value=repr(given.get(key, default)),
-                    remedy=ONLY_CLIPS,
-                )
+                raise _refused(file, f"{self.name}.{key}", given.get(key, default), f"CLIPS has {needed!r}")
         found = {key: given.get(key, default) for key, default in self.sizes.items()}
         for key, value in found.items():
             kind, types = ("integer", (int,)) if isinstance(self.sizes[key], int) else ("number", (int, float))
             if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
-                raise UserError(
-                    f"a positive {kind} is needed",
-                    file=file,
-                    key=f"{self.name}.{key}",
-                    value=repr(value),
-                    remedy="download the file again",
-                )
+                raise _refused(file, f"{self.name}.{key}", value, f"a positive {kind} is needed")
         return found
 
 
@@ -139,13 +122,7 @@ def read_config(file: Path) -> ClipsConfig:
     image, text = VISION.read(file, given.get("vision_cfg")), TEXT.read(file, given.get("text_cfg"))
     for section, key, sizes in (("vision_cfg", "head_width", image), ("text_cfg", "heads", text)):
         if sizes["width"] % sizes[key]:
-            raise UserError(
-                f"does not divide the width {sizes['width']}",
-                file=file,
-                key=f"{section}.{key}",
-                value=sizes[key],
-                remedy="download the file again",
-            )
+            raise _refused(file, f"{section}.{key}", sizes[key], f"does not divide the width {sizes['width']}")
     return ClipsConfig(
         vision_config={
             "model_type": "vit",
@@ -184,20 +161,12 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
         UserError: a vision tower without class token, or masked padding; open_clip has neither.
     """
     image, text = config.vision_config, config.text_config
-    if config.padding == "masked":
-        raise UserError(
-            "this model masks padding, and open_clip attends to it",
-            key="--to",
-            value="open_clip",
-            remedy="use --to tower, or pretrain with model.padding=attended",
-        )
-    if not has_class_token(image):
-        raise UserError(
-            "this vision tower has no class token, and open_clip's always has one",
-            key="--to",
-            value="open_clip",
-            remedy="use --to tower, or pretrain with model.class_token=true",
-        )
+    for wrong, problem, fix in (
+        (config.padding == "masked", "this model masks padding, and open_clip attends to it", "model.padding=attended"),
+        (not has_class_token(image), "open_clip needs a class token, and this tower has none", "model.class_token=true"),
+    ):
+        if wrong:
+            raise UserError(problem, key="--to", value="open_clip", remedy=f"use --to tower, or pretrain with {fix}")
     return {
         "model_cfg": {
             "embed_dim": config.projection_dim,
@@ -234,38 +203,25 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
 
 def _check_preprocessing(file: Path, given: Any) -> None:
     if not isinstance(given, dict):
-        raise UserError(
-            "an object is needed",
-            file=file,
-            key="preprocess_cfg",
-            value=repr(given),
-            remedy="download the file again",
-        )
+        raise _refused(file, "preprocess_cfg", given, "a section is needed")
     for key, needed in PREPROCESSING.items():
         if given.get(key, needed) != needed:
-            raise UserError(
-                f"CLIPS has {needed!r}",
-                file=file,
-                key=f"preprocess_cfg.{key}",
-                value=repr(given[key]),
-                remedy=ONLY_CLIPS,
-            )
+            raise _refused(file, f"preprocess_cfg.{key}", given[key], f"CLIPS has {needed!r}")
 
 
 def _eps(file: Path, section: dict[str, Any]) -> float:
     norm = section.get("norm_kwargs") or {}
     if not isinstance(norm, dict) or set(norm) - {"eps"}:
-        raise UserError("only 'eps' can be set", file=file, key="norm_kwargs", value=repr(norm), remedy=ONLY_CLIPS)
+        raise _refused(file, "norm_kwargs", norm, "only 'eps' can be set")
     eps = norm.get("eps", 1e-5)  # torch.nn.LayerNorm's default
     if not isinstance(eps, (int, float)) or not 0 < eps < 1:
-        raise UserError(
-            "a number between 0 and 1 is needed",
-            file=file,
-            key="norm_kwargs.eps",
-            value=repr(eps),
-            remedy="download the file again",
-        )
+        raise _refused(file, "norm_kwargs.eps", eps, "a number between 0 and 1 is needed")
     return float(eps)
+
+
+def _refused(file: Path, key: str, value: object, problem: str) -> UserError:
+    remedy = "only CLIPS and OpenVision models can be converted: if this is one, download the file again"
+    return UserError(problem, file=file, key=key, value=repr(value), remedy=remedy)
 
 
 def _ratio(width: int, mlp: int) -> float:

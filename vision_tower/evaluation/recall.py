@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from vision_tower.common.errors import NotFinite
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Size of a block. One product serves both directions; wide blocks make the cost of topk over columns small.
 TEXTS, IMAGES = 1024, 8192
@@ -61,8 +60,6 @@ def hits_at_k(
     block: tuple[int, int] = (TEXTS, IMAGES),
 ) -> dict[str, Tensor]:
     """Return the hits that `recall_at_k` averages, one bool a query, (N,) and (M,). Same arguments and errors."""
-    import torch
-
     _check(images, texts, image_of_text)
     rows = torch.arange(len(images), device=images.device)
     of_image = _Best(images, min(max(ks) + 1, len(texts)))
@@ -81,16 +78,12 @@ class _Best:
     """The `keep` best candidates of each query, updated block by block: scores and indices, (Q, keep)."""
 
     def __init__(self, queries: Tensor, keep: int) -> None:
-        import torch
-
         self.keep = keep
         self.values = torch.full((len(queries), keep), -torch.inf, dtype=queries.dtype, device=queries.device)
         self.indices = torch.zeros((len(queries), keep), dtype=torch.long, device=queries.device)
 
     def add(self, rows: slice, scores: Tensor, first: int) -> None:
         """Add the scores (q, c) of the queries `rows` with the candidates from index `first` on."""
-        import torch
-
         new = scores.topk(min(self.keep, scores.shape[1]), dim=1)
         values = torch.cat([self.values[rows], new.values], dim=1)
         indices = torch.cat([self.indices[rows], new.indices + first], dim=1)
@@ -124,14 +117,10 @@ def _hits(ranked: Tensor, image_of_candidate: Tensor, image_of_query: Tensor) ->
 
 
 def _share(hits: Tensor) -> float:
-    import torch
-
     return torch.tensor(hits.sum().item() / len(hits), dtype=torch.float32).item()
 
 
 def _check(images: Tensor, texts: Tensor, image_of_text: Tensor) -> None:
-    import torch
-
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
         raise ValueError(f"images {tuple(images.shape)} and texts {tuple(texts.shape)} must be (N, D) and (M, D)")
     if image_of_text.shape != (len(texts),):

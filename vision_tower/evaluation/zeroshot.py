@@ -8,7 +8,6 @@ Shapes: N images, C classes, T templates, D embedding width. As in open_clip and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from vision_tower.common.errors import NotFinite, UserError
 from vision_tower.data.image_batches import SkipCounter, decoded
 from vision_tower.data.image_folder import ZeroShotTask
+from vision_tower.evaluation.embedding import embed_captions
 
 if TYPE_CHECKING:
     from vision_tower.checkpoints.encoder import Encoder
@@ -79,7 +79,7 @@ def class_embeddings(
             classes = names[start : start + group]
             # Not str.format: a template may contain other braces.
             prompts = [template.replace("{}", name) for name in classes for template in templates]
-            embedded = torch.cat([encoder.embed_texts(batch) for batch in _batches(prompts, batch_size)])
+            embedded = embed_captions(encoder, prompts, batch_size, progress=False)
             rows.append(F.normalize(embedded.view(len(classes), len(templates), -1).mean(dim=1), dim=-1))
             bar.update(len(classes))
     return torch.cat(rows)
@@ -110,8 +110,3 @@ def accuracies(best: torch.Tensor, labels: torch.Tensor, classes: int) -> ZeroSh
         first=hits[:, 0].tolist(),
         near=hits.any(dim=1).tolist(),
     )
-
-
-def _batches(prompts: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
