@@ -163,7 +163,7 @@ def write_config(config: ClipsConfig, name: str) -> dict[str, Any]:
     image, text = config.vision_config, config.text_config
     for wrong, problem, fix in (
         (config.padding == "masked", "this model masks padding, and open_clip attends to it", "model.padding=attended"),
-        (not has_class_token(image), "open_clip needs a class token, and this tower has none", "model.class_token=true"),
+        (not has_class_token(image), "open_clip needs a class token, this tower has none", "model.class_token=true"),
     ):
         if wrong:
             raise UserError(problem, key="--to", value="open_clip", remedy=f"use --to tower, or pretrain with {fix}")
