@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.data.image_folder import load_task
 
     task = load_task(recipe.data, recipe.templates, recipe.classes)
-    for name, folders in task.twins.items():
+    for name, folders in task.duplicate_names.items():
         said = f"note: {', '.join(folders)}: all named '{name}'; no encoder can tell their images apart"
         print(said, file=sys.stderr)
 

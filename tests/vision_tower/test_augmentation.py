@@ -20,7 +20,7 @@ SIDE = 24
         Augmentation(smallest_crop=0.2, jitter=0.9, jitter_probability=1.0, gray_probability=0.5),
     ],
 )
-def test_pixels_and_draws_are_torchvisions(recipe: Augmentation) -> None:
+def test_pixels_and_draws_equal_torchvision(recipe: Augmentation) -> None:
     from torchvision.transforms import v2
 
     steps: list[torch.nn.Module] = [v2.Resize((SIDE, SIDE), antialias=True)]

@@ -38,7 +38,7 @@ def test_split(caption: str, sentences: list[str]) -> None:
     assert split_sentences(caption) == sentences
 
 
-def test_no_text_is_lost_and_none_is_blank() -> None:
+def test_split_loses_no_text_and_returns_no_blank() -> None:
     rng = random.Random(0)
     for _ in range(500):
         caption = "".join(rng.choices(["a", "Dog", " ", ".", "!", "?", "\n", "。", "3.5", "e.g.", '"', ")"], k=30))
@@ -84,7 +84,7 @@ def even(counts: collections.Counter[int], draws: int, chance: float) -> bool:
     return all(abs(count - draws * chance) < 5 * deviation for count in counts.values())
 
 
-def test_truncation_takes_the_beginning() -> None:
+def test_truncation_keeps_the_start() -> None:
     assert truncation([1, 2, 3, 4], 3) == [1, 2, 3] and truncation([1], 3) == [1]
 
 

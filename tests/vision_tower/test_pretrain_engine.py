@@ -434,12 +434,12 @@ def test_jpeg_is_decoded_no_larger_than_the_smallest_crop_needs() -> None:
 
     from PIL import Image
 
-    from vision_tower.data.augmentation import enough_pixels
+    from vision_tower.data.augmentation import min_decoded_size
     from vision_tower.data.images import decode_image
     from vision_tower.data.recipe import Augmentation
 
-    assert enough_pixels(Augmentation(smallest_crop=0.25), 112) == 224
-    assert enough_pixels(Augmentation(smallest_crop=1.0), 112) == 112
+    assert min_decoded_size(Augmentation(smallest_crop=0.25), 112) == 224
+    assert min_decoded_size(Augmentation(smallest_crop=1.0), 112) == 112
     photo = Image.radial_gradient("L").resize((900, 700)).convert("RGB")
     for kind, least, expected in (
         ("JPEG", None, (900, 700)),

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tests.helpers.errors import raises_user_error
 from tests.helpers.shard_files import counted, numbered, pair, png, tar_bytes, write_parquet, write_tar
-from vision_tower.common.errors import UserError
 from vision_tower.data import shards
 from vision_tower.data.shards import BadShard, Row, expand_braces, find_shards, read_shard
 
@@ -45,7 +45,7 @@ def test_braces(pattern: str, expected: list[str]) -> None:
     assert expand_braces(pattern) == expected
 
 
-def test_patterns_of_local_shards(tmp_path: Path) -> None:
+def test_local_patterns(tmp_path: Path) -> None:
     for name in ("b0.tar", "a1.tar", "a0.tar", "a2.parquet", "sub/c.tar.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")  # none is opened
@@ -61,23 +61,23 @@ def test_patterns_of_local_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"),
+    ("pattern", "file"),
     [
-        ("nowhere/*.tar", r"nowhere/\*\.tar: no shard matches this pattern"),
-        ("nowhere/{0..1}.tar", r"nowhere/0\.tar: no such shard"),
-        ("{a}.tar", r"'\{a\}' is neither a range"),
-        ("memory://x/a.zip", r"a\.zip: no shard by its ending \(\.tar, .*\.parquet\)"),
-        ("nosuch://x/a.tar", r"nosuch://x/a\.tar: Protocol not known: nosuch"),
-        ("memory://nowhere/*.tar", r"no shard matches"),
+        ("nowhere/*.tar", "nowhere/*.tar"),
+        ("nowhere/{0..1}.tar", "nowhere/0.tar"),
+        ("{a}.tar", "{a}.tar"),
+        ("memory://x/a.zip", "memory://x/a.zip"),
+        ("nosuch://x/a.tar", "nosuch://x/a.tar"),
+        ("memory://nowhere/*.tar", "memory://nowhere/*.tar"),
     ],
 )
-def test_patterns_that_name_nothing(pattern: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+def test_patterns_without_a_usable_shard_are_refused(pattern: str, file: str) -> None:
+    with raises_user_error(file=file) as caught:
         find_shards(pattern)
     assert "\n" not in str(caught.value)
 
 
-def test_tars_by_member_and_parquet_by_column(tmp_path: Path) -> None:
+def test_fields_are_tar_members_and_parquet_columns(tmp_path: Path) -> None:
     members = [*pair("d/0"), ("d/0.npy", b"unread"), *pair("d/1.x"), ("e/1.PNG", png()), ("f", b"no ending")]
     rows = everything(str(write_tar(tmp_path / "a.tar", members)))
     assert [(row.index, row.key, set(row.fields)) for row in rows] == [
@@ -99,7 +99,7 @@ def test_tars_by_member_and_parquet_by_column(tmp_path: Path) -> None:
     assert [row.fields for row in everything(str(compressed))] == [row.fields for row in rows]
 
 
-def test_only_what_is_asked_for_is_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_wanted_fields_are_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were used before an interruption cost their headers, not their images."""
     file = numbered(tmp_path, 1, 50).replace("*", "0")
     read: list[str] = []
@@ -109,7 +109,7 @@ def test_only_what_is_asked_for_is_read_from_disk(tmp_path: Path, monkeypatch: p
     assert read == ["048.png", "048.json", "049.png", "049.json"]
 
 
-def test_members_that_are_not_stored_as_they_are(tmp_path: Path) -> None:
+def test_sparse_members_and_long_names(tmp_path: Path) -> None:
     """A file with holes as GNU tar keeps it, names that begin with a dot or are longer than a header has room for."""
     (tmp_path / "0.png").write_bytes(b"begin" + bytes(1 << 20) + b"end")
     os.truncate(tmp_path / "0.png", 1 << 22)
@@ -124,7 +124,7 @@ def test_members_that_are_not_stored_as_they_are(tmp_path: Path) -> None:
     assert (second.key, second.fields["png"]) == (long, b"long")
 
 
-def test_memory_and_its_globs() -> None:
+def test_fsspec_memory_urls_and_globs() -> None:
     import fsspec
 
     files = fsspec.filesystem("memory")
@@ -198,7 +198,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         answering.shutdown()
 
 
-def test_a_server_that_fails_twice(server: str, tmp_path: Path) -> None:
+def test_remote_shard_is_retried(server: str, tmp_path: Path) -> None:
     (tmp_path / "flaky.tar").write_bytes(counted(0, 5))
     (tmp_path / "good.parquet").write_bytes(write_parquet(tmp_path / "x", {"png": [png()] * 9}).read_bytes())
     assert [row.key for row in everything(f"{server}/flaky.tar?token=a", begin=1)] == ["001", "002", "003", "004"]
@@ -209,33 +209,33 @@ def test_a_server_that_fails_twice(server: str, tmp_path: Path) -> None:
     ("name", "cause"),
     [("gone", "missing shard"), ("busy", "unreadable shard"), ("hung", "slow shard"), ("cut", "broken shard")],
 )
-def test_a_remote_shard_that_never_comes(
+def test_remote_shard_fails_after_max_tries(
     server: str,
     tmp_path: Path,
     name: str,
     cause: str,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if name == "hung":
-        monkeypatch.setattr(shards, "PATIENCE", 0.2)
+        monkeypatch.setattr(shards, "TIMEOUT", 0.2)
     if name != "gone":
         (tmp_path / f"{name}.tar").write_bytes(counted(0, 3)[:2000])
     with pytest.raises(BadShard) as caught:
         everything(f"{server}/{name}.tar")
     assert caught.value.cause == cause
-    assert capfd.readouterr().err.count("trying again") == shards.TRIES - 1
+    assert len(caplog.records) == shards.MAX_TRIES - 1
 
 
 def test_bad_remote_shards_do_not_stop_the_rest(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the loader's processes, which begin after the server was asked for its names."""
+    """Across loader processes, which start after the shards were listed."""
     from torch.utils.data import DataLoader
 
     from vision_tower.data.pairs import PairStream
     from vision_tower.data.recipe import Augmentation, PairsRecipe
 
-    monkeypatch.setattr(shards, "PATIENCE", 2.0)  # a new process on a busy machine may need a second
-    monkeypatch.setattr(shards, "TRIES", 2)
+    monkeypatch.setattr(shards, "TIMEOUT", 2.0)  # a new process on a busy machine may need a second
+    monkeypatch.setattr(shards, "MAX_TRIES", 2)
     for number in range(4):
         (tmp_path / f"good{number}.tar").write_bytes(counted(number * 5, number * 5 + 5))
     (tmp_path / "hung.tar").write_bytes(counted(90, 95))
@@ -268,13 +268,13 @@ def test_bad_remote_shards_do_not_stop_the_rest(server: str, tmp_path: Path, mon
     assert time.monotonic() - begun < 60
 
 
-def test_a_thousand_remote_shards_cost_nothing_at_the_start(server: str) -> None:
+def test_remote_shards_are_not_looked_up_at_start(server: str) -> None:
     assert len(find_shards(server + "/{0000..4999}.tar")) == 5000
     assert not Server.requests
 
 
-def test_descriptors_are_given_back(tmp_path: Path) -> None:
-    """Readers go over thousands of shards in one process, and often leave them half-read."""
+def test_file_descriptors_are_closed(tmp_path: Path) -> None:
+    """One process reads thousands of shards, many only in part."""
     file = numbered(tmp_path, 1, 20).replace("*", "0")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
@@ -283,10 +283,10 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-def test_rows_that_are_skipped_are_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow store needs longer than the patience to come to where a run goes on; a hung one says nothing."""
-    monkeypatch.setattr(shards, "PATIENCE", 0.5)
-    monkeypatch.setattr(shards, "TRIES", 1)
+def test_skipped_rows_count_as_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow storage can need longer than the timeout to skip rows on resume; hung storage has no heartbeat."""
+    monkeypatch.setattr(shards, "TIMEOUT", 0.5)
+    monkeypatch.setattr(shards, "MAX_TRIES", 1)
     monkeypatch.setattr(shards, "is_remote", lambda _: True)
     pause = 0.1
 
@@ -299,5 +299,6 @@ def test_rows_that_are_skipped_are_signs_of_life(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(shards, "_read", slow)
     assert [row.index for row in read_shard("a", frozenset(), lambda _: True, 12)] == [12, 13]
     pause = 2.0
-    with pytest.raises(BadShard, match="silent for"):
+    with pytest.raises(BadShard) as caught:
         next(read_shard("a", frozenset(), lambda _: True))
+    assert caught.value.cause == "slow shard"

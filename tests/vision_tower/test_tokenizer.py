@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_tower.common.errors import UserError
+from tests.helpers.errors import raises_user_error
 from vision_tower.text.tokenizer import BOS, CLS, EOS, IGNORED, PAD, UNK, ClipsTokenizer, clean
 
 WORDS = ["the", "a", "dog", "cat", "runs", "##ning"]
@@ -41,7 +41,7 @@ def test_contrastive_layout(published: ClipsTokenizer) -> None:
 
 
 @pytest.mark.parametrize("words", [4, 5, 6])
-def test_truncation_at_its_edge(published: ClipsTokenizer, words: int) -> None:
+def test_truncation_at_the_exact_length(published: ClipsTokenizer, words: int) -> None:
     row = published.contrastive(["dog " * words], 8)[0].tolist()
     assert row == [1, *[112] * min(words, 5), 2, *[0] * max(5 - words, 0), 101]
 
@@ -57,7 +57,7 @@ def test_targets_are_shifted_and_end_with_eos(published: ClipsTokenizer) -> None
     assert published.target_layout(published.pieces(["dog", "the dog"]), 6).shape == (2, 3)  # no longer than needed
 
 
-def test_any_text_keeps_the_layout(sample_world: Path) -> None:
+def test_layout_holds_for_any_text(sample_world: Path) -> None:
     tokenizer = ClipsTokenizer.train(["a dog on a red background", "two cats"], 100)
     texts = ["", " ", "🐶🐱👩‍👩‍👧", "\x00\x07\x1b\u200b\ufeff", "一只狗", "word " * 500, "x" * 5000, "a\tdog\r\ncat"]
     ids = tokenizer.contrastive(texts, 16)
@@ -70,13 +70,13 @@ def test_any_text_keeps_the_layout(sample_world: Path) -> None:
     assert ids.max() < len(tokenizer)
 
 
-def test_special_pieces_in_a_caption_are_only_text(published: ClipsTokenizer) -> None:
+def test_special_pieces_in_a_caption_are_plain_text(published: ClipsTokenizer) -> None:
     specials = {published.pad, published.bos, published.eos, published.cls}
     for text in ("[CLS] dog", "dog [eos]", "[PAD][bos]"):
         assert not specials & set(published.pieces([text])[0])
 
 
-def test_trained_vocabulary_is_a_function_of_the_captions_and_survives_saving(tmp_path: Path) -> None:
+def test_trained_vocabulary_is_deterministic_and_round_trips(tmp_path: Path) -> None:
     captions = ["a dog and a cat", "a dog", "émile's cat!"]
     first, second = ClipsTokenizer.train(captions, 60), ClipsTokenizer.train(iter(captions), 60)
     assert first.fast.get_vocab() == second.fast.get_vocab()
@@ -87,7 +87,7 @@ def test_trained_vocabulary_is_a_function_of_the_captions_and_survives_saving(tm
     assert (loaded.pad, loaded.bos, loaded.eos, loaded.cls) == (first.pad, first.bos, first.eos, first.cls)
 
 
-def test_frequent_words_come_first_and_letters_spell_the_rest() -> None:
+def test_rare_words_are_split_into_letters() -> None:
     tokenizer = ClipsTokenizer.train(["dog dog dog cat cat bird"], 5 + 2 * 9 + 2)
     vocabulary = tokenizer.fast.get_vocab()
     assert {"dog", "cat"} <= set(vocabulary) and "bird" not in vocabulary
@@ -95,12 +95,12 @@ def test_frequent_words_come_first_and_letters_spell_the_rest() -> None:
 
 
 def test_bad_vocabularies(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such vocabulary"):
+    with raises_user_error(file=tmp_path / "none.txt"):
         ClipsTokenizer.from_vocabulary(tmp_path / "none.txt")
     (tmp_path / "vocab.txt").write_text("\n".join([PAD, BOS, EOS, UNK, "dog"]))
-    with pytest.raises(UserError, match=r"no piece '\[CLS\]'"):
+    with raises_user_error(file=tmp_path / "vocab.txt"):
         ClipsTokenizer.from_vocabulary(tmp_path / "vocab.txt")
-    with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
+    with raises_user_error(file=tmp_path / "tokenizer.json"):
         ClipsTokenizer.from_pretrained(tmp_path)
 
 
@@ -164,7 +164,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipsTokenizer, Path
     return ClipsTokenizer.from_vocabulary(file), folder / "theirs"
 
 
-def test_ids_equal_open_clips(wide: tuple[ClipsTokenizer, Path]) -> None:
+def test_ids_equal_open_clip(wide: tuple[ClipsTokenizer, Path]) -> None:
     from open_clip.tokenizer import HFTokenizer
 
     ours, folder = wide
@@ -177,7 +177,7 @@ def test_ids_equal_open_clips(wide: tuple[ClipsTokenizer, Path]) -> None:
     assert (found == ours.eos).any(dim=1).all() and len(found.unique()) > 150
 
 
-def test_special_pieces_in_a_text_are_words_here(wide: tuple[ClipsTokenizer, Path]) -> None:
+def test_special_pieces_in_a_text_differ_from_open_clip(wide: tuple[ClipsTokenizer, Path]) -> None:
     """The one intended difference: open_clip lets a caption write special ids."""
     from open_clip.tokenizer import HFTokenizer
 
@@ -186,7 +186,7 @@ def test_special_pieces_in_a_text_are_words_here(wide: tuple[ClipsTokenizer, Pat
     assert 101 in theirs(["a [CLS] dog"])[0, :-1] and 101 not in ours.contrastive(["a [CLS] dog"], 12)[0, :-1]
 
 
-def test_cleaning_leaves_plain_text_alone_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_text_skips_cleaning(monkeypatch: pytest.MonkeyPatch) -> None:
     import ftfy
 
     plain = "A dog's ball, 3.5 m away (not far)!  Really? [CLS] <b> #1 @home 50% ~ ^ _ `a` {b} $5 a/b a\\b"
@@ -195,13 +195,11 @@ def test_cleaning_leaves_plain_text_alone_without_looking(monkeypatch: pytest.Mo
     assert clean(plain) == plain
 
 
-def test_words_that_are_remembered_are_the_tokenizers(
-    wide: tuple[ClipsTokenizer, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_words_equal_the_tokenizers(wide: tuple[ClipsTokenizer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every printable ASCII character beside every other, in words known and unknown, with a memory of a few words."""
     import random
 
-    monkeypatch.setattr("vision_tower.text.tokenizer.REMEMBERED", 50)
+    monkeypatch.setattr("vision_tower.text.tokenizer.CACHE_SIZE", 50)
     ours, rng = wide[0], random.Random(1)
     plain = [chr(code) for code in range(32, 127) if chr(code) != "&"]
     texts = ["".join(pair) for first in plain for pair in (f"{first}{second}" for second in plain)]
@@ -212,7 +210,7 @@ def test_words_that_are_remembered_are_the_tokenizers(
     assert ours.pieces([*texts, "é"])[:-1] == ours.pieces(texts), "one caption that is not plain changes no other"
 
 
-def test_another_way_to_cut_words_is_not_remembered(published: ClipsTokenizer) -> None:
+def test_other_pre_tokenizers_are_not_cached(published: ClipsTokenizer) -> None:
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

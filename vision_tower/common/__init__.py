@@ -1,1 +1,1 @@
-"""Shared by all packages: errors of one line, files written whole, strict recipes, which process this is."""
+"""Shared by all packages: user errors, logging, atomic file writes, strict recipes, ranks."""

@@ -1,4 +1,4 @@
-"""Measuring inside a run without touching what the run draws."""
+"""Isolation of random number generators, for evaluation inside a training run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """Whatever is drawn within, the draws afterwards are those that would have come without it."""
-    python, numbers = random.getstate(), np.random.get_state()
-    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # untested on GPU
+    """Restore the state of Python's, numpy's and torch's generators at the end of the block."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # untested on GPU
     try:
-        with torch.random.fork_rng(devices=own):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

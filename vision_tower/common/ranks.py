@@ -1,4 +1,4 @@
-"""How many processes train together, and which of them this is; one where nothing is distributed."""
+"""Size of the process group and index of this process; 1 and 0 if nothing is distributed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch.distributed as dist
 
 
 def world() -> int:
-    """Ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This rank's number."""
+    """Return the index of this rank."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

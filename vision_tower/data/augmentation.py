@@ -1,7 +1,7 @@
-"""Training augmentation: crop, colour jitter, grayscale; no flip, since captions speak of left and right.
+"""Training augmentation: crop, colour jitter, grayscale; no flip, since captions mention left and right.
 
-The draws and the pixels are those of torchvision's v2 transforms in a `Compose`, to the bit. They are called one by one
-here, for at these sizes what stands between an image and its operation there costs as much as the operation.
+Random draws and pixels are bit-identical to torchvision's v2 transforms in a `Compose`. The operations are called
+directly, since at these image sizes the dispatch of v2 costs as much as the operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vision_tower.data.recipe import Augmentation
 
 
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """torchvision's; it has Pillow add up a histogram in Python and widen a gray image to three bands."""
+    """Adjust the contrast as torchvision does, but compute the mean with numpy, not from Pillow's histogram."""
     mean = int(np.asarray(image.convert("L")).mean() + 0.5)
     return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
 
@@ -27,8 +27,8 @@ JITTERS = (F.adjust_brightness, adjust_contrast, F.adjust_saturation, F.adjust_h
 FACTORS = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
 
 
-def enough_pixels(augmentation: Augmentation, size: int) -> int:
-    """Sides from which even the smallest crop, where it is square, still has `size` pixels a side."""
+def min_decoded_size(augmentation: Augmentation, size: int) -> int:
+    """Return the image side for which the smallest square crop still has `size` pixels a side."""
     return math.ceil(size / augmentation.smallest_crop**0.5)
 
 
@@ -42,7 +42,7 @@ class TrainingTransform:
         self.jitter = v2.ColorJitter(strength, strength, strength, strength / 4)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """One image, augmented."""
+        """Augment one image."""
         if self.augmentation.smallest_crop < 1:
             box = self.crop.make_params([image])
             left, top = box["left"], box["top"]

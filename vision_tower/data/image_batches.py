@@ -1,4 +1,4 @@
-"""Images to be measured on, wherever they lie: decoded a batch ahead, unreadable ones counted.
+"""Evaluation images: decoded one batch ahead in threads; unreadable ones are counted.
 
 EncodedImage(name, content) --threads--> decoded batch --caller--> embeddings
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import sys
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +20,15 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+logger = logging.getLogger(__name__)
+
 MAX_BAD_FRACTION = 0.01
-EARLY = 1000  # images after which a share of unreadable ones says something
+MIN_IMAGES = 1000  # images before the fraction of unreadable ones is checked
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """An encoded image: a file, or the bytes of one. `name` is what messages and results call it."""
+    """An encoded image: a file or bytes. `name` identifies it in messages and results."""
 
     name: str
     content: Path | bytes
@@ -41,7 +43,7 @@ class Pair(EncodedImage):
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled(EncodedImage):
-    """An image and the place of its class."""
+    """An image and the index of its class."""
 
     label: int
 
@@ -50,9 +52,9 @@ AnyImage = TypeVar("AnyImage", bound=EncodedImage)
 
 
 class SkipCounter:
-    """Counts images, and those that cannot be used; above a share of `max_bad_fraction` it stops the run.
+    """Counts readable and unreadable images; above a fraction of `max_bad_fraction` it stops the run.
 
-    The share is looked at from the 1,000th image on, and at the end.
+    The fraction is checked from image MIN_IMAGES on, and at the end.
     """
 
     def __init__(self, source: str, max_bad_fraction: float = MAX_BAD_FRACTION) -> None:
@@ -63,33 +65,33 @@ class SkipCounter:
         self.first = ""
 
     def skip(self, name: str, cause: str) -> None:
-        """Count one that cannot be used; the first is told of at once."""
+        """Count an unreadable image; the first one is logged."""
         self.seen += 1
         self.bad += 1
         if self.bad == 1:
             self.first = f"{name}: {cause}"
-            print(f"skipped: {self.first} (further ones are counted)", file=sys.stderr, flush=True)
+            logger.warning("skipped: %s (further ones are counted)", self.first)
 
     def check(self) -> None:
-        """Raise UserError where more than the share was skipped."""
+        """Raise UserError if more than the allowed fraction was skipped."""
         if self.bad > self.max_bad_fraction * self.seen:
             raise UserError(
-                f"{self.bad} of {self.seen} images cannot be used (first: {self.first}), more than the "
-                f"share of {self.max_bad_fraction} that may be skipped",
+                f"{self.bad} of {self.seen} images are unreadable (first: {self.first}), more than the "
+                f"allowed fraction of {self.max_bad_fraction}",
                 file=self.source,
-                remedy="replace them or take them out",
+                remedy="replace or remove them",
             )
 
 
 def decoded(
     images: Iterable[AnyImage], batch_size: int, skips: SkipCounter, digests: list[str] | None = None
 ) -> Iterator[tuple[list[AnyImage], list[Image.Image]]]:
-    """Batches of the readable images, in order; while one is in use the next is decoded in threads.
+    """Yield batches of the readable images, in order; the next batch is decoded in threads meanwhile.
 
     Args:
-        digests: if given, the SHA-256 of each readable image's bytes is appended, for they are read here anyway.
+        digests: if given, the SHA-256 of each readable image's bytes is appended, since they are read here anyway.
     Raises:
-        UserError: too many are unreadable.
+        UserError: too many unreadable images.
     """
     rest = iter(images)
     waiting: deque[list[tuple[AnyImage, Future[tuple[Image.Image, str]]]]] = deque()
@@ -120,7 +122,7 @@ def _readable(
             skips.seen += 1
         except BadImage as error:
             skips.skip(encoded.name, str(error))
-    if skips.seen >= EARLY:
+    if skips.seen >= MIN_IMAGES:
         skips.check()
     return kept, images
 
@@ -131,5 +133,5 @@ def _decode(content: Path | bytes, hashed: bool) -> tuple[Image.Image, str]:
     try:
         read = content.read_bytes() if isinstance(content, Path) else content
         return decode_image(read), hashlib.sha256(read).hexdigest() if hashed else ""
-    except OSError as error:  # of reading the file; those of decoding are BadImage already
+    except OSError as error:  # from reading the file; decoding errors are BadImage
         raise BadImage(error.strerror or str(error)) from error

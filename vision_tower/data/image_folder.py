@@ -10,14 +10,14 @@ from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text
 from vision_tower.data.image_batches import Labelled
 
-# What torchvision's ImageFolder takes for an image.
+# The extensions of torchvision's ImageFolder.
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 DEFAULT_TEMPLATES = Path(__file__).with_name("templates.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotTask:
-    """C class folders in the order of their names, a name for each, the prompt templates and the images."""
+    """C class folders sorted by name, a class name for each, the prompt templates, and the images."""
 
     root: Path
     folders: list[str]
@@ -26,8 +26,8 @@ class ZeroShotTask:
     images: list[Labelled]
 
     @property
-    def twins(self) -> dict[str, list[str]]:
-        """Names that several folders have, as two of ImageNet's in some lists; an encoder cannot tell them apart."""
+    def duplicate_names(self) -> dict[str, list[str]]:
+        """Class names shared by several folders, which no encoder can distinguish; some ImageNet lists have two."""
         found: dict[str, list[str]] = {}
         for folder, name in zip(self.folders, self.names, strict=True):
             found.setdefault(name, []).append(folder)
@@ -38,20 +38,18 @@ def load_task(root: Path, templates: Path | None = None, classes: Path | None = 
     """Read an ImageFolder, its templates and its class names.
 
     Args:
-        root: the folder of class folders; images may lie deeper in them.
-        templates: a text file with one template a line, `{}` where the name goes; ours if not given.
-        classes: a text file with one name a line, in the order of the folders' names; if not given, the folders'
-            names with spaces for underscores.
+        root: the folder of class folders; images are found at any depth.
+        templates: a text file with one template per line, with `{}` for the class name; our own by default.
+        classes: a text file with one class name per line, in the order of the sorted folders; by default the folder
+            names, with spaces for underscores.
     Raises:
-        UserError: what is wrong in which file or folder.
+        UserError: a missing folder, fewer than two classes, a class without images, or a bad text file.
     """
     if not root.is_dir():
-        raise UserError("no such folder", file=root, remedy="give one that holds a folder of images for each class")
+        raise UserError("no such folder", file=root, remedy="give a folder with one subfolder of images per class")
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(folders) < 2:
-        raise UserError(
-            f"{len(folders)} class folders", file=root, remedy="at least two are needed, one for each class"
-        )
+        raise UserError(f"{len(folders)} class folders", file=root, remedy="at least two are needed, one per class")
     return ZeroShotTask(
         root=root,
         folders=folders,
@@ -62,7 +60,7 @@ def load_task(root: Path, templates: Path | None = None, classes: Path | None = 
 
 
 def read_templates(file: Path) -> list[str]:
-    """The templates of a file; blank lines and lines that begin with `#` are left out.
+    """Read prompt templates; blank lines and lines that start with `#` are ignored.
 
     Raises:
         UserError: no template, or one without exactly one `{}`.
@@ -74,7 +72,9 @@ def read_templates(file: Path) -> list[str]:
             continue
         if template.count("{}") != 1:
             raise UserError(
-                f"line {number}: '{template}' needs one {{}} where the class name goes", file=file, remedy="mend it"
+                f"line {number}: '{template}' has not exactly one {{}} for the class name",
+                file=file,
+                remedy="fix the line",
             )
         templates.append(template)
     if not templates:
@@ -83,32 +83,34 @@ def read_templates(file: Path) -> list[str]:
 
 
 def read_names(file: Path, folders: list[str]) -> list[str]:
-    """One name a line for the sorted folders.
+    """Read one class name per line, for the sorted folders.
 
     Raises:
-        UserError: an empty line, or another number of names than folders.
+        UserError: an empty line, or the number of names differs from that of folders.
     """
     names = [line.strip() for line in read_text(file).splitlines()]
     if "" in names:
-        raise UserError(f"line {names.index('') + 1}: empty", file=file, remedy="write one class name a line")
+        raise UserError(f"line {names.index('') + 1}: empty", file=file, remedy="write one class name per line")
     if len(names) != len(folders):
         raise UserError(
             f"{len(names)} names for {len(folders)} class folders ({folders[0]} ... {folders[-1]})",
             file=file,
-            remedy="write one a line, in the order of the sorted folders",
+            remedy="write one per line, in the order of the sorted folders",
         )
     return names
 
 
 def _images(folder: Path, label: int) -> list[Labelled]:
     found = [
-        Path(place) / name
-        for place, _, names in os.walk(folder, followlinks=True)
+        Path(parent) / name
+        for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if Path(name).suffix.lower() in ENDINGS
     ]
     if not found:
         raise UserError(
-            f"no image of this class ({' '.join(sorted(ENDINGS))})", file=folder, remedy="add some or remove it"
+            f"no image of this class ({' '.join(sorted(ENDINGS))})",
+            file=folder,
+            remedy="add images or remove the folder",
         )
     return [Labelled(name=str(file), content=file, label=label) for file in sorted(found)]

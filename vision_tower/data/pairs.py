@@ -1,4 +1,4 @@
-"""Image-text pairs to batches.
+"""Batches of image-text pairs.
 
 Reader -> rows -> CaptionSample -> PairCollator -> {pixel_values, web_ids, ..., labels, keys, cursor}
 """
@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,20 +19,22 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vision_tower.common.hashes import value_hash
-from vision_tower.data.augmentation import TrainingTransform, enough_pixels
+from vision_tower.data.augmentation import TrainingTransform, min_decoded_size
 from vision_tower.data.images import BadImage, decode_image
-from vision_tower.data.readers import Cursor, Reader
+from vision_tower.data.readers import Reader, ReaderPosition
 from vision_tower.data.recipe import IMAGE_ENDINGS, PairsRecipe, SourceRecipe
 from vision_tower.data.shards import BadShard, Row, find_shards, read_shard
 from vision_tower.text.text_streams import TARGET
 from vision_tower.text.tokenizer import ClipsTokenizer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class CaptionSample:
-    """One pair: uint8 pixels (3, h, w), its captions, shard and key, and where its reader goes on after it.
+    """One pair: uint8 pixels (3, h, w), captions, shard and key, and the reader's position after it.
 
-    `texts` holds the word pieces that the objective reads, by stream (see `vision_tower.text.text_streams`).
+    `texts` has the word pieces that the objective reads, by stream (see `vision_tower.text.text_streams`).
     """
 
     pixels: torch.Tensor
@@ -40,17 +42,18 @@ class CaptionSample:
     full: str
     texts: dict[str, list[int]]
     key: str
-    cursor: Cursor
+    cursor: ReaderPosition
 
 
 class BadSample(ValueError):
-    """A row that is no pair. The message is one of a few words, to be counted."""
+    """A row that is not a usable pair. The message is the cause, one of a few, by which rows are counted."""
 
 
 def read_captions(row: Row, source: SourceRecipe, rng: random.Random) -> tuple[str, str]:
-    """(web caption, synthetic caption) of a row, one at random where there are several, empty where it is null.
+    """Return (web caption, synthetic caption) of a row; of a list a random one, "" for null.
 
-    Raises BadSample on malformed json, on a missing field and on one that is no text.
+    Raises:
+        BadSample: malformed JSON, or a field that is missing or not text.
     """
     fields = read_fields(row)
     web, full = (_one_of(fields, name, rng) for name in (source.web_caption, source.synthetic_caption))
@@ -58,7 +61,7 @@ def read_captions(row: Row, source: SourceRecipe, rng: random.Random) -> tuple[s
 
 
 def read_fields(row: Row) -> dict[str, Any]:
-    """Columns or members of a row, and the keys of its json. Raises BadSample on malformed json."""
+    """Return the columns or members of a row and the keys of its JSON. Raises BadSample for malformed JSON."""
     try:
         fields = json.loads(row.fields["json"]) if "json" in row.fields else {}
     except ValueError as error:
@@ -73,15 +76,15 @@ def _one_of(fields: dict[str, Any], name: str, rng: random.Random) -> str:
         raise BadSample(f"no '{name}'")
     given = fields[name]
     text = rng.choice(given) if isinstance(given, list) and given else given
-    if isinstance(text, bytes):  # a member of its own
+    if isinstance(text, bytes):  # a text file in the tar
         text = text.decode("utf-8", errors="replace")
-    if text and not isinstance(text, str):  # a number, or an image's struct: another column is meant
-        raise BadSample(f"'{name}' is no text")
+    if text and not isinstance(text, str):  # the wrong column: numbers, or an image's struct
+        raise BadSample(f"'{name}' is not text")
     return (text or "").strip()
 
 
 def read_image(row: Row, source: SourceRecipe) -> bytes:
-    """The encoded image: bytes, or the bytes of a {bytes, path} struct. Raises BadSample where there is none."""
+    """Return the encoded image: bytes, or the bytes of a {bytes, path} struct. Raises BadSample if there is none."""
     for name in (source.image, *IMAGE_ENDINGS):
         given = row.fields.get(name)
         content = given.get("bytes") if isinstance(given, dict) else given
@@ -90,16 +93,16 @@ def read_image(row: Row, source: SourceRecipe) -> bytes:
     raise BadSample("no image")
 
 
-def read_texts(recipe: PairsRecipe, most: int) -> list[str]:
-    """Captions of the first `most` samples, an equal number from each source, to train a vocabulary on.
+def read_texts(recipe: PairsRecipe, max_samples: int) -> list[str]:
+    """Return the captions of the first `max_samples` samples, equally many per source, to train a vocabulary on.
 
-    What cannot be read is left to the stream, which counts it.
+    Unreadable rows are skipped here; the stream counts them.
     """
     texts: list[str] = []
     for source in recipe.sources:
         rng = random.Random(0)
         rows = _readable_rows(find_shards(source.shards), source.text_names)
-        for row in itertools.islice(rows, max(1, most // len(recipe.sources))):
+        for row in itertools.islice(rows, max(1, max_samples // len(recipe.sources))):
             with contextlib.suppress(BadSample):
                 texts += read_captions(row, source, rng)
     return texts
@@ -110,15 +113,14 @@ def _readable_rows(shards: list[str], names: frozenset[str]) -> Iterator[Row]:
         try:
             yield from read_shard(shard, names, lambda _: True)
         except BadShard as error:
-            print(f"{shard}: {error.cause} ({error}); its captions are not in the vocabulary", file=sys.stderr)
+            logger.warning("%s: %s (%s); its captions are not in the vocabulary", shard, error.cause, error)
 
 
 class PairStream(IterableDataset[CaptionSample]):
-    """Endless pairs; see `vision_tower.data.readers` for who reads what, and how an interrupted run goes on.
+    """Endless pairs; `vision_tower.data.readers` assigns rows to processes and resumes interrupted runs.
 
-    Unreadable samples and shards are skipped and counted by cause; above `max_bad_fraction` the run stops. What is
-    drawn for a
-    sample (caption, sentence, augmentation) follows from the seed, its pass and its key alone.
+    Unreadable samples and shards are skipped and counted by cause; above `max_bad_fraction` the run stops. The random
+    choices for a sample (caption, sentence, augmentation) depend only on the seed, the epoch and the sample's key.
     """
 
     def __init__(
@@ -137,17 +139,17 @@ class PairStream(IterableDataset[CaptionSample]):
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.cursors: dict[int, Cursor] = {}
+        self.cursors: dict[int, ReaderPosition] = {}
         self.turn = 0
 
     def fingerprint(self) -> str:
-        """Changes with the names and the order of the shards."""
+        """Return a hash of the names and the order of the shards."""
         return value_hash(self.shards)[:16]
 
-    def go_on_from(self, cursors: dict[int, Cursor], turn: int) -> None:
-        """Start each reader at its cursor, and the loader with its reader number `turn`.
+    def resume_from(self, cursors: dict[int, ReaderPosition], turn: int) -> None:
+        """Continue each reader at its position, and the loader with its process number `turn`.
 
-        A loader takes batches from its processes in turn, always from the first one first.
+        A DataLoader takes batches from its processes in turn and starts with the first one.
         """
         self.cursors, self.turn = cursors, turn
 
@@ -157,13 +159,13 @@ class PairStream(IterableDataset[CaptionSample]):
         number = self.rank * workers + (number + self.turn) % workers
         reader = Reader(self.recipe, self.shards, reader=number, readers=self.world * workers, seed=self.seed)
         if number in self.cursors:
-            reader.go_on_from(self.cursors[number])
+            reader.resume_from(self.cursors[number])
         transform = TrainingTransform(self.recipe.augmentation, self.size)
-        least = enough_pixels(self.recipe.augmentation, self.size)
+        min_size = min_decoded_size(self.recipe.augmentation, self.size)
         for source, row in reader.rows():
-            rng = random.Random(f"{self.seed}/{source.place.epoch}/{os.path.basename(row.shard)}/{row.key}")
+            rng = random.Random(f"{self.seed}/{source.position.epoch}/{os.path.basename(row.shard)}/{row.key}")
             try:
-                pixels, web, full = self._decode(row, source.source, transform, least, rng)
+                pixels, web, full = self._decode(row, source.source, transform, min_size, rng)
                 texts = self._draw(web, full, rng)
             except (BadSample, BadImage) as error:
                 source.skip("corrupt image" if isinstance(error, BadImage) else str(error), row)
@@ -172,22 +174,22 @@ class PairStream(IterableDataset[CaptionSample]):
             yield CaptionSample(pixels, web, full, texts, key, reader.cursor())
 
     def _draw(self, web: str, full: str, rng: random.Random) -> dict[str, list[int]]:
-        """Empty texts are all alike: to the contrastive loss each would be a false negative of the others."""
         texts = self.draw_texts(web, full, rng)
+        # Identical texts, as empty ones are, would be false negatives of each other in the contrastive loss.
         if empty := [stream for stream, pieces in texts.items() if not pieces]:
             raise BadSample("no web caption" if "web" in empty else "no caption")
         return texts
 
     @staticmethod
     def _decode(
-        row: Row, source: SourceRecipe, transform: TrainingTransform, least: int, rng: random.Random
+        row: Row, source: SourceRecipe, transform: TrainingTransform, min_size: int, rng: random.Random
     ) -> tuple[torch.Tensor, str, str]:
         web, full = read_captions(row, source, rng)
-        full = full or web  # an empty synthetic caption: the web caption stands in
+        full = full or web  # the web caption replaces an empty synthetic one
         content = read_image(row, source)
         if not full:
             raise BadSample("no caption")
-        image = decode_image(content, least)
+        image = decode_image(content, min_size)
         with torch.random.fork_rng(devices=[]):  # augmentation draws from torch's generator
             torch.default_generator.manual_seed(rng.getrandbits(63))
             return transform(image), web, full
@@ -195,10 +197,10 @@ class PairStream(IterableDataset[CaptionSample]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Samples -> the model's inputs, the captioner's labels, and what the trainer keeps account of.
+    """Samples -> the model's inputs, the captioner's labels, and the keys and positions that the trainer records.
 
     Args:
-        trim: whether texts are only as long as the batch's longest, which needs a model that masks padding.
+        trim: pad texts only to the longest of the batch, which needs a model that masks padding.
     """
 
     tokenizer: ClipsTokenizer
@@ -207,11 +209,11 @@ class PairCollator:
     trim: bool = False
 
     def __call__(self, samples: list[CaptionSample]) -> dict[str, Any]:
-        """`pixel_values` (b, 3, h, w) uint8, ids (b, l) of each stream, `labels` (b, q), `keys` (b strings), `cursor`.
+        """Return `pixel_values` (b, 3, h, w) uint8, ids (b, l) per stream, `labels` (b, q), `keys` (b) and `cursor`.
 
-        Images stay bytes, a quarter of fp32, until they are on the device: see `PretrainTrainer._prepare_inputs`.
-        Streams are what the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels are there with a captioner. The
-        cursor is where the reader of this batch goes on after it.
+        Images stay uint8, a quarter of fp32, until they are on the device: see `PretrainTrainer._prepare_inputs`.
+        Streams are those that the objective reads, of `web_ids`, `sub_ids`, `mix_ids`; labels exist with a captioner.
+        `cursor` is the position of this batch's reader after it.
         """
         batch: dict[str, Any] = {
             "keys": [sample.key for sample in samples],
@@ -228,6 +230,6 @@ class PairCollator:
         return batch
 
     def _length(self, samples: list[CaptionSample]) -> int:
-        """Of all streams alike, for they go through the tower together."""
+        """Return one length for all streams, since they pass the tower together."""
         texts = (pieces for sample in samples for name, pieces in sample.texts.items() if name != TARGET)
         return min(max(map(len, texts)) + 3, self.text_length)  # [bos], [eos] and [CLS]

@@ -1,9 +1,9 @@
-"""Who reads which rows in which order, and where to go on: the readers of a run share every source without overlap.
+"""Assigns rows to readers (disjoint, shuffled) and records the positions to resume from.
 
-A reader is a loader process of a rank. Each pass (epoch) over a source puts its shards into a new order, the same for
-all readers, and cuts that line into as many equal parts as there are readers; a shard on a cut is split by rows. Rows
-are shuffled in blocks. Nothing depends on history: order and cuts follow from (seed, source, epoch), a block's order
-from where it begins. So a `Place` of a few numbers is enough to go on exactly, at the price of reading one block again.
+A reader is a loader process of a rank. In each epoch the shards of a source are permuted, equally for all readers, and
+the sequence is cut into as many equal parts as there are readers; a shard at a cut is split by rows. Rows are shuffled
+in blocks. Shard order and cuts depend only on (seed, source, epoch), and the order within a block on its first row. A
+`SourcePosition` of a few numbers is therefore enough for an exact resume, which reads one block again.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import logging
 import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,22 +20,24 @@ from vision_tower.common.errors import UserError
 from vision_tower.data.recipe import PairsRecipe, SourceRecipe
 from vision_tower.data.shards import BadShard, Row, read_shard
 
-SETTLED = 1000  # samples after which the share of unreadable ones means something
+logger = logging.getLogger(__name__)
+
+MIN_SAMPLES = 1000  # samples before the fraction of unreadable ones is checked
 SLOTS = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """How far a reader has come in one source.
+class SourcePosition:
+    """Position of a reader in one source.
 
     Args:
-        epoch: passes that are done.
-        piece: number of the piece in which the block of rows in hand begins.
-        row: number of the row in its shard with which the block begins.
-        taken: rows of the block that have been handed out.
-        seen: rows that have been handed out since the run began.
-        bad: unreadable samples by cause.
-        broken: cause by shard that could not be read, or not to its end, the last time.
+        epoch: completed passes.
+        piece: index of the shard span in which the current block starts.
+        row: index, within its shard, of the first row of the current block.
+        taken: rows of the current block that were returned.
+        seen: rows returned since the start of the run.
+        bad: number of unreadable samples by cause.
+        broken: cause by shard, of shards that failed when last read.
     """
 
     epoch: int = 0
@@ -48,45 +50,46 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cursor:
-    """How far a reader has come: its number, the rows it has drawn, and its place in every source."""
+class ReaderPosition:
+    """Position of a reader: its index, the number of rows drawn, and its position in every source."""
 
     reader: int
     draws: int
-    places: tuple[Place, ...]
+    places: tuple[SourcePosition, ...]
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Cursor:
-        """What `dataclasses.asdict` made of a cursor."""
-        return cls(value["reader"], value["draws"], tuple(Place(**place) for place in value["places"]))
+    def from_json(cls, value: dict[str, Any]) -> ReaderPosition:
+        """Rebuild a position from its `dataclasses.asdict`."""
+        return cls(value["reader"], value["draws"], tuple(SourcePosition(**place) for place in value["places"]))
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A shard, or the part of its rows whose slots lie in [low, high)."""
+class ShardSpan:
+    """The rows of a shard whose slots are in [low, high); all rows for [0, SLOTS)."""
 
     shard: str
     low: int
     high: int
 
     def has(self, index: int) -> bool:
-        """Whether row `index` of the shard is in this piece. Multiples of the golden ratio spread any number of rows
-        evenly over the slots (Knuth's multiplicative hashing), so no count of the rows is needed."""
+        """Return True if row `index` of the shard is in this span."""
+        # Knuth's multiplicative hashing: multiples of the golden ratio spread any number of rows evenly over the slots,
+        # so the number of rows need not be known.
         return self.low <= index * 2_654_435_769 % SLOTS < self.high
 
 
-def cut(shards: list[str], part: int, parts: int) -> list[Piece]:
-    """Part `part` of `parts` equal parts of the line of shards. A whole shard is `parts` units long."""
+def cut(shards: list[str], part: int, parts: int) -> list[ShardSpan]:
+    """Return part `part` of `parts` equal parts of the sequence of shards, in units of 1 / `parts` of a shard."""
     begin, end = part * len(shards), (part + 1) * len(shards)
-    pieces = []
+    spans = []
     for number in range(begin // parts, (end - 1) // parts + 1):
         low, high = max(begin - number * parts, 0), min(end - number * parts, parts)
-        pieces.append(Piece(shards[number], low * SLOTS // parts, high * SLOTS // parts))
-    return pieces
+        spans.append(ShardSpan(shards[number], low * SLOTS // parts, high * SLOTS // parts))
+    return spans
 
 
 class SourceReader:
-    """One reader's endless rows of one source, and the count of what could not be read."""
+    """Endless rows of one source for one reader, with counts of unreadable samples and shards."""
 
     def __init__(
         self, source: SourceRecipe, shards: list[str], recipe: PairsRecipe, *, reader: int, readers: int, seed: str
@@ -97,34 +100,37 @@ class SourceReader:
         self.block = max(recipe.shuffle_buffer, 1)
         self.reader, self.readers = reader, readers
         self.seed = seed
-        self.go_on_from(Place())
+        self.resume_from(SourcePosition())
 
-    def go_on_from(self, place: Place) -> None:
-        """Start at `place`, with its counts."""
-        self.place = place
-        self.bad = collections.Counter(place.bad)
-        self.broken = dict(place.broken)
+    def resume_from(self, position: SourcePosition) -> None:
+        """Continue at `position`, with its counts."""
+        self.position = position
+        self.bad = collections.Counter(position.bad)
+        self.broken = dict(position.broken)
 
     def rows(self) -> Iterator[Row]:
-        """Rows from `self.place` on, which moves along. Raises UserError where the source cannot feed a run."""
+        """Yield rows from `self.position` on and advance it. Raises UserError if the source has too few usable rows."""
         empty = 0
         while True:
-            begin = self.place
+            begin = self.position
             yield from self._epoch()
-            if begin.piece == begin.row == begin.taken == 0:  # what is left of a pass after an interruption says little
+            if begin.piece == begin.row == begin.taken == 0:  # a full pass, not the rest of one after a resume
                 self._check_pass(begin)
-                empty = 0 if self.place.seen > begin.seen else empty + 1
-            if self.readers == 1:  # a small part of a small source says little
-                self._check_share()
-            if empty == self.readers:  # each part of the line was this reader's once
+                empty = 0 if self.position.seen > begin.seen else empty + 1
+            if self.readers == 1:  # with several readers the part of one is too small a sample
+                self._check_bad_fraction()
+            if empty == self.readers:  # in this many epochs the reader had every part once
                 raise UserError(
-                    f"no sample in {self._say_shards()}", file=self.source.shards, remedy="mend data.shards"
+                    f"no sample in {self._describe_shards()}",
+                    file=self.source.shards,
+                    key="data.shards",
+                    remedy="fix data.shards",
                 )
-            self.place = dataclasses.replace(self.place, epoch=begin.epoch + 1, piece=0, row=0, taken=0)
+            self.position = dataclasses.replace(self.position, epoch=begin.epoch + 1, piece=0, row=0, taken=0)
 
     def _epoch(self) -> Iterator[Row]:
-        """The rest of a pass. The block in hand shrinks as the next one fills, so memory stays at one block."""
-        epoch, taken = self.place.epoch, self.place.taken
+        """Yield the rest of an epoch. The current block shrinks while the next one fills: memory stays at one block."""
+        epoch, taken = self.position.epoch, self.position.taken
         incoming = self._incoming(epoch)
         block = list(itertools.islice(incoming, self.block))
         while block:
@@ -137,93 +143,89 @@ class SourceReader:
                 following += itertools.islice(incoming, 1)
                 if done <= taken:
                     continue
-                self.place = dataclasses.replace(
-                    self.place, epoch=epoch, piece=piece, row=first, taken=done, seen=self.place.seen + 1
+                self.position = dataclasses.replace(
+                    self.position, epoch=epoch, piece=piece, row=first, taken=done, seen=self.position.seen + 1
                 )
                 yield row
             block, taken = following, 0
 
     def _incoming(self, epoch: int) -> Iterator[tuple[int, Row]]:
-        """(number of the piece, row) in the order in which they lie, from the beginning of the block in hand."""
+        """Yield (index of the shard span, row) in stored order, from the start of the current block."""
         order = random.Random(f"{self.seed}/{epoch}").sample(self.shards, len(self.shards))
-        start, first = self.place.piece, self.place.row
-        # Moving on by one part a pass brings every shard to every reader, even where one shard feeds them all.
-        for number, piece in enumerate(cut(order, (self.reader + epoch) % self.readers, self.readers)):
+        start, first = self.position.piece, self.position.row
+        # Taking the next part in each epoch brings every row to every reader, even if there is only one shard.
+        for number, span in enumerate(cut(order, (self.reader + epoch) % self.readers, self.readers)):
             if number < start:
                 continue
             begin = first if number == start else 0
             try:
-                for row in read_shard(piece.shard, self.source.names, piece.has, begin):
+                for row in read_shard(span.shard, self.source.names, span.has, begin):
                     yield number, row
             except BadShard as error:
-                self._lose(piece.shard, error)
+                self._mark_broken(span.shard, error)
             else:
-                self._find_again(piece.shard)
+                self._mark_readable(span.shard)
 
-    # --- counting
+    # --- counts of unreadable samples and shards
 
     def skip(self, cause: str, row: Row) -> None:
-        """Count an unreadable sample; say so at the first of its kind."""
+        """Count an unreadable sample; the first one of each cause is logged."""
         if not self.bad[cause]:
-            self._say(f"{row.shard}: {row.key}: {cause}")
+            logger.warning("skipped: %s: %s: %s (further ones are counted)", row.shard, row.key, cause)
         self.bad[cause] += 1
-        self.place = dataclasses.replace(self.place, bad=dict(self.bad))
-        if self.place.seen >= SETTLED:
-            self._check_share()
+        self.position = dataclasses.replace(self.position, bad=dict(self.bad))
+        if self.position.seen >= MIN_SAMPLES:
+            self._check_bad_fraction()
 
-    def _lose(self, shard: str, error: BadShard) -> None:
+    def _mark_broken(self, shard: str, error: BadShard) -> None:
         if error.cause not in self.broken.values():
-            self._say(f"{shard}: {error.cause} ({error})")
+            logger.warning("skipped: %s: %s (%s) (further ones are counted)", shard, error.cause, error)
         self.broken[shard] = error.cause
-        self.place = dataclasses.replace(self.place, broken=dict(self.broken))
+        self.position = dataclasses.replace(self.position, broken=dict(self.broken))
         if len(self.broken) > max(1, self.max_bad_fraction * len(self.shards)):
             raise UserError(
-                f"cannot read {self._say_shards()}, more than data.max_bad_fraction={self.max_bad_fraction}",
+                f"cannot read {self._describe_shards()}, more than data.max_bad_fraction={self.max_bad_fraction}",
                 file=self.source.shards,
-                remedy="mend or remove them, or raise the limit",
+                remedy="fix or remove them, or raise the limit",
             )
 
-    def _find_again(self, shard: str) -> None:
-        """A shard counts by its last reading: a store that was away for an hour need not stop a run of weeks."""
+    def _mark_readable(self, shard: str) -> None:
+        """Clear an earlier failure, so that a storage outage of an hour does not stop a run of weeks."""
         if self.broken.pop(shard, None) is not None:
-            self.place = dataclasses.replace(self.place, broken=dict(self.broken))
+            self.position = dataclasses.replace(self.position, broken=dict(self.broken))
 
-    @staticmethod
-    def _say(line: str) -> None:
-        print(f"skipped: {line} (further ones are counted)", file=sys.stderr, flush=True)
-
-    def _say_shards(self) -> str:
+    def _describe_shards(self) -> str:
         broken = dict(collections.Counter(self.broken.values()))
         return f"{len(self.broken)} of {len(self.shards)} shards ({broken})" if broken else f"{len(self.shards)} shards"
 
-    def _check_pass(self, begin: Place) -> None:
-        """At the end of a whole pass that started at `begin`."""
-        rows, bad = self.place.seen - begin.seen, self.bad.total() - sum(begin.bad.values())
+    def _check_pass(self, begin: SourcePosition) -> None:
+        """Raise UserError if the full pass that started at `begin` had no readable sample."""
+        rows, bad = self.position.seen - begin.seen, self.bad.total() - sum(begin.bad.values())
         if not rows and len(self.broken) == len(self.shards):
-            raise UserError(f"cannot read {self._say_shards()}", file=self.source.shards, remedy="mend data.shards")
+            raise UserError(f"cannot read {self._describe_shards()}", file=self.source.shards, remedy="fix data.shards")
         if rows and rows == bad:
             raise UserError(
-                f"no readable sample in {len(self.shards)} shards ({self._say_bad()})",
+                f"no readable sample in {len(self.shards)} shards ({self._describe_bad()})",
                 file=self.source.shards,
-                remedy="mend them, or the names in the recipe",
+                remedy="fix the shards, or the column names in the recipe",
             )
 
-    def _say_bad(self) -> str:
+    def _describe_bad(self) -> str:
         return ", ".join(f"{cause}: {count}" for cause, count in self.bad.most_common())
 
-    def _check_share(self) -> None:
-        bad, seen = self.bad.total(), self.place.seen
+    def _check_bad_fraction(self) -> None:
+        bad, seen = self.bad.total(), self.position.seen
         if bad > self.max_bad_fraction * seen:
             raise UserError(
-                f"{bad} of {seen} samples are unreadable ({self._say_bad()}), more than "
+                f"{bad} of {seen} samples are unreadable ({self._describe_bad()}), more than "
                 f"data.max_bad_fraction={self.max_bad_fraction}",
                 file=self.source.shards,
-                remedy="mend the shards or raise the limit",
+                remedy="fix the shards or raise the limit",
             )
 
 
 class Reader:
-    """One of the readers that share all sources. Sources are drawn by weight and number of the draw."""
+    """One of the readers of a run. The source of a row is drawn by weight, from the number of the draw."""
 
     def __init__(self, recipe: PairsRecipe, shards: list[list[str]], *, reader: int, readers: int, seed: int) -> None:
         self.sources = [
@@ -235,25 +237,25 @@ class Reader:
         self.number = reader
         self.draws = 0
 
-    def go_on_from(self, cursor: Cursor) -> None:
-        """Start where `cursor` was taken."""
+    def resume_from(self, cursor: ReaderPosition) -> None:
+        """Continue with the row after `cursor`."""
         self.draws = cursor.draws
-        for source, place in zip(self.sources, cursor.places, strict=True):
-            source.go_on_from(place)
+        for source, position in zip(self.sources, cursor.places, strict=True):
+            source.resume_from(position)
 
-    def cursor(self) -> Cursor:
-        """Where the row after the last one is."""
-        return Cursor(self.number, self.draws, tuple(source.place for source in self.sources))
+    def cursor(self) -> ReaderPosition:
+        """Return the position after the last row."""
+        return ReaderPosition(self.number, self.draws, tuple(source.position for source in self.sources))
 
     def rows(self) -> Iterator[tuple[SourceReader, Row]]:
-        """Endless rows with the source that each came from."""
+        """Yield rows without end, each with its source."""
         streams = [source.rows() for source in self.sources]
         while True:
-            drawn = 0 if len(streams) == 1 else self._drawn()
+            drawn = 0 if len(streams) == 1 else self._draw_source()
             row = next(streams[drawn])
             self.draws += 1
             yield self.sources[drawn], row
 
-    def _drawn(self) -> int:
-        """Number of the source of the next row."""
+    def _draw_source(self) -> int:
+        """Return the index of the source of the next row."""
         return random.Random(f"{self.seed}/{self.draws}").choices(range(len(self.sources)), self.weights)[0]

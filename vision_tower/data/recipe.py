@@ -1,4 +1,4 @@
-"""The recipe of image-text pairs: sources, columns, shuffling, augmentation. Imports no torch, as all recipes."""
+"""Recipe of image-text pairs: sources, columns, shuffling, augmentation. Imports no torch, like all recipes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Augmentation:
     """Training augmentation; the defaults are those of CLIPS.
 
     Args:
-        smallest_crop: smallest share of the area that a random crop keeps; 1 squashes the whole image.
-        jitter: strength of brightness, contrast and saturation jitter; hue gets a quarter.
-        jitter_probability: how often colours are jittered.
-        gray_probability: how often the image turns gray.
+        smallest_crop: minimum fraction of the area that a random crop keeps; 1 resizes the full image to a square.
+        jitter: strength of brightness, contrast and saturation jitter; a quarter of it for hue.
+        jitter_probability: probability of colour jitter.
+        gray_probability: probability of conversion to grayscale.
     """
 
     smallest_crop: float = 0.4
@@ -27,16 +27,16 @@ class Augmentation:
     gray_probability: float = 0.2
 
     def check(self) -> None:
-        """Raise UserError where a number has no meaning."""
+        """Raise UserError for a value out of range."""
         if not 0 < self.smallest_crop <= 1:
             raise UserError(
-                "a share above 0, at most 1", key="data.augmentation.smallest_crop", value=self.smallest_crop
+                "must be above 0 and at most 1", key="data.augmentation.smallest_crop", value=self.smallest_crop
             )
         if not 0 <= self.jitter <= 2:
-            raise UserError("from 0 to 2", key="data.augmentation.jitter", value=self.jitter)
+            raise UserError("must be from 0 to 2", key="data.augmentation.jitter", value=self.jitter)
         for name in ("jitter_probability", "gray_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"data.augmentation.{name}={getattr(self, name)}: from 0 to 1")
+                raise UserError("must be from 0 to 1", key=f"data.augmentation.{name}", value=getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,14 @@ class SourceRecipe:
     """One source of image-text pairs.
 
     Args:
-        shards: WebDataset tars or Parquet files: a path, or a URL that fsspec knows (hf://, s3://, https://), globs
-            and braces as {000..127} or {a,b} in it.
-        weight: share of the samples drawn from here, in proportion to the other weights.
-        image: the image's column (bytes, or a struct with bytes) or, in tars, its ending; png, jpg, jpeg and webp are
-            found without it.
-        web_caption: the web caption's column; in tars a key of the json, or the ending of a text. A list: one is drawn.
-        synthetic_caption: the synthetic caption's column, likewise.
+        shards: WebDataset tars or Parquet files: a path or any fsspec URL (hf://, s3://, https://), with globs and
+            braces such as {000..127} or {a,b}.
+        weight: relative sampling weight.
+        image: the image's column (bytes, or a struct with bytes) or, in tars, its extension; png, jpg, jpeg and webp
+            are found by default.
+        web_caption: the web caption's column; in tars a key of the JSON, or the extension of a text file. Of a list
+            one caption is drawn.
+        synthetic_caption: the same for the synthetic caption.
     """
 
     shards: str
@@ -61,31 +62,32 @@ class SourceRecipe:
 
     @property
     def text_names(self) -> frozenset[str]:
-        """Columns or endings in which captions may be."""
+        """Columns or extensions that can have captions."""
         return frozenset({"json", self.web_caption, self.synthetic_caption})
 
     @property
     def names(self) -> frozenset[str]:
-        """Columns or endings that are read."""
+        """Columns or extensions to read."""
         return self.text_names | {self.image, *IMAGE_ENDINGS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsRecipe:
-    """Where the image-text pairs come from: one source, or a mixture of several.
+    """Image-text pairs: one source, or a mixture of several.
 
     Args:
-        shards: WebDataset tars or Parquet files: a path, or a URL that fsspec knows (hf://, s3://, https://), globs
-            and braces as {000..127} or {a,b} in it.
-        image: the image's column (bytes, or a struct with bytes) or, in tars, its ending; png, jpg, jpeg and webp are
-            found without it.
-        web_caption: the web caption's column; in tars a key of the json, or the ending of a text. A list: one is drawn.
-        synthetic_caption: the synthetic caption's column, likewise.
-        mixture: several sources with shards, weight, image, web_caption and synthetic_caption each, instead of the four
-            values above.
-        shuffle_buffer: samples that are shuffled together, per loader process; 0 leaves them as they lie in a shard.
-        max_bad_fraction: share of unreadable samples, or of unreadable shards, above which the run stops.
-        augmentation: what happens to images in training.
+        shards: WebDataset tars or Parquet files: a path or any fsspec URL (hf://, s3://, https://), with globs and
+            braces such as {000..127} or {a,b}.
+        image: the image's column (bytes, or a struct with bytes) or, in tars, its extension; png, jpg, jpeg and webp
+            are found by default.
+        web_caption: the web caption's column; in tars a key of the JSON, or the extension of a text file. Of a list
+            one caption is drawn.
+        synthetic_caption: the same for the synthetic caption.
+        mixture: several sources, each with shards, weight, image, web_caption and synthetic_caption, instead of the
+            four values above.
+        shuffle_buffer: samples shuffled together, per loader process; 0 keeps the order of the shard.
+        max_bad_fraction: fraction of unreadable samples, or of unreadable shards, above which the run stops.
+        augmentation: training augmentation of the images.
     """
 
     shards: str | None = None
@@ -99,7 +101,7 @@ class PairsRecipe:
 
     @property
     def sources(self) -> tuple[SourceRecipe, ...]:
-        """The mixture, or the one source."""
+        """The mixture, or the single source."""
         if self.shards is None:
             return self.mixture
         return (
@@ -112,28 +114,30 @@ class PairsRecipe:
         )
 
     def check(self) -> None:
-        """Raise UserError where it does not say what to read."""
+        """Raise UserError if the sources are missing or contradictory, or a value is out of range."""
         if self.shards is None and not self.mixture:
-            raise UserError("say where the pairs are, or give several sources as data.mixture", key="data.shards")
+            raise UserError("required, unless data.mixture is set", key="data.shards", remedy="give a path or URL")
         if self.shards is not None and self.mixture:
             raise UserError(
-                "data.mixture has its own",
+                "cannot be combined with data.mixture",
                 key="data.shards",
                 value=self.shards,
-                remedy="take one out (data.shards=null where a recipe brings it)",
+                remedy="remove one of them (--data.shards null if it comes from the recipe)",
             )
         for number, source in enumerate(self.mixture):
             if not 0 < source.weight < math.inf:
                 raise UserError(
-                    f"data.mixture[{number}].weight={source.weight}: must be a number above 0",
-                    remedy="or leave the source out",
+                    "must be a finite number above 0",
+                    key=f"data.mixture[{number}].weight",
+                    value=source.weight,
+                    remedy="or remove the source",
                 )
         if self.shuffle_buffer < 0:
             raise UserError(
-                "0 (as they lie in the shards) or a number of samples",
+                "must be at least 0",
                 key="data.shuffle_buffer",
                 value=self.shuffle_buffer,
             )
         if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError("a share is from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
+            raise UserError("must be from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
         self.augmentation.check()

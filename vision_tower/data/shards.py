@@ -1,8 +1,8 @@
-"""Shards to rows: WebDataset tars and Parquet files, on disk or behind any fsspec URL.
+"""Rows of shards: WebDataset tars and Parquet files, on disk or at any fsspec URL.
 
-pattern --> find_shards: braces, then globs --> URLs --> read_shard: opened when its turn comes --> Row, Row, ...
+pattern --> find_shards: braces, then globs --> URLs --> read_shard: opened when needed --> Row, Row, ...
 
-A row is what lies in the shard, still encoded; `vision_tower.data.pairs` tells images and captions apart.
+A row has the stored, still encoded fields; `vision_tower.data.pairs` finds image and captions in them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import logging
 import queue
 import re
-import sys
 import tarfile
 import threading
 import time
@@ -24,22 +24,24 @@ from urllib.parse import urlsplit
 
 from vision_tower.common.errors import UserError
 
-PATIENCE = 60.0  # seconds that a remote shard may stay silent
-TRIES = 4  # attempts at a remote shard without a new row in between
-BACKOFF = 1.0  # seconds before the second attempt; twice as long before each further one
-AHEAD = 64  # rows that a remote shard is read ahead of their use
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 60.0  # seconds without data after which a remote shard is opened again
+MAX_TRIES = 4  # consecutive failures of a remote shard, without a new row in between
+BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
+PREFETCH = 64  # rows of a remote shard read ahead
 PARQUET_ROWS = 64  # rows decoded together
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A sample as it lies in its shard.
+    """A sample as stored in its shard.
 
     Args:
         shard: the shard's path or URL.
-        index: number of the row in its shard, from 0.
-        key: name of the row: of its members in a tar, its number in Parquet.
-        fields: encoded members by ending (tar), or values by column (Parquet).
+        index: index of the row in its shard, from 0.
+        key: common name of the members (tar), or the index (Parquet).
+        fields: encoded members by extension (tar), or values by column (Parquet).
     """
 
     shard: str
@@ -49,37 +51,38 @@ class Row:
 
 
 class BadShard(Exception):
-    """A shard, or the rest of one, cannot be read. `cause` is one of a few words, the message has the details."""
+    """A shard, or the rest of one, cannot be read. `cause` is one of a few, by which shards are counted."""
 
     def __init__(self, cause: str, details: str) -> None:
         super().__init__(details)
         self.cause = cause
 
 
-# --- which shards
-
-
 def find_shards(pattern: str) -> list[str]:
-    """The shards of a pattern, in the order of its braces and sorted within each glob; none is opened.
+    """Return the shards of a pattern, in the order of its braces and sorted within each glob; none is opened.
 
-    Braces as in bash: `{000..127}` and `{a,b}`; then globs. Raises UserError where there is none, a local one is
-    missing, its ending is unknown, or the URL needs a package that is not installed.
+    Braces as in bash, `{000..127}` and `{a,b}`, are expanded before globs.
+
+    Raises:
+        UserError: no match, a missing local shard, an unknown extension, or a URL whose package is not installed.
     """
     found: list[str] = []
     for part in expand_braces(pattern):
         found += _remote(part) if is_remote(part) else _local(part.removeprefix("file://"))
     if not found:
-        raise UserError(f"{pattern}: no shard matches this pattern", remedy="build the sample world or mend it")
+        raise UserError("no shard matches this pattern", file=pattern, remedy="fix the pattern, or create the data")
     for shard in found:
-        if _ending(shard) not in READERS:
+        if _extension(shard) not in READERS:
             raise UserError(
-                f"no shard by its ending ({', '.join(READERS)})", file=shard, remedy="convert it or mend the pattern"
+                f"not a shard: known extensions are {', '.join(READERS)}",
+                file=shard,
+                remedy="convert it, or fix the pattern",
             )
     return list(dict.fromkeys(found))
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{08..10}{x,y}` -> a08x, a08y, a09x, ...; from the innermost brace outwards."""
+    """`a{08..10}{x,y}` -> a08x, a08y, a09x, ...; expands the innermost brace first."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -93,13 +96,13 @@ def expand_braces(pattern: str) -> list[str]:
     elif "," in inside:
         options = inside.split(",")
     else:
-        raise UserError(f"{pattern}: '{{{inside}}}' is neither a range as {{000..127}} nor a list as {{a,b}}")
+        raise UserError(f"'{{{inside}}}' is neither a range like {{000..127}} nor a list like {{a,b}}", file=pattern)
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [whole for option in options for whole in expand_braces(before + option + after)]
+    return [path for option in options for path in expand_braces(before + option + after)]
 
 
 def is_remote(shard: str) -> bool:
-    """Whether a shard is read through fsspec."""
+    """Return True if the shard is read through fsspec."""
     return "://" in shard and not shard.startswith("file://")
 
 
@@ -107,40 +110,40 @@ def _local(part: str) -> list[str]:
     if glob.has_magic(part):
         return sorted(glob.glob(part, recursive=True))
     if not Path(part).exists():
-        raise UserError(f"{part}: no such shard", remedy="fetch it or mend the pattern")
+        raise UserError("no such shard", file=part, remedy="download it, or fix the pattern")
     return [part]
 
 
 def _remote(part: str) -> list[str]:
-    """URLs of a URL pattern. One without `*` and `[` is taken as it is: asking after thousands would take minutes."""
+    """Return the URLs of a URL pattern. One without `*` and `[` is not looked up: thousands would take minutes."""
     import fsspec
 
     chain, colons, last = part.rpartition("::")
     try:
-        if not re.search(r"[*\[]", part):  # a question mark begins the query of an address
+        if not re.search(r"[*\[]", part):  # not `?`, which starts the query of a URL
             fsspec.get_filesystem_class(last.partition("://")[0])
             return [part]
         files, path = fsspec.core.url_to_fs(last)
         return [chain + colons + files.unstrip_protocol(name) for name in sorted(files.glob(path))]
     except (ImportError, ValueError) as error:
-        raise UserError(f"{part}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # every store has errors of its own
+        raise UserError(_message(error), file=part) from error
+    except Exception as error:  # each fsspec backend has its own errors
         raise UserError(
-            f"{part}: the shards cannot be listed ({_words(error)})", remedy="check address and access"
+            f"the shards cannot be listed ({_message(error)})", file=part, remedy="check the URL and your access"
         ) from error
-
-
-# --- from a shard to its rows
 
 
 Wanted = Callable[[int], bool]
 
 
 def read_shard(shard: str, names: frozenset[str], wanted: Wanted, begin: int = 0) -> Iterator[Row]:
-    """The rows of a shard from number `begin` on whose number is wanted, with the fields in `names` that they have.
+    """Yield the rows of a shard from index `begin` on whose index is wanted, with their fields out of `names`.
 
-    A remote shard is read ahead in a thread. Where it fails or stays silent it is opened again at the row it had come
-    to, with pauses that double. Raises BadShard at a local fault, or when the tries are used up.
+    A remote shard is read ahead in a thread. After an error or a timeout it is opened again at the next row, with
+    exponential backoff.
+
+    Raises:
+        BadShard: a local shard failed, or a remote one MAX_TRIES times.
     """
     if not is_remote(shard):
         yield from _read(shard, names, wanted, begin)
@@ -148,39 +151,39 @@ def read_shard(shard: str, names: frozenset[str], wanted: Wanted, begin: int = 0
     failures = 0
     while True:
         try:
-            pulse = _Pulse()
-            for row in _in_thread(_read(shard, names, pulse.with_each(wanted), begin), pulse):
+            heartbeat = _Heartbeat()
+            for row in _read_ahead(_read(shard, names, heartbeat.with_each(wanted), begin), heartbeat):
                 begin, failures = row.index + 1, 0
                 yield row
             return
         except BadShard as error:
             failures += 1
-            if failures == TRIES:
+            if failures == MAX_TRIES:
                 raise
-            print(f"{shard}: {error}; trying again", file=sys.stderr, flush=True)
+            logger.warning("%s: %s; trying again", shard, error)
             time.sleep(BACKOFF * 2 ** (failures - 1))
 
 
 def _read(shard: str, names: frozenset[str], wanted: Wanted, begin: int) -> Iterator[Row]:
-    """One attempt. Every failure is a BadShard."""
+    """Read a shard once. Every failure is raised as BadShard."""
     import pyarrow as pa
 
     def still_wanted(index: int) -> bool:
-        return wanted(index) and index >= begin  # it is asked about the rows that are skipped, too
+        return wanted(index) and index >= begin  # `wanted` sees the skipped rows too: each call is a heartbeat
 
     try:
         with _open(shard) as file:
-            yield from READERS[_ending(shard)](shard, file, names, still_wanted)
+            yield from READERS[_extension(shard)](shard, file, names, still_wanted)
     except (tarfile.TarError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise BadShard("broken shard", _words(error)) from error
+        raise BadShard("broken shard", _message(error)) from error
     except FileNotFoundError as error:
-        raise BadShard("missing shard", _words(error)) from error
+        raise BadShard("missing shard", _message(error)) from error
     except OSError as error:
-        raise BadShard("unreadable shard", _words(error)) from error
+        raise BadShard("unreadable shard", _message(error)) from error
     except Exception as error:
         if not is_remote(shard):
             raise
-        raise BadShard("unreadable shard", _words(error)) from error  # every store has errors of its own
+        raise BadShard("unreadable shard", _message(error)) from error  # each fsspec backend has its own errors
 
 
 def _open(shard: str) -> BinaryIO:
@@ -191,36 +194,36 @@ def _open(shard: str) -> BinaryIO:
     return fsspec.open(shard, "rb").open()
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class _Pulse:
-    """Signs of life of a thread that reads: rows that it skips are some, too."""
+class _Heartbeat:
+    """Time of the last progress of a reading thread, counting the rows that it skips."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
-        self.left = threading.Event()  # nobody waits for it any more
+        self.abandoned = threading.Event()  # set when nobody waits for the thread any more
 
     def with_each(self, wanted: Wanted) -> Wanted:
-        """`wanted`, and a sign of life with each question."""
+        """Return `wanted` with a heartbeat at each call."""
 
-        def asked(index: int) -> bool:
-            if self.left.is_set():
-                raise BadShard("slow shard", "given up")
+        def wanted_with_heartbeat(index: int) -> bool:
+            if self.abandoned.is_set():
+                raise BadShard("slow shard", "abandoned")
             self.last = time.monotonic()
             return wanted(index)
 
-        return asked
+        return wanted_with_heartbeat
 
 
-def _in_thread(rows: Iterator[Row], pulse: _Pulse) -> Iterator[Row]:
-    """The rows, read ahead by a thread that is left behind once it has given no sign of life for PATIENCE seconds."""
-    ready: queue.Queue[Row | BaseException | None] = queue.Queue(AHEAD)
-    left = pulse.left
+def _read_ahead(rows: Iterator[Row], heartbeat: _Heartbeat) -> Iterator[Row]:
+    """Yield rows read by a thread, which is abandoned after TIMEOUT seconds without a heartbeat."""
+    ready: queue.Queue[Row | BaseException | None] = queue.Queue(PREFETCH)
+    abandoned = heartbeat.abandoned
 
     def put(item: Row | BaseException | None) -> None:
-        while not left.is_set():
+        while not abandoned.is_set():
             try:
                 return ready.put(item, timeout=0.2)
             except queue.Full:
@@ -230,7 +233,7 @@ def _in_thread(rows: Iterator[Row], pulse: _Pulse) -> Iterator[Row]:
         try:
             for row in rows:
                 put(row)
-                if left.is_set():
+                if abandoned.is_set():
                     return
             put(None)
         except BaseException as error:
@@ -240,13 +243,13 @@ def _in_thread(rows: Iterator[Row], pulse: _Pulse) -> Iterator[Row]:
     try:
         since = time.monotonic()
         while True:
-            heard = max(since, pulse.last)
+            heard = max(since, heartbeat.last)
             try:
-                item = ready.get(timeout=max(heard + PATIENCE - time.monotonic(), 0))
+                item = ready.get(timeout=max(heard + TIMEOUT - time.monotonic(), 0))
             except queue.Empty:
-                if pulse.last > heard:
+                if heartbeat.last > heard:
                     continue
-                raise BadShard("slow shard", f"silent for {PATIENCE:g} seconds") from None
+                raise BadShard("slow shard", f"no data for {TIMEOUT:g} seconds") from None
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -254,19 +257,19 @@ def _in_thread(rows: Iterator[Row], pulse: _Pulse) -> Iterator[Row]:
             yield item
             since = time.monotonic()
     finally:
-        left.set()
+        abandoned.set()
 
 
 def _read_tar(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted) -> Iterator[Row]:
-    """Consecutive members that share the name up to the first dot of its last part are a row."""
+    """Yield rows: consecutive members whose paths are equal up to the first dot of the file name."""
     row = Row(shard, -1, "", {})
     name = ""
     with tarfile.open(fileobj=file) as tar:
-        if not tar.offset:  # asked for a member, Python 3.10 would seek to before the start
+        if not tar.offset:  # in Python 3.10 next() would seek to a negative offset
             raise tarfile.ReadError("empty")
         try:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else they pile up
+                tar.members.clear()  # type: ignore[attr-defined]  # else the list grows with the archive
                 if not member.isfile():
                     continue
                 name = member.name
@@ -281,7 +284,7 @@ def _read_tar(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted)
                     row.fields[ending.lower()] = _content(tar, member)
             _check_end(tar)
         except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise tarfile.ReadError(f"after '{name}': {_words(error)}") from error
+            raise tarfile.ReadError(f"after '{name}': {_message(error)}") from error
     if row.index < 0:
         raise tarfile.ReadError("empty")
     if wanted(row.index):
@@ -290,12 +293,12 @@ def _read_tar(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted)
 
 @functools.lru_cache(maxsize=1)
 def _key(folder: str, stem: str) -> str:
-    """Of the members of one row, which follow each other."""
+    """Return the key of a member; cached, since the members of a row follow each other."""
     return str(Path(folder) / stem)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Past the three objects that `extractfile` puts between a member and its bytes."""
+    """Read a member without the three wrapper objects of `extractfile`."""
     if member.sparse is not None:  # type: ignore[attr-defined]
         stream = tar.extractfile(member)
         assert stream is not None
@@ -309,7 +312,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header for the end of the archive; a real end is zeros, or nothing."""
+    """Raise ReadError unless the archive ends with zeros or nothing: tarfile ends silently at a damaged header."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -317,10 +320,10 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 def _read_parquet(shard: str, file: BinaryIO, names: frozenset[str], wanted: Wanted) -> Iterator[Row]:
-    """Row groups without a wanted row are not touched, nor are other columns."""
+    """Yield rows; row groups without a wanted row and other columns are not read."""
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file, buffer_size=2**20)  # else a row group's images are held at once
+    table = pq.ParquetFile(file, buffer_size=2**20)  # without it a row group is held in memory
     if not table.metadata.num_rows:
         raise tarfile.ReadError("empty")
     columns = [name for name in table.schema_arrow.names if name in names]
@@ -341,7 +344,7 @@ Reader = Callable[[str, BinaryIO, frozenset[str], Wanted], Iterator[Row]]
 READERS: dict[str, Reader] = {".tar": _read_tar, ".tgz": _read_tar, ".tar.gz": _read_tar, ".parquet": _read_parquet}
 
 
-def _ending(shard: str) -> str:
-    """The declared format: the file name's ending, without an address's query."""
+def _extension(shard: str) -> str:
+    """Return the extension of the file name, without the query of a URL."""
     name = Path(urlsplit(shard.rpartition("::")[2]).path if is_remote(shard) else shard).name.lower()
     return ".tar.gz" if name.endswith(".tar.gz") else Path(name).suffix

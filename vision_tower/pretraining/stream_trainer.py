@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from vision_tower.data.pairs import PairStream
-from vision_tower.data.readers import Cursor
+from vision_tower.data.readers import ReaderPosition
 from vision_tower.training.resume import ResumableTrainer
 
 
@@ -29,7 +29,7 @@ class StreamTrainer(ResumableTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.args.ignore_data_skip = True  # the readers know their place; nothing is read only to be thrown away
-        self._cursors: dict[int, Cursor] = {}
+        self._cursors: dict[int, ReaderPosition] = {}
         self._batches = 0
         self._sums: dict[str, torch.Tensor] = {}  # of what is logged, since the last line
         self._steps = 0
@@ -85,10 +85,10 @@ class StreamTrainer(ResumableTrainer):
     def restore(self, state: dict[str, Any]) -> None:
         """The other way round; it runs just before the loader starts its processes."""
         super().restore(state)
-        cursors = [Cursor.from_json(value) for value in state["cursors"]]
+        cursors = [ReaderPosition.from_json(value) for value in state["cursors"]]
         self._cursors = {cursor.reader: cursor for cursor in cursors}
         self._batches = state["batches"]
-        self.train_dataset.go_on_from(self._cursors, self._batches % max(self.args.dataloader_num_workers, 1))
+        self.train_dataset.resume_from(self._cursors, self._batches % max(self.args.dataloader_num_workers, 1))
         self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in state["sums"].items()}
         self._steps = state["steps"]
 

@@ -1,7 +1,7 @@
-"""Sentences of captions, and reductions: only a short part of a synthetic caption goes to the text encoder.
+"""Sentence splitting and caption reduction: the text encoder reads only a short part of a synthetic caption.
 
-The inverse effect of CLIPS (arXiv 2411.16828, section 3): short synthetic captions train a better encoder. A piece is a
-word piece of a tokenizer, but anything will do here.
+The inverse effect of CLIPS (arXiv 2411.16828, section 3): short synthetic captions train a better encoder. The
+functions work on sequences of any type; the callers pass word pieces of a tokenizer.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ Piece = TypeVar("Piece")
 
 # Full stops of abbreviations, initials and decimals do not end a sentence.
 _ALWAYS = frozenset({"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "approx"})
-_BEFORE_NUMBER = frozenset({"no", "fig"})  # elsewhere an answer, or a fruit
+_BEFORE_NUMBER = frozenset({"no", "fig"})  # without a number after it: an answer, or a fruit
 _BEFORE_LOWER = frozenset({"etc", "jr", "sr", "inc", "ltd"})  # a capital after them opens a new sentence
 _ACRONYM = re.compile(r"[a-z](\.[a-z])+")
 _CANDIDATE = re.compile(r"[.!?]+[\"')\]”’»]*(?=\s|$)|[。！？]+[」』”’）]*|\n+")
 
 
 def split_sentences(caption: str) -> list[str]:
-    """The sentences of a caption, stripped, in order, none of them blank.
+    """Split a caption into sentences, stripped, in order, without blank ones.
 
-    Splits at `.`, `!`, `?`, line ends and CJK stops; decimals, abbreviations and initials stay whole.
+    Splits at `.`, `!`, `?`, line ends and CJK stops, but not in decimals, abbreviations and initials.
     """
     sentences: list[str] = []
     start = 0
@@ -39,7 +39,7 @@ def split_sentences(caption: str) -> list[str]:
 
 
 def _is_abbreviation(before: str, after: str) -> bool:
-    """Whether a full stop between the words `before` it and the letter `after` it only shortens the last word."""
+    """Return True if a full stop between the words `before` and the letter `after` marks an abbreviation."""
     if not before.strip():
         return False
     last = before.rsplit(maxsplit=1)[-1].lstrip("(\"'").lower()
@@ -51,33 +51,33 @@ def _is_abbreviation(before: str, after: str) -> bool:
 
 
 def truncation(pieces: Sequence[Piece], budget: int) -> list[Piece]:
-    """The first `budget` pieces."""
+    """Return the first `budget` pieces."""
     return list(pieces[:budget])
 
 
 def random_mask(pieces: Sequence[Piece], budget: int, rng: random.Random) -> list[Piece]:
-    """`budget` pieces, each as likely as any other, in order."""
+    """Return `budget` uniformly random pieces, in order."""
     kept = sorted(rng.sample(range(len(pieces)), min(budget, len(pieces))))
-    return [pieces[place] for place in kept]
+    return [pieces[index] for index in kept]
 
 
 def block_mask(pieces: Sequence[Piece], budget: int, rng: random.Random) -> list[Piece]:
-    """`budget` neighbouring pieces; every block is equally likely."""
+    """Return a uniformly random block of `budget` consecutive pieces."""
     start = rng.randrange(max(len(pieces) - budget, 0) + 1)
     return list(pieces[start : start + budget])
 
 
 def sub_caption(sentences: Sequence[Sequence[Piece]], budget: int, rng: random.Random) -> list[Piece]:
-    """Random sentences until the budget is full, in the caption's order; the last one drawn is cut to what is left."""
+    """Draw random sentences until the budget is full, in the caption's order; the last one drawn is truncated."""
     kept: dict[int, Sequence[Piece]] = {}
-    for place in rng.sample(range(len(sentences)), len(sentences)):
-        kept[place] = sentences[place][:budget]
-        budget -= len(kept[place])
+    for index in rng.sample(range(len(sentences)), len(sentences)):
+        kept[index] = sentences[index][:budget]
+        budget -= len(kept[index])
         if not budget:
             break
-    return [piece for place in sorted(kept) for piece in kept[place]]
+    return [piece for index in sorted(kept) for piece in kept[index]]
 
 
 def draw_sentences(sentences: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """`count` sentences, or all where there are fewer, in order; every sentence is equally likely."""
-    return [sentences[place] for place in sorted(rng.sample(range(len(sentences)), min(count, len(sentences))))]
+    """Return `count` uniformly random sentences, or all if there are fewer, in order."""
+    return [sentences[index] for index in sorted(rng.sample(range(len(sentences)), min(count, len(sentences))))]

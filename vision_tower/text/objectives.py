@@ -1,12 +1,12 @@
-"""Objectives by name: which texts an image is compared with, how they are cut, and what the captioner does.
+"""Training objectives: the texts an image is compared with, how they are shortened, and the captioner's target.
 
     stream   text                                           loss term
-    web      the web caption                                InfoNCE(image, web)
+    web      web caption                                    InfoNCE(image, web)
     sub      part of the synthetic caption                  InfoNCE(image, sub)
-    mix      one of the two, drawn for each pair            InfoNCE(image, mix)
-    -        the captioner's target                         cross entropy, "caption"
+    mix      web or sub, drawn for each pair                InfoNCE(image, mix)
+    -        captioner's target                             cross entropy, "caption"
 
-All objectives share the towers, so that a comparison differs in the losses alone. Torch-free: recipes read this module.
+All objectives share the towers, so that a comparison differs only in the losses. Imports no torch, for the recipes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STREAMS = ("web", "sub", "mix")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a name stands for.
+    """Definition of an objective.
 
     Args:
-        weights: of the loss terms; a term that is not here does not exist.
-        reduction: how the synthetic caption is cut for the text tower, unless the recipe says otherwise.
-        teacher_forced: whether the captioner reads the target's earlier pieces (CoCa, arXiv 2205.01917) and not the web
+        weights: weight by loss term; other terms are not computed.
+        reduction: default reduction of the synthetic caption for the text tower.
+        teacher_forced: the captioner reads the target's earlier pieces (CoCa, arXiv 2205.01917) instead of the web
             caption (CLIPS).
     """
 
@@ -40,12 +40,12 @@ class Objective:
 
     @property
     def captioned(self) -> bool:
-        """Whether the model has a captioner."""
+        """True if the model has a captioner."""
         return CAPTION in self.weights
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The texts a pair needs. The captioner of CLIPS reads the web caption even where no InfoNCE does."""
+        """The texts a pair needs. The captioner of CLIPS reads the web caption even if no InfoNCE does."""
         prompted = self.captioned and not self.teacher_forced
         needed = {"web"} if prompted else {"mix"} if self.captioned else set()
         return tuple(stream for stream in STREAMS if stream in self.weights or stream in needed)
@@ -62,13 +62,13 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the loss terms; none leaves the objective's own, 0 switches a term off with all it costs.
+    """Weights of the loss terms; null keeps the objective's own, 0 disables a term and its computation.
 
     Args:
-        web: of InfoNCE(image, web caption).
-        sub: of InfoNCE(image, part of the synthetic caption).
-        mix: of InfoNCE(image, mixed caption).
-        caption: of the captioner's cross entropy; 0 leaves the model without a captioner.
+        web: weight of InfoNCE(image, web caption).
+        sub: weight of InfoNCE(image, part of the synthetic caption).
+        mix: weight of InfoNCE(image, mixed caption).
+        caption: weight of the captioner's cross entropy; with 0 the model has no captioner.
     """
 
     web: float | None = None
@@ -79,16 +79,16 @@ class LossWeights:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionRecipe:
-    """Which part of a caption the text tower reads.
+    """The part of a caption that the text tower reads.
 
     Args:
-        reduction: of synthetic captions: sentences (random whole ones), or down to the budget by truncation (the first
-            pieces), random (any pieces, in order), block (neighbouring pieces) or sub-caption (random sentences until
-            the budget is full); none takes the objective's own.
-        sentences: how many random sentences, where the reduction is sentences.
-        budget: word pieces that a reduced synthetic caption may have; none allows what model.text_length holds.
-        web_budget: word pieces that are kept of a web caption, from its beginning; none as above.
-        web_share: share of web captions among the mixed ones (clipa-mix, coca).
+        reduction: of synthetic captions: sentences (complete random ones), or to the budget by truncation (the first
+            pieces), random (random pieces, in order), block (consecutive pieces) or sub-caption (random sentences until
+            the budget is full); null uses the objective's default.
+        sentences: number of random sentences, for the reduction sentences.
+        budget: maximum word pieces of a reduced synthetic caption; null allows as many as fit model.text_length.
+        web_budget: maximum word pieces of a web caption, from its start; null as above.
+        web_share: fraction of web captions in the mix (clipa-mix, coca).
     """
 
     reduction: Reduction | None = None
@@ -98,33 +98,38 @@ class CaptionRecipe:
     web_share: float = 0.8
 
     def check(self, room: int) -> None:
-        """Raise UserError where the numbers make no sense with `room` word pieces in the text tower."""
+        """Raise UserError for a value out of range, if the text tower has room for `room` word pieces."""
         for name in ("budget", "web_budget"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= room:
-                raise UserError(f"captions.{name}={value}: from 1 to {room}, what model.text_length has room for")
+                raise UserError(
+                    f"must be from 1 to {room}, which fit model.text_length", key=f"captions.{name}", value=value
+                )
         if self.sentences < 1:
-            raise UserError("at least 1 is needed", key="captions.sentences", value=self.sentences)
+            raise UserError("must be at least 1", key="captions.sentences", value=self.sentences)
         if not 0 <= self.web_share <= 1:
-            raise UserError("a share is from 0 to 1", key="captions.web_share", value=self.web_share)
+            raise UserError("must be from 0 to 1", key="captions.web_share", value=self.web_share)
 
 
 def choose_objective(name: ObjectiveName, weights: LossWeights) -> Objective:
-    """The objective with the recipe's own weights, without the terms of weight 0.
+    """Return the objective with the recipe's weights, without the terms of weight 0.
 
     Raises:
-        UserError: a weight for a term that the objective lacks, a negative one, or no term left.
+        UserError: a weight for a term the objective does not have, a negative weight, or no term left.
     """
     objective = OBJECTIVES[name]
     given = {term: weight for term, weight in dataclasses.asdict(weights).items() if weight is not None}
     for term, weight in given.items():
         if weight < 0:
-            raise UserError(f"loss.{term}={weight}: a weight is at least 0")
+            raise UserError("must be at least 0", key=f"loss.{term}", value=weight)
         if weight and term not in objective.weights:
             raise UserError(
-                f"loss.{term}: objective '{name}' has only {', '.join(objective.weights)}", remedy="take another"
+                f"objective '{name}' has only the terms {', '.join(objective.weights)}",
+                key=f"loss.{term}",
+                value=weight,
+                remedy="remove it, or choose another objective",
             )
     kept = {term: weight for term, weight in {**objective.weights, **given}.items() if weight}
     if not kept:
-        raise UserError("loss: every term is switched off", remedy="give one of them a weight")
+        raise UserError("every term has weight 0", key="loss", remedy="give one of them a weight")
     return dataclasses.replace(objective, weights=kept)

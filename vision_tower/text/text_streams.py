@@ -1,8 +1,8 @@
-"""What the model reads of a pair: its captions, cut and tokenised as objective and recipe say.
+"""Texts of a pair by stream: captions, reduced and tokenised as the objective and the recipe define.
 
 (web caption, synthetic caption) --CaptionSampler--> {"web": pieces, "sub": pieces, "mix": pieces, "target": pieces}
 
-Runs where images are decoded, in the loader processes.
+Runs in the loader processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class CaptionSampler:
     """Draws the texts of one pair.
 
     Args:
-        room: word pieces that the text tower holds beside the three special ones.
+        room: word pieces that fit the text tower in addition to the three special ones.
     """
 
     def __init__(self, tokenizer: ClipsTokenizer, objective: Objective, recipe: CaptionRecipe, room: int) -> None:
@@ -31,7 +31,7 @@ class CaptionSampler:
         self.web_budget = recipe.web_budget or room
 
     def __call__(self, web: str, full: str, rng: random.Random) -> dict[str, list[int]]:
-        """Word pieces without special ones, by stream; "target" is the captioner's."""
+        """Return word pieces without special ones, by stream; "target" is the captioner's."""
         drawn = {stream: self._draw(stream, web, full, rng) for stream in self.objective.streams}
         if self.objective.captioned:
             drawn[TARGET] = drawn["mix"] if self.objective.teacher_forced else self._pieces(full)
@@ -49,7 +49,6 @@ class CaptionSampler:
         raise AssertionError(stream)
 
     def _reduced(self, caption: str, rng: random.Random) -> list[int]:
-        """A caption without any sentence (an emoji, say) stands for itself."""
         match self.recipe.reduction or self.objective.reduction:
             case "truncation":
                 return truncation(self._pieces(caption), self.budget)
@@ -58,7 +57,7 @@ class CaptionSampler:
             case "block":
                 return block_mask(self._pieces(caption), self.budget, rng)
             case "sub-caption":
-                sentences = split_sentences(caption) or [caption]
+                sentences = split_sentences(caption) or [caption]  # a caption without a sentence, such as an emoji
                 return sub_caption(self.tokenizer.pieces(sentences), self.budget, rng)
             case "sentences":
                 drawn = draw_sentences(split_sentences(caption) or [caption], self.recipe.sentences, rng)

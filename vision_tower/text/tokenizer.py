@@ -22,18 +22,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK, CLS = "[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]"
-UNUSED = {"[unused0]": BOS, "[unused1]": EOS}  # BERT leaves these pieces to others
+UNUSED = {"[unused0]": BOS, "[unused1]": EOS}  # pieces that BERT reserves for its users
 IGNORED = -100
 
-
-_WORD = re.compile(r"[a-z0-9]+|[^a-z0-9 ]")  # how BERT cuts plain text in lower case
-REMEMBERED = 2**16  # words
+_WORD = re.compile(r"[a-z0-9]+|[^a-z0-9 ]")  # BERT's split of plain lower-case text into words
+CACHE_SIZE = 2**16  # words
 
 
 def clean(text: str) -> str:
-    """Mojibake and HTML entities mended, white space squeezed: open_clip's `whitespace` cleaning, before any pieces."""
+    """Fix mojibake and HTML entities and collapse white space, as open_clip's `whitespace` cleaning does."""
     if is_plain(text):
-        return text  # nothing to mend, and looking for it would cost more than the pieces
+        return text  # nothing to fix, and ftfy takes longer than the tokenizer
     import html
 
     import ftfy
@@ -42,48 +41,49 @@ def clean(text: str) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Printable ASCII without entities: most captions."""
+    """Return True for printable ASCII without HTML entities, as most captions are."""
     return text.isascii() and text.isprintable() and "&" not in text
 
 
-class Words(dict[str, list[int]]):
-    """Pieces of plain words, which do not depend on what stands around them: each is asked of the tokenizer once."""
+class WordCache(dict[str, list[int]]):
+    """Pieces of plain words; they do not depend on the context, so each word is tokenised once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
     def __missing__(self, word: str) -> list[int]:
-        if len(self) == REMEMBERED:
+        if len(self) == CACHE_SIZE:
             self.clear()
         self[word] = pieces = self.tokenizer.encode(word, add_special_tokens=False).ids
         return pieces
 
 
 class ClipsTokenizer:
-    """Turns captions into the two layouts. Wraps a fast tokenizer that knows the five special pieces."""
+    """Tokenises captions to the two layouts. Wraps a fast tokenizer whose vocabulary has the five special pieces."""
 
     def __init__(self, fast: PreTrainedTokenizerFast) -> None:
         vocabulary = fast.get_vocab()
         for piece in (PAD, BOS, EOS, UNK, CLS):
             if piece not in vocabulary:
                 raise UserError(
-                    f"no piece '{piece}'", file=fast.name_or_path or "tokenizer", remedy="CLIPS needs all five specials"
+                    f"no piece '{piece}'",
+                    file=fast.name_or_path or "tokenizer",
+                    remedy=f"CLIPS needs {', '.join((PAD, BOS, EOS, UNK, CLS))}",
                 )
         self.fast = fast
-        self._encode = fast.backend_tokenizer  # transformers' call around it costs as much as a short caption
+        self._encode = fast.backend_tokenizer  # the wrapper of transformers takes as long as a short caption
         self._encode.encode_special_tokens = True
-        self._words = Words(self._encode) if _is_berts(self._encode) else None
+        self._words = WordCache(self._encode) if _is_berts(self._encode) else None
         self.pad, self.bos, self.eos, self.cls = (vocabulary[piece] for piece in (PAD, BOS, EOS, CLS))
 
     def __len__(self) -> int:
         return len(self.fast)
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
-        """Word pieces of the cleaned texts, without special ones.
+        """Tokenise the cleaned texts, without special pieces.
 
-        A caption that spells out `[CLS]` gets ordinary pieces, so that no web page can write special ids into its
-        caption: the one difference from open_clip.
+        Unlike in open_clip, a caption with the text `[CLS]` gets ordinary pieces: web text cannot inject special ids.
         """
         words = self._words
         if words is None or not all(map(is_plain, texts)):
@@ -92,18 +92,18 @@ class ClipsTokenizer:
         return [[piece for word in _WORD.findall(text.lower()) for piece in words[word]] for text in texts]
 
     def contrastive(self, texts: list[str], length: int) -> torch.Tensor:
-        """Ids for the text tower, (texts, length), int64."""
+        """Return ids for the text tower, (texts, length), int64."""
         return self.contrastive_layout(self.pieces(texts), length)
 
     def contrastive_layout(self, captions: list[list[int]], length: int) -> torch.Tensor:
-        """The same of word pieces that are there already."""
+        """Return ids for the text tower of tokenised captions, (captions, length), int64."""
         import torch
 
         rows = [self._padded(self._framed(pieces, length - 1), length - 1, self.pad) for pieces in captions]
         return torch.tensor([[*row, self.cls] for row in rows], dtype=torch.long).view(len(rows), length)
 
     def target_layout(self, captions: list[list[int]], length: int) -> torch.Tensor:
-        """Labels of the captioner's queries, (captions, longest of them, at most `length`), int64.
+        """Return labels of the captioner's queries, (captions, longest of them up to `length`), int64.
 
         `IGNORED` after `[eos]`.
         """
@@ -114,7 +114,7 @@ class ClipsTokenizer:
         return torch.tensor([self._padded(pieces, longest, IGNORED) for pieces in kept])
 
     def _framed(self, pieces: list[int], length: int) -> list[int]:
-        """`[bos] pieces [eos]` cut to `length`; the last kept slot is always `[eos]`."""
+        """Return `[bos] pieces [eos]`, truncated to `length` with `[eos]` at the end."""
         return [self.bos, *pieces[: length - 2], self.eos]
 
     @staticmethod
@@ -122,34 +122,34 @@ class ClipsTokenizer:
         return ids + [by] * (length - len(ids))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Leave `tokenizer.json` in the folder."""
+        """Write `tokenizer.json` to the folder."""
         self.fast.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ClipsTokenizer:
-        """Read what `save_pretrained` wrote."""
+        """Load the tokenizer that `save_pretrained` wrote."""
         from transformers import PreTrainedTokenizerFast
 
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise UserError(
-                "missing", file=file, remedy=f"{folder} is not a CLIPS checkpoint (point to the folder of `pretrain`)"
+                "no such file", file=file, remedy="give the output folder of `pretrain`: this is not a CLIPS checkpoint"
             )
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
         except UserError:
             raise
-        except Exception as error:  # the tokenizers library has no narrower one
+        except Exception as error:  # the tokenizers library raises plain Exception
             raise UserError(
-                f"not a readable tokenizer ({error})", file=file, remedy="save or fetch it again"
+                f"not a readable tokenizer ({error})", file=file, remedy="save or download it again"
             ) from error
 
     @classmethod
     def from_vocabulary(cls, file: str | Path, renamed: Mapping[str, str] = UNUSED) -> ClipsTokenizer:
-        """The published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
+        """Load the published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
         if not Path(file).is_file():
             raise UserError(
-                "no such vocabulary", file=file, remedy="give a WordPiece vocab.txt, or leave it out to train one"
+                "no such vocabulary", file=file, remedy="give a WordPiece vocab.txt, or omit it to train one"
             )
         # Not splitlines(): ids are line numbers, and a piece may be U+2028.
         lines = read_text(Path(file)).rstrip("\n").split("\n")
@@ -157,20 +157,20 @@ class ClipsTokenizer:
 
     @classmethod
     def from_pieces(cls, pieces: dict[str, int], file: str | Path, renamed: Mapping[str, str]) -> ClipsTokenizer:
-        """Pieces and ids out of `file`; `renamed` says which serve as `[bos]` and `[eos]`. Raises UserError."""
+        """Build a tokenizer of the pieces in `file`; `renamed` maps unused pieces to `[bos]` and `[eos]`."""
         vocabulary = {renamed.get(piece, piece): index for piece, index in pieces.items()}
-        for piece in (PAD, BOS, EOS, UNK, CLS):  # else the fast tokenizer would add them at the end, unasked
+        for piece in (PAD, BOS, EOS, UNK, CLS):  # the fast tokenizer would silently append a missing one
             if piece not in vocabulary:
                 raise UserError(
-                    f"no piece '{piece}'", file=file, remedy="give BERT's uncased vocab.txt or one of its layout"
+                    f"no piece '{piece}'", file=file, remedy="give BERT's uncased vocab.txt, or one with its layout"
                 )
         return cls(_wordpiece(vocabulary))
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int) -> ClipsTokenizer:
-        """A small vocabulary of the captions themselves: the most frequent words whole, the rest by letters.
+        """Train a small vocabulary on captions: the most frequent words, and single letters for all others.
 
-        Words are ranked by (count, spelling), so the result is a function of the captions.
+        Words are ranked by (count, spelling), which makes the result deterministic.
         """
         from collections import Counter
 
@@ -188,11 +188,11 @@ class ClipsTokenizer:
 
 
 def _is_berts(tokenizer: Tokenizer) -> bool:
-    """Whether it cuts text into words as BERT's uncased one does, before it looks for pieces."""
+    """Return True if the tokenizer splits text into words as BERT's uncased one does."""
     from tokenizers import normalizers, pre_tokenizers
 
     lower = isinstance(tokenizer.normalizer, normalizers.BertNormalizer) and tokenizer.normalizer.lowercase
-    added = tokenizer.get_added_tokens_decoder().values()  # special ones are words like others here
+    added = tokenizer.get_added_tokens_decoder().values()  # special ones are encoded as plain text (see __init__)
     return (
         lower
         and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
