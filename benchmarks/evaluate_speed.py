@@ -120,10 +120,10 @@ def measure(
     checkpoint: Path, data: Path, args: argparse.Namespace, mode: str, *, engine: str, batch_size: int
 ) -> tuple[Seconds, list[str]]:
     """Seconds from requests to scored answers, models loaded before; and the answers."""
+    from clips_eval.lmms.answer_cache import AnswerCache
     from clips_eval.lmms.engines import load, model_for
-    from clips_eval.lmms.journal import Journal
     from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec
-    from clips_eval.lmms.run import evaluate_task, quiet_libraries
+    from clips_eval.lmms.run import evaluate_task, log_warnings_only
     from clips_eval.lmms.tasks import index_tasks, load_task
 
     spec = TaskSpec(task="clips_pope_random", data=str(data))
@@ -136,10 +136,11 @@ def measure(
         dtype=args.dtype,
         device="cpu",
     )
-    with quiet_libraries(), tempfile.TemporaryDirectory() as cache:
+    log_warnings_only()
+    with tempfile.TemporaryDirectory() as cache:
         manager = index_tasks([spec])
         (task,) = load_task(spec, manager, Path(cache), recipe.mode).values()
-        model = model_for(recipe, load(recipe), recipe.variants[0], Journal(Path(cache) / "answers", {}))
+        model = model_for(recipe, load(recipe), recipe.variants[0], AnswerCache(Path(cache) / "answers", {}))
         start, worked = time.perf_counter(), time.process_time()
         found = evaluate_task(model, task, manager, recipe, Path(cache) / "out.json")
         seconds = Seconds(time.perf_counter() - start, time.process_time() - worked)

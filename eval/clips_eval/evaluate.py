@@ -4,24 +4,27 @@ recipe --check data--> tasks that can run --+
                                             +-- task by task --> lmms.json, lmms_samples.jsonl, lmms_images/
 checkpoint --load--> ClipsMllm -------------+
 
-Answers are kept as they come: after an interruption, or a task that failed, the same command goes on from the first
-missing document.
+Answers are stored as they are generated: after an interruption or a failed task, the same command resumes with the
+first missing document.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 from clips_eval.experiments.processes import sigterm_stops
-from clips_eval.lmms.earlier import refuse_smaller
 from clips_eval.lmms.recipe import EvaluateRecipe
+from clips_eval.lmms.result import check_overwrite, table
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import check_model_exists
+from vision_tower.common.launcher import is_main_process
 from vision_tower.common.recipe import parse_recipe
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
@@ -29,48 +32,39 @@ def main(argv: list[str]) -> None:
 
     Raises:
         UserError: an unknown task, data that a task cannot use, a finished result that this run would make smaller, an
-            unusable checkpoint, or tasks that failed.
-        Stopped: SIGTERM; the answers that there are stay.
+            unusable checkpoint, or failed tasks.
+        Stopped: SIGTERM; the answers so far are kept.
     """
     recipe = parse_recipe(EvaluateRecipe, argv, command="evaluate", positional=("checkpoint",))
     if recipe.model == "clips_mllm":
         check_model_exists(recipe.checkpoint, "checkpoint")
     recipe.check()
-    refuse_smaller(recipe)
-    command = shlex.join(["clips-mllm", "evaluate", *argv])
-    _say("loading lmms-eval and the tasks")
+    check_overwrite(recipe)
+    logger.info("loading lmms-eval and the tasks")
 
-    from clips_eval.lmms.run import quiet_libraries, run_variant, survey_tasks, table
+    from clips_eval.lmms.engines import load
+    from clips_eval.lmms.run import log_warnings_only, run_variant, survey_tasks
 
+    log_warnings_only()
     folder = recipe.results.parent
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
-    with (
-        sigterm_stops("evaluate"),
-        quiet_libraries(),
-        tempfile.TemporaryDirectory(prefix=".lmms-", dir=folder) as cache,
-    ):
-        ready, skipped, manager = survey_tasks(recipe)
-        for task, reason in skipped.items():
-            _say(f"skipped: {task}: {reason}")
-
-        from clips_eval.lmms.engines import load
-
+    with sigterm_stops("evaluate"), tempfile.TemporaryDirectory(prefix=".lmms-", dir=folder) as cache:
+        survey = survey_tasks(recipe)
+        for task, reason in survey.skipped.items():
+            logger.warning("skipped: %s: %s", task, reason)
         loaded = load(recipe)
         for variant in recipe.variants:
-            result = run_variant(recipe, variant, loaded, ready, skipped, manager, Path(cache), command)
-            if os.environ.get("RANK", "0") == "0":
-                print(table(result, recipe.result_of(variant), told=skipped))
+            command = shlex.join(["clips-mllm", "evaluate", *argv])
+            result = run_variant(recipe, variant, loaded, survey, Path(cache), command)
+            if is_main_process():
+                print(table(result, recipe.result_of(variant), logged=survey.skipped))
             failed |= result["failed"]
     if failed:
-        told = "; ".join(f"{task}: {reason}" for task, reason in failed.items())
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in failed.items())
         raise UserError(
-            f"{len(failed)} of {len(ready)} tasks failed ({told})", remedy="the same command goes on with them"
+            f"{len(failed)} of {len(survey.runnable)} tasks failed ({reasons})", remedy="fix the cause and run it again"
         )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

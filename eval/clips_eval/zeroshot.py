@@ -5,6 +5,7 @@ FOLDER/CLASS/*.jpg, templates, class names --encoder--> top-1, top-5, mean per c
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from vision_tower.common.errors import NotFinite, UserError, run_command
 from vision_tower.common.files import make_folder
 from vision_tower.common.recipe import parse_recipe
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1  # of zeroshot.json
 
 
@@ -23,14 +26,14 @@ class ZeroShotRecipe:
     """Measure an encoder's zero-shot classification on a folder of class folders (ImageFolder).
 
     Args:
-        encoder: folder of an encoder, as 'pretrain' and 'convert' write it.
-        data: the folder that holds a folder of images for each class.
-        templates: text file with one prompt a line, {} where the class name goes; eight simple ones if not given.
-        classes: text file with one class name a line, in the order of the sorted class folders; if not given, the
+        encoder: folder of an encoder, as written by 'pretrain' and 'convert'.
+        data: folder that contains one folder of images per class.
+        templates: text file with one prompt per line, {} marks the class name; by default eight simple prompts.
+        classes: text file with one class name per line, in the order of the sorted class folders; by default the
             folders' names with spaces for underscores.
-        output: where the scores go; ENCODER/zeroshot.json if not given.
-        batch_size: images, or prompts, at a time.
-        max_bad_fraction: share of unreadable images above which the run stops; below it they are left out and counted.
+        output: result file, by default ENCODER/zeroshot.json.
+        batch_size: images, or prompts, per batch.
+        max_bad_fraction: fraction of unreadable images above which the run stops; fewer are left out and counted.
         device: auto, cpu or cuda.
     """
 
@@ -44,11 +47,11 @@ class ZeroShotRecipe:
     device: str = "auto"
 
     def check(self) -> None:
-        """Raise UserError where a value has no meaning."""
+        """Raise UserError on values that are out of range."""
         if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size}: at least 1 is needed")
+            raise UserError("must be at least 1", key="batch_size", value=self.batch_size)
         if not 0 <= self.max_bad_fraction < 1:
-            raise UserError(f"--max_bad_fraction {self.max_bad_fraction}: a share from 0 to below 1 is needed")
+            raise UserError("must be from 0 to below 1", key="max_bad_fraction", value=self.max_bad_fraction)
 
 
 def main(argv: list[str]) -> None:
@@ -65,10 +68,9 @@ def main(argv: list[str]) -> None:
 
     task = load_task(recipe.data, recipe.templates, recipe.classes)
     for name, folders in task.duplicate_names.items():
-        said = f"note: {', '.join(folders)}: all named '{name}'; no encoder can tell their images apart"
-        print(said, file=sys.stderr)
+        logger.warning("%s are all named '%s'; no encoder can tell their images apart", ", ".join(folders), name)
 
-    from clips_eval.retrieval.zeroshot_intervals import intervals
+    from clips_eval.retrieval.scores import zeroshot_intervals
     from clips_eval.stats.json_files import write_json
     from clips_eval.stats.provenance import diverged, provenance
     from vision_tower.checkpoints.encoder import load_encoder
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
 
     encoder = load_encoder(recipe.encoder, recipe.device)
     output = recipe.output or recipe.encoder / "zeroshot.json"
-    make_folder(output.parent)  # before the work, not after it
+    make_folder(output.parent)  # fail before the work if it is not writable
     skips = SkipCounter(str(recipe.data), recipe.max_bad_fraction)
     try:
         scores = classify(encoder, task, recipe.batch_size, skips)
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> None:
         "top1": scores.top1,
         "top5": scores.top5,
         "mean_per_class": scores.mean_per_class,
-        "intervals": intervals(scores),
+        "intervals": zeroshot_intervals(scores),
         "n_images": sum(scores.images_per_class),
         "n_texts": len(task.names) * len(task.templates),
         "n_classes": len(task.names),
@@ -106,18 +108,18 @@ def main(argv: list[str]) -> None:
 
 def _table(result: dict[str, Any], output: Path) -> str:
     names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
-    body = [
+    lines = [
         f"{name:16}{result[key]:8.1%}   95 %: {_ends(result['intervals'][key])}"
         for key, name in names.items()
         if result[key] is not None
     ]
-    left_out = f" ({result['n_skipped']} unreadable images left out)" if result["n_skipped"] else ""
-    counts = f"{result['n_images']} images{left_out}, {result['n_classes']} classes, {result['n_texts']} prompts"
-    return "\n".join([*body, f"{counts}; {result['seconds']:.0f} s; written to {output}"])
+    skipped = f" ({result['n_skipped']} unreadable images left out)" if result["n_skipped"] else ""
+    counts = f"{result['n_images']} images{skipped}, {result['n_classes']} classes, {result['n_texts']} prompts"
+    return "\n".join([*lines, f"{counts}; {result['seconds']:.0f} s; written to {output}"])
 
 
-def _ends(span: dict[str, Any]) -> str:
-    return "–" if span["low"] is None else f"{100 * span['low']:.1f}–{100 * span['high']:.1f}"
+def _ends(interval: dict[str, Any]) -> str:
+    return "–" if interval["low"] is None else f"{100 * interval['low']:.1f}–{100 * interval['high']:.1f}"
 
 
 if __name__ == "__main__":

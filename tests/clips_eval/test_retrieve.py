@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clips_eval import report, retrieve
-from clips_eval.retrieval.scores import score
+from clips_eval.retrieval.scores import recalls_of
 from tests.helpers import colour_encoder
 from tests.helpers.colour_encoder import COLOURS, paint
+from tests.helpers.errors import raises_user_error
 from tests.helpers.shard_files import write_parquet, write_tar
 from vision_tower.common.errors import UserError
 from vision_tower.evaluation.embedding import EmbeddedPairs
@@ -26,7 +27,7 @@ from vision_tower.evaluation.embedding import EmbeddedPairs
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
-    """Three images with two captions each, one of them described wrongly, and one image of another split."""
+    """Three images with two captions each, wrong ones for the blue image, and one image of another split."""
     rows = []
     for number, colour in enumerate(COLOURS):
         paint(tmp_path / "val" / f"{colour}.png", colour)
@@ -49,7 +50,7 @@ def run(root: Path, *options: str, data: str = "test.json") -> dict[str, Any]:
     return json.loads((root / "encoder" / "retrieval.json").read_text())
 
 
-def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_retrieve_karpathy_json(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     root, tree = world
     dump(root / "test.json", tree)
     found = run(root, "--batch_size", "2")
@@ -67,14 +68,13 @@ def test_retrieve(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     assert found["median_rank"]["intervals"]["t2i"] == {"low": None, "high": None, "n": 6, "clusters": 3}
     assert found["map_at_r"]["t2i"] == pytest.approx(4 / 6)
     assert found["map_at_r"]["intervals"]["t2i"] == found["intervals"]["t2i_r1"]
-    shown = capsys.readouterr().out
-    assert "66.7%" in shown and "names" not in shown
-    report.main([str(root)])  # what it writes, `report` reads
+    assert "66.7%" in capsys.readouterr().out
+    report.main([str(root)])  # `report` reads the result
     assert "### Beyond recall" in (root / "report.md").read_text()
     assert json.loads((root / "report.json").read_text())["encoder"]["retrieval"]["t2i_r1"] == found["t2i_r1"]
 
 
-def test_names_that_no_caption_contains_are_told_of(
+def test_names_without_a_caption_are_printed(
     world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, tree = world
@@ -82,14 +82,14 @@ def test_names_that_no_caption_contains_are_told_of(
     (root / "names.txt").write_text("cat\nred\ndog\nsquare\nbus\nhat\ncup\nmoon\n")
     found = run(root, "--objects", str(root / "names.txt"))
     assert [row["object"] for row in found["by_object"]] == ["red", "square"]
-    told = "names.txt: 6 of its 8 names are in no caption and have no row (cat, dog, bus, hat, cup, ...)"
-    assert told in capsys.readouterr().out
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert note.startswith(f"{root / 'names.txt'}: 6 of 8 ") and note.endswith("(cat, dog, bus, hat, cup, ...)")
     (root / "names.txt").write_text("red\n")
     run(root, "--objects", str(root / "names.txt"))
-    assert "in no caption" not in capsys.readouterr().out
+    assert "names.txt" not in capsys.readouterr().out
 
 
-def test_the_data_digest_covers_images_and_captions(world: tuple[Path, dict[str, Any]]) -> None:
+def test_data_digest_covers_images_and_captions(world: tuple[Path, dict[str, Any]]) -> None:
     root, tree = world
     dump(root / "test.json", tree)
     first = run(root)["data_sha256"]
@@ -107,7 +107,7 @@ def test_the_data_digest_covers_images_and_captions(world: tuple[Path, dict[str,
     assert run(root)["data_sha256"] != first
 
 
-def test_another_split(world: tuple[Path, dict[str, Any]]) -> None:
+def test_split_option(world: tuple[Path, dict[str, Any]]) -> None:
     root, tree = world
     tree["images"][1]["split"] = "val"
     dump(root / "test.json", tree)
@@ -121,10 +121,10 @@ def write_csv(file: Path, rows: list[tuple[str, ...]], separator: str = ",") -> 
 
 
 def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> None:
-    """Rows of one image need not be neighbours; columns and separator are the user's, captions may hold both."""
+    """Rows of one image are not adjacent; captions contain separator, quotes and newlines."""
     root, tree = world
     dump(root / "test.json", tree)
-    wanted = run(root)
+    expected = run(root)
     rows = [
         (f"val/{row['filename']}", sentence["raw"] + ',\t"quoted"\nsecond line')
         for place in range(2)
@@ -137,7 +137,7 @@ def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> Non
     for data, options in (("a.csv", ()), ("b.tsv", other)):
         found = run(root, "--format", "csv", *options, data=data)
         for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts"):
-            assert found[key] == wanted[key]
+            assert found[key] == expected[key]
         assert found["split"] is None
     assert found["examples"]["text_to_image"][0]["query"] == 'a red square,\t"quoted"\nsecond line'
 
@@ -147,11 +147,12 @@ def rows_of(tree: dict[str, Any], root: Path) -> list[tuple[str, bytes, list[str
     rows = [row for row in tree["images"] if row["split"] == "test"]
     names = [f"val/{row['filename']}" for row in rows]
     texts = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
-    return [(name.split(".")[0], (root / name).read_bytes(), said) for name, said in zip(names, texts, strict=True)]
+    pairs = zip(names, texts, strict=True)
+    return [(name.split(".")[0], (root / name).read_bytes(), captions) for name, captions in pairs]
 
 
 def write_shards(root: Path, kind: str, rows: list[tuple[str, bytes, list[str]]]) -> list[str]:
-    """Two shards of one kind; the options that read them."""
+    """Write two shards and return the options that read them."""
     for number, part in enumerate((rows[:2], rows[2:])):
         match kind:
             case "json":
@@ -187,19 +188,17 @@ def test_shards_equal_the_karpathy_json(
 ) -> None:
     root, tree = world
     dump(root / "test.json", tree)
-    wanted = run(root)
+    expected = run(root)
     options = write_shards(root, kind, rows_of(tree, root))
     capsys.readouterr()
     found = run_shards(root, options)
     for key in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "n_images", "n_texts", "n_skipped", "data_sha256"):
-        assert found[key] == wanted[key]
+        assert found[key] == expected[key]
     assert found["examples"]["image_to_text"][0]["query"].startswith(f"{root}/s0.")
-    assert "3/3" in capsys.readouterr().err  # the total is known, and so is the time left
+    assert "3/3" in capsys.readouterr().err  # local shards are counted for the progress bar
 
 
-def test_rows_that_are_no_pair_are_left_out_and_counted(
-    world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_incomplete_shard_rows_are_skipped_and_counted(world: tuple[Path, dict[str, Any]]) -> None:
     root, tree = world
     good = rows_of(tree, root)[:2]
     options = write_shards(root, "json", good)
@@ -214,9 +213,9 @@ def test_rows_that_are_no_pair_are_left_out_and_counted(
     write_tar(root / "s1.tar", bad)
     found = run_shards(root, [*options, "--max_bad_fraction", "0.8"])
     assert (found["n_images"], found["n_texts"], found["n_skipped"], found["t2i_r1"]) == (2, 4, 6, 1.0)
-    assert capsys.readouterr().err.count("skipped: ") == 1
-    with pytest.raises(UserError, match=r"6 of 8 images cannot be used \(first: .*s1\.tar: a: no caption\)"):
+    with raises_user_error(file=options[1]) as caught:
         run_shards(root, options)
+    assert "6 of 8" in str(caught.value) and f"{root / 's1.tar'}: a" in str(caught.value)
 
 
 def cut(root: Path) -> None:
@@ -224,49 +223,44 @@ def cut(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "options", "words"),
+    ("damage", "options", "names"),
     [
-        (cut, [], ["s1.tar", "broken shard", "fetch the shard again"]),
-        (lambda root: (root / "s1.tar").unlink(), [], ["s1.tar", "no such shard"]),
-        (lambda root: None, ["--caption_column", "title"], ["s0.tar: val/red", "no 'title'", "--caption_column"]),
-        (lambda root: None, ["--image_column", "pic", "--data", "{root}/none*.tar"], ["none*.tar", "no shard"]),
+        (cut, [], ["s1.tar"]),
+        (lambda root: (root / "s1.tar").unlink(), [], ["s1.tar"]),
+        (lambda root: None, ["--caption_column", "title"], ["s0.tar: val/red", "caption_column=title"]),
+        (lambda root: None, ["--image_column", "pic", "--data", "{root}/none*.tar"], ["none*.tar"]),
     ],
 )
-def test_bad_shards_are_named(
-    world: tuple[Path, dict[str, Any]], damage: Any, options: list[str], words: list[str]
+def test_bad_shard_is_named(
+    world: tuple[Path, dict[str, Any]], damage: Any, options: list[str], names: list[str]
 ) -> None:
     root, tree = world
     given = write_shards(root, "json", rows_of(tree, root))
     damage(root)
     with pytest.raises(UserError) as caught:
         run_shards(root, [*given, *(word.format(root=root) for word in options)])
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in names)
     assert not (root / "encoder" / "retrieval.json").exists()
 
 
-def test_unreadable_images_are_left_out_counted_and_told(
-    world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With its captions: they would have no image to find."""
+def test_unreadable_images_are_skipped_and_counted(world: tuple[Path, dict[str, Any]]) -> None:
+    """Its captions are skipped too: no image could match them."""
     root, tree = world
     (root / "val" / "blue.png").write_bytes(b"no image")
     dump(root / "test.json", tree)
     found = run(root, "--max_bad_fraction", "0.4", "--batch_size", "1")
     assert (found["n_images"], found["n_texts"], found["n_skipped"]) == (2, 4, 1)
-    assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 1.0)  # the blue one was the wrong one
-    shown = capsys.readouterr()
-    assert "1 unreadable images left out" in shown.out
-    assert shown.err.count("skipped: ") == 1 and "blue.png" in shown.err
+    assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 1.0)  # only the blue image had wrong captions
 
 
-def test_retrieve_refuses_a_diverged_encoder(tmp_path: Path) -> None:
-    """NaN loses no comparison, so it would be reported as a perfect recall."""
+def test_diverged_encoder_is_refused(tmp_path: Path) -> None:
+    """Comparisons with NaN are false, so recall would be perfect."""
     images = torch.full((1, 3), torch.nan)
     found = EmbeddedPairs(
         images=images, texts=torch.ones(1, 3), owner=torch.zeros(1).long(), names=["i"], captions=[""]
     )
-    with pytest.raises(UserError, match="NaN"):
-        score(tmp_path, found)
+    with raises_user_error(file=tmp_path):
+        recalls_of(tmp_path, found)
 
 
 def break_json(root: Path, tree: dict[str, Any]) -> None:
@@ -305,58 +299,81 @@ def break_encoder(root: Path, tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "names"),
     [
-        (lambda root, tree: None, ["test.json", "no such file"]),
-        (break_json, ["test.json", "not valid JSON"]),
-        (break_split, ["split 'test'", "train", "--split"]),
-        (break_caption, ["images[1].sentences[1]", "raw"]),
-        (break_missing_image, ["green.png", "images[1]", "--images"]),
-        (break_corrupt_image, ["test.json", "1 of 3 images", "green.png", "0.01"]),
-        (break_every_image, ["test.json", "3 of 3 images"]),
+        (lambda root, tree: None, ["test.json"]),
+        (break_json, ["test.json"]),
+        (break_split, ["test.json", "train"]),
+        (break_caption, ["test.json", "images[1].sentences[1]"]),
+        (break_missing_image, ["green.png", "images[1]"]),
+        (break_corrupt_image, ["test.json", "1 of 3", "green.png", "0.01"]),
+        (break_every_image, ["test.json", "3 of 3"]),
         (break_encoder, ["encoder", "model.safetensors"]),
     ],
 )
-def test_retrieve_names_what_is_wrong(world: tuple[Path, dict[str, Any]], damage: Any, words: list[str]) -> None:
+def test_bad_karpathy_data_or_encoder_is_named(
+    world: tuple[Path, dict[str, Any]], damage: Any, names: list[str]
+) -> None:
     root, tree = world
     damage(root, tree)
     with pytest.raises(UserError) as caught:
         run(root)
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in names)
     assert not (root / "encoder" / "retrieval.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "words"),
+    ("text", "key", "value"),
     [
-        (None, [], ["data.csv", "no such file"]),
-        ("", [], ["data.csv", "no column 'image'", "the file is empty"]),
-        ("image,caption\n", [], ["data.csv", "no rows"]),
-        ("file,caption\nval/red.png,red\n", [], ["no column 'image'", "'file', 'caption'", "--image_column"]),
-        ("image,text\nval/red.png,red\n", [], ["no column 'caption'", "--caption_column"]),
-        ("image\tcaption\nval/red.png\tred\n", [], ["no column 'image'", "--separator"]),
-        ("image,caption\nval/red.png,red, round\n", [], ["line 2", "other fields", "quote"]),
-        ("image,caption\nval/red.png\n", [], ["line 2", "other fields"]),
-        ("image,caption\nval/red.png,red\nval/green.png, \n", [], ["line 3", "'caption' is empty"]),
-        ("image,caption\nval/red.png,red\nval/grey.png,grey\n", [], ["grey.png", "line 3", "--images"]),
-        ('image,caption\nval/red.png,"red\n', [], ["data.csv", "after line 1", "not CSV"]),
-        (b"image,caption\nval/red.png,\xff\n", [], ["data.csv", "not UTF-8"]),
-        ("image,caption\nval/red.png,red\n", ["--separator", ";;"], ["--separator ';;'", "one character"]),
-        ("image,caption\nval/red.png,red\n", ["--max_bad_fraction", "1"], ["--max_bad_fraction 1", "share"]),
+        (None, None, None),
+        ("", "image_column", "image"),
+        ("image,caption\n", None, None),
+        ("file,caption\nval/red.png,red\n", "image_column", "image"),
+        ("image,text\nval/red.png,red\n", "caption_column", "caption"),
+        ("image\tcaption\nval/red.png\tred\n", "image_column", "image"),
+        ("image,caption\nval/red.png,red, round\n", None, None),
+        ("image,caption\nval/red.png\n", None, None),
+        ("image,caption\nval/red.png,red\nval/green.png, \n", "caption", None),
+        ('image,caption\nval/red.png,"red\n', None, None),
+        (b"image,caption\nval/red.png,\xff\n", None, None),
     ],
 )
-def test_a_bad_csv_is_named(
-    world: tuple[Path, dict[str, Any]], text: str | bytes | None, options: list[str], words: list[str]
+def test_bad_csv_is_named(
+    world: tuple[Path, dict[str, Any]], text: str | bytes | None, key: str | None, value: str | None
 ) -> None:
     root, _ = world
     if text is not None:
         (root / "data.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError) as caught:
-        run(root, "--format", "csv", *options, data="data.csv")
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    with raises_user_error(file=root / "data.csv", key=key, value=value):
+        run(root, "--format", "csv", data="data.csv")
 
 
-def test_with_a_saved_encoder_on_the_sample_world(encoder_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+def test_missing_image_of_a_csv_is_named_with_its_line(world: tuple[Path, dict[str, Any]]) -> None:
+    root, _ = world
+    (root / "data.csv").write_text("image,caption\nval/red.png,red\nval/grey.png,grey\n")
+    with raises_user_error(file=root / "val" / "grey.png") as caught:
+        run(root, "--format", "csv", data="data.csv")
+    assert f"line 3 of {root / 'data.csv'}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        (["--format", "csv", "--separator", ";;"], "separator", ";;"),
+        (["--max_bad_fraction", "1"], "max_bad_fraction", 1.0),
+        (["--batch_size", "0"], "batch_size", 0),
+        (["--format", "csv", "--split", "val"], "split", "val"),
+        (["--format", "shards", "--images", "val"], "images", Path("val")),
+        (["--image_column", "path"], "image_column", "path"),
+        (["--format", "csv", "--positives", "p.json"], "positives", Path("p.json")),
+    ],
+)
+def test_bad_option_or_one_of_another_format_is_refused(options: list[str], key: str, value: Any) -> None:
+    with raises_user_error(key=key, value=value):
+        retrieve.main(["encoder", "--data", "data", *options])
+
+
+def test_retrieve_with_saved_encoder_on_sample_world(encoder_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
     data = sample_world / "retrieval" / "test.json"
     retrieve.main([str(encoder_dir), "--data", str(data), "--output", str(output), "--device", "cpu"])
@@ -366,21 +383,18 @@ def test_with_a_saved_encoder_on_the_sample_world(encoder_dir: Path, sample_worl
     assert found["t2i_r1"] <= found["t2i_r5"] <= found["t2i_r10"] < 1
 
 
-def test_an_encoder_with_other_shapes_is_refused_in_one_line(
-    encoder_dir: Path, sample_world: Path, tmp_path: Path
-) -> None:
-    """Such as one of an older version, whose temperature had no shape."""
+def test_encoder_with_wrong_shapes_is_refused(encoder_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     shutil.copytree(encoder_dir, folder)
     state = load_file(folder / "model.safetensors")
     save_file(state | {"logit_scale": state["logit_scale"].squeeze()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 mismatched key .*logit_scale") as caught:
+    with pytest.raises(UserError) as caught:
         retrieve.main([str(folder), "--data", str(sample_world / "retrieval" / "test.json")])
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value) and "logit_scale" in str(caught.value)
 
 
-def test_a_remote_shard(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Behind a URL the rows are not counted first, which would fetch them twice."""
+def test_remote_shards(world: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of remote shards are not counted first, which would download them twice."""
     root, tree = world
     write_shards(root, "json", rows_of(tree, root))
     for number in range(2):

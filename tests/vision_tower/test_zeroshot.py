@@ -15,7 +15,7 @@ from open_clip import build_zero_shot_classifier
 from PIL import Image
 
 from clips_eval import report, zeroshot
-from clips_eval.retrieval.zeroshot_intervals import intervals
+from clips_eval.retrieval.scores import zeroshot_intervals
 from clips_eval.stats.uncertainty import wilson
 from tests.helpers import colour_encoder
 from tests.helpers.colour_encoder import paint
@@ -220,7 +220,7 @@ def test_intervals_resample_images() -> None:
     labels = torch.from_numpy(random.integers(0, 5, 150))
     best = torch.from_numpy(np.array([random.permutation(6)[:5] for _ in range(150)]))  # the last has no image
     scores = accuracies(best, labels, classes=6)
-    found = intervals(scores)
+    found = zeroshot_intervals(scores)
     assert set(found) == {"top1", "top5", "mean_per_class"} and scores.per_class[5] is None
     drawn = np.random.default_rng([0, 0]).multinomial(150, np.full(150, 1 / 150), 2000)
     # Clusters are sorted by name as text: "10" comes before "2".
@@ -240,7 +240,7 @@ def test_intervals_resample_images() -> None:
 def test_intervals_are_wilson_if_all_are_right() -> None:
     scores = accuracies(torch.tensor([[0], [1], [2], [2]]), torch.tensor([0, 1, 2, 2]), classes=3)
     low, high = wilson(1.0, 4)
-    assert intervals(scores)["top1"] == pytest.approx({"low": low, "high": high, "n": 4, "clusters": 4})
+    assert zeroshot_intervals(scores)["top1"] == pytest.approx({"low": low, "high": high, "n": 4, "clusters": 4})
 
 
 def test_encoder_with_nan_embeddings_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def write(name: str, text: str) -> Any:
         (write("f", "a photo\n"), ["--templates", "f"], ["f", "a photo", "{}"]),
         (write("f", "# none\n"), ["--templates", "f"], ["f"]),
         (lambda root: None, ["--templates", "f"], ["f"]),
-        (lambda root: None, ["--batch_size", "0"], ["batch_size", "0"]),
+        (lambda root: None, ["--batch_size", "0"], ["batch_size=0"]),
         (lambda root: (root / "encoder" / "model.safetensors").unlink(), [], ["encoder", "model.safetensors"]),
     ],
 )

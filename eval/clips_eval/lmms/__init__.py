@@ -1,1 +1,1 @@
-"""lmms-eval: our model class, tasks, controls, resumption."""
+"""lmms-eval integration: our model class, tasks, image controls, resuming."""

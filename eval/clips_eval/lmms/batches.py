@@ -1,6 +1,6 @@
-"""From requests to tensors, the part without a model: options, order, padding, and the shuffled control.
+"""From requests to tensors, without a model: generation options, batching, padding, and the shuffled control.
 
-Shapes: N documents of a batch, T prompt tokens (left-padded), P tokens an image, D width of the language model.
+Shapes: N documents of a batch, T prompt tokens (left-padded), P tokens per image.
 """
 
 from __future__ import annotations
@@ -11,33 +11,39 @@ from typing import Any
 
 import torch
 
+from clips_eval.lmms.answer_cache import answer_key
 from clips_eval.lmms.images import derangement
-from clips_eval.lmms.journal import key_of
 from vision_tower.common.errors import UserError
 
-# lmms-eval puts its few-shot delimiter into `until` of every task that names none. In a chat there are no shots to
-# delimit, and an answer that opens with a blank line would be cut to nothing.
+# lmms-eval sets `until` to its few-shot delimiter if a task has none. A chat has no few-shot examples, and an answer
+# that begins with a blank line would be cut to nothing.
 FEWSHOT_DELIMITER = "\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A request made ready to batch."""
+    """A tokenized request.
+
+    Args:
+        ids: the prompt, one placeholder token per image.
+        images: digests in the prompt's order.
+        options: generation options as JSON; only documents with equal options share a batch.
+    """
 
     task: str
     doc_id: int
-    ids: list[int]  # the prompt, one placeholder token an image
-    images: list[str]  # digests, in the prompt's order
-    options: str  # generation options as JSON: only documents with equal ones share a batch
+    ids: list[int]
+    images: list[str]
+    options: str
 
     @property
     def key(self) -> str:
-        """For the journal."""
-        return key_of(self.task, self.doc_id, self.ids, self.images, self.options)
+        """Key in the answer cache."""
+        return answer_key(self.task, self.doc_id, self.ids, self.images, self.options)
 
 
 def generation_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's generation_kwargs as options of `generate`, plus `until`; greedy unless a temperature is asked for."""
+    """Convert a task's generation_kwargs to options of `generate` plus `until`; greedy without a temperature."""
     given = gen_kwargs.get("temperature")
     temperature = float(bool(gen_kwargs.get("do_sample"))) if given is None else float(given)
     sample = temperature > 0 and bool(gen_kwargs.get("do_sample", True))
@@ -47,7 +53,7 @@ def generation_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "max_new_tokens": int(gen_kwargs.get("max_new_tokens", 1024)),
         "num_beams": int(gen_kwargs.get("num_beams") or 1),
         "do_sample": sample,
-        # None, not absent: a checkpoint's own generation_config must not warn about, or change, greedy decoding.
+        # Explicit None: the checkpoint's generation_config must not change greedy decoding or warn about it.
         "temperature": temperature if sample else None,
         "top_p": gen_kwargs.get("top_p") if sample else None,
         "top_k": gen_kwargs.get("top_k") if sample else None,
@@ -57,39 +63,39 @@ def generation_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def batches(documents: Sequence[Document], size: int) -> Iterator[list[int]]:
-    """Places of the documents in batches of equal options, longest first; ties keep their order.
+    """Yield indices of documents in batches of equal options, longest first, ties in order.
 
-    Longest first, so that a batch that does not fit into memory fails at once. Questions about one image stay
-    together, at the place of their longest: what they share is read once.
+    The longest come first so that a batch that exceeds the memory fails at once. Questions about the same image stay
+    together, at the position of their longest, so that `prefix` can share their image tokens.
     """
     groups: dict[str, list[int]] = {}
-    for place, document in enumerate(documents):
-        groups.setdefault(document.options, []).append(place)
+    for index, document in enumerate(documents):
+        groups.setdefault(document.options, []).append(index)
     for group in groups.values():
-        places = _by_image(documents, group)
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
+        ordered = _by_image(documents, group)
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
 
 
-def _by_image(documents: Sequence[Document], places: Sequence[int]) -> list[int]:
+def _by_image(documents: Sequence[Document], indices: Sequence[int]) -> list[int]:
     longest: dict[tuple[str, ...], int] = {}
-    for place in places:
-        images = tuple(documents[place].images)
-        longest[images] = max(longest.get(images, 0), len(documents[place].ids))
+    for index in indices:
+        images = tuple(documents[index].images)
+        longest[images] = max(longest.get(images, 0), len(documents[index].ids))
 
-    def order(place: int) -> tuple[int, int, tuple[str, ...], int]:
-        length, images = len(documents[place].ids), tuple(documents[place].images)
-        # An image has the same number of tokens everywhere, more than any text differs by.
+    def order(index: int) -> tuple[int, int, tuple[str, ...], int]:
+        length, images = len(documents[index].ids), tuple(documents[index].images)
+        # The number of images first: an image has far more tokens than its placeholder in `ids`.
         return len(images), longest[images] if images else 0, images, length
 
-    return sorted(places, key=order, reverse=True)
+    return sorted(indices, key=order, reverse=True)
 
 
 def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:
-    """Every image of a task exchanged for another image of that task.
+    """Exchange every image of a task for another image of the same task.
 
     Raises:
-        UserError: a task whose documents all show one image.
+        UserError: all documents of a task show the same image.
     """
     exchange: dict[str, dict[str, str]] = {}
     for task in dict.fromkeys(document.task for document in documents):
@@ -98,7 +104,10 @@ def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:
             exchange[task] = derangement(digests, seed)
         except ValueError as error:
             raise UserError(
-                f"task {task}: {error}", remedy="the shuffled control needs two different images"
+                f"task {task} shows only one image, and the shuffled control needs two different ones",
+                key="control",
+                value="shuffled",
+                remedy="leave the task or the control out",
             ) from error
     return [
         replace(document, images=[exchange[document.task][digest] for digest in document.images])
@@ -107,21 +116,21 @@ def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both (N, T): generation goes on from the right edge."""
+    """Return ids and attention mask, both (N, T), padded on the left since generation appends on the right."""
     width = max(len(ids) for ids in prompts)
     ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     return ids, mask
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
+def truncate(text: str, until: Sequence[str]) -> str:
+    """Return the text before the first stop string."""
     ends = [text.find(stop) for stop in until]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 def expand(document: Document, features: Mapping[str, torch.Tensor], image_token: int) -> list[int]:
-    """The document's ids with each image placeholder repeated to its image's P tokens."""
+    """Return the document's ids with each placeholder repeated to its image's P tokens."""
     images = iter(document.images)
     ids: list[int] = []
     for token in document.ids:

@@ -1,4 +1,4 @@
-"""Whose code answers: this project's, or one of lmms-eval's own models for a cross-check."""
+"""Model implementations: ours, or one of lmms-eval's as a reference."""
 
 from __future__ import annotations
 
@@ -12,76 +12,85 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from lmms_eval.api.model import lmms
 
-    from clips_eval.lmms.journal import Journal
+    from clips_eval.lmms.answer_cache import AnswerCache
     from clips_eval.lmms.recipe import Variant
     from clips_mllm.model.checkpoint import Mllm
 
 
 def load(recipe: EvaluateRecipe) -> Mllm | lmms:
-    """The checkpoint for our engine, a ready model for the others. Called once an evaluation.
+    """Load the checkpoint for our engine, or an lmms-eval model. Called once per evaluation.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded, or a package that an engine needs.
+        UserError: a checkpoint that cannot be loaded, or a missing package.
     """
     if recipe.model == "clips_mllm":
         return load_own(recipe.checkpoint, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
-    return _stock(recipe)
+    return _load_stock(recipe)
 
 
-def model_for(recipe: EvaluateRecipe, loaded: Mllm | lmms, variant: Variant, journal: Journal) -> lmms:
-    """The model of one pass over the tasks."""
+def model_for(recipe: EvaluateRecipe, loaded: Mllm | lmms, variant: Variant, answers: AnswerCache) -> lmms:
+    """Return the lmms-eval model of one variant."""
     from clips_eval.lmms.model import ClipsMllm, ClipsMllmSimple
     from clips_mllm.model.checkpoint import Mllm
 
     if not isinstance(loaded, Mllm):
         return loaded
-    kind = ClipsMllm if recipe.mode == "chat" else ClipsMllmSimple
-    model = kind(
+    model_class = ClipsMllm if recipe.mode == "chat" else ClipsMllmSimple
+    model = model_class(
         recipe.checkpoint,
         mllm=loaded,
         batch_size=recipe.batch_size,
         control=variant.control,
         seed=recipe.seed,
-        journal=journal,
+        answers=answers,
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import Accelerator
 
-        # lmms-eval would make one itself, which on CPUs takes every process for the only one unless it is told.
+        # lmms-eval uses the model's accelerator. The one that it would create ignores other CPU processes.
         model.accelerator = Accelerator(cpu=model.device.type == "cpu")
     return model
 
 
-def one_line(error: BaseException) -> str:
-    """What it says: the hub's errors are several lines, of which the last give the remedy."""
-    return " ".join(str(error).split())
-
-
-def _stock(recipe: EvaluateRecipe) -> lmms:
-    """One of lmms-eval's. `llava_hf` wants its device map spelled out and takes one document at a time."""
+def _load_stock(recipe: EvaluateRecipe) -> lmms:
+    """Load one of lmms-eval's models. `llava_hf` needs an explicit device map and supports only batch size 1."""
     from lmms_eval.models import get_model
 
     from vision_tower.checkpoints.encoder import choose_device
 
-    place = str(choose_device(recipe.device))
-    arguments, batch = {
-        "llava_hf": (f"pretrained={recipe.checkpoint},device_map={place},dtype={recipe.dtype}", 1),
+    device = str(choose_device(recipe.device))
+    arguments, batch_size = {
+        "llava_hf": (f"pretrained={recipe.checkpoint},device_map={device},dtype={recipe.dtype}", 1),
         "vllm": (f"model={recipe.checkpoint}", recipe.batch_size),
         "openai": (f"model_version={recipe.checkpoint}", recipe.batch_size),
     }[recipe.model]
-    words = ",".join(part for part in (arguments, recipe.model_args) if part)
+    arguments = ",".join(part for part in (arguments, recipe.model_args) if part)
     try:
-        kind = get_model(recipe.model, force_simple=recipe.mode == "simple")
-        model: lmms = kind.create_from_arg_string(words, {"batch_size": batch, "device": place})
+        stock_class: type[lmms] = get_model(recipe.model, force_simple=recipe.mode == "simple")
+
+        class Reusable(stock_class):  # type: ignore[valid-type, misc]
+            """The same model, kept for the next task."""
+
+            def clean(self) -> None:
+                """Keep the weights, which lmms-eval deletes after every `simple_evaluate`."""
+
+        model: lmms = Reusable.create_from_arg_string(arguments, {"batch_size": batch_size, "device": device})
     except (ImportError, NameError, TypeError) as error:
         raise UserError(
-            f"--model {recipe.model}: cannot be used here ({one_line(error)})",
+            f"cannot be used here ({_one_line(error)})",
+            key="model",
+            value=recipe.model,
             remedy="check --model_args and its package",
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--model {recipe.model}: {recipe.checkpoint} cannot be loaded ({one_line(error)})",
+            f"--model {recipe.model} cannot load it ({_one_line(error)})",
+            file=recipe.checkpoint,
             remedy="check its name and the network",
         ) from error
-    model.clean = lambda: None  # type: ignore[method-assign]  # it would delete the weights after the first task
     return model
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the whole message in one line: the hub's errors have several, and the last ones are the remedy."""
+    return " ".join(str(error).split())

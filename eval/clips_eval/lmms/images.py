@@ -1,25 +1,18 @@
-"""Identify evaluation images by a digest of their pixels, and exchange them for the shuffled control.
-
-A benchmark asks many questions about few images (POPE: 18 about each of 500), so the tower runs once per digest.
-"""
+"""Exchange the images of a task for the shuffled control."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def derangement(names: Iterable[str], seed: int) -> dict[str, str]:
-    """Map every distinct name to another one: a random cycle through all of them (Sattolo's algorithm).
+    """Map every distinct name to another one: a random cycle through all names (Sattolo's algorithm).
 
-    A function of the set of names and of the seed, not of their order.
+    Depends on the set of names and on the seed, not on their order.
 
     Raises:
-        ValueError: a single name, which has no other to go to.
+        ValueError: there is only one name.
     """
     before = sorted(set(names))
     if len(before) == 1:

@@ -1,9 +1,9 @@
-"""The MLLM as an lmms-eval model: `--model clips_mllm`, or a live object for `simple_evaluate`.
+"""The MLLM as an lmms-eval model: `--model clips_mllm`, or an object for `simple_evaluate`.
 
-    requests --read--> Documents --sort by length--> batches --features once an image--> generate --> answers
-                                                                                           (in request order)
+    requests --read--> Documents --sort by length--> batches --features once per image--> generate --> answers
+                                                                                            (in request order)
 
-Shapes: N documents of a batch, T prompt tokens (left-padded), P tokens an image, D width of the language model.
+Shapes: N documents of a batch, T prompt tokens (left-padded), P tokens per image, D width of the language model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,34 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from clips_eval.lmms.batches import Document, batches, cut, expand, generation_options, left_pad, shuffle_images
-from clips_eval.lmms.journal import Journal
-from clips_eval.lmms.prefix import continued, shared_beginnings
-from clips_eval.lmms.requests import Asked, Control, ask_chat, ask_simple, document_of, options_of, place_of, task_names
+from clips_eval.lmms.answer_cache import AnswerCache
+from clips_eval.lmms.batches import (
+    Document,
+    batches,
+    expand,
+    generation_options,
+    left_pad,
+    shuffle_images,
+    truncate,
+)
+from clips_eval.lmms.prefix import generate_inputs, shared_prefixes
+from clips_eval.lmms.requests import (
+    Control,
+    Prompt,
+    chat_prompt,
+    document_of,
+    options_of,
+    request_name,
+    simple_prompt,
+    task_names,
+)
 from clips_mllm.model.image_features import FeatureCache, encoder_output
 from clips_mllm.model.processors import IMAGE_INPUTS
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
 from vision_tower.common.errors import UserError
 from vision_tower.common.hashes import image_hash
+from vision_tower.common.launcher import is_main_process
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,16 +64,17 @@ class ClipsMllm(lmms):
     """A stock LLaVA checkpoint in lmms-eval's chat mode, batched.
 
     Args:
-        pretrained: folder of the checkpoint or a hub id; or give a live `mllm`.
-        batch_size: documents at a time.
-        device, dtype, quantize: as `clips_mllm.model.checkpoint.load_mllm` takes them.
-        control: what is shown in place of a document's images, which tells how much of a score is language prior:
-            "shuffled" another document's, "blank" one of the mean colour, "no_image" none.
-        seed: of the shuffled control.
-        cache_gb: memory for image features.
-        journal: where answers are kept as they come, and found again.
+        pretrained: folder or hub id of the checkpoint; not used if `mllm` is given.
+        mllm: a loaded model.
+        batch_size: documents per batch.
+        device, dtype, quantize: arguments of `clips_mllm.model.checkpoint.load_mllm`.
+        control: images shown instead of a document's, to measure language prior: "shuffled" those of another
+            document, "blank" images of the mean colour, "no_image" none.
+        seed: seed of the shuffled control.
+        cache_gb: CPU memory for image features.
+        answers: cache of answers on disk.
     Raises:
-        UserError: a value that cannot be used, or a checkpoint that cannot be loaded.
+        UserError: an invalid argument, or a checkpoint that cannot be loaded.
     """
 
     is_simple = False
@@ -72,98 +91,97 @@ class ClipsMllm(lmms):
         control: Control = "none",
         seed: int = 0,
         cache_gb: float = 2.0,
-        journal: Journal | None = None,
+        answers: AnswerCache | None = None,
     ) -> None:
         super().__init__()
-        for name, value, known in (("control", control, get_args(Control)), ("quantize", quantize, get_args(Quantize))):
-            if value not in known:
-                raise UserError(
-                    f"{name} '{value}' is unknown", key="model_args", remedy=f"choose from {', '.join(known)}"
-                )
+        for name, value, choices in (
+            ("control", control, get_args(Control)),
+            ("quantize", quantize, get_args(Quantize)),
+        ):
+            if value not in choices:
+                raise UserError("unknown value", key=name, value=value, remedy=f"choose from {', '.join(choices)}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"'{batch_size}' is not a number of documents", key="batch_size", remedy="give 1 or more")
+            raise UserError("must be an integer of at least 1", key="batch_size", value=batch_size)
         self.mllm = mllm or _load(pretrained, device, dtype, quantize)
         if not self.mllm.processor.chat_template:
             raise UserError(
-                f"{pretrained}: the processor has no chat template", remedy="add the LLM's own as chat_template.jinja"
+                "the processor has no chat template", file=pretrained, remedy="add the LLM's as chat_template.jinja"
             )
         self.batch_size = int(batch_size)
         self.control: Control = control
         self.seed = seed
         self.features = FeatureCache(int(cache_gb * 2**30))
-        self.journal = journal
-        self.images: dict[tuple[str, int], list[str]] = {}  # digests by document, before any exchange
-        self._sources: dict[str, tuple[Instance, int]] = {}  # digest -> where to read the image again
+        self.answers = answers
+        self.images: dict[tuple[str, int], list[str]] = {}  # digests by document, before the shuffled control
+        self._sources: dict[str, tuple[Instance, int]] = {}  # request and index to read an image again
 
     @property
     def device(self) -> torch.device:
-        """lmms-eval gathers counts of several processes here."""
+        """Device on which lmms-eval gathers the counts of several processes."""
         return self.mllm.device
 
     def clean(self) -> None:
-        """lmms-eval would delete the modules; this model may be the caller's, in the middle of training."""
+        """Keep the weights, which lmms-eval deletes after every `simple_evaluate`: they are the caller's."""
 
-    @torch.no_grad()  # ZeRO-3 could not train on with weights that it gathers in inference mode
+    @torch.no_grad()  # not inference_mode: ZeRO-3 cannot train with weights that it gathered there
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answers, in the order of the requests.
+        """Return the answers in the order of the requests.
 
         Raises:
-            UserError: a document that cannot be read or shown; the message names it.
+            UserError: a document that cannot be read; the message names it.
         """
-        quiet, tasks = self.rank != 0, task_names(requests)
-        reading = tqdm(requests, desc=f"{tasks}: reading", unit="doc", disable=quiet)
-        documents = [self._read(request) for request in reading]
+        quiet, tasks = not is_main_process(), task_names(requests)
+        documents = [self._read(request) for request in tqdm(requests, f"{tasks}: reading", unit="doc", disable=quiet)]
         if self.control == "shuffled":
             documents = self._shuffled(documents, requests)
-        answers = self._kept(documents)
-        missing = [place for place in range(len(documents)) if place not in answers]
-        told = {"desc": f"{tasks}: answering", "unit": "doc", "disable": quiet}
-        with tqdm(total=len(documents), initial=len(answers), **told) as bar:
-            for some in batches([documents[place] for place in missing], self.batch_size):
-                places = [missing[one] for one in some]
-                texts = self._answer([documents[place] for place in places])
-                answers.update(zip(places, texts, strict=True))
-                if self.journal is not None:
-                    self.journal.add({documents[place].key: answers[place] for place in places})
-                bar.update(len(places))
-        return [answers[place] for place in range(len(documents))]
+        answers = self._cached(documents)
+        missing = [index for index in range(len(documents)) if index not in answers]
+        bar = tqdm(total=len(documents), initial=len(answers), desc=f"{tasks}: answering", unit="doc", disable=quiet)
+        with bar:
+            for batch in batches([documents[index] for index in missing], self.batch_size):
+                indices = [missing[position] for position in batch]
+                texts = self._answer([documents[index] for index in indices])
+                answers.update(zip(indices, texts, strict=True))
+                if self.answers is not None:
+                    self.answers.add({documents[index].key: answers[index] for index in indices})
+                bar.update(len(indices))
+        return [answers[index] for index in range(len(documents))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("clips_mllm generates answers; choose a task with output_type generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("clips_mllm answers one round; choose a task with output_type generate_until")
+        raise NotImplementedError("clips_mllm answers a single turn; choose a task with output_type generate_until")
 
-    def _kept(self, documents: list[Document]) -> dict[int, str]:
-        """Answers of an earlier run, by place."""
-        if self.journal is None:
+    def _cached(self, documents: list[Document]) -> dict[int, str]:
+        """Return the cached answers by index."""
+        if self.answers is None:
             return {}
-        found = {place: self.journal.get(document.key) for place, document in enumerate(documents)}
-        return {place: answer for place, answer in found.items() if answer is not None}
+        cached = {index: self.answers.get(document.key) for index, document in enumerate(documents)}
+        return {index: answer for index, answer in cached.items() if answer is not None}
 
-    def _ask(self, request: Instance) -> Asked:
-        """The prompt and the images of a request, under the control."""
+    def _prompt(self, request: Instance) -> Prompt:
+        """Return the prompt and images of a request under the control."""
         document = document_of(request, self.task_dict)
-        ask = ask_simple if self.is_simple else ask_chat
-        return ask(request, document, self.mllm.processor, self.control)
+        render = simple_prompt if self.is_simple else chat_prompt
+        return render(request, document, self.mllm.processor, self.control)
 
     def _read(self, request: Instance) -> Document:
         _, _, _, doc_id, task, _ = request.args
-        place = place_of(request)
-        asked = self._ask(request)
+        prompt = self._prompt(request)
         processor = self.mllm.processor
-        # As transformers does: a template that writes <bos> itself must not get a second one.
+        # As in transformers: if the template writes <bos>, the tokenizer must not add a second one.
         bos = processor.tokenizer.bos_token
-        special = bos is None or not asked.prompt.startswith(bos)
-        ids = processor.tokenizer(asked.prompt, add_special_tokens=special)["input_ids"]
-        if ids.count(processor.image_token_id) != len(asked.images):
+        special = bos is None or not prompt.text.startswith(bos)
+        ids = processor.tokenizer(prompt.text, add_special_tokens=special)["input_ids"]
+        if ids.count(processor.image_token_id) != len(prompt.images):
             raise UserError(
                 f"{ids.count(processor.image_token_id)} '{processor.image_token}' in the prompt but "
-                f"{len(asked.images)} images",
-                file=place,
-                remedy="take the placeholder out of the document's text or mend the chat template",
+                f"{len(prompt.images)} images",
+                file=request_name(request),
+                remedy="remove the placeholder from the document's text or fix the chat template",
             )
-        digests = [image_hash(image) for image in asked.images]
+        digests = [image_hash(image) for image in prompt.images]
         self.images[task, doc_id] = digests
         for index, digest in enumerate(digests):
             self._sources.setdefault(digest, (request, index))
@@ -171,18 +189,18 @@ class ClipsMllm(lmms):
         return Document(task=task, doc_id=doc_id, ids=ids, images=digests, options=options)
 
     def _shuffled(self, documents: list[Document], requests: list[Instance]) -> list[Document]:
-        """Images exchanged within each task, over the documents of all processes."""
+        """Exchange images within each task, over the documents of all processes."""
         if self.world_size == 1:
             return shuffle_images(documents, self.seed)
         own = {digest: (request.args[3], index) for digest, (request, index) in self._sources.items()}
         shares: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(shares, (documents, own))
         one_of = {request.args[4]: request for request in requests}
-        for others, places in shares:
+        for others, sources in shares:
             for document in others:
                 for digest in document.images:
-                    doc_id, index = places[digest]
-                    self._sources.setdefault(digest, (_about(one_of[document.task], doc_id), index))
+                    doc_id, index = sources[digest]
+                    self._sources.setdefault(digest, (_with_document(one_of[document.task], doc_id), index))
         everywhere = [document for others, _ in shares for document in others]
         start = sum(len(others) for others, _ in shares[: self.rank])
         return shuffle_images(everywhere, self.seed)[start : start + len(documents)]
@@ -197,10 +215,10 @@ class ClipsMllm(lmms):
         if until:
             options.update(stop_strings=until, tokenizer=tokenizer)
         model = self.mllm.model
-        shared = shared_beginnings(batch, prompts, self.mllm.processor.image_token_id, options)
+        shared = shared_prefixes(batch, prompts, self.mllm.processor.image_token_id, options)
         if shared is not None:
-            shown = [features[digest] for place in shared.first for digest in batch[place].images]
-            inputs = continued(model, prompts, shared, encoder_output(shown), pad)
+            shown = [features[digest] for index in shared.first for digest in batch[index].images]
+            inputs = generate_inputs(model, prompts, shared, encoder_output(shown), pad)
         else:
             ids, mask = left_pad(prompts, pad)
             inputs = {"input_ids": ids.to(self.mllm.device), "attention_mask": mask.to(self.mllm.device)}
@@ -210,7 +228,7 @@ class ClipsMllm(lmms):
         output = model.generate(**inputs, pad_token_id=pad, **options)
         width = inputs["input_ids"].shape[1]
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        return [cut(text.removeprefix(EMPTY_THOUGHTS), until) for text in texts]
+        return [truncate(text.removeprefix(EMPTY_THOUGHTS), until) for text in texts]
 
     def _image_features(self, digests: list[str]) -> dict[str, torch.Tensor]:
         """Return projected features of each distinct image, (P, D) on the model's device."""
@@ -225,17 +243,17 @@ class ClipsMllm(lmms):
 
     def _image_of(self, digest: str) -> Image:
         request, index = self._sources[digest]
-        return self._ask(request).images[index]
+        return self._prompt(request).images[index]
 
 
 class ClipsMllmSimple(ClipsMllm):
-    """The same in lmms-eval's simple mode, for tasks that have no other and for comparisons with stock models."""
+    """ClipsMllm in lmms-eval's simple mode, for tasks without chat mode and for comparisons with stock models."""
 
     is_simple = True
 
 
-def _about(request: Instance, doc_id: int) -> Instance:
-    """The same request about another document: another process read it, and this one must find its image."""
+def _with_document(request: Instance, doc_id: int) -> Instance:
+    """Return a copy of the request for another document, whose image another process has read."""
     other = copy.copy(request)
     arguments = list(request.args)
     arguments[3] = doc_id
@@ -245,15 +263,15 @@ def _about(request: Instance, doc_id: int) -> Instance:
 
 def _load(pretrained: str | None, device: str, dtype: str, quantize: Quantize) -> Mllm:
     if pretrained is None:
-        raise UserError("no checkpoint", key="model_args", remedy="give pretrained=FOLDER")
+        raise UserError("is missing", key="pretrained", remedy="give --model_args pretrained=FOLDER")
     return load_own(pretrained, device=device, dtype=dtype, quantize=quantize)
 
 
 def load_own(checkpoint: str, *, device: str, dtype: str, quantize: Quantize) -> Mllm:
-    """For our engine, under this command and under lmms-eval's own.
+    """Load a checkpoint for our engine, in this command and in lmms-eval's own.
 
     Args:
-        device, dtype, quantize: as `clips_mllm.model.checkpoint.load_mllm` takes them; auto is this process's own GPU.
+        device, dtype, quantize: arguments of `clips_mllm.model.checkpoint.load_mllm`; auto is this process's GPU.
     Raises:
         UserError: a checkpoint that cannot be loaded.
     """
@@ -263,9 +281,7 @@ def load_own(checkpoint: str, *, device: str, dtype: str, quantize: Quantize) ->
 
 
 def own_device(device: str) -> str:
-    """Under `accelerate launch` each process takes its own GPU (untested on GPUs)."""
-    import torch
-
+    """Return the GPU of this process under `accelerate launch` (untested on GPUs), else `device`."""
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device

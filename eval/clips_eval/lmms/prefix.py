@@ -1,9 +1,9 @@
-"""What several questions about one image share is read once: its image tokens, and the words they all begin with.
+"""Shared prompt prefixes: keys and values of an image's tokens are computed once for all questions about it.
 
-Of a benchmark's prompt the image tokens are the larger part, and POPE asks 18 questions about each image. The keys
-and values of the shared part are computed for each distinct one and repeated for its documents.
+Image tokens are most of a benchmark's prompt, and POPE asks 18 questions about each image. The prefix also contains the
+first words that all questions have in common. Its keys and values are repeated for its documents.
 
-Shapes: N documents of a batch, U distinct beginnings, P tokens of a beginning, T of a whole prompt.
+Shapes: N documents of a batch, U distinct prefixes, P tokens of a prefix, T tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -21,64 +21,70 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginnings:
-    """`length` tokens that a batch's prompts begin with; `first` has a document of each distinct beginning."""
+class Prefixes:
+    """Prefixes of P = `length` tokens of a batch's prompts.
+
+    Args:
+        first: U indices, one document of each distinct prefix.
+        row_of: N indices into `first`, the prefix of each document.
+    """
 
     length: int
     first: list[int]
-    row_of: list[int]  # N, into `first`
+    row_of: list[int]
 
 
-def shared_beginnings(
+def shared_prefixes(
     batch: Sequence[Document], prompts: Sequence[Sequence[int]], image_token: int, options: Mapping[str, Any]
-) -> Beginnings | None:
-    """What the batch shares, or None: no images, which end at different places, all distinct, or beams."""
-    ends = {max((place + 1 for place, token in enumerate(ids) if token == image_token), default=0) for ids in prompts}
+) -> Prefixes | None:
+    """Return the shared prefixes; None without images, if their tokens end at different positions, or with beams.
+
+    Also None if no two documents share a prefix.
+    """
+    ends = {max((index + 1 for index, token in enumerate(ids) if token == image_token), default=0) for ids in prompts}
     if len(ends) > 1 or options["num_beams"] > 1:
         return None
     (end,) = ends
     names = [(tuple(ids[:end]), tuple(document.images)) for ids, document in zip(prompts, batch, strict=True)]
     groups: dict[Any, list[int]] = {}
-    for place, name in enumerate(names):
-        groups.setdefault(name, []).append(place)
-    length = min(common_length([prompts[place] for place in group]) for group in groups.values())
+    for index, name in enumerate(names):
+        groups.setdefault(name, []).append(index)
+    length = min(common_length([prompts[index] for index in group]) for group in groups.values())
     if not end or len(groups) == len(batch) or length < end:
         return None
     rows = {name: row for row, name in enumerate(groups)}
-    return Beginnings(
-        length=length, first=[group[0] for group in groups.values()], row_of=[rows[name] for name in names]
-    )
+    return Prefixes(length=length, first=[group[0] for group in groups.values()], row_of=[rows[name] for name in names])
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all of them begin with, but for the last of the shortest: something must be left to go on from."""
+    """Count the common first tokens, at most all but the last of the shortest: `generate` needs one new token."""
     shortest = min(map(len, prompts)) - 1
-    differs = (place for place in range(shortest) if len({ids[place] for ids in prompts}) > 1)
+    differs = (index for index in range(shortest) if len({ids[index] for ids in prompts}) > 1)
     return next(differs, shortest)
 
 
-def continued(
+def generate_inputs(
     model: LlavaForConditionalGeneration,
     prompts: Sequence[Sequence[int]],
-    shared: Beginnings,
+    shared: Prefixes,
     encoder_output: Any,
     pad: int,
 ) -> dict[str, Any]:
-    """Arguments of `generate` that go on from the shared beginnings: ids and mask (N, T), keys and values of P tokens.
+    """Return arguments of `generate` that continue the prefixes: ids and mask (N, T), keys and values of P tokens.
 
-    Padding stands between the beginning and the rest; the mask hides it, and positions count what is not hidden.
+    Padding is between the prefix and the rest; the mask hides it, and position ids skip it.
 
     Args:
-        encoder_output: features of the images of the distinct beginnings, in their order.
+        encoder_output: image features of the distinct prefixes, in their order.
     """
     device = model.device
-    begin = torch.tensor([list(prompts[place][: shared.length]) for place in shared.first], device=device)
-    read = model(input_ids=begin, mm_encoder_outputs={"image": encoder_output}, use_cache=True, logits_to_keep=1)
+    prefix = torch.tensor([list(prompts[index][: shared.length]) for index in shared.first], device=device)
+    output = model(input_ids=prefix, mm_encoder_outputs={"image": encoder_output}, use_cache=True, logits_to_keep=1)
     rows = torch.tensor(shared.row_of, device=device)
-    read.past_key_values.batch_select_indices(rows)
+    output.past_key_values.batch_select_indices(rows)
     ids, mask = left_pad([ids[shared.length :] for ids in prompts], pad)
     return {
-        "input_ids": torch.cat([begin[rows], ids.to(device)], dim=1),
-        "attention_mask": torch.cat([torch.ones_like(begin[rows]), mask.to(device)], dim=1),
-        "past_key_values": read.past_key_values,
+        "input_ids": torch.cat([prefix[rows], ids.to(device)], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(prefix[rows]), mask.to(device)], dim=1),
+        "past_key_values": output.past_key_values,
     }

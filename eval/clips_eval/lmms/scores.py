@@ -1,4 +1,4 @@
-"""lmms-eval's results as this project's: plain names, fractions, one row a document, images for the gallery."""
+"""Convert lmms-eval's results: plain metric names, fractions, one row per document, images for the gallery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POPE_NAMES = {
     "pope_f1_score": "f1",
     "pope_yes_ratio": "yes_ratio",
 }
-# lmms-eval's own POPE counts "yes" in the ground truth, ours in the model's answers.
+# lmms-eval's own POPE reports the yes ratio of the ground truth, ours that of the answers.
 STOCK_POPE_NAMES = POPE_NAMES | {"pope_yes_ratio": "target_yes_ratio"}
 RENAMED: dict[str, dict[str, str]] = {
     **dict.fromkeys(OWN_TASKS, POPE_NAMES),
@@ -34,14 +34,16 @@ PERCENT = {("mmbench_en_dev_static", "gpt_eval_score")}
 
 
 def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[str, float]:
-    """{metric: value, ..., "n": documents} of one task.
+    """Return {metric: value, ..., "n": documents} of one task.
 
     Raises:
-        UserError: lmms-eval came back without a score, or with another number of documents than asked for.
+        UserError: lmms-eval returned no score, or another number of documents than requested.
     """
     found = len(results.get("samples", {}).get(task, ()))
     if found != expected:
-        raise UserError(f"task {task}: {found} of {expected} documents were scored", remedy="the evaluation failed")
+        raise UserError(
+            f"task {task}: only {found} of {expected} documents were scored", remedy="see the messages above"
+        )
     scores: dict[str, float] = {}
     for key, value in results["results"][task].items():
         metric, _, _ = key.partition(",")
@@ -50,15 +52,15 @@ def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[st
         percent = (task, metric) in PERCENT
         scores[_own_name(task, metric)] = float(value) / (100 if percent else 1)
     if not scores:
-        raise UserError(f"task {task}: no metric came out", remedy="the evaluation failed")
+        raise UserError(f"task {task}: lmms-eval returned no metric", remedy="see the messages above")
     return {**scores, "n": expected}
 
 
 def sample_rows(task: str, results: Mapping[str, Any], clusters: Mapping[int, str]) -> list[dict[str, Any]]:
-    """One row a document, in the data's order: {task, doc_id, prompt, answer, target, correct, cluster, image: None}.
+    """Return one row per document in the data's order; `save_gallery` sets "image", `add_intervals` adds "scores".
 
     Args:
-        clusters: by doc_id, the name of the document's image.
+        clusters: name of the document's image by doc_id.
     """
     samples = _in_order(task, results)
     metrics = list(dict.fromkeys(key.partition(",")[0] for key in results["results"][task] if "," in key))
@@ -80,36 +82,37 @@ def sample_rows(task: str, results: Mapping[str, Any], clusters: Mapping[int, st
 def add_intervals(
     task: str, results: Mapping[str, Any], scores: Mapping[str, float], rows: Sequence[dict[str, Any]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """{metric: {low, high, n, clusters}}; each row gets its parts of every metric as "scores".
+    """Return {metric: {low, high, n, clusters}}; add each row's terms of every metric to it as "scores".
 
-    A metric whose documents' parts are not known has low and high null.
+    A metric whose terms are unknown has low and high null.
     """
     samples = _in_order(task, results)
     names = {_own_name(task, key.partition(",")[0]): key.partition(",")[0] for key in results["results"][task]}
-    found: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, dict[str, Any]] = {}
     for row in rows:
         row["scores"] = {}
     for metric in (metric for metric in scores if metric != "n"):
-        parts = by_document(task, metric, [sample.get(names[metric]) for sample in samples], scores[metric])
-        if parts is None:
-            found[metric] = {"low": None, "high": None, "n": len(rows), "clusters": len({r["cluster"] for r in rows})}
+        found = by_document(task, metric, [sample.get(names[metric]) for sample in samples], scores[metric])
+        if found is None:
+            images = {row["cluster"] for row in rows}
+            intervals[metric] = {"low": None, "high": None, "n": len(rows), "clusters": len(images)}
             continue
-        found[metric] = asdict(interval(parts.scores([row["cluster"] for row in rows]), seed=seed))
-        for place, (row, part) in enumerate(zip(rows, parts.parts, strict=True)):
-            row["scores"][metric] = [*part] if parts.strata is None else [*part, parts.strata[place]]
-    return found
+        intervals[metric] = asdict(interval(found.scores([row["cluster"] for row in rows]), seed=seed))
+        for index, (row, terms) in enumerate(zip(rows, found.terms, strict=True)):
+            row["scores"][metric] = [*terms] if found.strata is None else [*terms, found.strata[index]]
+    return intervals
 
 
 def metric_names(task: Task) -> list[str]:
-    """The metrics that a task can have in lmms.json, by their names there."""
+    """Return the names that the task's metrics have in lmms.json."""
     return [_own_name(task.config.task, metric) for metric in task.aggregation()]
 
 
 def lower_is_better(task: str, metrics: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """The metrics whose smaller value is the better one, by their names in lmms.json.
+    """Return the metrics of which a lower value is better, by their names in lmms.json.
 
     Args:
-        metrics: the task's own `metric_list`.
+        metrics: the task's `metric_list`.
     """
     return [_own_name(task, entry["metric"]) for entry in metrics or () if entry.get("higher_is_better") is False]
 
@@ -123,9 +126,9 @@ def _own_name(task: str, metric: str) -> str:
 
 
 def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each: int) -> None:
-    """Save the images of `each` right and `each` wrong answers and put their paths into the rows.
+    """Save the images of `each` correct and `each` wrong answers and set the rows' "image".
 
-    Paths are relative to the folder's parent, where the rows are written.
+    Paths are relative to the folder's parent, which also holds the samples file.
     """
     for row in [
         *_spread([row for row in rows if row["correct"] is True], each),
@@ -141,7 +144,7 @@ def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each:
 
 
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows from all over: neighbours often ask about one image."""
+    """Return `count` evenly spaced rows: neighbours often ask about the same image."""
     return [rows[len(rows) * n // count] for n in range(count)] if len(rows) > count else list(rows)
 
 
@@ -155,7 +158,7 @@ def _text(responses: Sequence[Any]) -> str:
 
 
 def _correct(sample: Mapping[str, Any], metrics: Sequence[str]) -> bool | None:
-    """Whether the first metric that scores single documents by 0 or 1 gives 1; None for tasks that have no such."""
+    """Return True if the first metric that scores single documents by 0 or 1 gives 1; None if there is none."""
     for metric in metrics:
         value = sample.get(metric)
         score = value.get("score") if isinstance(value, Mapping) else value

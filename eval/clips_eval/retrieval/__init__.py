@@ -1,1 +1,1 @@
-"""Retrieval data and measures beyond recall@k."""
+"""Retrieval data and metrics beyond recall@k."""

@@ -1,7 +1,7 @@
-"""From embeddings to recall and example retrievals.
+"""Recall, intervals and example retrievals from embeddings; intervals of zero-shot accuracies.
 
-Apart from the command, because the option parser runs the `TYPE_CHECKING` imports of the module that holds a recipe:
-torch among them would make `--help` take seconds.
+Not in the commands' modules: the option parser executes the `TYPE_CHECKING` imports of a module that holds a recipe,
+and importing torch would make `--help` take seconds.
 """
 
 from __future__ import annotations
@@ -19,96 +19,119 @@ from vision_tower.common.hashes import value_hash
 
 if TYPE_CHECKING:
     from vision_tower.evaluation.embedding import EmbeddedPairs
+    from vision_tower.evaluation.zeroshot import ZeroShotScores
 
 KS = (1, 5, 10)
-EXAMPLES = 4  # queries kept in each direction for the report
+EXAMPLES = 4  # queries per direction kept for the report
 
 
-def score(encoder: Path, found: EmbeddedPairs) -> dict[str, float]:
-    """Recall@k both ways, as fractions. Raises UserError on an encoder whose embeddings are not finite."""
+def recalls_of(encoder: Path, pairs: EmbeddedPairs) -> dict[str, float]:
+    """Return recall@k in both directions as fractions.
+
+    Raises:
+        UserError: the embeddings contain NaN or infinity.
+    """
     from vision_tower.evaluation.recall import recall_at_k
 
     try:
-        return recall_at_k(found.images, found.texts, found.owner, ks=KS)
+        return recall_at_k(pairs.images, pairs.texts, pairs.owner, ks=KS)
     except NotFinite as error:
         raise diverged(encoder) from error
 
 
-def trust(found: EmbeddedPairs) -> dict[str, Any]:
-    """Intervals of the recalls by image, and what they rest on: a 0 or 1 for each query, for comparisons.
+def hits_and_intervals(pairs: EmbeddedPairs) -> dict[str, Any]:
+    """Return `hits` (a string of 0 and 1 per query, for paired comparisons), the recalls' `intervals`, `data_sha256`.
 
-    `data_sha256` tells whether two runs were measured on the same data, see `data_digest`.
+    Two results with the same `data_sha256` can be compared query by query.
     """
     from vision_tower.evaluation.recall import hits_at_k
 
     hits = {
         key: "".join("1" if hit else "0" for hit in queries.tolist())
-        for key, queries in hits_at_k(found.images, found.texts, found.owner, ks=KS).items()
+        for key, queries in hits_at_k(pairs.images, pairs.texts, pairs.owner, ks=KS).items()
     }
-    told = {"hits": hits, "captions_per_image": found.owner.bincount(minlength=len(found.images)).tolist()}
+    result = {"hits": hits, "captions_per_image": pairs.owner.bincount(minlength=len(pairs.images)).tolist()}
     return {
-        "intervals": {key: asdict(interval(hit_scores(text, query_clusters(told, key)))) for key, text in hits.items()},
-        "data_sha256": data_digest(found),
-        **told,
+        "intervals": {
+            key: asdict(interval(hit_scores(text, query_clusters(result, key)))) for key, text in hits.items()
+        },
+        "data_sha256": data_digest(pairs),
+        **result,
     }
 
 
-def data_digest(found: EmbeddedPairs) -> str:
-    """SHA-256 over the bytes of the images, the captions and which belong together, all in their order.
+def data_digest(pairs: EmbeddedPairs) -> str:
+    """Return the SHA-256 of the images' bytes, the captions and their assignment, in order.
 
-    File names and places are not in it, so the same data as a JSON, a CSV or shards are the same.
+    File names and folders are left out: the same data as JSON, CSV or shards has the same digest.
     """
-    return value_hash([found.digests, list(zip(found.owner.tolist(), found.captions, strict=True))])
+    return value_hash([pairs.digests, list(zip(pairs.owner.tolist(), pairs.captions, strict=True))])
 
 
 def hit_scores(hits: str, clusters: list[str]) -> Scores:
-    """A string of 0 and 1, a character for each query, as a metric by document."""
+    """Convert a string of 0 and 1 per query to `Scores`."""
     return mean_scores([float(hit) for hit in hits], clusters)
 
 
 def mean_scores(values: Sequence[float], clusters: Sequence[str]) -> Scores:
-    """The mean of a value for each query, as a metric by document."""
+    """`Scores` of the mean of one value per query."""
     return Scores(numerators=values, denominators=[1.0] * len(values), clusters=clusters)
 
 
-def spans_of(parts: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The interval of each mean as JSON has it: low, high, n queries, clusters; none where nothing was asked.
-
-    Of a group of queries only these are given: the others say nothing of it.
-    """
-    return {key: asdict(interval(mean_scores(values, clusters))) for key, values in parts.items() if values}
+def mean_intervals(values: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the interval of each mean as in retrieval.json; a key without values has none."""
+    return {key: asdict(interval(mean_scores(some, clusters))) for key, some in values.items() if some}
 
 
-def query_clusters(told: dict[str, Any], key: str) -> list[str]:
-    """The image of each query: an image's captions share its luck."""
+def query_clusters(result: dict[str, Any], key: str) -> list[str]:
+    """Return the image of each query: captions of the same image are one cluster."""
     if key.startswith("i2t"):
-        return [str(place) for place in range(len(told["hits"][key]))]
-    return [str(place) for place, count in enumerate(told["captions_per_image"]) for _ in range(count)]
+        return [str(image) for image in range(len(result["hits"][key]))]
+    return [str(image) for image, count in enumerate(result["captions_per_image"]) for _ in range(count)]
 
 
-def examples(found: EmbeddedPairs, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """A few queries with their five best answers, evenly spaced over the data so that none is hand-picked.
+def examples(pairs: EmbeddedPairs, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return a few queries with their five best candidates, evenly spaced over the data.
 
-    Image files are named relative to `folder`, where the scores are written, so that a run can be moved.
+    Image files are named relative to `folder`, which holds the scores, so that a run folder can be moved.
     """
-    owner = found.owner.tolist()
+    owner = pairs.owner.tolist()
     rows: dict[str, list[dict[str, Any]]] = {"text_to_image": [], "image_to_text": []}
-    for query in _spread(len(found.texts), EXAMPLES):
-        best = (found.texts[query] @ found.images.T).topk(min(5, len(found.images))).indices.tolist()
-        row = {"query": found.captions[query], "images": [_place(found.names[i], folder) for i in best]}
+    for query in _spread(len(pairs.texts), EXAMPLES):
+        best = (pairs.texts[query] @ pairs.images.T).topk(min(5, len(pairs.images))).indices.tolist()
+        row = {"query": pairs.captions[query], "images": [_relative(pairs.names[i], folder) for i in best]}
         rows["text_to_image"].append(row | {"correct": [i == owner[query] for i in best]})
-    for query in _spread(len(found.images), EXAMPLES):
-        best = (found.images[query] @ found.texts.T).topk(min(5, len(found.texts))).indices.tolist()
-        row = {"query": _place(found.names[query], folder), "texts": [found.captions[j] for j in best]}
+    for query in _spread(len(pairs.images), EXAMPLES):
+        best = (pairs.images[query] @ pairs.texts.T).topk(min(5, len(pairs.texts))).indices.tolist()
+        row = {"query": _relative(pairs.names[query], folder), "texts": [pairs.captions[j] for j in best]}
         rows["image_to_text"].append(row | {"correct": [owner[j] == query for j in best]})
     return rows
 
 
-def _place(name: str, folder: Path) -> str:
-    """An image inside a shard has no file of its own and keeps its name."""
+def zeroshot_intervals(scores: ZeroShotScores) -> dict[str, dict[str, Any]]:
+    """Return the intervals of the zero-shot accuracies by their keys; every image is its own cluster.
+
+    The mean per class sums correct / n over classes, each divided by the number of classes with images.
+    """
+    clusters = [str(image) for image in range(len(scores.first))]
+    classes = sum(n > 0 for n in scores.images_per_class)
+    per_class = Scores(
+        numerators=[hit / classes for hit in scores.first],
+        denominators=[1.0] * len(clusters),
+        clusters=clusters,
+        strata=[str(label) for label in scores.labels],
+    )
+    metrics = {"top1": mean_scores([float(hit) for hit in scores.first], clusters), "mean_per_class": per_class}
+    if scores.top5 is not None:
+        metrics["top5"] = mean_scores([float(hit) for hit in scores.near], clusters)
+    return {key: asdict(interval(metric)) for key, metric in metrics.items()}
+
+
+def _relative(name: str, folder: Path) -> str:
+    """Return the path relative to `folder`; an image inside a shard has no file and keeps its name."""
     return os.path.relpath(name, folder) if os.path.isfile(name) else name
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """At most `count` places, evenly spaced in `range(total)`."""
+    """Return at most `count` indices, evenly spaced in `range(total)`."""
     return sorted({(2 * i + 1) * total // (2 * count) for i in range(count)})

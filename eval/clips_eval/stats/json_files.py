@@ -1,8 +1,9 @@
-"""Reading and writing the small JSON files of a run: every failure names the file and the remedy."""
+"""Read and write the small JSON files of a run; every error names the file and the remedy."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text, write_text
 
+REMEDY = "run the command that writes this file again"
+
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file with their line numbers from 1; blank lines are skipped.
+    """Yield the objects of a JSON-lines file with their line numbers from 1, without blank lines.
 
     Raises:
-        UserError: a line that is not a JSON object.
+        UserError: a line is not a JSON object.
     """
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -23,48 +26,41 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"line {number}: not valid JSON ({error.msg})", file=path, remedy="make the file again"
-            ) from error
+            raise UserError(f"line {number} is not valid JSON ({error.msg})", file=path, remedy=REMEDY) from error
         if not isinstance(row, dict):
-            raise UserError(f"line {number}: a JSON object is expected", file=path, remedy="make the file again")
+            raise UserError(f"line {number} is not a JSON object", file=path, remedy=REMEDY)
         yield number, row
 
 
-def number_in(path: Path, tree: dict[str, Any], key: str, place: str = "", *, fraction: bool = False) -> float:
-    """`tree[key]` as a finite number, in [0, 1] if `fraction`.
+def number_in(path: Path, tree: dict[str, Any], key: str, section: str = "", *, fraction: bool = False) -> float:
+    """Return `tree[key]` as a finite number, in [0, 1] if `fraction`.
 
+    Args:
+        path, section: file, and dotted path of `tree` inside it, for the error message.
     Raises:
-        UserError: missing, not a number, or out of range.
+        UserError: the value is missing, not a number, or out of range.
     """
-    value = tree.get(key)
-    name = f"{place}.{key}" if place else key
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
-        raise UserError(
-            f"'{name}' is {value!r}, a number is expected", file=path, remedy="run the step that writes this file again"
-        )
+    value, name = tree.get(key), f"{section}.{key}" if section else key
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError("not a finite number", file=path, key=name, value=value, remedy=REMEDY)
     if fraction and not 0 <= value <= 1:
-        raise UserError(
-            f"'{name}' is {value}, a fraction from 0 to 1 is expected", file=path, remedy="run that step again"
-        )
+        raise UserError("not a fraction from 0 to 1", file=path, key=name, value=value, remedy=REMEDY)
     return value
 
 
-def count_in(path: Path, tree: dict[str, Any], key: str, place: str = "") -> int:
-    """`tree[key]` as a whole number of at least 1.
+def count_in(path: Path, tree: dict[str, Any], key: str, section: str = "") -> int:
+    """Return `tree[key]` as an integer of at least 1.
 
     Raises:
-        UserError: missing or anything else.
+        UserError: the value is missing or anything else.
     """
-    value = number_in(path, tree, key, place)
+    value = number_in(path, tree, key, section)
     if value < 1 or value != int(value):
-        name = f"{place}.{key}" if place else key
-        raise UserError(
-            f"'{name}' is {value}, a count of at least 1 is expected", file=path, remedy="run that step again"
-        )
+        name = f"{section}.{key}" if section else key
+        raise UserError("not an integer of at least 1", file=path, key=name, value=value, remedy=REMEDY)
     return int(value)
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """`tree` as indented JSON, whole or not at all."""
+    """Write `tree` as indented JSON, atomically."""
     write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
-"""Our lmms-eval tasks: the YAML files of this folder, and what their data must look like.
+"""Our lmms-eval tasks: the YAML files of this folder, and the columns of their data.
 
-Each is a known benchmark's form over a local parquet file. Names are new ones, since lmms-eval ignores a second task of
-a name that it knows already.
+Each has the form of a known benchmark, over a local parquet file. Their names differ from lmms-eval's own tasks, since
+it ignores a second task with the same name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OWN_TASKS: dict[str, tuple[str, ...]] = {
     "clips_easy_vqa": EASY_VQA_COLUMNS,
 }
 
-# lmms-eval's own tasks that people run from local copies: a missing column is said before anything is loaded.
+# lmms-eval's own tasks whose local copies are checked for missing columns.
 STOCK_COLUMNS: dict[str, tuple[str, ...]] = {
     "pope": POPE_COLUMNS,
     "pope_random": POPE_COLUMNS,

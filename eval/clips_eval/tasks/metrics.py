@@ -1,7 +1,7 @@
-"""Prompts and metrics of our lmms-eval tasks, where lmms-eval's own are missing or count something else.
+"""Prompts and metrics of our lmms-eval tasks, if lmms-eval's own are missing or defined differently.
 
-`process` functions get a document and the list of its answers and return {metric: row}; `aggregate` functions get all
-rows of a metric and return a fraction in [0, 1], or None if there is nothing to count.
+`*_process_results` functions get a document and the list of its answers and return {metric: row}. Metric functions get
+all rows of a metric and return a fraction in [0, 1], or None if there is nothing to count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 LETTERS = "ABCDE"
-# "B", "(B)", "B.", "B:" or "B. a cat": a letter that stands for an option, not the article of "A cat".
+# Matches "B", "(B)", "B.", "B:" and "B. a cat", but not the article in "A cat".
 LETTER_ANSWER = re.compile(r"\(?([A-E])(?:\)?[.:]?$|[.):]\s)")
 
 
@@ -22,28 +22,28 @@ LETTER_ANSWER = re.compile(r"\(?([A-E])(?:\)?[.:]?$|[.):]\s)")
 
 
 def pope_recall(rows: Sequence[Row]) -> float:
-    """Found objects over objects that are there.
+    """Return the share of present objects that are answered with yes (arXiv 2305.10355).
 
-    lmms-eval's function leaves out the documents answered with neither yes nor no, which flatters a model that rambles;
-    here an answer that is not "yes" has not found the object (arXiv 2305.10355).
+    lmms-eval's function leaves out answers that are neither yes nor no, which favours a model that does not follow the
+    instruction; here any answer but "yes" counts as not found.
     """
-    there = [row for row in rows if row["ground_truth"] == "yes"]
-    return _share(row["prediction"] == "yes" for row in there) or 0.0
+    present = [row for row in rows if row["ground_truth"] == "yes"]
+    return _share(row["prediction"] == "yes" for row in present) or 0.0
 
 
 def pope_precision(rows: Sequence[Row]) -> float:
-    """Of the documents answered with yes, those where the object is there; 0 if the model never says yes."""
+    """Return the share of yes answers about present objects; 0 if the model never answers yes."""
     return _share(row["ground_truth"] == "yes" for row in rows if row["prediction"] == "yes") or 0.0
 
 
 def pope_f1(rows: Sequence[Row]) -> float:
-    """Harmonic mean of `pope_precision` and `pope_recall`."""
+    """Return the harmonic mean of `pope_precision` and `pope_recall`."""
     precision, recall = pope_precision(rows), pope_recall(rows)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def pope_yes_ratio(rows: Sequence[Row]) -> float:
-    """How often the model says yes (lmms-eval counts the ground truth instead)."""
+    """Return the share of yes answers (lmms-eval counts the ground truth instead)."""
     return _share(row["prediction"] == "yes" for row in rows) or 0.0
 
 
@@ -51,12 +51,12 @@ def pope_yes_ratio(rows: Sequence[Row]) -> float:
 
 
 def mmbench_options(doc: Row) -> dict[str, str]:
-    """The options that a question has; missing ones are the string "nan", None or NaN."""
+    """Return a question's options by letter; missing ones are the string "nan", None or NaN."""
     return {letter: str(doc[letter]) for letter in LETTERS if _given(doc.get(letter))}
 
 
 def mmbench_doc_to_text(doc: Row, lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
-    """Hint, question and options as LLaVA-1.5 asks them (haotian-liu/LLaVA, model_vqa_mmbench.py)."""
+    """Return hint, question and options in LLaVA-1.5's form (haotian-liu/LLaVA, model_vqa_mmbench.py)."""
     hint = [str(doc["hint"])] if _given(doc["hint"]) else []
     options = [f"{letter}. {text}" for letter, text in mmbench_options(doc).items()]
     post_prompt = (lmms_eval_specific_kwargs or {}).get("post_prompt", "")
@@ -64,13 +64,13 @@ def mmbench_doc_to_text(doc: Row, lmms_eval_specific_kwargs: Mapping[str, str] |
 
 
 def mmbench_letter(answer: str, options: Iterable[str]) -> str:
-    """The option that an answer names, or "" if it names none: no judge model and no guessing."""
+    """Return the option letter that an answer begins with, or "": no judge model and no guessing."""
     match = LETTER_ANSWER.match(answer.strip())
     return match[1] if match and match[1] in set(options) else ""
 
 
 def mmbench_process_results(doc: Row, results: Sequence[str]) -> dict[str, Row]:
-    """One row {index, score, prediction, ground_truth}."""
+    """Return one row {index, score, prediction, ground_truth}."""
     letter = mmbench_letter(results[0], mmbench_options(doc))
     truth = str(doc["answer"]).strip()
     row = {"index": int(doc["index"]), "score": float(letter == truth), "prediction": letter, "ground_truth": truth}
@@ -78,10 +78,10 @@ def mmbench_process_results(doc: Row, results: Sequence[str]) -> dict[str, Row]:
 
 
 def mmbench_accuracy(rows: Sequence[Row]) -> float | None:
-    """Share of questions answered rightly in every rotation of their options.
+    """Return the share of questions that are correct in every rotation of their options.
 
     MMBench's circular evaluation (arXiv 2307.06281, section 4.1): rotations of question i have the indices
-    i + k * 1,000,000. Data without rotations gives plain accuracy.
+    i + k * 1,000,000. Without rotations it is plain accuracy.
     """
     rotations: defaultdict[int, list[bool]] = defaultdict(list)
     for row in rows:
@@ -93,12 +93,12 @@ def mmbench_accuracy(rows: Sequence[Row]) -> float | None:
 
 
 def plain_word(text: str) -> str:
-    """Lower case, without surrounding blanks and the final period."""
+    """Return the text in lower case, without surrounding blanks and final period."""
     return text.strip().lower().removesuffix(".").strip()
 
 
 def easy_vqa_process_results(doc: Row, results: Sequence[str]) -> dict[str, Row]:
-    """The same row {score, kind, prediction, ground_truth} for each metric; the aggregates choose by kind."""
+    """Return the same row {score, kind, prediction, ground_truth} for each metric, which filters by kind."""
     prediction, truth = plain_word(results[0]), plain_word(doc["answer"])
     row = {
         "score": float(prediction == truth),

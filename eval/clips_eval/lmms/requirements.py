@@ -1,6 +1,6 @@
-"""What tasks need that a machine may not have: their data set, a judge's key, java. Looked at before anything runs.
+"""Task requirements (data set, judge API key, Java), checked before anything runs.
 
-A task that cannot run is left out with its reason, which the results and the report repeat; the others run.
+A task that cannot run is skipped, with the reason in the results and the report; the others run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
-# Judged by a model behind an API that speaks OpenAI's protocol.
+# Tasks judged by a model behind an OpenAI-compatible API.
 JUDGED = (
     "mmvet",
     "llava_in_the_wild",
@@ -28,7 +28,7 @@ JUDGED = (
     "hallusion_bench_image",
 )
 JUDGE_KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY", "AZURE_OPENAI_API_KEY")
-# Captions are scored by CIDEr and METEOR, whose tokenizer and matcher are Java programs.
+# Tasks scored by CIDEr and METEOR, whose tokenizer and matcher are Java programs.
 CAPTIONED = (
     "nocaps_val",
     "nocaps_test",
@@ -38,40 +38,40 @@ CAPTIONED = (
     "flickr30k_test",
     "textcaps_val",
 )
-PATIENCE = 5.0  # seconds for the hub to answer
+HUB_TIMEOUT = 5.0  # seconds
 
 
-def survey(specs: Sequence[TaskSpec], manager: TaskManager) -> tuple[list[TaskSpec], dict[str, str]]:
-    """The tasks that can run, and why each of the others cannot.
+def split_runnable(specs: Sequence[TaskSpec], manager: TaskManager) -> tuple[list[TaskSpec], dict[str, str]]:
+    """Return the tasks that can run on this machine, and the reason for each of the others.
 
     Raises:
-        UserError: none can.
+        UserError: no task can run.
     """
-    reasons = {spec.task: "; ".join(_lacks(spec, manager)) for spec in specs}
+    reasons = {spec.task: "; ".join(_missing(spec, manager)) for spec in specs}
     skipped = {task: reason for task, reason in reasons.items() if reason}
-    ready = [spec for spec in specs if spec.task not in skipped]
-    if not ready:
-        told = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
-        raise UserError(f"none of them can run here ({told})", key="tasks")
-    return ready, skipped
+    runnable = [spec for spec in specs if spec.task not in skipped]
+    if not runnable:
+        details = "; ".join(f"{task}: {reason}" for task, reason in skipped.items())
+        raise UserError(f"no task can run on this machine ({details})", key="tasks", remedy="fix one of the reasons")
+    return runnable, skipped
 
 
-def _lacks(spec: TaskSpec, manager: TaskManager) -> Iterator[str]:
+def _missing(spec: TaskSpec, manager: TaskManager) -> Iterator[str]:
     if spec.task in JUDGED and not any(os.environ.get(key) for key in JUDGE_KEYS):
-        yield f"needs a judge, and none of {', '.join(JUDGE_KEYS)} is set"
+        yield f"needs a judge, but none of {', '.join(JUDGE_KEYS)} is set"
     if spec.task in CAPTIONED and shutil.which("java") is None:
-        yield "its metrics need java, which is not on the path"
+        yield "its metrics need java, which is not on the PATH"
     if spec.data is None:
         for dataset in _datasets(spec.task, manager):
             if not _reachable(dataset):
                 yield (
-                    f"data set {dataset} is not in the cache and the hub cannot be reached; give a local copy by "
+                    f"data set {dataset} is not cached and the hub cannot be reached; give a local copy with "
                     f"--data.{spec.task} FILE.parquet"
                 )
 
 
 def _datasets(task: str, manager: TaskManager) -> list[str]:
-    """What the task's YAML, or those of a group's tasks, name as dataset_path."""
+    """Return the `dataset_path` of the task's YAML, or of all tasks of a group."""
     from lmms_eval.utils import load_yaml_config
 
     entry: Mapping[str, Any] = manager.task_index[task]
@@ -84,28 +84,26 @@ def _datasets(task: str, manager: TaskManager) -> list[str]:
 
 
 def _reachable(dataset: str) -> bool:
-    """Whether it lies in the cache of `datasets`, or the hub can be asked for it."""
+    """Return True if the data set is local, cached, or the hub can be reached."""
     from datasets import config
 
     if Path(dataset).exists():
         return True
     cached = Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
-    hub = (
-        Path(os.environ.get("HF_HUB_CACHE", Path(config.HF_CACHE_HOME) / "hub"))
-        / f"datasets--{dataset.replace('/', '--')}"
-    )
-    return cached.is_dir() or hub.is_dir() or (not config.HF_HUB_OFFLINE and _hub_answers())
+    hub = Path(os.environ.get("HF_HUB_CACHE", Path(config.HF_CACHE_HOME) / "hub"))
+    downloaded = hub / f"datasets--{dataset.replace('/', '--')}"
+    return cached.is_dir() or downloaded.is_dir() or (not config.HF_HUB_OFFLINE and _hub_answers())
 
 
 def _hub_answers() -> bool:
-    """Whether a connection to the hub, or to the mirror that HF_ENDPOINT names, can be opened."""
+    """Return True if a connection to the hub, or to the mirror in HF_ENDPOINT, can be opened."""
     from urllib.parse import urlsplit
 
     from huggingface_hub.constants import ENDPOINT
 
     parts = urlsplit(ENDPOINT)
     try:
-        with socket.create_connection((parts.hostname, parts.port or 443), timeout=PATIENCE):
+        with socket.create_connection((parts.hostname, parts.port or 443), timeout=HUB_TIMEOUT):
             return True
     except OSError:
         return False
