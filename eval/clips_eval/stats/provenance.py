@@ -1,4 +1,4 @@
-"""What a score was measured with: the checkpoint's hash, preprocessing, versions, command."""
+"""Provenance of an encoder's scores: checkpoint hash, preprocessing, versions, command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def provenance(folder: Path, encoder: Encoder, command: str, argv: list[str]) -> dict[str, Any]:
-    """The part that all results of an encoder share."""
+    """Return the fields that all results of an encoder have in common."""
     return {
         "encoder": str(folder),
         "sha256": checkpoint_digest(folder),
@@ -30,41 +30,41 @@ def provenance(folder: Path, encoder: Encoder, command: str, argv: list[str]) ->
 
 
 def refuse_mixed_precision(folders: Iterable[Path]) -> None:
-    """A recipe's `precision: auto` may have been bf16 on one machine and fp32 on the next.
+    """Check that all runs trained in the same precision; `precision: auto` depends on the machine.
 
     Raises:
-        UserError: runs of both.
+        UserError: two runs differ.
     """
     runs: dict[str, Path] = {}
     for folder in folders:
         file = folder / "recipe.yaml"
-        if file.is_file():  # a tower of others has none
+        if file.is_file():  # encoders from elsewhere have no recipe
             training = yaml.safe_load(read_text(file)).get("training", {})
             runs.setdefault(training.get("precision", "unknown precision"), folder)
     if len(runs) > 1:
-        said = ", ".join(f"{folder} in {precision}" for precision, folder in runs.items())
+        details = ", ".join(f"{folder} in {precision}" for precision, folder in runs.items())
         raise UserError(
-            f"{said}: not to be compared", remedy="remove those of one, and run the same command on one machine"
+            f"runs in different precision cannot be compared ({details})",
+            key="training.precision",
+            remedy="delete those of one precision, and run the same command on one machine",
         )
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 of `model.safetensors`; of all shards in the order of their names where the weights are sharded.
+    """Return the SHA-256 of `model.safetensors`, or of all shards in the order of their names.
 
     Raises:
-        UserError: the folder holds no weights.
+        UserError: the folder has no weights.
     """
     single = folder / "model.safetensors"
     shards = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
     if not shards:
-        raise UserError(
-            "no model.safetensors here", file=folder, remedy="give the folder that 'clips-mllm pretrain' wrote"
-        )
+        raise UserError("has no model.safetensors", file=folder, remedy="give a folder of 'clips-mllm pretrain'")
     return file_hash(*shards)
 
 
 def diverged(folder: Path) -> UserError:
-    """What to say of an encoder whose embeddings are not finite."""
+    """Return the error for an encoder whose embeddings are not finite."""
     return UserError(
-        "its embeddings hold NaN or infinity", file=folder, remedy="the training diverged, pretrain it again"
+        "its embeddings contain NaN or infinity", file=folder, remedy="its training diverged, pretrain it again"
     )
