@@ -65,7 +65,7 @@ def test_a_fixed_seed_fixes_the_losses(run: Path, sample_world: Path, tmp_path: 
         ({"model.image.heads": 3}, "model.image.heads=3: does not divide width=32"),
         ({"model.captioner.layers": 0}, "model.captioner.layers=0: at least 1"),
         ({"model.patch_size": 0}, "model.patch_size=0: at least 1"),
-        ({"data.augmentation.smallest_crop": 0}, "a share above 0, at most 1"),
+        ({"data.augmentation.smallest_crop": 0}, "data.augmentation.smallest_crop=0.0: "),
         ({"data.augmentation.gray_probability": 2}, "data.augmentation.gray_probability=2"),
         ({"training.device_batch_size": 0}, "training.device_batch_size=0: at least 1"),
         ({"training.workers": -1}, "training.workers=-1: at least 0"),
