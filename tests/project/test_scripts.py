@@ -49,9 +49,10 @@ def test_threads_of_a_command_do_not_spin(given: dict[str, str], policy: str) ->
     """Before torch is there, which reads it once. Beside other work, spinning took three times as long."""
     code = """
 import os, sys
-from clips_mllm.cli import main
+from clips_mllm.cli import run
+sys.argv[1:] = ["inspect", "--help"]
 try:
-    main(["inspect", "--help"])
+    run()
 except SystemExit:
     print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
 """
