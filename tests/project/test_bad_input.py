@@ -351,7 +351,7 @@ def test_a_failing_command_as_a_process(fault: str, mllm_dir: Path, sample_world
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 2
