@@ -137,8 +137,8 @@ def test_fsspec_memory_urls_and_globs() -> None:
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder with byte ranges. The file name selects the fault: `flaky` fails twice, `hung` never answers, `busy`
-    always fails."""
+    """Serves a folder with byte ranges. The file name selects the fault: `flaky` fails twice, `hung` never answers,
+    `busy` always fails."""
 
     requests: ClassVar[list[str]] = []
     release = threading.Event()
