@@ -19,7 +19,8 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+from clips_mllm.data.collator import InstructionCollator
+from clips_mllm.data.dataset import InstructionDataset
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.merge import main as merge
 from clips_mllm.model.build import build_mllm
