@@ -36,10 +36,12 @@ def main(argv: list[str]) -> None:
 
     from clips_mllm.data.dataset import Examples
     from clips_mllm.training.setup import check_output, load_or_build, with_precision
+    from vision_tower.training.run_folder import check_same_recipe, holds_run
 
     recipe, folder = with_precision(recipe), Path(recipe.output_dir)
     check_output(folder, recipe)
-    check_same_recipe(folder, recipe)
+    if holds_run(folder):
+        check_same_recipe(folder / "recipe.yaml", recipe, "train")
     arguments = set_up(recipe, folder)  # before the model: ZeRO-3 divides it while it is built
     set_seed(recipe.training.seed)
     examples = Examples(recipe.data)  # before the model, which takes minutes to load: it reports bad rows
@@ -60,15 +62,6 @@ def read_recipe(argv: list[str]) -> TrainRecipe:
     if recipe.model.projector is not None and not Path(recipe.model.projector).is_file():
         raise UserError("no such file", file=recipe.model.projector, key="model.projector", remedy="correct the path")
     return recipe
-
-
-def check_same_recipe(folder: Path, recipe: TrainRecipe) -> None:
-    """Raise UserError if the folder has a run with another recipe."""
-    from vision_tower.training.resume import refuse_other_recipe
-    from vision_tower.training.run_folder import holds_run
-
-    if holds_run(folder):
-        refuse_other_recipe(folder / "recipe.yaml", recipe, "train")
 
 
 def set_up(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
@@ -155,7 +148,7 @@ def run(trainer: MllmTrainer, recipe: TrainRecipe, argv: list[str], parts: dict[
     from clips_mllm.training.preflight import preflight, show_data
     from clips_mllm.training.stages import trained_line
     from vision_tower.common.provenance import finish_provenance
-    from vision_tower.training.resume import end_if_stopped
+    from vision_tower.training.resume import raise_if_stopped
     from vision_tower.training.run_folder import add_metrics_file, latest_checkpoint, only_run_in, start_run_folder
 
     folder = Path(recipe.output_dir)
@@ -175,7 +168,7 @@ def run(trainer: MllmTrainer, recipe: TrainRecipe, argv: list[str], parts: dict[
         finally:
             if trainer.tower is not None:
                 trainer.tower.store.flush()
-        end_if_stopped(trainer)
+        raise_if_stopped(trainer)
         trainer.save_model(str(folder))
         if is_main_process():
             finish_provenance(folder)

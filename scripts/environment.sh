@@ -1,7 +1,7 @@
-# Sourced by the other scripts: the virtual environment, the launcher's options, what a machine without GPU needs.
+# Sourced by the other scripts: virtual environment, launcher options, and tuning for machines without a GPU.
 #   RANKS=4           processes on this machine (default: every visible GPU, or 1 on a CPU)
 #   PORT=29501        port of the process group (default: a free one; 29500 over several nodes)
-#   HOSTFILE=hosts    several nodes: DeepSpeed's host file, "name slots=8" a line
+#   HOSTFILE=hosts    DeepSpeed host file for several nodes, one line "name slots=8" per node
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$ROOT/.venv/bin:$PATH"
 LAUNCH=(deepspeed --quiet)
@@ -10,11 +10,11 @@ if [ -n "${HOSTFILE:-}" ]; then
   LAUNCH+=(--hostfile "$HOSTFILE" --master_port "${PORT:-29500}")
 else
   PORT=${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-  # Of a GPU without nvidia-smi (a container, AMD) PyTorch knows, after seconds.
+  # Without nvidia-smi (containers, AMD) ask PyTorch, which takes seconds to import.
   if { nvidia-smi -L || { { [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; } &&
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; } >/dev/null 2>&1; then
     LAUNCH+=(--master_port "$PORT")
-    # Without --num_gpus DeepSpeed takes every GPU, and honours CUDA_VISIBLE_DEVICES; with it, it would forget that.
+    # DeepSpeed ignores CUDA_VISIBLE_DEVICES if --num_gpus is given; without, it uses all visible GPUs.
     if [ -n "${RANKS:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
       IFS=, read -ra GPUS <<<"$CUDA_VISIBLE_DEVICES"
       [ "$RANKS" -le "${#GPUS[@]}" ] || { echo "error: RANKS=$RANKS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" >&2; exit 2; }
@@ -26,9 +26,9 @@ else
     RANKS=${RANKS:-1}
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + RANKS - 1) / RANKS ))}
-    # Threads that spin while they wait would fight with the loader processes over few cores.
+    # Spinning threads would compete with the loader processes for cores.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-    # Large tensors in pages of 2 MB: the system zeroes each page before a tensor gets it, and one at a time it is slow.
+    # 2 MB pages for large tensors: the kernel zeroes every new page, and 4 KB pages are slow.
     export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
     # One malloc arena: the forward and backward threads reuse each other's freed blocks instead of fragmenting two heaps.
     export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
@@ -41,8 +41,8 @@ else
     # length that grows by 10 MB a step.
     export ONEDNN_PRIMITIVE_CACHE_CAPACITY=${ONEDNN_PRIMITIVE_CACHE_CAPACITY:-64}
     export LRU_CACHE_CAPACITY=${LRU_CACHE_CAPACITY:-64}
-    # The part of DeepSpeed's launcher that starts the ranks of a machine. `deepspeed` starts just this, and waits for it
-    # with 0.4 GB of memory.
+    # The inner launcher of DeepSpeed, which starts the ranks of one machine. `deepspeed` would start it and wait with
+    # 0.4 GB of memory.
     WORLD=$(python -c 'import base64, json, sys
 print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$RANKS")
     LAUNCH=(python -u -m deepspeed.launcher.launch --quiet --master_port "$PORT" --world_info "$WORLD")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole road, quickstart or smoke:  scripts/pipeline.sh quickstart
-# A step that finished with the same command is skipped; an interrupted one goes on from its last checkpoint.
+# Run the pipeline end to end:  scripts/pipeline.sh quickstart|smoke
+# A step that finished with the same command is skipped; an interrupted one resumes from its last checkpoint.
 set -euo pipefail
 NAME=${1:?usage: scripts/pipeline.sh quickstart|smoke}
 RUN=runs/$NAME

@@ -1,4 +1,4 @@
-"""Tiny real models and a tiny sample world, built once per session by the project's commands. No network."""
+"""Tiny real models and a tiny sample world, built once a session by the project's own commands. No network."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ import pytest
 if TYPE_CHECKING:
     from clips_mllm.model.checkpoint import Mllm
 
-# At import, since torch, DeepSpeed, the hub and `datasets` read these variables when they are imported. Idle OpenMP
-# threads must not spin, because tests run in parallel; nothing downloads, and caches of the user stay unchanged.
+# Before torch is imported anywhere: tests share two cores, and spinning OpenMP threads would fight over them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-cache-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
-# Files with many processes start first, so that none runs alone at the end.
+# Files that start many processes. They begin first, so that none is left to run alone at the end.
 LONG = (
     "test_train_ranks.py",
     "test_train_resume.py",
@@ -57,14 +56,23 @@ SMALL_WORLD = {
 }
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the long files first, the others in their order."""
+    """Run long files first, the others in their order; skip tests marked `gpu` without a GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
 def sample_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small output of `clips-mllm data sample`, with a random two-layer LLaMA."""
+    """The folder that `clips-mllm data sample` leaves, in small, with the random two-layer LLaMA."""
     from clips_mllm.sample.build import main
 
     folder = tmp_path_factory.mktemp("world") / "data"
@@ -87,8 +95,8 @@ def encoder_dir(sample_world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from vision_tower.data.pairs import read_texts
     from vision_tower.model.modeling import ClipsModel
     from vision_tower.model.recipe import ModelRecipe, TowerRecipe
-    from vision_tower.pretrain import model_config
     from vision_tower.pretraining.recipe import PairsRecipe
+    from vision_tower.pretraining.setup import model_config
     from vision_tower.text.tokenizer import ClipsTokenizer
 
     texts = read_texts(PairsRecipe(shards=str(sample_world / "pretrain" / "*.tar")), 200)
@@ -135,7 +143,7 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
 
 
 def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
-    """Enlarge the weights, so that the output depends visibly on the input."""
+    """With weights so large that what the model reads shows in what it says."""
     import torch
 
     torch.manual_seed(seed)
@@ -148,7 +156,7 @@ def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
 
 @pytest.fixture(scope="module")
 def mllm(mllm_dir: Path) -> Mllm:
-    """The tiny MLLM with weights large enough that a wrong mask or attention across samples changes the output."""
+    """The tiny MLLM with weights large enough that a wrong mask, or a sample that sees another, shows."""
     from clips_mllm.model.checkpoint import load_mllm
 
     return louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=1, std=0.15)
@@ -156,7 +164,7 @@ def mllm(mllm_dir: Path) -> Mllm:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
-    """Return a function that puts a folder into the hub's local cache, as a download does, and returns its id."""
+    """Puts a folder into a hub's local cache, as a download leaves it there, and says its id."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
@@ -172,7 +180,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str
 
 @pytest.fixture(scope="session")
 def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny MLLM with weights so large that every prompt and image has a different answer."""
+    """The tiny MLLM with weights so large that every prompt and image has another answer."""
     from clips_mllm.model.checkpoint import load_mllm, save_mllm
 
     mllm = louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)
@@ -183,7 +191,7 @@ def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Use one thread: the number of threads changes the order of sums, and so their rounding."""
+    """Several would divide sums as there are cores, and round as they are divided."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,6 +1,6 @@
-"""Quantisation of the LLM to 4 or 8 bits with bitsandbytes, for QLoRA and for inference with less memory.
+"""LLM weights in 4 or 8 bits, by bitsandbytes: for QLoRA, and for talking to a model that is too large otherwise.
 
-Tower, projector and output layer are not quantised: they are small, and errors in them cost the most accuracy.
+Tower, projector and vocabulary layer stay as they are: they are small, and what they say matters most.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
 
 def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
-    """Return nf4 with double quantisation (arXiv 2305.14314) for 4bit, LLM.int8() (arXiv 2208.07339) for 8bit.
+    """4bit: nf4 with double quantisation (arXiv 2305.14314); 8bit: LLM.int8() (arXiv 2208.07339).
 
     Args:
-        compute: dtype of matrix products with 4-bit weights.
+        compute: what 4-bit weights are turned into for a product.
     """
     from transformers import BitsAndBytesConfig
 
@@ -40,7 +40,7 @@ def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
-    """Return the quantisation under which the adapter in `folder` was trained, or None."""
+    """How the base of the adapter in `folder` was quantised while it trained, or None where it was not."""
     from transformers import BitsAndBytesConfig
 
     file = folder / QUANTIZATION_FILE

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from clips_mllm.data.sampler import LengthGroupedSampler
 from clips_mllm.model.adapters import read_into
@@ -27,9 +26,8 @@ from clips_mllm.prompts.conversation import IGNORED
 from clips_mllm.training.recipe import StageRecipe
 from clips_mllm.training.stages import optimizer_groups
 from vision_tower.common.errors import UserError
-from vision_tower.training.nan_guard import refuse
 from vision_tower.training.resume import ResumableTrainer
-from vision_tower.training.sigterm import leave_signals_to_the_trainer
+from vision_tower.training.sigterm import ignore_signals_in_worker
 
 
 @contextmanager
@@ -70,7 +68,7 @@ def supervised_loss(
 
 
 def _start_worker(seed: Callable[[int], None], worker: int) -> None:
-    leave_signals_to_the_trainer(worker)
+    ignore_signals_in_worker(worker)
     seed(worker)
 
 
@@ -148,14 +146,7 @@ class MllmTrainer(ResumableTrainer):
         with nullcontext(inputs) if self.tower is None else self.tower.completed(inputs, self.accelerator) as batch:
             return supervised_loss(model, self.bare, batch)
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Stop on a loss or gradient norm that is not finite, before the optimiser steps or anything is saved."""
-        norm = super()._get_grad_norm(*args, **kwargs)
-        values = {"loss": self._tr_loss, "gradient norm": torch.as_tensor(0.0 if norm is None else norm)}
-        refuse(values, self.state.global_step + 1, self._batch_texts, Path(self.args.output_dir))
-        return norm
-
-    def _batch_texts(self) -> list[str]:
+    def step_samples(self) -> list[str]:
         """Return the beginnings of the texts of this step's samples."""
         image = self.processor.image_token_id
         rows = [row[row != image][:100] for batch in self._batches for row in batch["input_ids"]]
@@ -215,25 +206,11 @@ class MllmTrainer(ResumableTrainer):
             finally:
                 config.use_cache = False
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load weights by `from_pretrained`, which maps the names of stock files to those of the class.
-
-        Trainer's own method does not map them: it finds no matching name, warns, and keeps the initial weights.
-        """
+    def read_model(self, folder: str) -> None:
+        """Load weights by `from_pretrained`, which maps the names of stock files to those of the class."""
         if isinstance(self.model, PeftModel):
-            read_into(self.model, resume_from_checkpoint)
+            read_into(self.model, folder)
         else:
             widest = max((weights.dtype for weights in self.bare.parameters()), key=lambda kind: kind.itemsize)
-            saved, _ = load_parts(resume_from_checkpoint, dtype=widest)  # keeps fp32 master weights exact
+            saved, _ = load_parts(folder, dtype=widest)  # keeps fp32 master weights exact
             self.bare.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint's weights as those of any other."""
-        best = self.state.best_model_checkpoint
-        assert best is not None
-        if self.is_deepspeed_enabled:
-            deepspeed_load_checkpoint(
-                self.model_wrapped, best, load_module_strict=not isinstance(self.model, PeftModel)
-            )
-        else:
-            self._load_from_checkpoint(best)

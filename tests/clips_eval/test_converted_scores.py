@@ -18,7 +18,7 @@ from vision_tower.data.image_folder import DEFAULT_TEMPLATES, read_templates
 from vision_tower.evaluation.zeroshot import class_embeddings
 from vision_tower.model.modeling import ClipsModel
 from vision_tower.model.recipe import ModelRecipe, TowerRecipe
-from vision_tower.pretrain import model_config
+from vision_tower.pretraining.setup import model_config
 from vision_tower.text.tokenizer import ClipsTokenizer
 
 NAMES = ["cat", "dog", "hat", "moon", "cup", "bus"]

@@ -1,4 +1,4 @@
-"""Arguments of a tiny pretraining run, and readers of its metrics."""
+"""Arguments and metrics of a tiny pretraining run."""
 
 from __future__ import annotations
 

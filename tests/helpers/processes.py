@@ -1,4 +1,4 @@
-"""Child processes of a test: list them, wait for their end."""
+"""Child processes of a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def children(process: int) -> list[int]:
 
 
 def has_ended(process: int) -> bool:
-    """Within the few seconds that a loader process takes to notice that it is alone."""
+    """Return True if the process ends within 20 seconds, which a loader process without parent needs at most."""
     file = Path(f"/proc/{process}/stat")
     until = time.monotonic() + 20
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""A step of the road is recorded where it is done, and not where SIGTERM stopped it, though both end with code 0."""
+"""scripts/step.py records a finished step, but not one that SIGTERM stopped, although both exit with 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def step(record: Path, code: str) -> int:
     return subprocess.run(words, check=False, cwd=record.parent).returncode
 
 
-def test_a_stopped_step_is_not_done(tmp_path: Path) -> None:
+def test_stopped_step_is_not_recorded(tmp_path: Path) -> None:
     record = tmp_path / "steps" / "1.json"
     record.parent.mkdir()
     stopped = "import os, pathlib; pathlib.Path(os.environ['STOPPED_FILE']).touch()"
@@ -26,8 +26,8 @@ def test_a_stopped_step_is_not_done(tmp_path: Path) -> None:
     assert "done" in json.loads(record.read_text())["command"]
 
 
-def test_the_memory_of_all_processes_is_kept(tmp_path: Path) -> None:
-    """Of a command and of what it starts: 100 MB and 200 MB, held for longer than a look takes to come."""
+def test_memory_of_all_processes_is_recorded(tmp_path: Path) -> None:
+    """A command with 100 MB and its child with 200 MB, for longer than the measuring interval."""
     hold = "import time; kept = bytearray(b'x') * {}; time.sleep(5)"
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold.format(200_000_000)!r}])\n"
     assert step(tmp_path / "1.json", code + hold.format(100_000_000) + "; p.wait()") == 0
@@ -36,7 +36,7 @@ def test_the_memory_of_all_processes_is_kept(tmp_path: Path) -> None:
 
 
 def test_sigterm_reaches_the_command(tmp_path: Path) -> None:
-    """A stopped road leaves nothing running behind it, also where a launcher dies before what it has started."""
+    """No process is left, even if a launcher exits before its ranks."""
     rank = (
         "import os, pathlib, signal, sys, time\n"
         "def save(*_):\n"
@@ -62,7 +62,7 @@ def test_sigterm_reaches_the_command(tmp_path: Path) -> None:
         running.wait()
 
 
-def test_a_command_tells_of_a_stop(tmp_path: Path) -> None:
+def test_stopped_command_is_reported(tmp_path: Path) -> None:
     code = (
         "import sys; from vision_tower.common.errors import Stopped, run_command\n"
         "def main(argv): raise Stopped('SIGTERM: stopped')\n"

@@ -47,7 +47,7 @@ ARROWS = {
     "mllm/talk mllm/talk/web mllm/talk/serve vt/common vt/training vt/data vt/checkpoints",
     "eval/tasks": "",
     "eval/stats": "vt/common vt/checkpoints",
-    "eval/lmms": "eval/tasks eval/stats mllm/prompts mllm/model vt/common vt/training vt/checkpoints",
+    "eval/lmms": "eval/tasks eval/stats mllm/prompts mllm/model vt/common vt/checkpoints",
     "eval/retrieval": "eval/stats vt/common vt/data vt/evaluation",
     "eval/reporting": "eval/stats eval/retrieval vt/common",
     "eval/experiments": "eval/stats eval/retrieval eval/reporting vt/common vt/text",

@@ -1,4 +1,4 @@
-"""Contrastive-safe accumulation through `clips-mllm pretrain`: the same run as with the batch in one piece."""
+"""Gradient cache in `clips-mllm pretrain`: accumulation trains as one batch does."""
 
 from __future__ import annotations
 
@@ -59,15 +59,13 @@ def assert_same_run(found: Path, expected: Path) -> None:
     first, second = load_file(found / "model.safetensors"), load_file(expected / "model.safetensors")
     assert set(first) == set(second)
     for name, value in second.items():
-        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding, which Adam makes a step
+        if name.endswith("k_proj.bias"):  # softmax is invariant to it: Adam scales up rounding noise
             continue
         assert (first[name] - value).abs().mean() < 2e-5, name
 
 
 @pytest.mark.parametrize("objective", ["clips", "clipa-mix"])
-def test_accumulation_is_the_run_with_the_batch_in_one_piece(
-    sample_world: Path, tmp_path: Path, objective: str
-) -> None:
+def test_accumulation_equals_one_batch(sample_world: Path, tmp_path: Path, objective: str) -> None:
     for size in (16, 4):
         main(arguments(sample_world, tmp_path / str(size), objective=objective, **{"training.device_batch_size": size}))
     assert_same_run(tmp_path / "4", tmp_path / "16")
@@ -75,7 +73,7 @@ def test_accumulation_is_the_run_with_the_batch_in_one_piece(
 
 
 @pytest.mark.slow
-def test_accumulation_on_two_ranks(sample_world: Path, tmp_path: Path) -> None:
+def test_accumulation_on_two_ranks_equals_one_batch_per_rank(sample_world: Path, tmp_path: Path) -> None:
     """Each rank reads its own shards, so the reference is two ranks with their batch in one piece.
 
     The logged terms are those of the global batch, so the logged loss is their sum.
@@ -91,7 +89,7 @@ def test_accumulation_on_two_ranks(sample_world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "8" / "tower" / "model.safetensors").is_file()
 
 
-# --- the step itself
+# --- one step
 
 
 def model() -> ClipsModel:
@@ -128,10 +126,10 @@ def batch(pairs: int) -> dict[str, Any]:
 def step(
     some: ClipsModel, whole: dict[str, Any], size: int, weights: Mapping[str, float] = OBJECTIVES["clips"].weights
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step in micro-batches of `size`."""
+    """Return loss and gradients of one step in micro-batches of `size`."""
     count = len(whole["keys"]) // size
     parts = [{name: value[n * size :][:size] for name, value in whole.items()} for n in range(count)]
-    for part in parts:  # each in memory of its own
+    for part in parts:  # copies, so that none keeps the memory of the others
         part.update({name: value.clone() for name, value in part.items() if isinstance(value, torch.Tensor)})
     loss = StepLoss(weights)
     loss.start(parts)
@@ -145,7 +143,7 @@ def step(
 
 @pytest.mark.parametrize("weights", [OBJECTIVES["clips"].weights, {"sub": 1.0, "caption": 2.0}, {"caption": 2.0}])
 @pytest.mark.parametrize("size", [6, 4, 1])
-def test_gradients_equal_the_big_batch(size: int, weights: dict[str, float]) -> None:
+def test_gradients_equal_those_of_the_full_batch(size: int, weights: dict[str, float]) -> None:
     whole = batch(12)
     expected, wanted = step(model(), whole, 12, weights)
     found, gradients = step(model(), whole, size, weights)
@@ -155,10 +153,10 @@ def test_gradients_equal_the_big_batch(size: int, weights: dict[str, float]) -> 
 
 
 def max_kept(pairs: int, size: int) -> int:
-    """The largest number of bytes that graphs keep for their backward passes at any time, parameters apart."""
+    """Return the peak bytes of tensors saved for backward passes, without parameters."""
     some, whole = model(), batch(pairs)
     fixed = {value.untyped_storage().data_ptr() for value in (*some.parameters(), *some.buffers())}
-    held: collections.Counter[int] = collections.Counter()  # how often each storage is kept
+    held: collections.Counter[int] = collections.Counter()  # references by storage
     sizes: dict[int, int] = {}
     most = 0
 
@@ -177,8 +175,8 @@ def max_kept(pairs: int, size: int) -> int:
     return most
 
 
-def test_memory_of_activations_does_not_grow_with_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_memory_does_not_grow_with_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vision_tower.model.losses.LOGITS_CHUNK", 512)
     few, many = max_kept(8, 4), max_kept(64, 4)
-    assert many < 1.1 * few  # what grows is embeddings: (pairs, 12) numbers
+    assert many < 1.1 * few  # only the embeddings grow: (pairs, 12) numbers
     assert max_kept(64, 64) > 10 * few

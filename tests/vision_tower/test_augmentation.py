@@ -1,4 +1,4 @@
-"""Augmentation is bit-identical to torchvision."""
+"""Augmentation is torchvision's, to the last bit."""
 
 from __future__ import annotations
 

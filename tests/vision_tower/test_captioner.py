@@ -1,4 +1,4 @@
-"""The captioner against the stock blocks under the dense mask, and against its definition."""
+"""The captioner against stock blocks with a dense mask, and against its definition."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build(**options: Any) -> ClipsModel:
     model = ClipsModel.from_scratch(config)
     with torch.no_grad():
         for value in model.captioner.layers.parameters():
-            value.mul_(8)  # fresh weights are so small that attention hardly carries anything
+            value.mul_(8)  # initial weights are too small for attention to have a measurable effect
         model.text_model.embeddings.token_embedding.weight.mul_(50)
     return model
 
@@ -51,7 +51,7 @@ def prefix(batch: int = 3) -> dict[str, torch.Tensor]:
 
 
 def combination_mask(before: int, queries: int) -> torch.Tensor:
-    """By definition, one number at a time; True = may."""
+    """Build the dense mask element by element; True allows attention."""
     mask = torch.zeros(before + queries, before + queries, dtype=torch.bool)
     for row in range(before + queries):
         for column in range(before + queries):
@@ -60,7 +60,7 @@ def combination_mask(before: int, queries: int) -> torch.Tensor:
 
 
 def naive(captioner: Captioner, patches: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Logits of all queries: stock blocks, the dense mask, every row through every layer."""
+    """Compute the logits of all queries with stock blocks and a dense mask, every row in every layer."""
     hidden = torch.cat(
         [
             captioner.image_projection(patches),
@@ -84,7 +84,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_equals_stock_blocks_under_the_dense_mask(layers: int) -> None:
-    """Loss and gradients; the vocabulary layer at targets alone, the queries behind them left out."""
+    """Compares loss and gradients, although vocabulary layer and queries are computed at targets only."""
     model = build(captioner_layers=layers)
     captioner: Captioner = model.captioner
     given = {name: value.requires_grad_() for name, value in prefix().items()}
@@ -100,15 +100,15 @@ def test_equals_stock_blocks_under_the_dense_mask(layers: int) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
     found = gradients(captioner, loss)
     assert set(found) == set(wanted)
-    close = 5e-5  # gradients here go up to 200, and every CPU's matrix products add up in an order of their own
+    close = 5e-5  # relative; gradients reach 200, and the order of sums differs between CPUs
     for name, value in wanted.items():
         assert (found[name] - value).abs().max() <= close * max(1, value.abs().max()), name
     for name, value in given.items():
         assert (value.grad - inputs[name]).abs().max() <= close * max(1, inputs[name].abs().max()), name
 
 
-def test_what_may_not_be_seen_is_as_good_as_absent() -> None:
-    """Masked rows of the prompt change neither the other rows of the prefix nor the queries."""
+def test_masked_prompt_equals_absent_prompt() -> None:
+    """Masked rows affect neither the other rows of the prefix nor the queries."""
     captioner: Captioner = build(captioner_layers=3).captioner
     given = prefix()
     seen = torch.tensor([True, True, False, False, True, False, True]).expand(3, -1)
@@ -122,12 +122,12 @@ def test_what_may_not_be_seen_is_as_good_as_absent() -> None:
     assert (masked - plain).abs().max() > 1e-3
 
 
-def test_queries_see_the_prefix_and_earlier_queries_only() -> None:
+def test_queries_attend_to_prefix_and_earlier_queries_only() -> None:
     captioner: Captioner = build().captioner
     given = prefix()
     with torch.no_grad():
         before = captioner(**given)
-        captioner.queries[4] *= -1  # a shift would vanish in the LayerNorm
+        captioner.queries[4] *= -1  # LayerNorm would remove a shift
         after = captioner(**given)
         captioner.queries[4] *= -1
         other_prefix = captioner(given["patches"], words=given["words"] + torch.eye(WORDS)[0][:, None] * 3)
@@ -136,7 +136,7 @@ def test_queries_see_the_prefix_and_earlier_queries_only() -> None:
     assert all((before[:, t] - other_prefix[:, t]).abs().max() > 1e-5 for t in range(QUERIES))
 
 
-def test_the_prefix_does_not_see_the_queries() -> None:
+def test_prefix_does_not_attend_to_queries() -> None:
     captioner: Captioner = build().captioner
     given = prefix()
     seen: list[torch.Tensor] = []
@@ -148,8 +148,8 @@ def test_the_prefix_does_not_see_the_queries() -> None:
     torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
 
 
-def test_captions_are_predicted_without_seeing_them() -> None:
-    """No teacher forcing: a query does not know the earlier targets, nor the captioner the sub-caption."""
+def test_clips_captioner_has_no_access_to_targets() -> None:
+    """Without teacher forcing the loss depends neither on earlier targets nor on the sub-caption."""
     model = build()
     torch.manual_seed(2)
     batch = {
@@ -169,7 +169,7 @@ def test_captions_are_predicted_without_seeing_them() -> None:
     torch.testing.assert_close(other_sub, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_cocas_captioner_knows_the_pieces_before_and_no_others() -> None:
+def test_coca_captioner_has_access_to_previous_tokens_only() -> None:
     model = build(teacher_forced=True)
     torch.manual_seed(2)
     given = {
@@ -192,11 +192,11 @@ def test_cocas_captioner_knows_the_pieces_before_and_no_others() -> None:
             queries = changed(place).tolist()
             assert not any(queries[: place + 1]) and all(queries[place + 1 : place + 2])
         model(**given | {"mix_ids": given["mix_ids"].flip(1)}, labels=labels)
-    assert torch.equal(states[-1], states[0])  # the caption itself does not leak in through the text tower
+    assert torch.equal(states[-1], states[0])  # the text tower does not leak the caption
 
 
-def test_the_largest_tensor_is_no_mask_and_no_batch_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept for the backward pass holds neither a dense mask nor the logits of all targets."""
+def test_saved_tensors_include_neither_dense_mask_nor_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks the shapes of all tensors saved for the backward pass."""
     from vision_tower.model import losses
 
     monkeypatch.setattr(losses, "LOGITS_CHUNK", 4 * VOCABULARY)

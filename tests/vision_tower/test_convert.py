@@ -27,7 +27,7 @@ from vision_tower.common.errors import UserError
 from vision_tower.model.modeling import ClipsModel
 from vision_tower.model.positions import sincos_positions
 from vision_tower.model.recipe import ModelRecipe, TowerRecipe
-from vision_tower.pretrain import model_config
+from vision_tower.pretraining.setup import model_config
 from vision_tower.text.tokenizer import CLS, PAD, UNK, ClipsTokenizer
 
 VOCABULARY = [f"[unused{index - 1}]" for index in range(102)]

@@ -21,9 +21,9 @@ from vision_tower.model.modeling import ClipsModel
 from vision_tower.model.positions import interpolate_positions
 from vision_tower.model.recipe import ModelRecipe, TowerRecipe
 from vision_tower.model.towers import tower_parts
-from vision_tower.pretrain import load_tokenizer, model_config, starting_model
 from vision_tower.pretrain import main as pretrain
 from vision_tower.pretraining.recipe import PairsRecipe, PretrainRecipe
+from vision_tower.pretraining.setup import initial_model, load_tokenizer, model_config
 from vision_tower.text.objectives import OBJECTIVES
 from vision_tower.text.tokenizer import ClipsTokenizer
 
@@ -155,7 +155,7 @@ def test_start_from_an_encoder_at_a_larger_image_size(trained: Path, tokenizer: 
     whole = PretrainRecipe(output_dir="unused", data=PairsRecipe(shards="nowhere/*.tar"), model=recipe)
     own = load_tokenizer(whole)
     assert own.fast.get_vocab() == tokenizer.fast.get_vocab()
-    model = starting_model(recipe, own)
+    model = initial_model(recipe, own)
     first = built(RECIPE, tokenizer)
     assert tower_parts(model.vision_model).positions.shape == (16, 16)
     for name, value in first.state_dict().items():

@@ -1,4 +1,4 @@
-"""Every loss by hand, by a naive double loop; accumulation and two ranks against one big batch."""
+"""Losses against hand calculations and naive loops; accumulation and two ranks against one large batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def case(batch: int = 8, queries: int = 5) -> dict[str, torch.Tensor]:
         return F.normalize(torch.randn(batch, 6, generator=generator), dim=-1)
 
     labels = torch.randint(0, 11, (batch, queries), generator=generator)
-    for row in range(batch):  # captions of 1 to 5 targets: the halves of the batch count differently
+    for row in range(batch):  # captions of 1 to 5 targets, so the halves of the batch have different counts
         labels[row, 1 + row // 2 :] = IGNORED
     return {
         "image": unit(),
@@ -52,17 +52,17 @@ def case(batch: int = 8, queries: int = 5) -> dict[str, torch.Tensor]:
     }
 
 
-def test_info_nce_by_hand() -> None:
-    # Scores are the identity: each of the four softmaxes has e / (e + 1) on its own pair.
+def test_info_nce_equals_hand_calculation() -> None:
+    # Scores are the identity: each of the four softmaxes assigns e / (e + 1) to its pair.
     eye = torch.eye(2)
     assert float(info_nce(eye, eye, ONE)) == pytest.approx(math.log(1 + math.exp(-1)))
     # Pairs swapped: 1 / (e + 1).
     assert float(info_nce(eye, eye.flip(0), ONE)) == pytest.approx(math.log(1 + math.e))
-    # All alike: chance.
+    # Equal embeddings: chance.
     assert float(info_nce(torch.ones(4, 3), torch.ones(4, 3), 7 * ONE)) == pytest.approx(math.log(4))
 
 
-def test_info_nce_against_a_double_loop() -> None:
+def test_info_nce_equals_naive_loop() -> None:
     given = case()
     loss = float(info_nce(given["image"], given["web"], torch.tensor(9.0)))
     assert loss == pytest.approx(naive_info_nce(given["image"], given["web"], 9.0), abs=1e-5)
@@ -78,8 +78,8 @@ def test_info_nce_is_symmetric_and_exact_in_bf16_inputs() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 16, 24, 2**24])
-def test_blocks_of_similarities_give_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """Loss and gradients, also where the last block is shorter."""
+def test_info_nce_in_blocks_equals_full_matrix(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Compares loss and gradients, also with a shorter last block."""
     given = case()
 
     def run(limit: int) -> list[torch.Tensor]:
@@ -93,7 +93,7 @@ def test_blocks_of_similarities_give_the_whole_matrix(monkeypatch: pytest.Monkey
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_the_similarity_matrix_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_tensors_do_not_include_the_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOGITS_CHUNK", 512)
     image, text = (torch.randn(256, 6, requires_grad=True) for _ in range(2))
     kept: list[int] = []
@@ -103,7 +103,7 @@ def test_the_similarity_matrix_is_never_kept(monkeypatch: pytest.MonkeyPatch) ->
     loss.backward()
 
 
-def test_summed_cross_entropy_by_hand() -> None:
+def test_summed_cross_entropy_equals_hand_calculation() -> None:
     hidden = torch.tensor([[math.log(5), 0.0], [0.0, 0.0]])
     weight = torch.tensor([[0.0, 0], [1, 0], [0, 1], [0, 1]])  # probabilities 5 / 8 and 1 / 4
     total = summed_cross_entropy(hidden, weight, torch.tensor([1, 2]))
@@ -111,8 +111,8 @@ def test_summed_cross_entropy_by_hand() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 2**24])
-def test_summed_cross_entropy_against_torch(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """Value and gradients, with either gradient unwanted, and of no token at all."""
+def test_summed_cross_entropy_equals_torch(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Compares value and gradients, also with one of the gradients disabled, and for zero tokens."""
     monkeypatch.setattr(module, "LOGITS_CHUNK", at_once)
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
@@ -128,8 +128,8 @@ def test_summed_cross_entropy_against_torch(monkeypatch: pytest.MonkeyPatch, at_
     assert nothing.item() == 0.0 and not torch.autograd.grad(nothing, weight)[0].any()
 
 
-def test_bf16_gradients_leave_the_loss_alone() -> None:
-    """The loss is the fp32 one to the bit; gradients are off by bf16's rounding and no more."""
+def test_bf16_gradients_do_not_change_the_loss() -> None:
+    """The loss is bit-identical to fp32; gradients differ by bf16 rounding."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
     labels = torch.randint(0, 30, (40,))
@@ -142,7 +142,7 @@ def test_bf16_gradients_leave_the_loss_alone() -> None:
         assert (near - right).norm() < 0.01 * right.norm()
 
 
-def test_the_caption_term_counts_targets_over_micro_batches() -> None:
+def test_caption_term_divides_by_targets_of_all_micro_batches() -> None:
     labels = case()["labels"]
     halves = labels.chunk(2)
     count = int((labels != IGNORED).sum())
@@ -151,7 +151,7 @@ def test_the_caption_term_counts_targets_over_micro_batches() -> None:
     assert float(caption_term(0 * ONE, [torch.full_like(labels, IGNORED)])) == 0.0
 
 
-def test_the_total_by_formula() -> None:
+def test_total_is_the_weighted_sum() -> None:
     terms = {"web": 2 * ONE, "sub": 3 * ONE, "caption": (5 * ONE).requires_grad_()}
     losses = weighted_losses(terms, 10 * ONE, {"web": 0.5, "sub": 0.25, "caption": 2.0})
     assert losses.total.item() == pytest.approx(0.5 * 2 + 0.25 * 3 + 2 * 5)
@@ -165,7 +165,7 @@ WEIGHTS = {"web": 0.5, "sub": 0.5, "caption": 2.0}
 
 
 class Toy(torch.nn.Module):
-    """Linear towers and a linear captioner: enough for every gradient path of the losses."""
+    """Linear towers and captioner, with all gradient paths of the losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Toy(torch.nn.Module):
 
 
 def _step(model: Callable[..., ClipsOutput], given: dict[str, torch.Tensor], parts: int = 1) -> torch.Tensor:
-    """Forward and backward of one step, in one piece or as contrastive-safe accumulation does it."""
+    """Run forward and backward of one step, as one batch or with gradient cache."""
     batches = [
         dict(zip(given, part, strict=True)) for part in zip(*(v.chunk(parts) for v in given.values()), strict=True)
     ]
@@ -211,7 +211,7 @@ def _step(model: Callable[..., ClipsOutput], given: dict[str, torch.Tensor], par
             terms = grads.terms if grads else contrastive_terms(out.image, out.texts, out.scale, WEIGHTS)
             terms = terms | {"caption": caption_term(out.caption_sum, labels)}
             loss = weighted_losses(terms, out.scale, WEIGHTS).total
-            ((loss + grads.linear(number, out) if grads else loss) / parts).backward()
+            ((loss + grads.surrogate_loss(number, out) if grads else loss) / parts).backward()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 
@@ -237,7 +237,7 @@ def _whole() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_accumulation_gives_the_gradients_of_the_big_batch(parts: int) -> None:
+def test_accumulated_gradients_equal_those_of_the_full_batch(parts: int) -> None:
     loss, gradients = _whole()
     toy = Toy()
     torch.testing.assert_close(_step(toy, case(), parts), loss, atol=1e-6, rtol=0)
@@ -245,7 +245,7 @@ def test_accumulation_gives_the_gradients_of_the_big_batch(parts: int) -> None:
         torch.testing.assert_close(value.grad, gradients[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
     """Loss and gradients under DistributedDataParallel, with and without accumulation.
 
     The ranks, and the micro-batches, hold different numbers of target tokens.

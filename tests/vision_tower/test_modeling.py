@@ -1,4 +1,4 @@
-"""The pretraining model against definitions, naive references and the stock classes it is made of."""
+"""The pretraining model against naive references and the stock classes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
 
 
 def naive_positions(side: int, width: int) -> torch.Tensor:
-    """MoCo v3's build_2d_sincos_position_embedding, one number at a time."""
+    """Compute MoCo v3's build_2d_sincos_position_embedding element by element."""
     quarter = width // 4
     rows = []
     for y in range(side):
@@ -96,8 +96,8 @@ def test_sincos_positions(side: int, width: int) -> None:
     torch.testing.assert_close(sincos_positions(side, width), naive_positions(side, width), atol=1e-6, rtol=0)
 
 
-def shown_positions(model: ClipsModel) -> torch.Tensor:
-    """Of the patches alone; a class token has the position zero."""
+def patch_positions(model: ClipsModel) -> torch.Tensor:
+    """Return the positions of the patches; that of a class token must be zero."""
     tower = model.vision_model
     if not isinstance(tower, ViTModel):
         return tower.embeddings.position_embedding.weight
@@ -105,13 +105,13 @@ def shown_positions(model: ClipsModel) -> torch.Tensor:
     return tower.embeddings.position_embeddings[0, 1:]
 
 
-def test_what_clips_lacks_stays_fixed_through_training(model: ClipsModel) -> None:
+def test_unused_parameters_stay_fixed_in_training(model: ClipsModel) -> None:
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
     out = model(**inputs())
     (out.image.sum() + out.texts["web"].sum() + out.texts["sub"].sum() + out.scale + out.caption_sum).backward()
     optimizer.step()
-    torch.testing.assert_close(shown_positions(model), naive_positions(3, 16), atol=1e-6, rtol=0)
+    torch.testing.assert_close(patch_positions(model), naive_positions(3, 16), atol=1e-6, rtol=0)
     frozen = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
     embeddings = "vision_model.embeddings."
     expected = {embeddings + "patch_embedding.bias", embeddings + "position_embedding.weight"}
@@ -123,16 +123,16 @@ def test_what_clips_lacks_stays_fixed_through_training(model: ClipsModel) -> Non
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_learned_positions_start_as_sincos_and_train(tower: str) -> None:
+def test_learned_positions_are_initialized_as_sincos_and_trained(tower: str) -> None:
     model = build(tower, positions="learned")
-    torch.testing.assert_close(shown_positions(model), naive_positions(3, 16), atol=1e-6, rtol=0)
+    torch.testing.assert_close(patch_positions(model), naive_positions(3, 16), atol=1e-6, rtol=0)
     model.embed_images(inputs()["pixel_values"])[:, 0].sum().backward()
     position = [value for name, value in model.vision_model.named_parameters() if "position" in name]
     assert len(position) == 1 and position[0].grad is not None and position[0].grad.any()
     assert all(position[0] is not value for value in parameter_groups(model, 0.2)[0]["params"])
 
 
-def test_a_model_without_captioner_embeds() -> None:
+def test_model_without_captioner() -> None:
     whole, bare = build(), build(captioner_layers=0)
     assert not [name for name in bare.state_dict() if name.startswith("captioner")]
     bare.load_state_dict({name: value for name, value in whole.state_dict().items() if name in bare.state_dict()})
@@ -143,15 +143,15 @@ def test_a_model_without_captioner_embeds() -> None:
 
 
 def padded_texts(length: int, count: int = 3) -> torch.Tensor:
-    """Texts of 1, 2, ... pieces in the contrastive layout at some length; 0 is padding."""
+    """Return texts of 1, 2, ... tokens in the contrastive layout, padded with 0 to `length`."""
     rows = [[1, *range(10, 11 + row), 2] for row in range(count)]
     return torch.tensor([row + [0] * (length - 1 - len(row)) + [3] for row in rows])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_masked_padding_means_nothing(attention: str, precision: str) -> None:
-    """Trimmed batches give the same embeddings and losses; published towers attend to padding, so theirs would not."""
+def test_embeddings_do_not_depend_on_masked_padding(attention: str, precision: str) -> None:
+    """Trimmed batches have equal embeddings and losses; with attended padding they would differ."""
     text = TEXT | {"pad_token_id": 0}
     given = inputs()
     whole, trimmed = ({**given, "web_ids": padded_texts(n), "sub_ids": padded_texts(n).flip(0)} for n in (7, 6))
@@ -160,7 +160,7 @@ def test_masked_padding_means_nothing(attention: str, precision: str) -> None:
         some.set_attn_implementation(attention)
         with torch.no_grad():
             for value in some.text_model.encoder.parameters():
-                value.mul_(4)  # fresh weights attend so evenly that bf16 would hide what padding does
+                value.mul_(4)  # initial weights attend so evenly that bf16 rounding would hide the effect of padding
     close = 1e-6 if precision == "fp32" else 0.02
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         first, second = masking(**whole), masking(**trimmed)
@@ -173,7 +173,7 @@ def test_masked_padding_means_nothing(attention: str, precision: str) -> None:
     assert other.abs().max() > 3 * close
 
 
-def test_only_weight_matrices_decay(model: ClipsModel) -> None:
+def test_only_weight_matrices_have_weight_decay(model: ClipsModel) -> None:
     decayed, kept = (group["params"] for group in parameter_groups(model, 0.2))
     names = {id(value): name for name, value in model.named_parameters()}
     assert len(decayed) + len(kept) == sum(value.requires_grad for value in model.parameters())
@@ -189,14 +189,14 @@ def test_only_weight_matrices_decay(model: ClipsModel) -> None:
     }
 
 
-def test_the_scale_starts_at_the_papers_temperature_and_is_clamped(model: ClipsModel) -> None:
+def test_logit_scale_is_initialized_as_published_and_clamped(model: ClipsModel) -> None:
     assert model(**inputs()).scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     assert model(**inputs()).scale.item() == pytest.approx(MAX_SCALE)
 
 
-def test_image_embeddings_by_stock_parts(model: ClipsModel, tmp_path: Path) -> None:
+def test_image_embeddings_equal_those_of_the_stock_tower(model: ClipsModel, tmp_path: Path) -> None:
     model.vision_model.save_pretrained(tmp_path)
     stock, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -211,7 +211,7 @@ def test_image_embeddings_by_stock_parts(model: ClipsModel, tmp_path: Path) -> N
     torch.testing.assert_close(ours, pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
 
 
-def test_text_embeddings_by_the_stock_tower(model: ClipsModel, tmp_path: Path) -> None:
+def test_text_embeddings_equal_those_of_the_stock_tower(model: ClipsModel, tmp_path: Path) -> None:
     model.text_model.save_pretrained(tmp_path)
     stock = SiglipTextModel.from_pretrained(tmp_path).eval()
     ids = inputs()["web_ids"]
@@ -220,11 +220,11 @@ def test_text_embeddings_by_the_stock_tower(model: ClipsModel, tmp_path: Path) -
         ours = model.embed_texts(ids)
     torch.testing.assert_close(ours, pooled / pooled.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
     swapped = ids.clone()
-    swapped[:, 0] = (ids[:, 0] + 1) % 50  # bidirectional: the last position sees the first
+    swapped[:, 0] = (ids[:, 0] + 1) % 50  # bidirectional: the last position attends to the first
     assert (model.embed_texts(swapped) - ours).abs().max() > 1e-5
 
 
-def test_save_and_load_give_the_same_outputs(model: ClipsModel, tmp_path: Path) -> None:
+def test_saved_model_loads_with_equal_outputs(model: ClipsModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded, info = ClipsModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -237,7 +237,7 @@ def test_save_and_load_give_the_same_outputs(model: ClipsModel, tmp_path: Path) 
     assert {name for name, value in loaded.named_parameters() if value.requires_grad} == trainable
 
 
-def test_gradient_checkpointing_changes_nothing(model: ClipsModel) -> None:
+def test_gradient_checkpointing_keeps_gradients(model: ClipsModel) -> None:
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
         out = model.train()(**inputs())
@@ -265,9 +265,7 @@ print(json.dumps({"bad": bad, "mean": hidden.mean(dim=1)[0].tolist()}))
 """
 
 
-def test_the_tower_alone_loads_in_a_process_without_this_project(
-    encoder_dir: Path, sample_world: Path, tmp_path: Path
-) -> None:
+def test_saved_tower_loads_without_this_project(encoder_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     import json
 
     from PIL import Image
@@ -291,7 +289,7 @@ def _without_project() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def test_the_encoder_embeds_the_same_one_by_one_and_together(encoder_dir: Path, sample_world: Path) -> None:
+def test_embeddings_do_not_depend_on_the_batch(encoder_dir: Path, sample_world: Path) -> None:
     from PIL import Image
 
     encoder: Encoder = load_encoder(encoder_dir, "cpu")
@@ -306,7 +304,7 @@ def test_the_encoder_embeds_the_same_one_by_one_and_together(encoder_dir: Path, 
         torch.testing.assert_close(encoder.embed_texts(texts[index : index + 1])[0], words[index])
 
 
-def test_an_encoder_that_masks_padding_trims_its_texts(encoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_with_masked_padding_trims_texts(encoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_encoder(encoder_dir, "cpu")
     texts, lengths = ["a dog", "", "a dog on a pink background"], []
     words = encoder.model.words
@@ -320,7 +318,7 @@ def test_an_encoder_that_masks_padding_trims_its_texts(encoder_dir: Path, monkey
     torch.testing.assert_close(trimmed, whole, atol=1e-6, rtol=0)
 
 
-def test_a_damaged_encoder_is_refused(encoder_dir: Path, tmp_path: Path) -> None:
+def test_damaged_encoder_is_refused(encoder_dir: Path, tmp_path: Path) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file

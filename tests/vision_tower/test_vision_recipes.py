@@ -1,4 +1,4 @@
-"""The recipes in configs/vision against the paper's tables of sizes and stages."""
+"""The recipes in configs/vision against the tables of the paper."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from vision_tower.common.recipe import parse_recipe
 from vision_tower.model.modeling import ClipsModel
 from vision_tower.model.recipe import ModelRecipe, TowerRecipe
-from vision_tower.pretrain import model_config
 from vision_tower.pretraining.recipe import PretrainRecipe
+from vision_tower.pretraining.setup import model_config
 from vision_tower.text.tokenizer import ClipsTokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vision"
-# width, layers, mlp, heads of the image tower, then of the text tower and the captioner; joint width
+# width, layers, mlp, heads of the image tower, then of the text tower and the captioner; embed_dim
 SIZES = {
     "ti": ((192, 12, 768, 3), (192, 12, 768, 3), 192),
     "s": ((384, 12, 1536, 6), (384, 12, 1536, 6), 384),
@@ -27,7 +27,7 @@ SIZES = {
     "so400m": ((1152, 27, 4304, 16), (1152, 27, 4304, 16), 1152),
     "h": ((1280, 32, 5120, 16), (1024, 24, 4096, 16), 1024),
 }
-# global batch, learning rate, samples seen, warm-up in samples
+# global batch, learning rate, samples seen, warmup samples
 STAGES = {
     "ablation": (32_768, 1.024e-3, 2.56e9, 26e6),
     "pretrain": (32_768, 1.024e-3, 12.8e9, 51e6),
@@ -49,7 +49,7 @@ def tower(numbers: tuple[int, int, int, int]) -> TowerRecipe:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_what_its_name_says(name: str) -> None:
+def test_recipe_matches_the_paper(name: str) -> None:
     recipe = RECIPES[name]
     parts = re.fullmatch(rf"({'|'.join(SIZES)})(\d+)_(\d+)", name)
     assert parts is not None
@@ -77,13 +77,13 @@ def test_a_recipe_is_what_its_name_says(name: str) -> None:
     assert (model.start_from is None) == (stage in ("ablation", "pretrain"))
 
 
-def test_every_later_stage_starts_from_the_same_model_at_fewer_pixels() -> None:
+def test_later_stages_start_from_the_same_model_at_lower_resolution() -> None:
     for name, recipe in RECIPES.items():
         if recipe.model.start_from is None:
             continue
         before = recipe.model.start_from.removeprefix("runs/")
         run = name.partition("_")[0]
-        # S and B begin at 160 pixels with the ablation's recipe and three values changed, as its first lines say.
+        # S and B start at 160 pixels with the ablation recipe and three changes, given in its first lines.
         source = RECIPES.get(before) or RECIPES[f"{run}_112"]
         same = {"image_size": 0, "start_from": None, "vocabulary": None}
         assert dataclasses.replace(recipe.model, **same) == dataclasses.replace(source.model, **same), name
@@ -91,14 +91,14 @@ def test_every_later_stage_starts_from_the_same_model_at_fewer_pixels() -> None:
         assert int(before.partition("_")[2]) < recipe.model.image_size
 
 
-def test_every_size_ships_and_none_has_more_than_three_recipes() -> None:
+def test_every_size_has_one_to_three_recipes() -> None:
     runs = [name.partition("_")[0] for name in RECIPES]
     assert set(runs) == {"ti16", "s16", "b16", "l16", "l14", "so400m14", "h14"}
     assert all(runs.count(run) <= 3 for run in runs)
 
 
 def tower_parameters(numbers: tuple[int, int, int, int]) -> int:
-    """Blocks and the norm behind them: four projections, two norms, two MLP layers, all with biases."""
+    """Count the parameters of blocks and final norm: four projections, two norms, two MLP layers, all with biases."""
     width, layers, mlp, _ = numbers
     block = 4 * (width * width + width) + 2 * 2 * width + (width * mlp + mlp) + (mlp * width + width)
     return layers * block + 2 * width
@@ -107,7 +107,7 @@ def tower_parameters(numbers: tuple[int, int, int, int]) -> int:
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("patch", [8, 14, 16])
 @pytest.mark.parametrize("size", SIZES)
-def test_all_sizes_and_patches_build_with_the_right_number_of_weights(size: str, patch: int, class_token: bool) -> None:
+def test_number_of_parameters(size: str, patch: int, class_token: bool) -> None:
     image, text, embed_dim = SIZES[size]
     recipe = ModelRecipe(
         image=tower(image),

@@ -1,10 +1,10 @@
-"""The captioner: learnable queries that read the image and a prompt, and say the full synthetic caption.
+"""The captioner: learnable queries attend to image and prompt, and predict the full synthetic caption.
 
-    CLIPS    [patches | web tokens | queries]                 all pieces at once, no teacher forcing
-    CoCa     [patches | queries + pieces before them]         teacher-forced, the baseline
+    CLIPS    [patches | web tokens | queries]                 all tokens in parallel, no teacher forcing
+    CoCa     [patches | queries + previous tokens]            teacher-forced, the baseline
 
-The combination mask of CLIPS: the prefix sees all of itself and no query; query t sees the prefix and queries <= t.
-Shapes: b pairs, p prefix rows, q queries, w width, v vocabulary.
+The combination mask of CLIPS: the prefix attends to itself only; query t attends to the prefix and to queries <= t.
+Shapes: b pairs, p prefix rows, q queries, w width, v vocabulary, l text length.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
 
 class CaptionerLayer(SiglipEncoderLayer):
-    """The stock block under the combination mask, without the (p + q, p + q) matrix that the mask would be.
+    """The stock block with the combination mask, computed without the dense (p + q, p + q) mask.
 
-    The prefix attends to itself with no mask; the queries attend to everything with (q, p + q). In the last layer only
-    the queries go on: the prefix is needed as keys and values there, and no further.
+    The prefix attends to itself without a mask; the queries attend to all rows with a (q, p + q) mask. The last layer
+    computes only the queries, because the prefix is used there as keys and values only.
     """
 
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, prefix: int, last: bool, seen: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(b, p + q, w) -> the same, or (b, q, w) in the last layer.
+        """Map (b, p + q, w) to the same shape, or to (b, q, w) in the last layer.
 
         Args:
-            prefix: p.
-            seen: which rows of the prefix may be attended to, (b, p) bool; all without it.
+            prefix: number of prefix rows p.
+            last: True in the last layer.
+            seen: (b, p) bool, prefix rows that may be attended to; None allows all.
         """
         start = prefix if last else 0
         hidden = hidden[:, start:] + self._attend(self.layer_norm1(hidden), prefix, start, seen)
@@ -51,29 +52,26 @@ class CaptionerLayer(SiglipEncoderLayer):
             return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
         keys, values = heads(attention.k_proj(hidden)), heads(attention.v_proj(hidden))
-        asking = heads(attention.q_proj(hidden[:, start:]))
-        queries = asking[:, :, prefix - start :]
+        projected = heads(attention.q_proj(hidden[:, start:]))
+        queries = projected[:, :, prefix - start :]
         allowed = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=hidden.device).tril(prefix)
-        within = None if seen is None else seen[:, None, None]
-        if within is not None:
-            allowed = allowed & F.pad(within, (0, queries.shape[2]), value=True)
-        answers = [attend(queries, keys, values, allowed)]
+        prefix_mask = None if seen is None else seen[:, None, None]
+        if prefix_mask is not None:
+            allowed = allowed & F.pad(prefix_mask, (0, queries.shape[2]), value=True)
+        outputs = [attend(queries, keys, values, allowed)]
         if start < prefix:
-            inside = asking[:, :, :prefix]
-            before = keys[:, :, :prefix], values[:, :, :prefix]
-            answers.insert(0, attend(inside, *before, within))
-        return attention.out_proj(torch.cat(answers, dim=2).transpose(1, 2).flatten(2))
+            outputs.insert(0, attend(projected[:, :, :prefix], keys[:, :, :prefix], values[:, :, :prefix], prefix_mask))
+        return attention.out_proj(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
 
 
 class CaptionHead(nn.Linear):
-    """The vocabulary layer with its loss: the logits of a whole batch are never held.
+    """Vocabulary layer fused with its loss, so that the logits of a batch are never held in memory at once.
 
-    Logits and loss are fp32, as published. The products behind them in the backward pass are in the precision of the
-    run, as those of every other layer.
+    Logits and loss are fp32, as published. The matrix products of the backward pass use the precision of the run.
     """
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Sum of cross entropies of (n, w) states and their n labels."""
+        """Return the summed cross entropy of states (n, w) and labels (n,)."""
         device = hidden.device.type
         mixed = torch.is_autocast_enabled(device)
         backward = torch.get_autocast_dtype(device) if mixed else self.weight.dtype
@@ -82,7 +80,7 @@ class CaptionHead(nn.Linear):
 
 
 class Captioner(nn.Module):
-    """Queries to states before the vocabulary layer, which is `head`."""
+    """Computes the query states; `head` is the vocabulary layer with the loss."""
 
     def __init__(self, config: ClipsConfig) -> None:
         super().__init__()
@@ -103,15 +101,16 @@ class Captioner(nn.Module):
         earlier: torch.Tensor | None = None,
         length: int | None = None,
     ) -> torch.Tensor:
-        """Normed fp32 states (b, q, w) of the first `length` queries.
+        """Return the normalized fp32 states (b, q, w) of the first `length` queries.
 
-        Queries see only earlier ones, so those behind the longest target change nothing and need not be computed.
+        Queries attend only to earlier ones, so those after the longest target are not computed.
 
         Args:
-            patches: unnormalised image tokens, (b, patches, wv).
-            words: unnormalised tokens of the web caption, (b, l, wt): the prompt of CLIPS.
-            seen: which of the words may be attended to, (b, l) bool; all without it.
-            earlier: embeddings of the piece before each target, (b, length, wt): teacher forcing.
+            patches: image tokens before the final LayerNorm, (b, patches, wv).
+            words: tokens of the web caption before the final LayerNorm, (b, l, wt): the prompt of CLIPS.
+            seen: (b, l) bool, words that may be attended to; None allows all.
+            earlier: embeddings of the token before each target, (b, length, wt), for teacher forcing.
+            length: number of queries; None computes all.
         """
         prefix = self.image_projection(patches)
         if words is not None:
@@ -137,6 +136,6 @@ def _layer_config(config: ClipsConfig) -> Any:
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-6,
         attn_implementation=config._attn_implementation or "sdpa",
-        bos_token_id=None,  # it has no vocabulary of its own, and the defaults would draw a warning
+        bos_token_id=None,  # no vocabulary here; the default ids would cause a warning
         eos_token_id=None,
     )

@@ -1,4 +1,4 @@
-"""The configuration of the pretraining model: two stock tower configs and the captioner."""
+"""Configuration of the pretraining model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vision_tower.model.towers import TowerConfig, tower_config
 
 
 class ClipsConfig(PretrainedConfig):
-    """Stock tower configs plus the captioner's.
+    """Two stock tower configs and the sizes of the captioner.
 
     Args:
-        vision_config: of either image tower, told apart by `model_type`; without one, the tower without class token.
-        text_config: of the text tower.
-        positions: of the image: `sincos` is fixed, `learned` is trained.
-        captioner_layers: 0 leaves the captioner out, as in published weights.
-        teacher_forced: whether it is CoCa's captioner, see `vision_tower.model.captioner`.
-        padding: of texts: `attended` as in published weights, or `masked`, which makes its amount mean nothing.
+        vision_config: config of the image tower; `model_type` selects the class (default: siglip_vision_model).
+        text_config: config of the text tower.
+        positions: image position embeddings: `sincos` is fixed, `learned` is trained.
+        captioner_layers: 0 builds no captioner, as in published weights.
+        teacher_forced: use CoCa's captioner, see `vision_tower.model.captioner`.
+        padding: `attended`, as in published weights, or `masked`: then embeddings do not depend on the padded length.
         projection_dim: width of the joint embedding space.
     """
 
@@ -41,8 +41,8 @@ class ClipsConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vision_config = tower_config(vision_config)
-        given = isinstance(text_config, SiglipTextConfig)
-        self.text_config: SiglipTextConfig = text_config if given else SiglipTextConfig(**(text_config or {}))
+        is_config = isinstance(text_config, SiglipTextConfig)
+        self.text_config: SiglipTextConfig = text_config if is_config else SiglipTextConfig(**(text_config or {}))
         self.positions = positions
         self.captioner_width = captioner_width
         self.captioner_layers = captioner_layers

@@ -1,11 +1,11 @@
-"""Model FLOPs of a training step, and what share of the device's peak they are.
+"""Model FLOPs of a training step, for model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B).
 
-    MFU = model FLOPs / (seconds x devices x peak FLOPs per second of one device)
+    MFU = model FLOPs / (seconds x devices x peak FLOP/s of one device)
 
-Counted is what the objective needs, not what the implementation does: matrix products of the forward pass, and twice
-as many again for the backward pass of what trains. Recomputation (gradient checkpointing, gradient caching), padding of
-targets, norms, activations and the optimiser are not. Source: PaLM (arXiv 2204.02311), appendix B; a product
-(m, k) x (k, n) is 2mkn FLOPs, and attention adds 4 x width for each pair of positions that may meet.
+Counts the matrix products that the objective needs: once for the forward pass, and twice more for the backward pass of
+trained parts. Does not count recomputation (gradient checkpointing, gradient cache), padded targets, norms, activations
+and the optimizer. A product (m, k) x (k, n) is 2mkn FLOPs; attention adds 4 x width for each pair of positions that
+attends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vision_tower.text.tokenizer import IGNORED
 if TYPE_CHECKING:
     from vision_tower.model.modeling import ClipsModel
 
-# Dense bf16 TFLOP/s by the name that CUDA reports; vendors' data sheets, sparsity not counted. Untested on GPU.
+# Dense bf16 TFLOP/s by CUDA device name, from vendor data sheets, without sparsity.
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,
@@ -38,22 +38,22 @@ PEAK_TFLOPS = {
 
 
 def known_peak() -> float | None:
-    """bf16 FLOP/s of this machine's GPU where the table knows it, else none."""
+    """Return the peak bf16 FLOP/s of this machine's GPU, or None if it is not in the table."""
     if not torch.cuda.is_available():
         return None
-    tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name())  # untested on GPU
+    tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name())
     return None if tflops is None else tflops * 1e12
 
 
-def blocks(layers: int, width: int, mlp: int, tokens: int, meetings: int) -> int:
-    """Forward FLOPs of pre-norm blocks over `tokens` positions, of which `meetings` ordered pairs attend."""
-    return layers * (2 * tokens * (4 * width * width + 2 * width * mlp) + 4 * meetings * width)
+def blocks(layers: int, width: int, mlp: int, tokens: int, pairs: int) -> int:
+    """Return the forward FLOPs of transformer blocks over `tokens` positions with `pairs` (query, key) pairs."""
+    return layers * (2 * tokens * (4 * width * width + 2 * width * mlp) + 4 * pairs * width)
 
 
 def training_flops(model: ClipsModel, batch: Mapping[str, Any]) -> int:
-    """Model FLOPs of one forward and backward pass over a batch.
+    """Return the model FLOPs of one forward and backward pass over a batch.
 
-    The similarities of InfoNCE are left out: below one percent at any size here.
+    Omits the similarities of InfoNCE, which are below one percent in all our recipes.
     """
     pairs = len(batch["pixel_values"])
     return pairs * (_image(model) + _texts(model, batch)) + _captioner(model, batch)
@@ -84,11 +84,11 @@ def _captioner(model: ClipsModel, batch: Mapping[str, Any]) -> int:
     width, queries = config.captioner_width, batch["labels"].shape[1]
     patches = _patches(model)
     words = 0 if config.teacher_forced else batch["web_ids"].shape[1]
-    projected = queries if config.teacher_forced else words  # token embeddings, or the prompt
+    projected = queries if config.teacher_forced else words  # previous tokens (CoCa), or the prompt (CLIPS)
     prefix = patches + words
-    # The prefix meets itself; query t meets the prefix and the queries up to t.
-    meetings = prefix * prefix + queries * prefix + queries * (queries + 1) // 2
-    each = blocks(config.captioner_layers, width, config.captioner_mlp, prefix + queries, meetings)
+    # The prefix attends to itself; query t attends to the prefix and to queries <= t.
+    attended = prefix * prefix + queries * prefix + queries * (queries + 1) // 2
+    each = blocks(config.captioner_layers, width, config.captioner_mlp, prefix + queries, attended)
     each += 2 * width * (patches * config.vision_config.hidden_size + projected * config.text_config.hidden_size)
     targets = int((batch["labels"] != IGNORED).sum())
     head = 2 * targets * width * config.text_config.vocab_size
@@ -101,5 +101,5 @@ def _patches(model: ClipsModel) -> int:
 
 
 def _passes(part: torch.nn.Module) -> int:
-    """Forward and backward (twice the forward pass) of what trains; forward alone of what is locked."""
+    """Return 3 (forward, and backward at twice its cost) for a trained part, 1 (forward only) for a frozen one."""
     return 3 if any(parameter.requires_grad for parameter in part.parameters()) else 1

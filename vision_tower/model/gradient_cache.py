@@ -1,11 +1,11 @@
-"""Contrastive-safe accumulation: the gradients of one big batch from many small ones (GradCache, arXiv 2101.06983).
+"""Gradient accumulation with the contrastive loss of the full batch (GradCache, arXiv 2101.06983).
 
-    pass 1, no graph    micro-batch -> towers -> embeddings                     one micro-batch at a time, no captioner
-    in between          all embeddings -> InfoNCE of the whole step -> grads   d loss / d embeddings
-    pass 2, with graph  micro-batch -> towers -> <embeddings, their grads>     and the captioner's loss
+    pass 1, no graph    micro-batch -> towers -> embeddings                    for each micro-batch, no captioner
+    between             all embeddings -> InfoNCE of the full step -> grads    d loss / d embeddings
+    pass 2, with graph  micro-batch -> towers -> <embeddings, grads>           plus the captioner's loss
 
-What stays between the passes is embeddings, (pairs, d) numbers, so that the memory of activations is that of one
-micro-batch. The towers have no dropout: both passes compute the same embeddings.
+Only embeddings (pairs, d) are kept between the passes, so activation memory is that of one micro-batch. The towers have
+no dropout, so both passes compute the same embeddings.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from vision_tower.model.modeling import ClipsOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slopes:
-    """The contrastive terms of a step, and their gradients with respect to what the towers gave.
+class EmbeddingGrads:
+    """Contrastive terms of a step and their gradients with respect to the tower outputs.
 
     Args:
         terms: InfoNCE of every stream over the global batch, detached.
-        image: gradients of the image embeddings, one (b, d) for each micro-batch.
-        texts: the same of the text embeddings, by stream.
+        image: gradients of the image embeddings, one (b, d) per micro-batch.
+        texts: gradients of the text embeddings, by stream.
         scale: gradient of the logit scale.
     """
 
@@ -36,10 +36,10 @@ class Slopes:
     texts: dict[str, tuple[torch.Tensor, ...]]
     scale: torch.Tensor
 
-    def linear(self, number: int, out: ClipsOutput) -> torch.Tensor:
-        """A zero whose gradient is that of the contrastive loss, for micro-batch `number`.
+    def surrogate_loss(self, number: int, out: ClipsOutput) -> torch.Tensor:
+        """Return a zero with the gradient of the contrastive loss for micro-batch `number`.
 
-        As every term here, it is to be averaged over micro-batches (see `vision_tower.model.losses`).
+        Like every term, it is averaged over micro-batches (see `vision_tower.model.losses`).
         """
         parts = [(out.image * self.image[number]).sum()]
         parts += [(out.texts[stream] * grads[number]).sum() for stream, grads in self.texts.items()]
@@ -49,13 +49,13 @@ class Slopes:
 
 def first_pass(
     model: Callable[..., ClipsOutput], batches: Iterable[Mapping[str, Any]], weights: Mapping[str, float]
-) -> Slopes:
-    """Embed all micro-batches of a step without a graph, and differentiate the contrastive loss of all of them.
+) -> EmbeddingGrads:
+    """Embed all micro-batches of a step without a graph and differentiate their joint contrastive loss.
 
     Args:
-        model: the model as it trains, wrapped for data parallelism or not.
-        batches: its inputs, without labels. They may be moved to the device one by one.
-        weights: of the loss terms.
+        model: the model, possibly wrapped for data parallelism.
+        batches: inputs without labels; an iterator can move them to the device one at a time.
+        weights: weights of the loss terms.
     """
     with torch.no_grad():
         outs = [model(**batch) for batch in batches]
@@ -68,14 +68,14 @@ def first_pass(
         total = torch.stack([weights[stream] * term for stream, term in terms.items()]).sum()
     total.backward()
     sizes = [len(out.image) for out in outs]
-    return Slopes(
+    return EmbeddingGrads(
         terms={stream: term.detach() for stream, term in terms.items()},
-        image=_slope(image).split(sizes),
-        texts={stream: _slope(value).split(sizes) for stream, value in texts.items()},
-        scale=_slope(scale),
+        image=_grad(image).split(sizes),
+        texts={stream: _grad(value).split(sizes) for stream, value in texts.items()},
+        scale=_grad(scale),
     )
 
 
-def _slope(leaf: torch.Tensor) -> torch.Tensor:
+def _grad(leaf: torch.Tensor) -> torch.Tensor:
     assert leaf.grad is not None
     return leaf.grad

@@ -1,10 +1,10 @@
-"""The terms of the objectives as pure fp32 functions (CLIPS: arXiv 2411.16828, equation 6).
+"""Loss terms as pure fp32 functions (CLIPS: arXiv 2411.16828, equation 6).
 
-    total = sum over terms of weight * term;   terms: InfoNCE(image, stream) for each text stream, and the caption's CE
+    total = sum of weight * term;   terms: InfoNCE(image, stream) for each text stream, and the caption's cross entropy
 
 Shapes: b = pairs on this rank, B = pairs on all ranks, d = embedding width, n = target tokens, v = vocabulary.
-Every function returns what this rank, or one micro-batch of it, adds; the *mean* over ranks and micro-batches is the
-loss of the global batch, which is what data-parallel training with accumulation differentiates.
+Every function returns the contribution of one micro-batch of one rank. The *mean* over ranks and micro-batches is the
+loss of the global batch, as data parallelism with accumulation averages gradients.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vision_tower.common.ranks import rank, world
 from vision_tower.text.objectives import CAPTION
 from vision_tower.text.tokenizer import IGNORED
 
-LOGITS_CHUNK = 2**24  # 64 MB in fp32: similarities, or logits, that are held together
+LOGITS_CHUNK = 2**24  # maximum similarities or logits in memory at once: 64 MB in fp32
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """What is differentiated, and what is only reported (detached)."""
+    """Total loss to differentiate, and detached values to log."""
 
     total: torch.Tensor
     report: dict[str, torch.Tensor]
 
 
 def weighted_losses(terms: Mapping[str, torch.Tensor], scale: torch.Tensor, weights: Mapping[str, float]) -> Losses:
-    """The weighted sum of the terms, and each of them as `loss_...` for the log."""
+    """Return the weighted sum of the terms; report each term as `loss_NAME`, and the temperature."""
     total = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
     report = {f"loss_{name}": terms[name] for name in weights} | {"temperature": 1 / scale}
     return Losses(total, {name: value.detach().float() for name, value in report.items()})
@@ -43,24 +43,24 @@ def weighted_losses(terms: Mapping[str, torch.Tensor], scale: torch.Tensor, weig
 def contrastive_terms(
     image: torch.Tensor, texts: Mapping[str, torch.Tensor], scale: torch.Tensor, weights: Mapping[str, float]
 ) -> dict[str, torch.Tensor]:
-    """InfoNCE of the images with every text stream that has a weight."""
+    """Return InfoNCE of the images with every text stream that has a weight."""
     return {stream: info_nce(image, texts[stream], scale) for stream in weights if stream != CAPTION}
 
 
 def info_nce(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE of this rank's unit-norm pairs (b, d) against the texts and images of all ranks.
+    """Return the symmetric InfoNCE of this rank's unit-norm pairs (b, d) against texts and images of all ranks.
 
-    The (B, B) matrix is never held, nor this rank's (b, B) rows of it where those are many: see `_own_among`.
+    Neither the (B, B) similarities nor, if they are large, this rank's (b, B) rows are in memory at once.
     """
     image, text = image.float(), text.float()
     scale = scale.float()
-    return (_own_among(image, gather(text), scale) + _own_among(text, gather(image), scale)) / 2
+    return (_retrieval_loss(image, gather(text), scale) + _retrieval_loss(text, gather(image), scale)) / 2
 
 
-def _own_among(queries: torch.Tensor, candidates: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of each query (b, d) finding its own among all candidates (B, d).
+def _retrieval_loss(queries: torch.Tensor, candidates: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of matching each query (b, d) to its pair among all candidates (B, d).
 
-    In blocks of rows whose scores are computed again in the backward pass, so that memory does not grow with b * B.
+    Large problems are split into blocks of rows with recomputed scores, so memory does not grow with b * B.
     """
     start = rank() * len(queries)
     labels = torch.arange(start, start + len(queries), device=queries.device)
@@ -68,20 +68,20 @@ def _own_among(queries: torch.Tensor, candidates: torch.Tensor, scale: torch.Ten
     if rows >= len(queries):
         return F.cross_entropy(scale * queries @ candidates.T, labels)
 
-    def block(some: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(scale * some @ candidates.T, targets, reduction="sum")
+    def block_loss(block: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(scale * block @ candidates.T, targets, reduction="sum")
 
-    parts = zip(queries.split(rows), labels.split(rows), strict=True)
-    sums = [checkpoint(block, some, targets, use_reentrant=False) for some, targets in parts]
+    blocks = zip(queries.split(rows), labels.split(rows), strict=True)
+    sums = [checkpoint(block_loss, block, targets, use_reentrant=False) for block, targets in blocks]
     return torch.stack(sums).sum() / len(queries)
 
 
 def caption_term(summed: torch.Tensor, labels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The captioner's loss: a sum over target tokens / the mean number of them, so that the mean is sum / global count.
+    """Return the captioner's loss: summed cross entropy / mean target count, so that the mean is sum / global count.
 
     Args:
-        summed: the sum over one micro-batch's targets.
-        labels: of all micro-batches of the step on this rank.
+        summed: summed cross entropy of one micro-batch.
+        labels: labels of all micro-batches of the step on this rank.
     """
     count = torch.stack([(part != IGNORED).sum() for part in labels]).sum().to(summed.device)
     if world() > 1:
@@ -92,17 +92,20 @@ def caption_term(summed: torch.Tensor, labels: Sequence[torch.Tensor]) -> torch.
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, backward: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Sum of cross entropies of `hidden @ weight.T`, (n, w) x (v, w), without ever holding the (n, v) logits.
+    """Return the summed cross entropy of `hidden @ weight.T`, (n, w) x (v, w), without holding all (n, v) logits.
 
     Args:
-        backward: precision of the two products that make the gradients; the loss is computed in that of the inputs.
+        hidden: states (n, w).
+        weight: vocabulary layer (v, w).
+        labels: target ids (n,).
+        backward: precision of the matrix products of the gradients; the loss has the precision of the inputs.
     """
     total: torch.Tensor = _SummedCrossEntropy.apply(hidden, weight, labels, backward)
     return total
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Gradients are computed block by block in the forward pass, while a block's logits are there."""
+    """Computes the gradients in the forward pass, block by block, while the logits of a block exist."""
 
     @staticmethod
     def forward(
@@ -115,23 +118,23 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = max(LOGITS_CHUNK // len(weight), 1)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            scores = hidden[part] @ weight.T
-            place = labels[part, None]
-            norm = scores.logsumexp(dim=1, keepdim=True)
-            total += (norm - scores.gather(1, place)).sum()
+            logits = hidden[part] @ weight.T
+            targets = labels[part, None]
+            norm = logits.logsumexp(dim=1, keepdim=True)
+            total += (norm - logits.gather(1, targets)).sum()
             if to_hidden is None and to_weight is None:
                 continue
-            slope = scores.sub_(norm).exp_()  # softmax, then minus one at the label
-            slope.scatter_add_(1, place, slope.new_full(place.shape, -1.0))
-            slope = slope.to(backward)
+            grad = logits.sub_(norm).exp_()  # gradient of the logits: softmax - one_hot(label), in place
+            grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
+            grad = grad.to(backward)
             if to_hidden is not None:
-                to_hidden[part] = slope @ low_weight
+                to_hidden[part] = grad @ low_weight
             if to_weight is None:
                 continue
-            if slope.dtype == to_weight.dtype:
-                to_weight.addmm_(slope.T, low_hidden[part])
+            if grad.dtype == to_weight.dtype:
+                to_weight.addmm_(grad.T, low_hidden[part])
             else:
-                to_weight += slope.T @ low_hidden[part]
+                to_weight += grad.T @ low_hidden[part]  # addmm_ needs equal types
         ctx.save_for_backward(*(value for value in (to_hidden, to_weight) if value is not None))
         return total
 
@@ -143,7 +146,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """(b, d) of every rank -> (B, d) in rank order, with gradients to all of them."""
+    """Concatenate (b, d) of all ranks to (B, d) in rank order; gradients flow to all ranks."""
     if world() == 1:
         return rows
     from torch.distributed.nn.functional import all_gather

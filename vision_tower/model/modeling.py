@@ -1,4 +1,4 @@
-"""The pretraining model: a stock vision tower, a stock text tower and the captioner.
+"""The pretraining model: stock vision tower, stock text tower, and captioner.
 
 pixels (b, 3, h, w) -> a stock tower  -> patches (b, p, wv) -- mean, LayerNorm, linear --> image (b, d)
 texts  (b, l)       -> SiglipTextModel -> tokens  (b, l, wt) -- last, LayerNorm, linear --> texts (b, d)
@@ -28,7 +28,7 @@ MAX_SCALE = 100.0
 
 @dataclasses.dataclass
 class ClipsOutput:
-    """Unit-norm embeddings (b, d), texts by stream, the clamped logit scale, and the sum of the captioner's losses."""
+    """Unit-norm embeddings (b, d), texts by stream; the clamped logit scale; the captioner's summed cross entropy."""
 
     image: torch.Tensor
     texts: dict[str, torch.Tensor]
@@ -55,23 +55,23 @@ class ClipsModel(PreTrainedModel):
         # One element, not a scalar: DeepSpeed cannot broadcast a tensor without dimensions.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
         self.post_init()
-        self._freeze_what_clips_lacks()
+        self._freeze_fixed_parameters()
 
-    def _freeze_what_clips_lacks(self) -> None:
-        """CLIPS has no bias in patch embedding and text projection, and its image positions may be fixed."""
+    def _freeze_fixed_parameters(self) -> None:
+        """Freeze the biases of patch embedding and text projection, which CLIPS lacks, and fixed image positions."""
         for parameter in self.absent_parameters():
             parameter.requires_grad_(False)
         tower_parts(self.vision_model).positions.requires_grad_(self.config.positions == "learned")
 
     def absent_parameters(self) -> list[nn.Parameter]:
-        """What the stock classes have and CLIPS has not: zeros, never trained."""
+        """Return parameters present in the stock classes but unused by CLIPS (zero, frozen)."""
         return [*tower_parts(self.vision_model).absent, self.text_model.head.bias]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Captioner):
-            # Positions of pieces, in CoCa, must not drown the pieces.
+            # In CoCa, queries are position embeddings added to token embeddings, which they must not dominate.
             nn.init.normal_(module.queries, std=0.01 if self.config.teacher_forced else 1.0)
             nn.init.normal_(module.head.weight, std=module.head.in_features**-0.5)
         elif isinstance(module, ClipsModel):
@@ -79,14 +79,14 @@ class ClipsModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, whose loading makes every parameter trainable; here the fixed ones stay fixed."""
-        answer = super().from_pretrained(*args, **kwargs)
-        (answer[0] if isinstance(answer, tuple) else answer)._freeze_what_clips_lacks()
-        return answer
+        """Load as in transformers, then freeze the fixed parameters again, because loading makes all trainable."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_fixed_parameters()
+        return loaded
 
     @classmethod
     def from_scratch(cls, config: ClipsConfig) -> ClipsModel:
-        """A freshly initialised model: positions start as sin-cos, and zeros stand where CLIPS has nothing."""
+        """Build a freshly initialized model, with sin-cos positions and zeros in the unused parameters."""
         model = cls(config)
         vision = config.vision_config
         positions = tower_parts(model.vision_model).positions
@@ -98,13 +98,13 @@ class ClipsModel(PreTrainedModel):
         return model
 
     def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The last block's patch tokens, neither normalised nor projected, (b, p, wv)."""
+        """Return the patch tokens of the last block, neither normalized nor projected, (b, p, wv)."""
         return patch_tokens(self.vision_model, pixel_values)
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
-        """The last block's text tokens, not normalised, (b, l, wt). Padding is attended to, as published, or masked.
+        """Return the text tokens of the last block, not normalized, (b, l, wt).
 
-        Masked, `ids` may be trimmed to the longest text: `[CLS]` keeps the last position of the whole context.
+        With masked padding, `ids` may be trimmed to the longest text: `[CLS]` keeps the last position of the context.
         """
         seen = self._seen(ids)
         if seen is None:
@@ -113,31 +113,31 @@ class ClipsModel(PreTrainedModel):
             positions = torch.arange(ids.shape[1], device=ids.device)
             positions[-1] = self.config.text_config.max_position_embeddings - 1
             embeddings = self.text_model.embeddings(input_ids=ids, position_ids=positions[None])
-            # Added to the scores: of all attention implementations only some take a bool.
+            # An additive mask, because only some attention implementations accept a boolean one.
             mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=ids.device)
             mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None, None]
         return self.text_model.encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
 
     def _seen(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Which positions may be attended to, (b, l) bool; None where all may."""
+        """Return the positions that may be attended to, (b, l) bool; None if all may."""
         return None if self.config.padding == "attended" else ids != self.config.text_config.pad_token_id
 
     def pool_image(self, patches: torch.Tensor) -> torch.Tensor:
-        """Unit-norm image embeddings (b, d) of unnormalised patches: mean, LayerNorm, linear."""
+        """Pool patch tokens to unit-norm image embeddings (b, d): mean, LayerNorm, linear."""
         pooled = tower_parts(self.vision_model).norm(patches.mean(dim=1))
         return F.normalize(self.visual_projection(pooled).float(), dim=-1)
 
     def pool_text(self, words: torch.Tensor) -> torch.Tensor:
-        """Unit-norm text embeddings (b, d) of unnormalised tokens: last position, LayerNorm, linear."""
+        """Pool text tokens to unit-norm text embeddings (b, d): last position, LayerNorm, linear."""
         pooled = self.text_model.final_layer_norm(words[:, -1])
         return F.normalize(self.text_model.head(pooled).float(), dim=-1)
 
     def embed_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Unit-norm fp32 embeddings (b, d) of normalised pixels (b, 3, h, w)."""
+        """Embed normalized pixels (b, 3, h, w) to unit-norm fp32 embeddings (b, d)."""
         return self.pool_image(self.patches(pixel_values))
 
     def embed_texts(self, ids: torch.Tensor) -> torch.Tensor:
-        """Unit-norm fp32 embeddings (b, d) of ids in the contrastive layout (b, l)."""
+        """Embed ids in the contrastive layout (b, l) to unit-norm fp32 embeddings (b, d)."""
         return self.pool_text(self.words(ids))
 
     def forward(
@@ -148,18 +148,20 @@ class ClipsModel(PreTrainedModel):
         mix_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> ClipsOutput:
-        """Everything an objective needs. All texts go through the tower in one pass.
+        """Compute the inputs of all loss terms. All texts pass through the tower in one batch.
 
         Args:
             pixel_values: (b, 3, h, w).
-            web_ids: web captions in the contrastive layout, (b, l); so are `sub_ids` and `mix_ids`.
-            labels: the captioner's targets, (b, at most its queries); without them it does not run.
+            web_ids: web captions in the contrastive layout, (b, l).
+            sub_ids: parts of the synthetic captions, (b, l).
+            mix_ids: mixed captions, (b, l).
+            labels: target ids of the captioner, (b, at most its queries); None skips the captioner.
         """
-        with torch.no_grad():  # clamping the parameter, not its exponential, leaves a gradient to come back with
+        with torch.no_grad():  # clamp the parameter, not its exponential: at the limit it still gets a gradient
             self.logit_scale.clamp_(max=math.log(MAX_SCALE))
         patches = self.patches(pixel_values)
-        given = dict(zip(STREAMS, (web_ids, sub_ids, mix_ids), strict=True))
-        streams = {name: ids for name, ids in given.items() if ids is not None}
+        inputs = dict(zip(STREAMS, (web_ids, sub_ids, mix_ids), strict=True))
+        streams = {name: ids for name, ids in inputs.items() if ids is not None}
         words = self.words(torch.cat(list(streams.values())))  # web comes first
         pairs = len(pixel_values)
         texts = dict(zip(streams, self.pool_text(words).split(pairs), strict=True))
@@ -173,23 +175,27 @@ class ClipsModel(PreTrainedModel):
     def caption_sum(
         self, patches: torch.Tensor, words: torch.Tensor, ids: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Sum of the captioner's cross entropies; the vocabulary layer runs where there are targets, and only there.
+        """Return the captioner's summed cross entropy; the vocabulary layer is computed at targets only.
 
         Args:
-            words: tokens of the web captions, whose ids are `ids`; a teacher-forced captioner reads neither.
+            patches: of `patches`.
+            words: tokens of the web captions; unused with teacher forcing.
+            ids: ids of the web captions; unused with teacher forcing.
+            labels: target ids, (b, q).
         """
         assert self.captioner is not None
         length = labels.shape[1]
         if self.config.teacher_forced:
-            hidden = self.captioner(patches, earlier=self._earlier_pieces(labels), length=length)
+            hidden = self.captioner(patches, earlier=self._previous_tokens(labels), length=length)
         else:
             assert ids is not None
             hidden = self.captioner(patches, words=words, seen=self._seen(ids), length=length)
-        wanted = labels != IGNORED
-        return self.captioner.head(hidden[wanted], labels[wanted])
+        is_target = labels != IGNORED
+        return self.captioner.head(hidden[is_target], labels[is_target])
 
-    def _earlier_pieces(self, labels: torch.Tensor) -> torch.Tensor:
-        """Embeddings of `[bos]` and of every target but the last, (b, q, wt)."""
+    def _previous_tokens(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of `[bos]` and of all targets except the last, (b, q, wt)."""
         ids = labels.roll(1, dims=1)
         ids[:, 0] = self.config.text_config.bos_token_id
-        return self.text_model.embeddings.token_embedding(ids.clamp(min=0))  # what follows [eos] trains nothing
+        # Ids after [eos] are IGNORED, which is negative; their outputs have no loss.
+        return self.text_model.embeddings.token_embedding(ids.clamp(min=0))

@@ -1,4 +1,4 @@
-"""Positions of image patches: fixed two-dimensional sin-cos (MoCo v3, arXiv 2104.02057), and learned ones resized."""
+"""Position embeddings of image patches: 2D sin-cos (MoCo v3, arXiv 2104.02057) and interpolation of learned ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 
 def sincos_positions(side: int, width: int, class_token: bool = False) -> torch.Tensor:
-    """Positions of a `side` x `side` grid in reading order, (side * side, width), fp32; a class token's zeros before.
+    """Return the positions of a `side` x `side` grid in reading order, (side * side, width), fp32.
 
-    Order of the four quarters: sin x, cos x, sin y, cos y; omega_i = 10000 ** (-i / (width / 4 - 1)).
+    With a class token, a row of zeros comes first. The four quarters of the width are sin x, cos x, sin y, cos y, with
+    omega_i = 10000 ** (-i / (width / 4 - 1)).
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
@@ -25,10 +26,10 @@ def sincos_positions(side: int, width: int, class_token: bool = False) -> torch.
 
 
 def interpolate_positions(table: torch.Tensor, side: int, class_token: bool = False) -> torch.Tensor:
-    """Learned positions of a square grid, for a `side` x `side` grid: bicubic and antialiased, as in open_clip.
+    """Interpolate learned positions to a `side` x `side` grid: bicubic and antialiased, as in open_clip.
 
     Args:
-        table: (p, w), or (1 + p, w) with a class token, whose position stays.
+        table: (p, w), or (1 + p, w) with a class token, whose position is kept.
     """
     first, grid = table[: int(class_token)], table[int(class_token) :]
     old = math.isqrt(len(grid))

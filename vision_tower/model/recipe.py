@@ -1,4 +1,4 @@
-"""Sections of the pretraining recipe that say what the model is. No torch."""
+"""Model sections of the pretraining recipe. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vision_tower.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerRecipe:
-    """One transformer.
+    """Size of one transformer.
 
     Args:
         width: hidden size.
-        layers: blocks.
-        mlp: width of the MLP.
-        heads: attention heads.
+        layers: number of blocks.
+        mlp: hidden size of the MLP.
+        heads: number of attention heads.
     """
 
     width: int
@@ -27,26 +27,26 @@ class TowerRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The pretraining model.
+    """Model architecture.
 
     Args:
         image: image tower.
         text: text tower.
-        captioner: captioner; objectives without one leave it out.
-        embed_dim: width of the shared embedding space.
-        image_size: side of the square image, in pixels.
-        patch_size: side of a patch, in pixels; it must divide the image size.
-        class_token: a class token before the patches, attended but not pooled, as in published weights (the tower is
-            then a ViTModel, else a SiglipVisionModel).
-        positions: of the image tower; sincos is fixed and recomputed at another size, learned starts from it.
-        text_length: context of the text tower, with all special pieces.
-        padding: of texts: attended, as in published weights, or masked, so that batches can be trimmed to their longest
-            text (faster; open_clip knows no such model).
-        target_length: learnable queries, that is the longest caption to predict.
-        vocabulary: a WordPiece vocab.txt, or none to train one on the captions.
+        captioner: captioner; unused by objectives without caption loss.
+        embed_dim: width of the joint embedding space.
+        image_size: height and width of the image, in pixels.
+        patch_size: height and width of a patch, in pixels; must divide the image size.
+        class_token: prepend a class token, attended to but not pooled, as in published weights (the tower is then a
+            ViTModel, otherwise a SiglipVisionModel).
+        positions: image position embeddings: sincos is fixed; learned is trained, initialized as sincos.
+        text_length: context length of the text tower, including special tokens.
+        padding: whether the text tower attends to padding: attended, as in published weights; or masked, which allows
+            trimming batches to their longest text (faster, but open_clip has no equivalent).
+        target_length: number of learnable queries, which is the maximum length of a predicted caption.
+        vocabulary: WordPiece vocab.txt; null trains a vocabulary on the captions.
         vocabulary_size: rows of the token embedding.
-        start_from: folder of an encoder whose weights and vocabulary the run starts from, usually at a smaller image
-            size (the optimiser starts afresh).
+        start_from: folder of an encoder to take weights and vocabulary from, usually trained at a smaller image size;
+            the optimizer state is not taken over.
     """
 
     image: TowerRecipe
@@ -66,46 +66,49 @@ class ModelRecipe:
 
     @property
     def text_room(self) -> int:
-        """Word pieces of a caption that the text tower holds, beside `[bos]`, `[eos]` and `[CLS]`."""
+        """Maximum word pieces of a caption: the context without `[bos]`, `[eos]` and `[CLS]`."""
         return self.text_length - 3
 
     def check(self) -> None:
-        """Raise UserError where the numbers do not fit together."""
+        """Raise UserError if sizes are out of range or do not fit together."""
         for name, value in self._sizes().items():
             if value < 1:
-                raise UserError(f"model.{name}={value}: at least 1")
+                raise UserError("must be at least 1", key=f"model.{name}", value=value)
         if self.image_size % self.patch_size:
             down = self.image_size // self.patch_size * self.patch_size
             near = f"{down} or {down + self.patch_size}" if down else str(self.patch_size)
             raise UserError(
-                f"patch_size={self.patch_size} does not divide it",
+                f"not a multiple of model.patch_size={self.patch_size}",
                 key="model.image_size",
                 value=self.image_size,
-                remedy=f"take {near}",
+                remedy=f"set it to {near}",
             )
         for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
             if tower.width % tower.heads:
                 raise UserError(
-                    f"model.{name}.heads={tower.heads}: does not divide width={tower.width}", remedy="change one"
+                    f"does not divide model.{name}.width={tower.width}",
+                    key=f"model.{name}.heads",
+                    value=tower.heads,
+                    remedy="change one of the two",
                 )
         if self.start_from is not None and self.vocabulary is not None:
             raise UserError(
-                "the encoder in model.start_from brings its own",
+                "the encoder of model.start_from has its own vocabulary",
                 key="model.vocabulary",
                 value=self.vocabulary,
-                remedy="leave it out",
+                remedy="remove it",
             )
-        if self.text_length < 4 or self.target_length < 3:
-            raise UserError(
-                "at least 4, and model.target_length at least 3",
-                key="model.text_length",
-                remedy="nothing else would fit",
-            )
+        for name, minimum in (("text_length", 4), ("target_length", 3)):  # one word and the special tokens
+            value = getattr(self, name)
+            if value < minimum:
+                raise UserError(f"must be at least {minimum}", key=f"model.{name}", value=value)
         if self.image.width % 4:
-            raise UserError("sin-cos positions need a multiple of 4", key="model.image.width", value=self.image.width)
+            raise UserError(
+                "must be a multiple of 4 for sin-cos positions", key="model.image.width", value=self.image.width
+            )
 
     def _sizes(self) -> dict[str, int]:
-        """Every number of the recipe by its dotted name."""
+        """Return all sizes by dotted name."""
         sizes = {name: getattr(self, name) for name in ("embed_dim", "image_size", "patch_size", "vocabulary_size")}
         for tower in ("image", "text", "captioner"):
             sizes |= {f"{tower}.{name}": value for name, value in dataclasses.asdict(getattr(self, tower)).items()}
@@ -114,18 +117,25 @@ class ModelRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LockRecipe:
-    """A tower that does not train (LiT).
+    """A frozen tower (LiT).
 
     Args:
-        tower: which tower, with its projection, keeps the weights of the checkpoint.
-        checkpoint: folder of a `pretrain` run or a converted encoder; its tower must have this recipe's sizes. A text
-            tower brings its vocabulary.
+        tower: tower to freeze together with its projection, at the weights of the checkpoint.
+        checkpoint: folder of a `pretrain` run or a converted encoder with the tower sizes of this recipe; a text tower
+            also sets the vocabulary.
     """
 
     tower: Literal["none", "image", "text"] = "none"
     checkpoint: str | None = None
 
     def check(self) -> None:
-        """Raise UserError where one of the two is missing."""
-        if (self.tower == "none") != (self.checkpoint is None):
-            raise UserError("tower and checkpoint belong together", key="lock", remedy="give both, or neither")
+        """Raise UserError if only one of the two is set."""
+        if self.tower != "none" and self.checkpoint is None:
+            raise UserError(f"required by lock.tower={self.tower}", key="lock.checkpoint", remedy="set it")
+        if self.tower == "none" and self.checkpoint is not None:
+            raise UserError(
+                "has no effect with lock.tower=none",
+                key="lock.checkpoint",
+                value=self.checkpoint,
+                remedy="set lock.tower, or remove it",
+            )

@@ -1,9 +1,9 @@
-"""The loss of an optimiser step, in one piece or over micro-batches.
+"""Loss of an optimizer step, for one batch or several micro-batches.
 
     one batch        forward -> terms -> total
     micro-batches    `gradient_cache.first_pass` over all -> for each: forward -> its part of the total
 
-The captioner needs no cache, for its loss is a sum over pairs; it only needs the count of targets of the whole step.
+The captioner needs no cache: its loss is a sum over pairs, divided by the number of targets of the full step.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vision_tower.model.gradient_cache import Slopes, first_pass
+from vision_tower.model.gradient_cache import EmbeddingGrads, first_pass
 from vision_tower.model.losses import Losses, caption_term, contrastive_terms, weighted_losses
 from vision_tower.model.modeling import ClipsOutput
 from vision_tower.text.objectives import CAPTION
 
 
 class StepLoss:
-    """Losses of micro-batches, whose mean over them and over ranks is the loss of the global batch.
+    """Losses of micro-batches. Their mean over micro-batches and ranks is the loss of the global batch.
 
     Args:
-        weights: of the loss terms.
+        weights: weights of the loss terms.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
         self.contrastive = any(name != CAPTION for name in weights)
         self._batches: Sequence[Mapping[str, Any]] = ()
-        self._slopes: Slopes | None = None
+        self._grads: EmbeddingGrads | None = None
         self._number = 0
 
     def start(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Take the micro-batches of a step; they are to be called for in this order."""
+        """Set the micro-batches of a step, in the order of the following calls."""
         self._batches = batches
-        self._slopes, self._number = None, 0
+        self._grads, self._number = None, 0
 
     def __call__(
         self,
@@ -42,26 +42,26 @@ class StepLoss:
         inputs: Mapping[str, Any],
         to_device: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> Losses:
-        """The next micro-batch.
+        """Return the losses of the next micro-batch.
 
         Args:
-            model: as it trains, wrapped for data parallelism or not.
+            model: the model, possibly wrapped for data parallelism.
             inputs: the micro-batch, on the device.
-            to_device: moves another one there, for the pass without graph.
+            to_device: moves a micro-batch to the device, for the pass without graph.
         """
-        if self.contrastive and len(self._batches) > 1 and self._slopes is None:
+        if self.contrastive and len(self._batches) > 1 and self._grads is None:
             towers = (to_device(_without(batch, "keys", "labels")) for batch in self._batches)
-            self._slopes = first_pass(model, towers, self.weights)
+            self._grads = first_pass(model, towers, self.weights)
         out = model(**_without(inputs, "keys"))
-        found = self._slopes.terms if self._slopes else None
-        terms = found or contrastive_terms(out.image, out.texts, out.scale, self.weights)
+        cached = self._grads.terms if self._grads else None
+        terms = cached or contrastive_terms(out.image, out.texts, out.scale, self.weights)
         if out.caption_sum is not None:
             terms = terms | {CAPTION: caption_term(out.caption_sum, [batch["labels"] for batch in self._batches])}
         losses = weighted_losses(terms, out.scale, self.weights)
-        if self._slopes is None:
+        if self._grads is None:
             return losses
         self._number += 1
-        return Losses(losses.total + self._slopes.linear(self._number - 1, out), losses.report)
+        return Losses(losses.total + self._grads.surrogate_loss(self._number - 1, out), losses.report)
 
 
 def _without(batch: Mapping[str, Any], *names: str) -> dict[str, Any]:

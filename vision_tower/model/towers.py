@@ -1,9 +1,9 @@
-"""The two stock image towers behind one face.
+"""One interface over the two stock vision towers.
 
-SiglipVisionModel   patches only: what is trained here by default
-ViTModel            a class token before the patches, attended but not pooled: the published weights
+SiglipVisionModel   patches only; the default of our recipes
+ViTModel            prepends a class token, which is attended to but not pooled; the published weights
 
-Both are pre-norm transformers without a LayerNorm before the first block, as CLIPS wants them.
+Both are pre-norm transformers without a LayerNorm before the first block, as in CLIPS.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ ImageTower: TypeAlias = SiglipVisionModel | ViTModel
 CONFIGS: dict[str, type[TowerConfig]] = {"siglip_vision_model": SiglipVisionConfig, "vit": ViTConfig}
 
 
-def tower_config(given: dict[str, Any] | TowerConfig | None) -> TowerConfig:
-    """The stock config of a mapping, by its `model_type`."""
-    if isinstance(given, (SiglipVisionConfig, ViTConfig)):
-        return given
-    values = dict(given or {})
+def tower_config(config: dict[str, Any] | TowerConfig | None) -> TowerConfig:
+    """Convert a mapping to the stock config of its `model_type`; return configs unchanged."""
+    if isinstance(config, (SiglipVisionConfig, ViTConfig)):
+        return config
+    values = dict(config or {})
     return CONFIGS[values.get("model_type", "siglip_vision_model")](**values)
 
 
 def build_tower(config: TowerConfig) -> ImageTower:
-    """A freshly initialised tower."""
+    """Build a freshly initialized tower."""
     return ViTModel._from_config(config) if has_class_token(config) else SiglipVisionModel._from_config(config)
 
 
 def has_class_token(config: TowerConfig) -> bool:
-    """Whether the sequence begins with a class token."""
+    """Return True if the sequence starts with a class token."""
     return isinstance(config, ViTConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerParts:
-    """What CLIPS reaches for inside a stock tower.
+    """Parts of a stock tower that CLIPS accesses directly.
 
     Attributes:
-        positions: (p, w), or (1, 1 + p, w) with a class token.
-        norm: the LayerNorm that CLIPS puts behind the mean of the patches.
-        absent: parameters of the stock class that CLIPS has not; zero for ever.
+        positions: position embeddings (p, w), or (1, 1 + p, w) with a class token.
+        norm: LayerNorm, which CLIPS applies to the mean of the patches.
+        absent: parameters the stock class has but CLIPS lacks; kept at zero and frozen.
     """
 
     positions: nn.Parameter
@@ -55,9 +55,9 @@ class TowerParts:
 
 
 def tower_parts(tower: ImageTower) -> TowerParts:
-    """The parts of either tower."""
+    """Return the parts of either tower."""
     if isinstance(tower, ViTModel):
-        # The pooler stays, as zeros, so that a saved tower is whole for the stock class.
+        # The pooler is kept, as zeros, so that the stock class loads a saved tower without missing keys.
         absent = [tower.embeddings.patch_embeddings.projection.bias, *tower.pooler.parameters()]
         return TowerParts(tower.embeddings.position_embeddings, tower.layernorm, absent)
     embeddings = tower.embeddings
@@ -65,7 +65,7 @@ def tower_parts(tower: ImageTower) -> TowerParts:
 
 
 def patch_tokens(tower: ImageTower, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The last block's patch tokens, not normalised, (b, p, w); without the class token where there is one."""
+    """Return the patch tokens of the last block, without final LayerNorm or class token, (b, p, w)."""
     hidden = tower.embeddings(pixel_values)
     if isinstance(tower, ViTModel):
         for layer in tower.layers:

@@ -1,15 +1,15 @@
-"""Evaluation inside a pretraining run, and its best weights.
+"""Evaluation during a pretraining run, and its best weights.
 
-every N steps    scores of the weights, or of their average where one is kept --> evaluation.jsonl, the trainer's log
-a new best       best/: a whole encoder, with the step and its scores in evaluation.json
+every N steps    scores of the weights (of their average, if the run keeps one) --> evaluation.jsonl and the log
+new best score   best/: a complete encoder, with its step and scores in evaluation.json
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,16 @@ from vision_tower.evaluation.evaluate import evaluate_retrieval, evaluate_zerosh
 from vision_tower.pretraining.recipe import EvaluationRecipe
 from vision_tower.pretraining.trainer import PretrainTrainer
 from vision_tower.text.tokenizer import ClipsTokenizer
-from vision_tower.training.ema import is_divided
+from vision_tower.training.ema import is_sharded
 from vision_tower.training.run_folder import keep_lines
 
 FILE = "evaluation.jsonl"
 BEST = "best"
+logger = logging.getLogger(__name__)
 
 
-class Scoring(TrainerCallback):
-    """Measures the run it is added to. Bad data raises UserError here, before the run starts."""
+class EvalCallback(TrainerCallback):
+    """Evaluates the run that it is added to. The constructor raises UserError if the evaluation data is unusable."""
 
     def __init__(self, recipe: EvaluationRecipe, trainer: PretrainTrainer, tokenizer: ClipsTokenizer) -> None:
         self.recipe = recipe
@@ -48,62 +49,63 @@ class Scoring(TrainerCallback):
             data = Path(recipe.retrieval)
             self.pairs = load_pairs(data, Path(recipe.images or data.parent), recipe.split)
         if recipe.zeroshot is not None:
-            given = [None if file is None else Path(file) for file in (recipe.templates, recipe.classes)]
-            self.task = load_task(Path(recipe.zeroshot), *given)
+            templates, classes = (None if file is None else Path(file) for file in (recipe.templates, recipe.classes))
+            self.task = load_task(Path(recipe.zeroshot), templates, classes)
         self._best: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A resumed run drops the lines it will repeat and knows its best; a fresh one has neither."""
-        told = self.folder / BEST / "evaluation.json"
-        if state.global_step and told.is_file():
-            self._best = read_object(told).get(self.recipe.best_by)  # none where another score is asked for now
+        """On resume, delete the lines that will be repeated and read the best score; otherwise, remove old results."""
+        scores = self.folder / BEST / "evaluation.json"
+        if state.global_step and scores.is_file():
+            self._best = read_object(scores).get(self.recipe.best_by)  # None if best_by has changed since
         if state.is_world_process_zero:
             keep_lines(self.folder / FILE, state.global_step)
             if not state.global_step:
                 shutil.rmtree(self.folder / BEST, ignore_errors=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure every N steps, and at the end."""
+        """Evaluate every N steps and after the last step."""
         if state.global_step % self.recipe.every and state.global_step != state.max_steps:
             return
-        scores = self._scores()
+        scores = self._evaluate_on_all_ranks()
+        entry = {"step": state.global_step, **scores}
         if state.is_world_process_zero:
             with (self.folder / FILE).open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **scores}) + "\n")
-        due = control.should_log  # a line of the log takes it back, though the step's own is still to come
+                stream.write(json.dumps(entry) + "\n")
+        should_log = control.should_log  # trainer.log resets it, but the step's own entry is still to come
         self.trainer.log({f"eval_{name}": score for name, score in scores.items()})
-        control.should_log = due
+        control.should_log = should_log
         if self.recipe.best_by != "none" and (self._best is None or scores[self.recipe.best_by] > self._best):
             self._best = scores[self.recipe.best_by]
-            self._keep({"step": state.global_step, **scores})
+            self._save_best(entry)
 
-    def _scores(self) -> dict[str, float]:
-        """On all ranks. Rank 0 measures; under ZeRO-3, where the weights are divided, all do, with the same result."""
+    def _evaluate_on_all_ranks(self) -> dict[str, float]:
+        """Return the scores on all ranks. Rank 0 computes them; under ZeRO-3 (sharded weights) all ranks do."""
         model, average = self.trainer.model, self.trainer.average
-        half = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
-        found: list[dict[str, float] | UserError] = [{}]
-        with untouched_randomness(), half, nullcontext() if average is None else average.applied(model):
-            if is_divided(model) or self.trainer.is_world_process_zero():
-                found = [self._measured()]
+        bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+        result: list[dict[str, float] | UserError] = [{}]
+        with untouched_randomness(), bf16, nullcontext() if average is None else average.applied(model):
+            if is_sharded(model) or self.trainer.is_world_process_zero():
+                result = [self._scores_or_error()]
         if self.trainer.args.world_size > 1:
-            dist.broadcast_object_list(found)
-        if isinstance(found[0], UserError):  # all ranks end with the same line; none is left waiting
-            raise found[0]
-        return found[0]
+            dist.broadcast_object_list(result)
+        if isinstance(result[0], UserError):  # raised on all ranks, so that none waits for the others
+            raise result[0]
+        return result[0]
 
-    def _measured(self) -> dict[str, float] | UserError:
-        """The scores, or why there are none."""
+    def _scores_or_error(self) -> dict[str, float] | UserError:
         try:
-            return self._measure()
+            return self._evaluate()
         except NotFinite:
             return UserError(
-                f"step {self.trainer.state.global_step}: embeddings hold NaN or infinity, the run diverged",
-                remedy="lower training.learning_rate in another output_dir",
+                f"step {self.trainer.state.global_step}: embeddings contain NaN or infinity, the run diverged",
+                key="training.learning_rate",
+                remedy="lower it and choose another output_dir",
             )
         except UserError as error:
             return error
 
-    def _measure(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         model, size, progress = self.trainer.model, self.recipe.batch_size, self.trainer.is_world_process_zero()
         scores: dict[str, float] = {}
         if self.pairs is not None:
@@ -113,21 +115,21 @@ class Scoring(TrainerCallback):
             scores |= evaluate_zeroshot(model, self.tokenizer, self.task, size, progress=progress)
         return scores
 
-    def _keep(self, told: dict[str, float]) -> None:
-        """Write `best/` whole, then put it in the place of the last one."""
+    def _save_best(self, entry: dict[str, float]) -> None:
+        """Write `best/` to a hidden folder, then replace the previous one."""
         average = self.trainer.averaged_weights()
-        weights = self.trainer.whole_weights() if self.trainer.average is None else average
+        weights = self.trainer.full_weights() if self.trainer.average is None else average
         if weights is not None:
-            work = self.folder / f".{BEST}.partial"
-            shutil.rmtree(work, ignore_errors=True)
+            partial = self.folder / f".{BEST}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
             try:
-                save_encoder(self.trainer.model, self.tokenizer, work, weights)
-                write_text(work / "evaluation.json", json.dumps(told, indent=1) + "\n")
+                save_encoder(self.trainer.model, self.tokenizer, partial, weights)
+                write_text(partial / "evaluation.json", json.dumps(entry, indent=1) + "\n")
                 shutil.rmtree(self.folder / BEST, ignore_errors=True)
-                os.replace(work, self.folder / BEST)
-            except Exception as error:  # as with a checkpoint, a full disk does not cost the run
-                shutil.rmtree(work, ignore_errors=True)
+                os.replace(partial, self.folder / BEST)
+            except Exception as error:
+                shutil.rmtree(partial, ignore_errors=True)
                 if not disk_is_full(error):
                     raise
-                print(f"{self.folder / BEST}: not written, the disk is full", file=sys.stderr, flush=True)
+                logger.warning("%s: not written, no space left on the device; training continues", self.folder / BEST)
         self.trainer.accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
-"""The pretraining recipe: every value of `clips-mllm pretrain`, without importing torch.
+"""The recipe of `clips-mllm pretrain`.
 
-Recipes live apart from the code that reads them only so that `--help` answers at once.
+Separate from the code that uses it, so that `--help` does not import torch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from vision_tower.training.recipe import TrainingRecipe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationRecipe:
-    """Measuring inside the run; it changes nothing in the training.
+    """Evaluation during the run; it does not affect training.
 
     Args:
-        every: optimiser steps between evaluations (the last step is measured too); 0 measures nothing.
-        retrieval: a Karpathy-style JSON, as of `clips-mllm retrieve`.
-        images: folder of its images; the JSON's own folder if not given.
-        split: which of its splits.
-        zeroshot: a folder of class folders, as of `clips-mllm zeroshot`.
-        templates: text file with one prompt a line, {} where the class name goes; eight simple ones if not given.
-        classes: text file with one class name a line, in the order of the sorted class folders; their names if not
-            given.
-        best_by: the score whose best weights are kept in `best/`; mean_recall is the mean of R@1, 5, 10 both ways.
-        batch_size: images, or texts, at a time.
+        every: optimizer steps between evaluations, plus one after the last step; 0 disables evaluation.
+        retrieval: Karpathy-style JSON, as for `clips-mllm retrieve`.
+        images: folder of its images; default: the folder of the JSON.
+        split: split of the JSON to evaluate.
+        zeroshot: folder with one folder of images per class, as for `clips-mllm zeroshot`.
+        templates: text file with one prompt per line, with {} for the class name; default: eight simple prompts.
+        classes: text file with one class name per line, in the order of the sorted class folders; default: the names of
+            the folders.
+        best_by: score that selects the weights saved in `best/`; mean_recall is the mean of R@1, R@5 and R@10 in both
+            directions.
+        batch_size: images, or texts, per batch.
     """
 
     every: int = 0
@@ -43,31 +44,53 @@ class EvaluationRecipe:
     batch_size: int = 64
 
     def check(self) -> None:
-        """Raise UserError where something is missing."""
-        if self.every < 0 or self.batch_size < 1:
-            raise UserError("at least 0, and evaluation.batch_size at least 1", key="evaluation.every")
-        if self.every and self.retrieval is None and self.zeroshot is None:
+        """Raise UserError if values are out of range, missing, or without effect."""
+        for name, minimum in (("every", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < minimum:
+                raise UserError(f"must be at least {minimum}", key=f"evaluation.{name}", value=value)
+        if self.every:
+            self._check_data()
+        else:
+            self._check_unused()
+
+    def _check_data(self) -> None:
+        if self.retrieval is None and self.zeroshot is None:
             raise UserError(
-                "nothing to measure", key="evaluation.every", value=self.every, remedy="give retrieval or zeroshot"
+                "no evaluation data",
+                key="evaluation.every",
+                value=self.every,
+                remedy="set evaluation.retrieval or evaluation.zeroshot",
             )
-        needed = {"mean_recall": self.retrieval, "top1": self.zeroshot, "none": ""}[self.best_by]
-        if self.every and needed is None:
+        data = {"mean_recall": self.retrieval, "top1": self.zeroshot, "none": ""}[self.best_by]
+        if data is None:
             raise UserError(
-                "not measured",
+                "this score is not computed with the given data",
                 key="evaluation.best_by",
                 value=self.best_by,
-                remedy="take another, or none to keep no best",
+                remedy="choose another score, or none to save no best weights",
             )
+
+    def _check_unused(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                raise UserError(
+                    "has no effect with evaluation.every=0",
+                    key=f"evaluation.{field.name}",
+                    value=value,
+                    remedy="set evaluation.every, or remove it",
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderTraining(TrainingRecipe):
-    """How to optimise an encoder.
+    """Optimization of an encoder.
 
     Args:
-        ema_decay: keeps an average of the weights, for evaluation and the exported tower; 0 keeps none.
-        compile: torch.compile of the transformer blocks.
-        peak_tflops: what one device can do in this precision, for model-FLOPs utilisation; known GPUs need none.
+        ema_decay: decay of an exponential moving average of the weights, which is evaluated and exported; 0 disables.
+        compile: apply torch.compile to the transformer blocks.
+        peak_tflops: peak TFLOP/s of one device in this precision, for MFU; known for common GPUs.
     """
 
     ema_decay: float = 0.0
@@ -75,16 +98,21 @@ class EncoderTraining(TrainingRecipe):
     peak_tflops: float | None = None
 
     def check(self) -> None:
-        """Raise UserError where the numbers make no sense."""
+        """Raise UserError if a value is out of range."""
         super().check()
         if self.max_steps < 1:
             raise UserError(
-                "pretraining reads an endless stream", key="training.max_steps", remedy="say how many steps to take"
+                "required, because pretraining reads an endless stream",
+                key="training.max_steps",
+                value=self.max_steps,
+                remedy="set a number of steps",
             )
         if not 0 <= self.ema_decay < 1:
-            raise UserError("from 0 to below 1, for example 0.9999", key="training.ema_decay", value=self.ema_decay)
+            raise UserError(
+                "must be in [0, 1)", key="training.ema_decay", value=self.ema_decay, remedy="set for example 0.9999"
+            )
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise UserError("a positive number, in 10^12 FLOP/s", key="training.peak_tflops", value=self.peak_tflops)
+            raise UserError("must be positive, in 10^12 FLOP/s", key="training.peak_tflops", value=self.peak_tflops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,16 +120,16 @@ class PretrainRecipe:
     """Pretrain a CLIPS encoder from image-text pairs.
 
     Args:
-        output_dir: the run folder; it gets the model, `tower/`, metrics and checkpoints.
-        data: the pairs.
-        model: the model.
-        objective: clip-web, clip-synthetic, clipa-mix (most captions from the web), coca (the same, with a
-            teacher-forced captioner) or clips.
-        captions: which part of a caption the text tower reads.
+        output_dir: run folder for the model, `tower/`, metrics and checkpoints.
+        data: image-text pairs.
+        model: model architecture.
+        objective: clip-web, clip-synthetic, clipa-mix (mostly web captions), coca (as clipa-mix, with a teacher-forced
+            captioner) or clips.
+        captions: part of each caption that the text tower reads.
         loss: weights of the loss terms.
-        lock: a tower that does not train.
-        training: how to optimise.
-        evaluation: what is measured inside the run.
+        lock: tower to keep frozen.
+        training: optimization.
+        evaluation: evaluation during the run.
     """
 
     output_dir: str
@@ -115,18 +143,25 @@ class PretrainRecipe:
     evaluation: EvaluationRecipe = dataclasses.field(default_factory=EvaluationRecipe)
 
     def check(self) -> None:
-        """Raise UserError where the numbers do not fit together."""
+        """Raise UserError if values are out of range or contradict each other."""
         self.data.check()
         self.model.check()
         self.captions.check(self.model.text_room)
-        choose_objective(self.objective, self.loss)
+        objective = choose_objective(self.objective, self.loss)
+        if self.captions.web_share != CaptionRecipe.web_share and "mix" not in objective.streams:
+            raise UserError(
+                f"has no effect with objective={self.objective}, which does not mix captions",
+                key="captions.web_share",
+                value=self.captions.web_share,
+                remedy="remove it, or set the objective to clipa-mix or coca",
+            )
         self.lock.check()
         if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
             raise UserError(
-                "brings its own vocabulary",
+                "the locked text tower has its own vocabulary",
                 key="lock.tower",
                 value="text",
-                remedy="leave model.vocabulary and start_from out",
+                remedy="remove model.vocabulary and model.start_from",
             )
         self.training.check()
         self.evaluation.check()

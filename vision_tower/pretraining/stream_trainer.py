@@ -1,14 +1,15 @@
-"""A trainer over shards that goes on with the very samples that come next.
+"""A trainer over tar shards with exact resume of the data order.
 
-every step         batches bring their readers' cursors; the trainer notes those of the batches it has used
-every checkpoint   holds the cursors of each rank
+every step         each batch carries the cursor of its reader; the trainer keeps the cursors of the batches it used
+every checkpoint   contains the cursors of each rank
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import sys
+import itertools
+import logging
 from typing import Any
 
 import torch
@@ -19,24 +20,26 @@ from vision_tower.data.pairs import PairStream
 from vision_tower.data.readers import ReaderPosition
 from vision_tower.training.resume import ResumableTrainer
 
+logger = logging.getLogger(__name__)
+
 
 class StreamTrainer(ResumableTrainer):
-    """Trainer over a `PairStream` whose checkpoints hold where every reader stands."""
+    """Trainer over a `PairStream` whose checkpoints contain the position of every reader."""
 
     state_file = "readers"
     train_dataset: PairStream
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.args.ignore_data_skip = True  # the readers know their place; nothing is read only to be thrown away
-        self._cursors: dict[int, ReaderPosition] = {}
-        self._batches = 0
-        self._sums: dict[str, torch.Tensor] = {}  # of what is logged, since the last line
-        self._steps = 0
+        self.args.ignore_data_skip = True  # readers resume at their position; transformers must not skip batches
+        self._cursors: dict[int, ReaderPosition] = {}  # by reader
+        self._batches = 0  # micro-batches since the start of the run
+        self._sums: dict[str, torch.Tensor] = {}  # logged values, summed since the last log line
+        self._steps = 0  # number of summands
         self.add_callback(StreamEpochs())
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of one optimiser step; their cursors are noted."""
+        """Read the micro-batches of one optimizer step and keep their cursors."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             cursor = batch.pop("cursor")
@@ -45,23 +48,24 @@ class StreamTrainer(ResumableTrainer):
         return batches, count
 
     def skipped(self) -> tuple[int, collections.Counter[str], collections.Counter[str]]:
-        """(samples seen, unreadable samples by cause, unreadable shards by cause) over all ranks."""
-        places = [place for cursor in self._cursors.values() for place in cursor.places]
-        found: list[Any] = [places]
+        """Return (samples seen, unreadable samples by cause, unreadable shards by cause) over all ranks."""
+        own = [place for cursor in self._cursors.values() for place in cursor.places]
+        by_rank: list[Any] = [own]
         if self.args.world_size > 1:
-            found = [None] * self.args.world_size
-            dist.all_gather_object(found, places)
-        places = [place for rank in found for place in rank]
+            by_rank = [None] * self.args.world_size
+            dist.all_gather_object(by_rank, own)
+        seen = 0
         bad: collections.Counter[str] = collections.Counter()
-        broken: dict[str, str] = {}  # readers may share a shard
-        for place in places:
+        broken: dict[str, str] = {}  # by shard, because readers may share one
+        for place in itertools.chain.from_iterable(by_rank):
+            seen += place.seen
             bad.update(place.bad)
             broken |= place.broken
-        return sum(place.seen for place in places), bad, collections.Counter(broken.values())
+        return seen, bad, collections.Counter(broken.values())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add samples seen and skipped since the run began. A share of the steps is no epoch, and is left out."""
-        if "loss" in logs:  # every rank logs, so every rank is here
+        """Add the samples seen and skipped since the start of the run. Omit the epoch: a stream has no length."""
+        if "loss" in logs:  # collective: all ranks log at the same steps
             _, bad, broken = self.skipped()
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             logs = logs | {
@@ -69,12 +73,12 @@ class StreamTrainer(ResumableTrainer):
                 "skipped_samples": bad.total(),
                 "skipped_shards": broken.total(),
             }
-        share, self.state.epoch = self.state.epoch, None  # Trainer logs it unless it is None
+        epoch, self.state.epoch = self.state.epoch, None  # Trainer logs the epoch unless it is None
         super().log(logs, *args, **kwargs)
-        self.state.epoch = share
+        self.state.epoch = epoch
 
     def own_state(self) -> dict[str, Any]:
-        """The readers' places and the half-summed line of the log."""
+        """Return the readers' positions and the sums since the last log line."""
         return super().own_state() | {
             "batches": self._batches,
             "cursors": [dataclasses.asdict(cursor) for cursor in self._cursors.values()],
@@ -83,7 +87,7 @@ class StreamTrainer(ResumableTrainer):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The other way round; it runs just before the loader starts its processes."""
+        """Load what `own_state` returned. Called before the loader starts its processes."""
         super().restore(state)
         cursors = [ReaderPosition.from_json(value) for value in state["cursors"]]
         self._cursors = {cursor.reader: cursor for cursor in cursors}
@@ -93,7 +97,7 @@ class StreamTrainer(ResumableTrainer):
         self._steps = state["steps"]
 
     def layout(self) -> dict[str, Any]:
-        """What the readers' places mean nothing without."""
+        """Return settings that the readers' positions depend on."""
         return super().layout() | {
             "workers": self.args.dataloader_num_workers,
             "shards": self.train_dataset.fingerprint(),
@@ -101,17 +105,18 @@ class StreamTrainer(ResumableTrainer):
 
 
 class StreamEpochs(TrainerCallback):
-    """A resumed run counts its epochs as a whole one does."""
+    """Sets the epoch to the completed fraction of the run, with and without resume."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The stream is endless: the run is one epoch."""
+        """Overwrite the epoch: the stream is endless, so a run is one epoch."""
         state.epoch = state.global_step / state.max_steps
 
 
-def report_skipped(trainer: StreamTrainer) -> None:
-    """One line about what could not be read in the whole run, by cause. Every rank must call it."""
+def log_skipped(trainer: StreamTrainer) -> None:
+    """Log the samples and shards that could not be read in this run, by cause. Every rank must call this."""
     seen, bad, broken = trainer.skipped()
     if trainer.is_world_process_zero() and (bad or broken):
         causes = ", ".join(f"{count:,} x {cause}" for cause, count in (bad + broken).most_common())
-        line = f"skipped {bad.total():,} of {seen:,} samples and {broken.total():,} shards: {causes}"
-        print(line, file=sys.stderr, flush=True)
+        logger.warning(
+            "skipped %s of %s samples and %s shards: %s", f"{bad.total():,}", f"{seen:,}", f"{broken.total():,}", causes
+        )

@@ -43,7 +43,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     """Map a recipe to keyword arguments of transformers.TrainingArguments. `set_up_process` constructs them.
 
     Args:
-        recipe: the optimisation recipe, with a settled precision.
+        recipe: the optimization recipe, with a settled precision.
         output_dir: the run folder.
         more: further TrainingArguments fields, which take precedence over those of the recipe.
 

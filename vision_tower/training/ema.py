@@ -1,9 +1,9 @@
-"""Exponential moving average of the weights, as an option of pretraining.
+"""Exponential moving average (EMA) of the weights, an option of pretraining.
 
-    average <- decay * average + (1 - decay) * weights        after every optimiser step
+    average <- decay * average + (1 - decay) * weights        after every optimizer step
 
-The decay of the first steps is smaller, min(decay, (1 + step) / (10 + step)), so that the random start is soon
-forgotten (the rule of TensorFlow's ExponentialMovingAverage).
+The first steps use the smaller decay min(decay, (1 + step) / (10 + step)), which reduces the influence of the random
+initialization (as in TensorFlow's ExponentialMovingAverage).
 """
 
 from __future__ import annotations
@@ -22,74 +22,75 @@ from vision_tower.common.ranks import rank
 
 
 class WeightAverage(TrainerCallback):
-    """Keeps an fp32 average of what trains, part for part where ZeRO-3 has divided the weights.
+    """Keeps an fp32 average of all trainable parameters; under ZeRO-3, each rank averages its own shard.
 
     Args:
-        decay: of the average, for example 0.9999.
-        checkpoint: the checkpoint the run goes on from, or none.
+        decay: for example 0.9999.
+        checkpoint: checkpoint to resume from, or None.
     """
 
     def __init__(self, decay: float, checkpoint: str | None) -> None:
         self.decay = decay
         self.checkpoint = checkpoint
-        self._held: dict[str, torch.Tensor] = {}
-        self._divided = False
+        self._average: dict[str, torch.Tensor] = {}  # by parameter name
+        self._sharded = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        """Start from the weights, or from the checkpoint. Not earlier: ZeRO-3 divides the weights only now."""
-        self._held = {name: held.detach().float().clone() for name, held in _trained(model).items()}
-        self._divided = is_divided(model)
+        """Initialize from the weights or the checkpoint. In the constructor, ZeRO-3 has not sharded the weights yet."""
+        self._average = {name: weights.detach().float().clone() for name, weights in _trainable(model).items()}
+        self._sharded = is_sharded(model)
         if self.checkpoint is not None:
-            self._load(self.checkpoint)
+            self._load(Path(self.checkpoint))
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        """One step of the average."""
+        """Update the average."""
         weight = 1 - min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
-            current = [held.float() for held in _trained(model).values()]
-            torch._foreach_lerp_(list(self._held.values()), current, weight)
+            current = [weights.float() for weights in _trainable(model).values()]
+            torch._foreach_lerp_(list(self._average.values()), current, weight)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within this context the model has the averaged weights; afterwards its own, bit for bit."""
-        own = {name: held.detach().clone() for name, held in _trained(model).items()}
-        _fill(model, self._held)
+        """Replace the model's weights by the average inside this context; restore them exactly afterwards."""
+        own = {name: weights.detach().clone() for name, weights in _trainable(model).items()}
+        _fill(model, self._average)
         try:
             yield
         finally:
             _fill(model, own)
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """The fp32 average where every rank holds it whole; empty under ZeRO-3."""
-        return {} if self._divided else self._held
+    def unsharded(self) -> dict[str, torch.Tensor]:
+        """Return the fp32 average by parameter name; empty under ZeRO-3, where ranks have shards."""
+        return {} if self._sharded else self._average
 
-    def save(self, folder: str) -> None:
-        """Write this rank's part, or all of it once where every rank holds the whole."""
+    def save(self, folder: Path) -> None:
+        """Write the average: each rank its shard under ZeRO-3, otherwise rank 0 all of it."""
         from safetensors.torch import save_file
 
-        if self._divided or rank() == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            save_file(self._held, self._file(folder))
+        if self._sharded or rank() == 0:
+            save_file(self._average, self._file(folder))
 
-    def _load(self, folder: str) -> None:
+    def _load(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
         file = self._file(folder)
         if not file.is_file():
             raise UserError(
-                "missing, this run began without training.ema_decay",
+                "missing: the checkpoint is from a run without training.ema_decay",
                 file=file,
-                remedy="take it out, or start in another folder",
+                key="training.ema_decay",
+                value=self.decay,
+                remedy="remove it, or choose another output_dir",
             )
         for name, value in load_file(file).items():
-            self._held[name].copy_(value)
+            self._average[name].copy_(value)
 
-    def _file(self, folder: str) -> Path:
-        return Path(folder) / (f"average-{rank()}.safetensors" if self._divided else "average.safetensors")
+    def _file(self, folder: Path) -> Path:
+        return folder / (f"average-{rank()}.safetensors" if self._sharded else "average.safetensors")
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What this rank holds of every trainable parameter: the whole, or under ZeRO-3 its part."""
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trainable parameters by name; under ZeRO-3, this rank's shards of them."""
     return {
         name: parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
         for name, parameter in model.named_parameters()
@@ -99,15 +100,15 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    for name, held in _trained(model).items():
-        held.copy_(values[name])
-    # ZeRO-3 also keeps whole copies of its small parameters; they are put together again from the parts.
-    whole: list[Any] = [parameter for parameter in model.parameters() if getattr(parameter, "ds_persist", False)]
-    if whole:
-        whole[0].partition(whole)
-        whole[0].all_gather(whole)
+    for name, weights in _trainable(model).items():
+        weights.copy_(values[name])
+    # ZeRO-3 keeps small parameters gathered (ds_persist): gather these copies again from the changed shards.
+    persistent: list[Any] = [parameter for parameter in model.parameters() if getattr(parameter, "ds_persist", False)]
+    if persistent:
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether each rank holds a part of the weights only, as under ZeRO-3."""
+def is_sharded(model: nn.Module) -> bool:
+    """Return True under ZeRO-3, where each rank has only a shard of the weights."""
     return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run, and leaves what is needed to replay the step."""
+"""Stops a run at a NaN or infinite loss or gradient, and writes what is needed to replay the step."""
 
 from __future__ import annotations
 
@@ -18,40 +18,47 @@ from vision_tower.training.run_folder import latest_checkpoint
 FILE = "bad_step.json"
 
 
-def refuse(values: dict[str, torch.Tensor], step: int, keys: list[str] | Callable[[], list[str]], folder: Path) -> None:
-    """Stop all ranks where a value is NaN or infinite on any of them.
+def stop_if_not_finite(
+    values: dict[str, torch.Tensor], step: int, samples: Callable[[], list[str]], folder: Path
+) -> None:
+    """Stop all ranks if a value is NaN or infinite on any of them. Every rank must call this.
 
-    Called before anything of this step is saved, so the last checkpoint is from before it.
+    Called before the optimizer step, so the last checkpoint is from before the bad step.
 
     Args:
-        values: this rank's scalars, such as loss and gradient norm.
-        step: the optimiser step, from 1.
-        keys: this rank's samples of the step, or what finds them out.
+        values: scalars of this rank, such as loss and gradient norm.
+        step: the optimizer step, from 1.
+        samples: returns identifiers of this rank's samples of the step; called only on failure.
         folder: the run folder; `bad_step.json` is written there.
+
     Raises:
-        UserError: with the step, the file and the remedy.
+        UserError: naming the step, the file and the remedy.
     """
     device = next(iter(values.values())).device
     numbers = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
     bad = (~torch.isfinite(numbers)).any().float()
     if world() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    if not bad.item():  # the one place in a step where the host waits for the device
+    if not bad.item():  # the only place in a step at which the host waits for the device
         return
-    said = {name: repr(number) for name, number in zip(values, numbers.tolist(), strict=True)}
-    mine: dict[str, Any] = {"rank": rank(), **said, "keys": keys() if callable(keys) else keys}
-    ranks = [mine]
+    texts = {name: repr(number) for name, number in zip(values, numbers.tolist(), strict=True)}
+    _write_report(folder, step, {"rank": rank(), **texts, "keys": samples()})
+    summary = ", ".join(f"{name} {number}" for name, number in texts.items())
+    checkpoint = latest_checkpoint(folder)
+    resume = f"resume from {checkpoint} with the same command" if checkpoint else "start again"
+    raise UserError(
+        f"step {step}: {summary} on rank {rank()}",
+        file=folder / FILE,
+        remedy=f"fix the samples listed there and {resume}, or lower training.learning_rate in another output_dir",
+    )
+
+
+def _write_report(folder: Path, step: int, report: dict[str, Any]) -> None:
+    """Gather the reports of all ranks and write them on rank 0."""
+    ranks = [report]
     if world() > 1:
         ranks = [{}] * world()
-        dist.all_gather_object(ranks, mine)
-    if mine["rank"] == 0:
+        dist.all_gather_object(ranks, report)
+    if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / FILE, json.dumps({"step": step, "ranks": ranks}, indent=1) + "\n")
-    back = latest_checkpoint(folder)
-    resume = f"go on from {back} with the same command" if back else "start again"
-    what = ", ".join(f"{name} {number}" for name, number in said.items())
-    raise UserError(
-        f"step {step}: {what} on rank {mine['rank']}",
-        remedy=f"samples listed in {folder / FILE}: mend what is wrong with them and {resume}, or lower "
-        f"training.learning_rate in another output_dir",
-    )

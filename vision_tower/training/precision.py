@@ -1,6 +1,6 @@
-"""What a recipe's `precision: auto` is on this device.
+"""Resolves `precision: auto` for the device.
 
-A CPU without instructions for bf16 imitates them, and takes several times as long as in fp32 (docs/log.md).
+A CPU without bf16 instructions emulates them, which takes several times as long as fp32 (docs/log.md).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from vision_tower.training.recipe import TrainingRecipe
 
 Training = TypeVar("Training", bound=TrainingRecipe)
 
-# As cpuinfo names them: x86's two, then those of ARM.
+# Names of cpuinfo: the first two are x86, the others ARM.
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def settle_precision(training: Training, bf16: Callable[[], bool]) -> Training:
-    """The recipe with bf16 or fp32 in place of `auto`; `bf16` is asked for nothing else."""
+    """Replace `auto` by bf16 if `bf16()` returns True and by fp32 otherwise. Called only for `auto`."""
     if training.precision != "auto":
         return training
     return dataclasses.replace(training, precision="bf16" if bf16() else "fp32")
 
 
 def computes_bf16() -> bool:
-    """Whether the device that training would take computes in bf16 itself."""
+    """Return True if the training device has bf16 hardware."""
     import torch
 
     if torch.cuda.is_available():
@@ -34,9 +34,9 @@ def computes_bf16() -> bool:
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether this CPU has instructions for bf16; of a PyTorch that cannot tell, no."""
+    """Return True if this CPU has bf16 instructions. PyTorch versions that cannot tell count as False."""
     import torch
 
-    # The question is newer than the oldest PyTorch that is supported.
+    # get_capabilities is newer than the oldest supported PyTorch.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in CPU_BF16)

@@ -1,7 +1,7 @@
-"""The optimisation recipe of all three training stages: the values that differ between a laptop and a cluster.
+"""The optimization recipe of all three training stages.
 
-The *global* batch is stated, and accumulation follows from it. Alone in its module, and without a TYPE_CHECKING block:
-jsonargparse runs such a block in the module of every recipe, and torch there would cost `--help` seven seconds.
+A recipe states the *global* batch size; the accumulation steps follow from it. The module has no TYPE_CHECKING block:
+jsonargparse executes such blocks in recipe modules, and importing torch there would add seven seconds to `--help`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from vision_tower.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """How to optimise.
+    """Optimization.
 
     Args:
-        global_batch_size: samples in one optimiser step, over all devices and accumulation steps.
-        device_batch_size: samples in one forward pass of one device.
+        global_batch_size: samples per optimizer step, over all devices and accumulation steps.
+        device_batch_size: samples per forward pass on one device.
         learning_rate: peak learning rate.
-        schedule: shape after the warm-up.
-        warmup_steps: linear warm-up, as a number of optimiser steps.
-        warmup_ratio: linear warm-up, as a share of all steps; used where `warmup_steps` is 0.
-        max_steps: optimiser steps; 0 means that `epochs` decides.
-        epochs: passes over the data where `max_steps` is 0.
-        weight_decay: on weight matrices only.
-        beta1: of AdamW.
-        beta2: of AdamW.
-        clip_norm: largest gradient norm; 0 switches clipping off.
-        precision: bf16 activations with fp32 master weights, or fp32 throughout; auto is bf16 where the device computes
-            in it, and fp32 on CPUs that would imitate it.
-        gradient_checkpointing: trade a second forward pass for memory.
-        deepspeed: a DeepSpeed JSON (configs/deepspeed/), or none for plain data parallelism.
-        save_every: optimiser steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: how many of the newest checkpoints stay.
-        log_every: optimiser steps between lines of metrics.jsonl.
-        workers: loader processes per device.
-        report_to: where the log goes besides metrics.jsonl; nowhere unless asked.
-        seed: of initialisation, data order and augmentation.
-        extra: any other field of transformers.TrainingArguments, for which a recipe has none of its own.
+        schedule: learning rate schedule after warmup.
+        warmup_steps: optimizer steps of linear warmup.
+        warmup_ratio: linear warmup as a fraction of all steps; used if `warmup_steps` is 0.
+        max_steps: optimizer steps; if 0, `epochs` sets the length of the run.
+        epochs: passes over the data; used if `max_steps` is 0.
+        weight_decay: weight decay of weight matrices; other parameters have none.
+        beta1: AdamW beta1.
+        beta2: AdamW beta2.
+        clip_norm: maximum gradient norm; 0 disables clipping.
+        precision: bf16 (bf16 activations, fp32 master weights) or fp32; auto selects bf16 on devices with bf16
+            hardware and fp32 on others.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        deepspeed: DeepSpeed JSON config (configs/deepspeed/); null for plain data parallelism.
+        save_every: optimizer steps between checkpoints; 0 writes no intermediate checkpoints.
+        keep_checkpoints: number of newest checkpoints to keep.
+        log_every: optimizer steps between lines of metrics.jsonl.
+        workers: data loader processes per device.
+        report_to: additional experiment trackers.
+        seed: random seed of initialization, data order and augmentation.
+        extra: other fields of transformers.TrainingArguments, if the recipe has no field for them.
     """
 
     global_batch_size: int = 128
@@ -67,8 +67,8 @@ class TrainingRecipe:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise UserError where a number has no meaning."""
-        least = {
+        """Raise UserError if a value is out of range."""
+        minimums = {
             "global_batch_size": 1,
             "device_batch_size": 1,
             "log_every": 1,
@@ -78,27 +78,29 @@ class TrainingRecipe:
             "warmup_steps": 0,
             "keep_checkpoints": 1,
         }
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"training.{name}={getattr(self, name)}: at least {value}")
+        for name, minimum in minimums.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise UserError(f"must be at least {minimum}", key=f"training.{name}", value=value)
         for name in ("learning_rate", "weight_decay", "clip_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"training.{name}={getattr(self, name)}: a number from 0")
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError("must be a finite number from 0", key=f"training.{name}", value=value)
         for name in ("beta1", "beta2", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"training.{name}={getattr(self, name)}: from 0 to below 1")
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError("must be in [0, 1)", key=f"training.{name}", value=value)
         if not self.max_steps and not 0 < self.epochs < math.inf:
-            raise UserError(
-                "above 0, where training.max_steps does not decide", key="training.epochs", value=self.epochs
-            )
+            raise UserError("must be above 0 if training.max_steps is 0", key="training.epochs", value=self.epochs)
 
     def accumulation(self, world: int) -> int:
-        """Forward passes per optimiser step. Raises UserError where the numbers do not divide."""
-        together = self.device_batch_size * world
-        if self.global_batch_size % together:
+        """Return the forward passes per optimizer step. Raise UserError if the batch sizes do not divide."""
+        per_pass = self.device_batch_size * world
+        if self.global_batch_size % per_pass:
             raise UserError(
-                f"training.global_batch_size={self.global_batch_size} is not a multiple of "
-                f"device_batch_size={self.device_batch_size} x {world} devices",
+                f"is not a multiple of training.device_batch_size={self.device_batch_size} x {world} devices",
+                key="training.global_batch_size",
+                value=self.global_batch_size,
                 remedy="change one of the three",
             )
-        return self.global_batch_size // together
+        return self.global_batch_size // per_pass

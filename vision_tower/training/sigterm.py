@@ -1,7 +1,7 @@
-"""SIGTERM, as schedulers send it before they take a machine away: finish the step, save, end with code 0.
+"""SIGTERM, which schedulers send before they reclaim a machine: finish the step, save, exit with code 0.
 
-The code says that nothing failed; the last line says that the run is not done, and the same command goes on. Launchers
-that are signalled themselves pass the signal on, wait 30 seconds for the ranks, and end with codes of their own.
+Code 0 because nothing failed; the last line says that the run is incomplete and that the same command resumes it.
+Launchers that get the signal themselves forward it, wait 30 seconds for the ranks, and exit with their own code.
 """
 
 from __future__ import annotations
@@ -9,77 +9,75 @@ from __future__ import annotations
 import signal
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    pass
-
 
 class StopOnSigterm(TrainerCallback):
-    """SIGTERM to any rank makes all of them save after the same step and leave the loop."""
+    """On SIGTERM to any rank, makes all ranks save after the same step and end training."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.stopped_at: int | None = None
-        self._before: Any = None
+        self.requested = False  # this rank got the signal
+        self.stopped_at: int | None = None  # step after which training ended early
+        self._previous_handler: Any = None
         self._group: Any = None
         self._vote: tuple[torch.Tensor, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the signal over."""
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        """Install the signal handler."""
+        self._previous_handler = signal.signal(signal.SIGTERM, self._request)
         if args.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # of its own, on the CPU: no step waits for a device
+            # A CPU group of its own: the vote does not make a step wait for the device.
+            self._group = dist.new_group(backend="gloo")
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def _request(self, *_: Any) -> None:
+        self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop where it was asked for."""
-        if self._agreed(args.world_size) and state.global_step < state.max_steps:
+        """Save and stop if any rank got the signal."""
+        if self._any_rank_requested(args.world_size) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             self.stopped_at = state.global_step
 
-    def _agreed(self, world: int) -> bool:
-        """Whether some rank was asked. Over several ranks it is the answer of the last step, which nobody waits for."""
+    def _any_rank_requested(self, world: int) -> bool:
+        """Return True if any rank got SIGTERM (all-reduced asynchronously, so one step late)."""
         if world == 1:
-            return self.asked
+            return self.requested
         answer = False
         if self._vote is not None:
             flag, work = self._vote
             work.wait()
             answer = bool(flag)
-        flag = torch.tensor(int(self.asked))
+        flag = torch.tensor(int(self.requested))
         self._vote = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return answer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give the signal back."""
+        """Restore the previous signal handler."""
         if self._vote is not None:
             self._vote[1].wait()
-        signal.signal(signal.SIGTERM, self._before)
+        signal.signal(signal.SIGTERM, self._previous_handler)
 
 
-def leave_signals_to_the_trainer(_: int) -> None:
-    """For loader processes, whom a terminal or a scheduler signals along with the trainer.
+def ignore_signals_in_worker(_: int) -> None:
+    """Make a loader process ignore signals that a terminal or scheduler sends to the whole process group.
 
-    Ctrl-C is the trainer's to tell of; after SIGTERM it still needs them to reach a checkpoint. A second SIGTERM, which
-    the loader sends to a process that does not end by itself, ends it.
+    Ctrl-C is reported by the trainer. After SIGTERM the trainer still needs its workers to reach a checkpoint. A second
+    SIGTERM, which the loader sends to a worker that does not end by itself, ends it.
     """
 
-    def forgive(*_: Any) -> None:
+    def ignore_once(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, forgive)
+    signal.signal(signal.SIGTERM, ignore_once)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _unless_hung_up
+    sys.excepthook = _hide_broken_connection
 
 
-def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The thread that hands tensors over complains of a trainer that hung up, which Ctrl-C makes it do."""
+def _hide_broken_connection(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Exception hook without the errors of the queue thread when Ctrl-C ends the trainer first."""
     if not issubclass(kind, (EOFError, ConnectionError)):
         sys.__excepthook__(kind, error, trace)

@@ -1,50 +1,49 @@
-"""How fast a run is: samples a second, the share of time spent waiting for data, achieved FLOPs and MFU."""
+"""Throughput of a run: samples per second, share of time spent waiting for data, achieved FLOP/s, and MFU."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from transformers import TrainerCallback
 
 
 class Throughput(TrainerCallback):
-    """Sums over the steps since the last line of the log. What lies between steps, such as evaluation, is not in it.
+    """Accumulates since the last log line; excludes time between steps (evaluation, saving).
 
     Args:
-        world: devices of the run.
-        peak: FLOP/s that one device can do, or none where nobody knows; then there is no MFU.
+        world: number of devices.
+        peak: peak FLOP/s of one device; MFU is not reported if it is None.
     """
 
     def __init__(self, world: int, peak: float | None) -> None:
         self.world = world
         self.peak = peak
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._seconds = self._waited = 0.0
         self._samples = self._flops = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the loader's `next`: a step begins here."""
-        self._begun = time.perf_counter()
+        """Time the reading of a batch, which starts a step."""
+        self._started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - self._begun
+        self._waited += time.perf_counter() - self._started
 
     def add(self, samples: int, flops: int) -> None:
-        """Work of one forward and backward pass on this device."""
+        """Count one forward and backward pass of this device."""
         self._samples += samples
         self._flops += flops
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """A step ends when the optimiser is done."""
-        self._seconds += time.perf_counter() - self._begun
+    def on_step_end(self, *_: object, **__: object) -> None:
+        """Stop the clock of the step, after the optimizer."""
+        self._seconds += time.perf_counter() - self._started
 
     def take(self) -> dict[str, float]:
-        """This device's view since the last call; the mean over devices is the run's."""
+        """Return this device's values since the last call and reset. The mean over devices is that of the run."""
         seconds = max(self._seconds, 1e-9)
         values = {
             "samples_per_second": self._samples * self.world / seconds,
@@ -53,5 +52,5 @@ class Throughput(TrainerCallback):
         }
         if self.peak is not None:
             values["mfu"] = self._flops / seconds / self.peak
-        self._forget()
+        self._reset()
         return values
