@@ -81,14 +81,14 @@ def samples(recipe: PreviewRecipe) -> Iterator[PreviewSample]:
     """Yield samples that are evenly spaced over the usable rows of the file."""
     from clips_mllm.checks.display import token_spans
     from clips_mllm.checks.rendering import open_renderer
-    from clips_mllm.data.row_store import RowStore, say
+    from clips_mllm.data.row_store import RowStore, report_skipped
     from clips_mllm.prompts.conversation import IGNORED, IMAGE, Unsupervised
 
     render = recipe.render
     assert render is not None, "PreviewRecipe.model is required"
     renderer = open_renderer(render)
     store = RowStore(recipe.source)
-    say(recipe.source, store.report, len(store), max_bad_fraction=1.0, quiet=False)
+    report_skipped(store, max_bad_fraction=1.0)
     image_id = renderer.tokenizer.convert_tokens_to_ids(IMAGE)
     count = min(recipe.count, len(store))
     for at in (number * len(store) // count for number in range(count)):
@@ -101,7 +101,7 @@ def samples(recipe: PreviewRecipe) -> Iterator[PreviewSample]:
             yield PreviewSample(title, error=str(error))
             continue
         supervised = sum(label != IGNORED for label in rendered.labels)
-        cut = f", cut from {rendered.whole}" if rendered.whole > len(rendered.ids) else ""
+        cut = f", cut from {rendered.full_length}" if rendered.full_length > len(rendered.ids) else ""
         counts = f"{len(rendered.ids)} tokens{cut}, {supervised} supervised, {len(images)} images"
         spans = token_spans(rendered.ids, rendered.labels, renderer.tokenizer, image_id)
         yield PreviewSample(title, counts, spans, images)

@@ -1,4 +1,4 @@
-"""Tiny real models and a tiny sample world, built once a session by the project's own commands. No network."""
+"""Tiny real models and a tiny sample world, built once per session by the project's commands. No network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 if TYPE_CHECKING:
     from clips_mllm.model.checkpoint import Mllm
 
-# Before torch is imported anywhere: tests share two cores, and spinning OpenMP threads would fight over them.
+# At import, since torch, DeepSpeed, the hub and `datasets` read these variables when they are imported. Idle OpenMP
+# threads must not spin, because tests run in parallel; nothing downloads, and caches of the user stay unchanged.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-cache-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
-# Files that start many processes. They begin first, so that none is left to run alone at the end.
+# Files with many processes start first, so that none runs alone at the end.
 LONG = (
     "test_train_ranks.py",
     "test_train_resume.py",
@@ -72,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sample_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `clips-mllm data sample` leaves, in small, with the random two-layer LLaMA."""
+    """A small output of `clips-mllm data sample`, with a random two-layer LLaMA."""
     from clips_mllm.sample.build import main
 
     folder = tmp_path_factory.mktemp("world") / "data"
@@ -143,7 +144,7 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
 
 
 def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
-    """With weights so large that what the model reads shows in what it says."""
+    """Enlarge the weights, so that the output depends visibly on the input."""
     import torch
 
     torch.manual_seed(seed)
@@ -156,7 +157,7 @@ def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
 
 @pytest.fixture(scope="module")
 def mllm(mllm_dir: Path) -> Mllm:
-    """The tiny MLLM with weights large enough that a wrong mask, or a sample that sees another, shows."""
+    """The tiny MLLM with weights large enough that a wrong mask or attention across samples changes the output."""
     from clips_mllm.model.checkpoint import load_mllm
 
     return louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=1, std=0.15)
@@ -164,7 +165,7 @@ def mllm(mllm_dir: Path) -> Mllm:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
-    """Puts a folder into a hub's local cache, as a download leaves it there, and says its id."""
+    """Return a function that puts a folder into the hub's local cache, as a download does, and returns its id."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
@@ -180,7 +181,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str
 
 @pytest.fixture(scope="session")
 def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny MLLM with weights so large that every prompt and image has another answer."""
+    """The tiny MLLM with weights so large that every prompt and image has a different answer."""
     from clips_mllm.model.checkpoint import load_mllm, save_mllm
 
     mllm = louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)
@@ -191,7 +192,7 @@ def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Several would divide sums as there are cores, and round as they are divided."""
+    """Use one thread: the number of threads changes the order of sums, and so their rounding."""
     import torch
 
     before = torch.get_num_threads()

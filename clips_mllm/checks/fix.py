@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.data.json_rows import read_rows
-from clips_mllm.data.llava_json import ROLES, image_parts, opening_answers, turns_key, turns_read
+from clips_mllm.data.llava_json import ROLES, image_parts, opening_answers, turns_key, with_decoded_turns
 from clips_mllm.data.recipe import InstructionSource
 from clips_mllm.data.row_source import is_json, open_table
 from vision_tower.common.errors import UserError
@@ -60,7 +60,7 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
 
 
 def _fixed(row: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-    parsed = turns_read(row)  # turns given as a JSON string stay a string unless something in them is fixed
+    parsed = with_decoded_turns(row)  # turns given as a JSON string stay a string unless something in them is fixed
     turns = parsed.get(turns_key(parsed))
     if isinstance(turns, list):
         opening = opening_answers([ROLES[turn.get("from") or turn["role"]] for turn in turns])

@@ -83,13 +83,13 @@ def _check_row(row: Any, number: int, folder: Path) -> Verdict:
     try:
         parsed = to_example(row)
         example = find_images(parsed, folder)
-        verdict.fixes, verdict.images = example.mended, len(example.images)
+        verdict.fixes, verdict.images = example.repairs, len(example.images)
         if example.images != parsed.images:
             verdict.files = [str(name) for name in example.images]
         _check_images(verdict, row, example, folder)
         if _renderer is not None:
             rendered = _renderer(example)
-            verdict.tokens, verdict.uncut_tokens = len(rendered.ids), rendered.whole
+            verdict.tokens, verdict.uncut_tokens = len(rendered.ids), rendered.full_length
             verdict.supervised = sum(label != IGNORED for label in rendered.labels)
     except BadRow as error:
         verdict.cause = str(error)

@@ -67,7 +67,7 @@ def check_sample(dataset: InstructionDataset, count: int = 64) -> SampleCheck:
         tokens += len(rendered.ids)
         supervised += sum(label != IGNORED for label in rendered.labels)
         images += len(sample["images"])
-        cut += rendered.whole > len(rendered.ids)
+        cut += rendered.full_length > len(rendered.ids)
     bad = causes.total()
     if bad > max(1, dataset.recipe.max_bad_fraction * count) or bad == count:
         raise UserError(

@@ -1,79 +1,78 @@
-"""Conversations to batches.
+"""Data set of tokenized conversations with their images.
 
 sources --row_store--> Example(messages, images) --render--> ids, labels --InstructionCollator--> tensors
 """
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import LlavaProcessor
 
 from clips_mllm.data.llava_json import Example
 from clips_mllm.data.mixture import mix
-from clips_mllm.data.packing import Row, fill, pack
 from clips_mllm.data.recipe import InstructionRecipe
-from clips_mllm.data.row_store import RowStore, say
-from clips_mllm.model.feature_store import BLANK, FeatureStore, ImageOrFeatures, visual_inputs
-from clips_mllm.model.processors import IMAGE_INPUTS, image_token_counts
+from clips_mllm.data.row_store import RowStore, report_skipped
+from clips_mllm.model.feature_store import FeatureStore, ImageOrFeatures
+from clips_mllm.model.processors import image_token_counts
 from clips_mllm.prompts.chat_template import template_for
-from clips_mllm.prompts.conversation import IGNORED, Unsupervised
+from clips_mllm.prompts.conversation import Unsupervised
 from clips_mllm.prompts.render import Rendered, render
 from vision_tower.common.errors import UserError
-from vision_tower.common.launcher import is_main_process
 from vision_tower.data.images import BadImage, decode_image
 
-SETTLED = 200  # samples seen before the share of unusable ones may stop a run
+logger = logging.getLogger(__name__)
+
+MIN_SAMPLES = 200  # samples read before `max_bad_fraction` can stop a run
 
 
 class Examples(Sequence[Example]):
-    """The conversations of an epoch, read from disk as they are asked for: one source after the other, or a mixture."""
+    """Conversations of one epoch: all sources one after the other, or a mixture. Rows are read on access."""
 
     def __init__(self, recipe: InstructionRecipe) -> None:
         self.stores = [RowStore(source) for source in recipe.sources]
         for store in self.stores:
-            say(store.source, store.report, len(store), recipe.max_bad_fraction, quiet=not is_main_process())
+            report_skipped(store, recipe.max_bad_fraction)
         sizes = [len(store) for store in self.stores]
         self.begins = np.cumsum([0, *sizes])
-        self.places = mix(recipe.sources, sizes, recipe.seed)
+        self.indices = mix(recipe.sources, sizes, recipe.seed)
 
     def __len__(self) -> int:
-        return int(self.begins[-1]) if self.places is None else len(self.places)
+        return int(self.begins[-1]) if self.indices is None else len(self.indices)
 
-    def where(self, index: int) -> tuple[RowStore, int]:
-        """The source of a sample, and the place there."""
+    def locate(self, index: int) -> tuple[RowStore, int]:
+        """Return the store of a sample and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        at = index if self.places is None else int(self.places[index])
-        number = int(np.searchsorted(self.begins, at, side="right")) - 1
-        return self.stores[number], at - int(self.begins[number])
+        row = int(index if self.indices is None else self.indices[index])
+        source = int(np.searchsorted(self.begins, row, side="right")) - 1
+        return self.stores[source], row - int(self.begins[source])
 
     def __getitem__(self, index: Any) -> Any:
-        store, at = self.where(index)
-        return store.example(at)
+        store, row = self.locate(index)
+        return store.example(row)
 
     def lengths(self) -> np.ndarray:
-        """Rough lengths in words, int32; negative for text-only samples."""
-        line = np.concatenate([store.lengths() for store in self.stores])
-        return line if self.places is None else line[self.places]
+        """Return approximate lengths in words, int32; negative for text-only samples."""
+        lengths = np.concatenate([store.lengths() for store in self.stores])
+        return lengths if self.indices is None else lengths[self.indices]
 
 
 class InstructionDataset(Dataset[dict[str, Any]]):
-    """Rendered conversations with their pixels.
+    """Tokenized conversations with their images.
 
-    Rows that cannot be used are dropped and counted when the set is opened; images that turn out corrupt are
-    replaced by the next sample and counted. Above `max_bad_fraction` the run stops. `examples` are those of the
-    recipe, where
-    they are open.
+    Unusable rows are dropped and counted when the data set is opened. A sample with a corrupt image is replaced by the
+    next one and counted. The run stops if the fraction of either exceeds `max_bad_fraction`.
+
+    Args:
+        examples: the recipe's examples, if they are already open.
     """
 
     def __init__(self, recipe: InstructionRecipe, processor: LlavaProcessor, examples: Examples | None = None) -> None:
@@ -84,6 +83,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self.name = ", ".join(source.file for source in recipe.sources)
         self.dropped: Counter[str] = sum((Counter(store.report.dropped) for store in self.examples.stores), Counter())
         self.features: FeatureStore | None = None
+        # Shared with the loader workers.
         self.corrupt = multiprocessing.Value("l", 0)
         self.seen = multiprocessing.Value("l", 0)
 
@@ -91,37 +91,39 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`ids`, `labels` and `images`, a list of RGB images; with `features`, what looking them up there gave."""
+        """Return `ids`, `labels` and `images`: RGB images, or results of the cache lookup if `features` is set."""
         for step in range(len(self)):
-            at = (index + step) % len(self)
+            candidate = (index + step) % len(self)
             with self.seen.get_lock():
                 self.seen.value += 1
             try:
-                return self.load(at)[0]
-            except (BadImage, OSError) as error:  # which name the file
+                return self.load(candidate)[0]
+            except (BadImage, OSError) as error:  # its message names the file
                 self._count_corrupt(str(error))
             except Unsupervised as error:
-                names = ", ".join(map(str, self.examples[at].images))
+                names = ", ".join(map(str, self.examples[candidate].images))
                 self._count_corrupt(f"{names or 'a text-only sample'}: {error}")
         raise UserError(
-            "not one usable sample", file=self.name, remedy="every image is corrupt or nothing is supervised"
+            "no usable sample: every image is corrupt, or no sample has a label",
+            file=self.name,
+            remedy="check it with `clips-mllm data doctor`",
         )
 
     def load(self, index: int) -> tuple[dict[str, Any], Rendered]:
-        """The sample at a place itself, and how it was rendered. Raises BadImage, OSError or Unsupervised."""
-        store, at = self.examples.where(index)
-        example = store.example(at)
-        images = [self._image(store, at, name) for name in example.images]
+        """Return exactly this sample and its rendering. Raises BadImage, OSError or Unsupervised."""
+        store, row = self.examples.locate(index)
+        example = store.example(row)
+        images = [self._image(store, row, name) for name in example.images]
         rendered = self.render(example, images)
         return {"ids": rendered.ids, "labels": rendered.labels, "images": images}, rendered
 
     def describe(self, index: int) -> str:
-        """File and row of a sample."""
-        store, at = self.examples.where(index)
-        return f"{store.source.file}: row {store.number(at)}"
+        """Return file and row number of a sample, for messages."""
+        store, row = self.examples.locate(index)
+        return f"{store.source.file}: row {store.number(row)}"
 
     def render(self, example: Example, images: Sequence[Image.Image | ImageOrFeatures]) -> Rendered:
-        """Ids and labels of an example."""
+        """Return ids and labels of an example."""
         return render(
             example.messages,
             template=self.template,
@@ -130,109 +132,64 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             max_length=self.recipe.max_length,
         )
 
-    def _image(self, store: RowStore, at: int, name: str | int) -> Image.Image | ImageOrFeatures:
-        content = store.image(at, name)
+    def lengths(self) -> np.ndarray:
+        """Return approximate lengths in words, int32; negative for text-only samples."""
+        return self.examples.lengths()
+
+    def _image(self, store: RowStore, row: int, name: str | int) -> Image.Image | ImageOrFeatures:
+        content = store.image(row, name)
         try:
             return decode_image(content) if self.features is None else self.features.look_up(content, decode_image)
         except BadImage as error:
-            place = store.images / name if isinstance(name, str) else f"in row {store.number(at)}"
-            raise BadImage(f"corrupt image {place} ({error})") from error
+            file = store.images / name if isinstance(name, str) else f"in row {store.number(row)}"
+            raise BadImage(f"corrupt image {file} ({error})") from error
 
-    def _count_corrupt(self, what: str) -> None:
+    def _count_corrupt(self, problem: str) -> None:
         with self.corrupt.get_lock():
             self.corrupt.value += 1
             bad = self.corrupt.value
         seen = self.seen.value
-        if bad.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: that there are more is told, and a log stays readable
-            print(f"skipped: {self.name}: {what} ({bad} so far)", file=sys.stderr, flush=True)
-        if seen >= SETTLED and bad > self.recipe.max_bad_fraction * seen:
+        if bad.bit_count() == 1:  # log the 1st, 2nd, 4th, 8th, … so that the log stays short
+            logger.warning("skipped: %s: %s (%d so far)", self.name, problem, bad)
+        if seen >= MIN_SAMPLES and bad > self.recipe.max_bad_fraction * seen:
             raise UserError(
-                f"{bad} of {seen} samples could not be used (last: {what}), more than "
-                f"data.max_bad_fraction={self.recipe.max_bad_fraction}; `clips-mllm data doctor` finds them",
+                f"{bad} of {seen} samples are unusable (last: {problem}), more than "
+                f"data.max_bad_fraction={self.recipe.max_bad_fraction}",
                 file=self.name,
-                remedy="mend the data or raise the limit",
+                remedy="find them with `clips-mllm data doctor` and fix them, or raise the limit",
             )
 
+
+class InstructionSubset(Subset[dict[str, Any]]):
+    """Samples of a data set by index, with their lengths for grouping."""
+
+    dataset: InstructionDataset
+
     def lengths(self) -> np.ndarray:
-        """Rough token counts for grouping: words of the conversation, negative for text-only samples."""
-        return self.examples.lengths()
+        """Return the lengths of the subset's samples."""
+        return self.dataset.lengths()[self.indices]
 
 
-@dataclasses.dataclass(frozen=True)
-class InstructionCollator:
-    """Samples -> right-padded `input_ids`, `attention_mask`, `labels` (b, s) and `pixel_values` (images, 3, h, w).
+def train_eval_split(
+    dataset: InstructionDataset, fraction: float, seed: int
+) -> tuple[InstructionSubset, InstructionSubset]:
+    """Split into training and held-out samples, both in the order of the data set.
 
-    With tiles `pixel_values` is (images, tiles, 3, h, w), and `image_sizes` (images, 2) stands beside it.
-
-    A batch without any image gets a blank one whose tokens are masked padding: then every rank always runs tower and
-    projector, and no collective of ZeRO waits for a rank that has only text. With `packing`, samples share rows, and
-    `position_ids` that start again stand in the place of `attention_mask` (packing.py). With `features`, images are
-    what the store said of them, and the batch is one for `CachedTower.complete`.
+    Rows are drawn, not samples: with a source of weight 2, both samples of a row are on the same side.
     """
-
-    processor: LlavaProcessor
-    packing: Literal["none", "rows", "one_row"] = "none"
-    features: FeatureStore | None = None
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """See the class."""
-        if any(sample["images"] for sample in samples):
-            blank = []
-        else:
-            image = blank_image()
-            count = image_token_counts(self.processor, [image])[0]
-            ids, labels = [self.processor.image_token_id] * count, [IGNORED] * count
-            blank = [{"ids": ids, "labels": labels, "images": [self._looked_up(image)]}]
-        pad = self.processor.tokenizer.pad_token_id
-        if self.packing == "none":
-            samples, tokens = [*samples, *blank], self._padded(samples, blank, pad)
-        else:
-            samples, tokens = self._packed([*samples, *blank], pad)
-        images = [image for sample in samples for image in sample["images"]]
-        if self.features is not None:
-            return tokens | visual_inputs(images, self.processor.image_processor)
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")
-        return tokens | {name: pixels[name] for name in IMAGE_INPUTS if name in pixels}
-
-    def _looked_up(self, blank: Image.Image) -> Image.Image | ImageOrFeatures:
-        return blank if self.features is None else self.features.look_up(BLANK, lambda _: blank)
-
-    @staticmethod
-    def _padded(samples: list[dict[str, Any]], blank: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-        """A row a sample; a blank image's tokens follow the first, masked."""
-        ids = [list(sample["ids"]) for sample in samples]
-        labels = [list(sample["labels"]) for sample in samples]
-        masks = [[1] * len(row) for row in ids]
-        for sample in blank:
-            ids[0] += sample["ids"]
-            labels[0] += sample["labels"]
-            masks[0] += [0] * len(sample["ids"])
-        longest = max(map(len, ids))
-        return {
-            "input_ids": _padded(ids, longest, pad),
-            "attention_mask": _padded(masks, longest, 0),
-            "labels": _padded(labels, longest, IGNORED),
-        }
-
-    def _packed(self, samples: list[dict[str, Any]], pad: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-        """The samples in reading order of their rows, as the model takes their images, and the rows."""
-        rows = [Row(list(sample["ids"]), list(sample["labels"])) for sample in samples]
-        lengths = [len(row.ids) for row in rows]
-        layout = fill(lengths, sum(lengths) if self.packing == "one_row" else max(lengths))
-        return [samples[at] for row in layout for at in row], pack(rows, layout, pad)
-
-
-def packing_for(recipe: InstructionRecipe, attention: str) -> Literal["none", "rows", "one_row"]:
-    """How the collator packs: flash attention tells samples apart in a single row only (untested here, no GPU)."""
-    if not recipe.packing:
-        return "none"
-    return "one_row" if attention.startswith("flash_attention") else "rows"
-
-
-def blank_image() -> Image.Image:
-    """What stands in where a batch has no image."""
-    return Image.new("RGB", (32, 32))
-
-
-def _padded(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    indices = dataset.examples.indices
+    rows = np.arange(len(dataset)) if indices is None else indices
+    distinct, first = np.unique(rows, return_index=True)
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    count = max(round(fraction * len(distinct)), 1)
+    if count >= len(distinct):
+        raise UserError(
+            f"leaves none of {len(distinct)} samples for training",
+            key="evaluation.share",
+            value=fraction,
+            remedy="lower it",
+        )
+    held_out = order[:count]
+    train = np.flatnonzero(~np.isin(rows, distinct[held_out]))
+    # Arrays, not lists: 8 bytes per sample.
+    return InstructionSubset(dataset, train), InstructionSubset(dataset, np.sort(first[held_out]))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Rows of a LLaVA JSON or JSONL, one at a time: a file of gigabytes never is in memory as a whole."""
+"""Streaming reader of LLaVA JSON and JSONL: memory does not grow with the size of the file."""
 
 from __future__ import annotations
 
@@ -12,89 +12,88 @@ from vision_tower.common.errors import UserError
 
 BLOCK = 1 << 20  # characters read at a time
 BLANKS = re.compile(r"[ \t\n\r]*")
+EXPECTED = "provide a JSON list of conversations (.json), or one conversation per line (.jsonl)"
 
 
 def read_rows(file: Path) -> Iterator[Any]:
-    """Rows of a JSON list (.json) or of JSON lines (.jsonl).
+    """Yield the rows of a JSON list (.json) or of JSON lines (.jsonl).
 
     Raises:
-        UserError: with file, line and remedy; rows before the fault have been yielded by then.
+        UserError: with file and line, after the rows before the error were yielded.
     """
     if not file.is_file():
-        raise UserError("no such file (data.file)", file=file, remedy="build the sample world or mend the path")
-    found = 0
+        raise UserError("no such file", file=file, remedy="check data.file, or build the sample world")
+    count = 0
     try:
         with file.open(encoding="utf-8-sig") as stream:
             for row in _lines(file, stream) if file.suffix == ".jsonl" else _ListReader(file, stream).rows():
-                found += 1
+                count += 1
                 yield row
     except UnicodeDecodeError as error:
         raise UserError(
-            f"byte {error.start}: not UTF-8 text ({error.reason})", file=file, remedy="write it as UTF-8"
+            f"not UTF-8 text (byte {error.start}: {error.reason})", file=file, remedy="convert it to UTF-8"
         ) from error
-    if not found:
-        raise UserError("expected a non-empty JSON list of conversations, found list", file=file)
+    if not count:
+        raise UserError("no conversations", file=file, remedy=EXPECTED)
 
 
 def _lines(file: Path, stream: TextIO) -> Iterator[Any]:
-    blank = True
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            blank = False
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"line {number}: not valid JSON ({error.msg})", file=file, remedy="mend or remove the line"
-                ) from error
+                raise _invalid(file, number, error.msg) from error
             except RecursionError as error:
-                raise UserError(
-                    f"line {number}: not valid JSON (nested too deeply)", file=file, remedy="mend or remove the line"
-                ) from error
+                raise _invalid(file, number, "nested too deeply") from error
             if isinstance(row, list) and number == 1:
-                raise UserError(
-                    f"line {number}: a list, where a .jsonl has a row", file=file, remedy="name the file .json"
-                )
+                raise UserError("a list, not one row per line", file=file, key="line 1", remedy="rename it to .json")
             yield row
-    if blank:
-        raise UserError("empty", file=file, remedy="expected a JSON list of conversations")
+
+
+def _invalid(file: Path, line: int, problem: str) -> UserError:
+    return UserError(f"not valid JSON ({problem})", file=file, key=f"line {line}", remedy="fix or remove the line")
 
 
 class _ListReader:
-    """A window of text moves over the file; elements are decoded from its front."""
+    """Decodes list elements from a window of text that moves over the file."""
 
     def __init__(self, file: Path, stream: TextIO) -> None:
         self.file = file
         self.stream = stream
         self.text = ""
-        self.at = 0  # place in `text`
-        self.line = 1  # line on which `text` begins
+        self.at = 0  # position in `text`
+        self.line = 1  # line number of the start of `text`
 
     def rows(self) -> Iterator[Any]:
-        first = self._next_sign()
+        first = self._next_character()
         if not first:
-            raise UserError("empty", file=self.file, remedy="expected a JSON list of conversations")
+            return
         if first != "[":
-            found = type(self._element()).__name__
-            lines = "; rows on lines of their own belong into a .jsonl" if self._next_sign() == "{" else ""
-            raise UserError(f"expected a non-empty JSON list of conversations, found {found}{lines}", file=self.file)
+            kind = type(self._element()).__name__
+            by_line = self._next_character() == "{"
+            raise UserError(
+                f"not a JSON list of conversations but {kind}",
+                file=self.file,
+                remedy="rename it to .jsonl, it has one row per line" if by_line else EXPECTED,
+            )
         self.at += 1
-        if self._next_sign() == "]":
+        if self._next_character() == "]":
             return
         while True:
             yield self._element()
-            sign = self._next_sign()
-            if sign == "]":
+            character = self._next_character()
+            if character == "]":
                 return
-            if sign != ",":
+            if character != ",":
                 raise self._error("Expecting ',' delimiter", self.at)
             self.at += 1
 
-    def _next_sign(self) -> str:
-        """The next character that is no white space, which stays; empty at the end of the file."""
+    def _next_character(self) -> str:
+        """Return the next character that is not white space, without consuming it; empty at the end of the file."""
         while True:
             blanks = BLANKS.match(self.text, self.at)
-            assert blanks is not None, "the pattern matches nothing, too"
+            assert blanks is not None, "the pattern matches the empty string"
             self.at = blanks.end()
             if self.at < len(self.text):
                 return self.text[self.at]
@@ -102,12 +101,12 @@ class _ListReader:
                 return ""
 
     def _element(self) -> Any:
-        self._next_sign()
+        self._next_character()
         self._drop_front()
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():  # a number may go on in the next block
+                if end < len(self.text) or not self._more():  # a number can continue in the next block
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
@@ -116,18 +115,17 @@ class _ListReader:
             except RecursionError as error:
                 raise self._error("nested too deeply", self.at) from error
 
-    def _more(self, least: int = 0) -> bool:
-        """Read on; doubling, so that an element longer than a block costs no square."""
-        block = self.stream.read(max(BLOCK, least))
+    def _more(self, min_size: int = 0) -> bool:
+        """Read another block. Doubling its size keeps the cost of a long element linear."""
+        block = self.stream.read(max(BLOCK, min_size))
         self.text += block
         return bool(block)
 
     def _drop_front(self) -> None:
-        """Forget what has been read, once that is worth the copy."""
+        """Drop the consumed text, once it is large enough to be worth the copy."""
         if self.at > BLOCK:
             self.line += self.text.count("\n", 0, self.at)
             self.text, self.at = self.text[self.at :], 0
 
-    def _error(self, message: str, place: int) -> UserError:
-        line = self.line + self.text.count("\n", 0, place)
-        return UserError(f"line {line}: not valid JSON ({message})", file=self.file, remedy="mend or write it again")
+    def _error(self, message: str, position: int) -> UserError:
+        return _invalid(self.file, self.line + self.text.count("\n", 0, position), message)

@@ -1,4 +1,4 @@
-"""Chunks of work over all cores, in order. Processes, for Python's own work does not spread over threads."""
+"""Ordered parallel map over chunks, in processes: Python code does not run in parallel threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Found = TypeVar("Found")
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,11 +27,13 @@ def spread(
     start: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[Found]:
-    """`function` of each chunk, in order; a few chunks a worker are under way at a time, so memory stays bounded.
+    """Apply `function` to each chunk and yield the results in order.
+
+    At most a few chunks per worker are in flight, so memory is bounded.
 
     Args:
-        workers: processes; 0 takes one a core. A single chunk, or one worker, is done in this process.
-        start, arguments: called once in every process before its first chunk.
+        workers: processes; 0 is one per core. A single chunk or a single worker runs in this process.
+        start, arguments: initializer of each process, and its arguments.
     """
     workers = workers or cores()
     rest = iter(chunks)
@@ -42,7 +44,7 @@ def spread(
         yield from map(function, itertools.chain(first, rest))
         return
     waiting: deque[Future[Found]] = deque()
-    # Spawned: a process with threads of torch or of a tokenizer must not be forked.
+    # A process with threads of torch or of a tokenizer must not be forked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start, initargs=arguments) as pool:
         try:

@@ -1,6 +1,6 @@
-"""Rows checked a chunk at a time, by any process: which become examples, which do not and why.
+"""Check rows in chunks: usable ones become columns of the row store, others are counted by cause.
 
-Imports neither torch nor Arrow: worker processes start in a moment.
+Imports neither torch nor Arrow, so that worker processes start fast.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 
 from clips_mllm.data.llava_json import BadRow, Example, to_example
 
-RENAMED = "image under another ending"
+RENAMED = "image under another suffix"
 MISSING = "missing image"
-ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
 
 @dataclasses.dataclass
-class Checked:
-    """What came of a chunk: columns of the usable rows, and counts of the others.
+class CheckedRows:
+    """Columns of the usable rows of a chunk, and counts of the others.
 
     Attributes:
-        number: place of each row in the source.
+        number: row number in the source.
         messages: the conversation, as JSON.
-        images: paths below the image folder.
-        inside: images that lie in the row itself.
-        length: rough length; negative without an image.
-        dropped, mended: how often, by cause.
-        first: the first row of each cause, in words.
-        missing: files that are not there.
+        images: paths relative to the image folder.
+        inside: number of images stored in the row.
+        length: approximate length; negative without an image.
+        dropped, repaired: counts by cause.
+        first: description of the first row of each cause.
+        missing: image files that do not exist.
     """
 
     rows: int = 0
@@ -42,56 +42,56 @@ class Checked:
     inside: list[int] = dataclasses.field(default_factory=list)
     length: list[int] = dataclasses.field(default_factory=list)
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
-    mended: Counter[str] = dataclasses.field(default_factory=Counter)
+    repaired: Counter[str] = dataclasses.field(default_factory=Counter)
     first: dict[str, str] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
 
     def drop(self, cause: str, number: int, row: Any, detail: str = "") -> None:
-        """Count a row that cannot be used."""
+        """Count an unusable row."""
         self.first.setdefault(cause, f"row {number} ({row_name(row)}): {cause}{detail}")
         self.dropped[cause] += 1
 
 
 def row_name(row: Any) -> str:
-    """A row's id for messages; half a character in it, which no file takes, becomes "?"."""
+    """Return a row's id for messages; lone surrogates, which cannot be written, become "?"."""
     name = str(row.get("id", "")) if isinstance(row, dict) else ""
     return name.encode(errors="replace").decode()
 
 
-def check_rows(chunk: tuple[Path, int, Sequence[Any]]) -> Checked:
-    """The rows of a source from a number on.
+def check_rows(chunk: tuple[Path, int, Sequence[Any]]) -> CheckedRows:
+    """Check consecutive rows of a source.
 
     Args:
-        chunk: folder of the images, number of the first row, the rows.
+        chunk: image folder, number of the first row, rows.
     """
     folder, begin, rows = chunk
-    found = Checked(rows=len(rows))
+    checked = CheckedRows(rows=len(rows))
     for number, row in enumerate(rows, start=begin):
         try:
             example = find_images(to_example(row), folder)
         except BadRow as error:
-            found.drop(str(error), number, row)
+            checked.drop(str(error), number, row)
             continue
         except FileNotFoundError as error:
-            found.missing.append(error.filename)
-            found.drop(MISSING, number, row, f" {error.filename}")
+            checked.missing.append(error.filename)
+            checked.drop(MISSING, number, row, f" {error.filename}")
             continue
-        found.mended.update(example.mended)
+        checked.repaired.update(example.repairs)
         inside = len(example.images) if example.images and isinstance(example.images[0], int) else 0
-        found.number.append(number)
-        found.messages.append(json.dumps(example.messages, ensure_ascii=False, separators=(",", ":")))
-        found.images.append([] if inside else [str(name) for name in example.images])
-        found.inside.append(inside)
-        found.length.append(example.words if example.images else -example.words)
-    return found
+        checked.number.append(number)
+        checked.messages.append(json.dumps(example.messages, ensure_ascii=False, separators=(",", ":")))
+        checked.images.append([] if inside else [str(name) for name in example.images])
+        checked.inside.append(inside)
+        checked.length.append(example.words if example.images else -example.words)
+    return checked
 
 
 def find_images(example: Example, folder: Path) -> Example:
-    """The example with files that exist; a file of the same name with another ending stands in for a missing one.
+    """Check that the image files exist; a missing one is replaced by a file of the same name with another suffix.
 
     Raises:
-        FileNotFoundError: with the missing file.
-        BadRow: a name that no file can have.
+        FileNotFoundError: with the name of the missing file.
+        BadRow: a name is too long for a file.
     """
     names: list[str] = []
     for name in example.images:
@@ -100,17 +100,17 @@ def find_images(example: Example, folder: Path) -> Example:
         try:
             names.append(name if (folder / name).is_file() else _renamed(folder, name))
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # an image itself, written as text
+            if error.errno != errno.ENAMETOOLONG:  # such as an image encoded as text
                 raise
             raise BadRow("'image' is too long for a path") from error
     if names == example.images:
         return example
-    return Example(example.messages, names, (*example.mended, RENAMED))
+    return Example(example.messages, names, (*example.repairs, RENAMED))
 
 
 def _renamed(folder: Path, name: str) -> str:
-    """OCR-VQA's images, for one, are named .jpg in the file and have the endings of what they are on disk."""
-    for ending in ENDINGS if Path(name).name else ():
-        if (folder / Path(name).with_suffix(ending)).is_file():
-            return str(Path(name).with_suffix(ending))
+    """Find the image under another suffix. OCR-VQA, for example, names .jpg in its JSON for .png and .gif files."""
+    for suffix in SUFFIXES if Path(name).name else ():
+        if (folder / Path(name).with_suffix(suffix)).is_file():
+            return str(Path(name).with_suffix(suffix))
     raise FileNotFoundError(2, "no such image", str(folder / name))

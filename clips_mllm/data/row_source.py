@@ -1,7 +1,7 @@
-"""Where rows come from: a JSON read in a stream, or a `datasets` data set that is mapped into memory.
+"""Readers of sources: JSON as a stream, tables of `datasets` memory-mapped.
 
 .json .jsonl --json_rows--> rows
-.parquet, folder, hf://datasets/OWNER/NAME --datasets--> Arrow files on disk --> rows, images as they are encoded
+.parquet, folder, hf://datasets/OWNER/NAME --datasets--> Arrow files on disk --> rows with encoded images
 """
 
 from __future__ import annotations
@@ -22,40 +22,39 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CHUNK = 2000  # rows that a worker checks at a time
+CHUNK = 2000  # rows per task of a worker
 CHUNK_WITH_IMAGES = 100
-NO_ROWS = "holds no rows; make it again, or take the source out"
-HERE = b"\0"  # in the place of an image's bytes
+NO_BYTES = b"\0"  # replaces the bytes of an image
 
 
 def is_json(source: InstructionSource) -> bool:
-    """Whether the rows are read as text."""
+    """Return True for a JSON or JSONL file."""
     return Path(source.file).suffix in JSON_SUFFIXES and not source.on_hub
 
 
 def image_folder(source: InstructionSource) -> Path:
-    """What paths of images are relative to: the given folder, or that of the file."""
+    """Return the folder that image paths are relative to: the given one, or that of the file."""
     return Path(source.images) if source.images is not None else Path(source.file).parent
 
 
 def require_file(source: InstructionSource, key: str = "data.file") -> None:
-    """Before a model is loaded for minutes: raise UserError where a source's file is not there."""
+    """Raise UserError if the source's file is missing; called before minutes of model loading."""
     if not source.on_hub and not matching(source.file):
-        raise UserError(f"no such file ({key})", file=source.file, remedy="build the sample world or mend the path")
+        raise UserError("no such file", file=source.file, remedy=f"check {key}, or build the sample world")
 
 
 def matching(name: str) -> list[str]:
-    """The files or folders of a name, or of a glob; brackets in the name of a file that is there are no glob."""
+    """Return the paths for a name or glob. The name of an existing file is not a glob, even with brackets."""
     if Path(name).exists():
         return [name]
     return sorted(glob.glob(name)) if glob.has_magic(name) else []
 
 
 def open_table(source: InstructionSource) -> Dataset:
-    """The rows of a source that is no JSON, memory-mapped, as tables of Arrow.
+    """Open a Parquet file, folder or hub data set as a memory-mapped Arrow table.
 
     Raises:
-        UserError: no such file or data set, none that `datasets` can read, or one without rows.
+        UserError: the data set is missing, unreadable or empty.
     """
     import datasets
     import pyarrow.parquet as pq
@@ -66,56 +65,62 @@ def open_table(source: InstructionSource) -> Dataset:
                 table = datasets.load_dataset(name.removeprefix(HUB), split=source.split)
             case name if Path(name).suffix == ".parquet":
                 require_file(source)
-                files = [file for file in matching(name) if pq.read_metadata(file).num_rows]  # others make it fail
+                # `datasets` fails on files without rows.
+                files = [file for file in matching(name) if pq.read_metadata(file).num_rows]
                 if not files:
-                    raise UserError(f"{NO_ROWS}", file=name)
-                exactly = [glob.escape(file) for file in files]  # `datasets` takes them for globs
+                    raise _no_rows(source)
+                exactly = [glob.escape(file) for file in files]  # `datasets` expands globs
                 table = datasets.load_dataset("parquet", data_files=exactly, split="train")
             case name if Path(name).is_dir():
                 saved = (Path(name) / "state.json").is_file()
                 table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=source.split)
             case name:
                 raise UserError(
-                    f"no such file or folder (data.file), or none of .json, .jsonl, .parquet, a folder, {HUB}…",
+                    "missing, or not a supported format",
                     file=name,
+                    remedy=f"check data.file: .json, .jsonl, .parquet, a folder, or {HUB}OWNER/NAME",
                 )
     except UserError:
         raise
-    except IndexError as error:  # from `load_from_disk`, where nothing was saved
-        raise UserError(f"{NO_ROWS}", file=source.file) from error
+    except IndexError as error:  # from `load_from_disk` for a data set without rows
+        raise _no_rows(source) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        words = " ".join(str(told or error).split())[:300]
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        reason = " ".join(str(cause or error).split())[:300]
         raise UserError(
-            f"cannot be read as a data set ({words})", file=source.file, remedy="check the path and the file"
+            f"cannot be read as a data set ({reason})", file=source.file, remedy="check the path and the file"
         ) from error
     if not len(table):
-        raise UserError(f"{NO_ROWS}", file=source.file)
-    return table.with_format("arrow")  # images of whatever column stay as they are encoded, and nothing is copied
+        raise _no_rows(source)
+    return table.with_format("arrow")  # without decoding images, and without copies
+
+
+def _no_rows(source: InstructionSource) -> UserError:
+    return UserError("no rows", file=source.file, remedy="build the data set again, or remove it from the recipe")
 
 
 def json_chunks(source: InstructionSource, size: int = CHUNK) -> Iterator[list[Any]]:
-    """Rows of a JSON in chunks. Raises UserError as `read_rows` does."""
+    """Yield chunks of a JSON file. Raises UserError like `read_rows`."""
     rows = read_rows(Path(source.file))
     while chunk := list(itertools.islice(rows, size)):
         yield chunk
 
 
 def table_chunks(table: Dataset, size: int = CHUNK_WITH_IMAGES) -> Iterator[list[dict[str, Any]]]:
-    """Rows of a table in chunks."""
+    """Yield chunks of a table."""
     for begin in range(0, len(table), size):
         yield table_rows(table, slice(begin, begin + size))
 
 
 def table_rows(table: Dataset, part: slice | int) -> list[dict[str, Any]]:
-    """Rows of a table; images as they are encoded."""
+    """Return rows of a table, with encoded images."""
     rows: list[dict[str, Any]] = table[part].to_pylist()
     in_json = {name: feature for name, feature in table.features.items() if _holds_json(feature)}
     return [row | {name: _decoded(row[name], feature) for name, feature in in_json.items()} for row in rows]
 
 
 def _holds_json(feature: Any) -> bool:
-    """`datasets` keeps what has no single type as JSON, such as contents of which some are text and some are parts."""
+    """Return True if a column contains JSON: `datasets` stores columns of mixed types so, such as strings and parts."""
     import datasets
 
     match feature:
@@ -127,35 +132,34 @@ def _holds_json(feature: Any) -> bool:
 
 
 def _decoded(value: Any, feature: Any) -> Any:
-    """A value whose JSON, however deep, is read."""
+    """Decode the JSON in a value, at any depth."""
     import datasets
 
     match feature, value:
         case dict(), dict():
-            return {name: _decoded(one, feature[name]) for name, one in value.items()}
+            return {name: _decoded(item, feature[name]) for name, item in value.items()}
         case datasets.List() | datasets.LargeList(), list():
-            return [_decoded(one, feature.feature) for one in value]
+            return [_decoded(item, feature.feature) for item in value]
         case datasets.Json(), str():
             return json.loads(value)
     return value
 
 
 def without_bytes(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose images are there, but no more than a byte: light to hand to another process."""
-    light = copy.deepcopy(row) if image_parts(row) else dict(row)  # in messages, which the copy must not share
+    """Replace the bytes of the row's images by one byte, so that sending it to another process is cheap."""
+    light = copy.deepcopy(row) if image_parts(row) else dict(row)  # the nested messages are changed
     for part, key in image_parts(light):
         part[key] = _light(part[key])
     for key in ("image", "images"):
-        found = light.get(key)
-        if found:
-            light[key] = [_light(one) for one in found] if isinstance(found, list) else _light(found)
+        if images := light.get(key):
+            light[key] = [_light(image) for image in images] if isinstance(images, list) else _light(images)
     return light
 
 
-def _light(found: Any) -> Any:
-    match found:
+def _light(image: Any) -> Any:
+    match image:
         case bytes():
-            return HERE
+            return NO_BYTES
         case {"bytes": bytes()}:
-            return found | {"bytes": HERE}
-    return found
+            return image | {"bytes": NO_BYTES}
+    return image

@@ -1,4 +1,4 @@
-"""Batches of like length and modality: less padding, and ranks that see images or text together."""
+"""Sampler that groups by length and modality: less padding, and all ranks see images or text together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch.utils.data import Sampler
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Random order in which the samples of one global batch are alike in modality and length (LLaVA-1.5).
+    """Random order with samples of similar length and equal modality in each global batch, as in LLaVA-1.5.
 
-    Shuffle; cut into chunks of fifty batches, images and text apart; sort each chunk by length; shuffle the batches.
-    With `text_first` the batches of text alone, in their random order, come before all others. An order takes 8 bytes a
-    sample.
+    Shuffle; split into images and text, and each into chunks of fifty batches; sort each chunk by length; shuffle the
+    batches. With `text_first`, all text-only batches come first. An order takes 8 bytes per sample.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch: int, seed: int, *, text_first: bool = False) -> None:
@@ -25,7 +24,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order in every epoch; called by the trainer."""
+        """Change the order. The trainer calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -34,7 +33,7 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).numpy()
-        whole: list[np.ndarray] = []  # chunks of full batches
+        whole: list[np.ndarray] = []  # multiples of a batch
         left: list[np.ndarray] = []
         with_image = self.lengths[order] > 0
         for members in (order[with_image], order[~with_image]):

@@ -1,11 +1,11 @@
-"""PEFT adapters: put beside frozen weights for training, saved whole, joined with their base again.
+"""PEFT adapters: attach to a frozen base for training, save, load and merge.
 
     base checkpoint --add_adapter--> PeftModel --save_adapter--> adapter folder
-    adapter folder  --load_adapter-> stock LLaVA model (merged; beside its weights where these are in 4 or 8 bits)
+    adapter folder  --load_adapter-> stock LLaVA model (merged, or unmerged on a 4- or 8-bit base)
 
-An adapter folder holds `adapter_config.json`, which names the base, `adapter_model.safetensors` with the low-rank
-matrices *and the whole projector* (in it, with tiles, the vector that ends a row), processor, template and generation
-settings, and, where the base was in 4 bits while the adapter trained, `quantization.json`.
+An adapter folder contains `adapter_config.json` with the name of the base, `adapter_model.safetensors` with low-rank
+matrices *and the complete projector* (including `image_newline`, with tiles), processor, template and generation
+settings, and `quantization.json` if the base was in 4 bits during training.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ ROW_END = "image_newline"
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether `folder` holds an adapter, by the file that makes it one."""
+    """Return True if `folder` contains an adapter's configuration file."""
     return (Path(folder) / CONFIG).is_file()
 
 
 def find_adapter(name: str) -> Path | None:
-    """The folder of the adapter at `name`, fetched where that is a hub id; None where something else is there.
+    """Return the folder of an adapter, downloaded if `name` is a hub id; None if `name` is not an adapter.
 
     Raises:
-        UserError: an adapter that the hub does not hand out.
+        UserError: the download failed.
     """
     from huggingface_hub import snapshot_download
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -53,19 +53,22 @@ def find_adapter(name: str) -> Path | None:
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
-        raise UserError(f"the adapter cannot be fetched ({error})", file=name, remedy="give its folder") from error
+        raise UserError(
+            f"the adapter cannot be downloaded ({error})",
+            file=name,
+            remedy="check the connection, or name a local folder",
+        ) from error
 
 
 def add_adapter(model: AnyModel, adapter: AdapterRecipe, modules: list[str], *, projector: bool) -> PeftModel:
-    """Freeze the model, and put trainable low-rank matrices beside its linear layers `modules`.
+    """Freeze the model and add trainable low-rank matrices to its linear layers `modules`.
 
-    The projector, where it trains, does so by a copy of its weights, which is saved with the adapter; so does the end
-    of a row of patches where images are in tiles.
+    With `projector`, PEFT trains a copy of the projector and saves it with the adapter, including `image_newline`.
     """
     from peft import LoraConfig, get_peft_model
 
     name = model.name_or_path
-    base = os.path.abspath(name) if Path(name).is_dir() else name  # an adapter is read from any working directory
+    base = os.path.abspath(name) if Path(name).is_dir() else name  # readers have another working directory
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -77,16 +80,16 @@ def add_adapter(model: AnyModel, adapter: AdapterRecipe, modules: list[str], *, 
     if projector:
         lend_row_end(model)
     joined = get_peft_model(model, config, autocast_adapter_dtype=False)
-    config.base_model_name_or_path = base  # only now: PEFT puts the model's own name there, as it was given
+    config.base_model_name_or_path = base  # after get_peft_model, which sets the name as given
     if projector:
         follow_row_end(model)
     return joined  # type: ignore[return-value]
 
 
 def save_adapter(model: PeftModel, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
-    """Everything an adapter folder holds but for the base; `state` is the gathered state dict where ZeRO divides it."""
+    """Write an adapter folder. `state` is the gathered state dict under ZeRO."""
     base: Any = model.get_base_model()
-    # Told not to look for resized embeddings: it would ask the hub about the base at every save.
+    # By default PEFT checks for resized embeddings, with a request to the hub at every save.
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     processor.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
@@ -98,24 +101,24 @@ def save_adapter(model: PeftModel, processor: AnyProcessor, folder: Path, state:
 def load_adapter(
     folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize, place: torch.device | None = None
 ) -> tuple[AnyModel, AnyProcessor]:
-    """The base with the adapter in it, and the adapter's processor.
+    """Load the base with the adapter applied, and the adapter's processor.
 
-    Without quantisation the adapter is merged, as `clips-mllm merge` does it: into the base's own weights, or, where it
-    trained beside 4-bit weights, into what those stand for, since that is what it learnt to correct.
+    Without quantisation the adapter is merged, as in `clips-mllm merge`. An adapter trained on 4-bit weights is merged
+    into their dequantised values, which it was trained to correct.
 
     Raises:
-        UserError: no base where the adapter says it is, or one of other shapes.
+        UserError: the base is missing or has other shapes.
     """
     config = read_config(folder)
     base, trained = str(config.base_model_name_or_path), read_quantization(Path(folder))
-    if quantize == "8bit" and getattr(config, "use_dora", False):  # other kinds of adapter have no such field
+    if quantize == "8bit" and getattr(config, "use_dora", False):  # not a field of other kinds of adapters
         raise UserError(
-            "PEFT cannot put a DoRA adapter beside 8-bit weights", file=folder, remedy="take 4bit, or merge it first"
+            "PEFT does not support DoRA on 8-bit weights", file=folder, remedy="use 4bit, or merge the adapter first"
         )
     if quantize != "none":
         model, processor = load_stock(base, dtype=dtype, quantize=quantize, place=place)
     elif trained is not None:
-        # What fitted a GPU in 4 bits need not fit it in 16.
+        # On the CPU: a model that fits a GPU in 4 bits may be too large for it in 16.
         model, processor = load_stock(base, dtype=dtype, quantize=trained, place=torch.device("cpu"))
         model = model.dequantize(dtype=model.dtype)
     else:
@@ -126,13 +129,13 @@ def load_adapter(
         take_row_end_back(merged)
     if (Path(folder) / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(folder)
-    processor = read_pretrained(type(processor), folder)  # its own, of the base's class
+    processor = read_pretrained(type(processor), folder)  # the adapter's, in the class of the base's
     check_image_token(processor.tokenizer, folder)
     return merged, processor
 
 
 def read_config(folder: str | Path) -> PeftConfig:
-    """The adapter's configuration, which names its base. Raises UserError where that is not there."""
+    """Read the adapter's configuration. Raises UserError if it, or the base that it names, is missing."""
     from peft import PeftConfig
 
     try:
@@ -144,15 +147,17 @@ def read_config(folder: str | Path) -> PeftConfig:
     base = config.base_model_name_or_path
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise UserError(
-            f"its base {base} is not there",
+            "no such folder",
             file=Path(folder) / CONFIG,
-            remedy="put it back, or write where it is now into base_model_name_or_path",
+            key="base_model_name_or_path",
+            value=base,
+            remedy="restore the base, or enter its new path",
         )
     return config
 
 
 def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
-    """The adapter beside the model's weights, every one of its own read from the file."""
+    """Attach an adapter to the model, with every adapter weight from the file."""
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
@@ -167,18 +172,17 @@ def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"does not fit its base ({said})",
+            f"does not match its base ({reason}): the base has changed, or the file is damaged",
             file=folder,
-            remedy="the base has changed since, or the file is damaged: train it again on this base, or "
-            "name the old one in adapter_config.json",
+            remedy=f"name the original base in {CONFIG}, or train the adapter again",
         ) from error
     return joined
 
 
 def _keys(folder: str | Path) -> set[str]:
-    """Names of the weights of an adapter."""
+    """Return the names of an adapter's weights."""
     from safetensors import safe_open
 
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
@@ -186,27 +190,26 @@ def _keys(folder: str | Path) -> set[str]:
 
 
 def _has_row_end(folder: str | Path) -> bool:
-    """Whether it trained one; adapters of other training code may not."""
+    """Return True if the adapter contains `image_newline`; those of other training code may not."""
     return any(key.endswith(f"{PROJECTOR}.{ROW_END}") for key in _keys(folder))
 
 
 def refuse_other_keys(model: PeftModel, folder: str | Path) -> None:
-    """Raise UserError where the file in `folder` has other weights than the adapter in `model`."""
+    """Raise UserError if the file in `folder` has other weights than the adapter in `model`."""
     from peft import get_peft_model_state_dict
 
-    there = _keys(folder)
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if there != wanted:
-        odd = sorted(there ^ wanted)
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    differing = sorted(_keys(folder) ^ expected)
+    if differing:
         raise UserError(
-            f"{len(odd)} weights are missing or unexpected (first: {odd[0]})",
+            f"{len(differing)} weights are missing or unexpected (first: {differing[0]})",
             file=folder,
-            remedy="the adapter is incomplete or belongs to another base, save it again from its run",
+            remedy="save the adapter again from its run; it is incomplete or belongs to another base",
         )
 
 
 def read_into(model: PeftModel, folder: str | Path) -> None:
-    """The weights of a checkpoint into the adapter that trains."""
+    """Load the weights of a checkpoint into the adapter."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     refuse_other_keys(model, folder)

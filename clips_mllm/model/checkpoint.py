@@ -1,4 +1,4 @@
-"""MLLM checkpoints: stock classes only, built from a tower and an LLM, loaded strictly, saved whole."""
+"""Load and save MLLM checkpoints in stock classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Mllm:
-    """A model with its processor; `processor` pads on the left, as generation needs."""
+    """A model with its processor, which pads on the left for generation."""
 
     model: AnyModel
     processor: AnyProcessor
@@ -40,10 +40,10 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
     Args:
         folder: folder or hub id.
         device: auto, cpu, cuda or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-        quantize: none, or the LLM in 4bit (nf4) or 8bit, for less memory.
+        dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
+        quantize: none, or load the LLM in 4bit (nf4) or 8bit.
     Raises:
-        UserError: no checkpoint there, another kind of model, missing or unexpected weights, no `<image>` piece, an
+        UserError: no checkpoint, another kind of model, missing or unexpected weights, no `<image>` token, or an
             adapter without its base.
     """
     place = choose_device(device)
@@ -59,10 +59,10 @@ def load_parts(
     quantize: Quantize = "none",
     place: torch.device | None = None,
 ) -> tuple[AnyModel, AnyProcessor]:
-    """Model and processor as saved, for training or for use; an adapter comes merged into its base (`adapters.py`).
+    """Load model and processor, for training or inference. An adapter is merged into its base (`adapters.py`).
 
     Args:
-        place: where weights in 4 or 8 bits go as they are read; by default the GPU that is current, if there is one.
+        place: device for 4- and 8-bit weights; by default the current GPU, if there is one.
     """
     name = str(folder) if is_adapter(folder) else _existing(str(folder), "model")
     if (adapter := find_adapter(name)) is not None:
@@ -71,9 +71,9 @@ def load_parts(
 
 
 def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
-    """Leave a complete stock checkpoint in `folder`, or a complete adapter where `model` is one.
+    """Write a complete stock checkpoint, or a complete adapter if `model` is a PeftModel.
 
-    The file that makes it one, `config.json` or `adapter_config.json`, comes last.
+    `config.json` or `adapter_config.json`, by which readers recognise the folder, is written last.
     """
     from peft import PeftModel
 
@@ -86,7 +86,7 @@ def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = No
             model.save_pretrained(work, state_dict=None if state is None else _tied(model, state))
             processor.save_pretrained(work)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # a full disk, Ctrl-C: nothing half-written stays
+        shutil.rmtree(work, ignore_errors=True)  # also on Ctrl-C or a full disk
         raise
     make_readable(work)
     for path in sorted(work.iterdir(), key=lambda path: path.name in ("config.json", CONFIG)):
@@ -95,7 +95,7 @@ def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = No
 
 
 def _tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gathered state with tied weights as one tensor again: accelerate clones them, and both would be written."""
+    """Restore tied weights in a gathered state: accelerate clones them, and both copies would be saved."""
     first: dict[int, str] = {}
     for name, weights in model.named_parameters(remove_duplicate=False):
         if name in state:

@@ -1,4 +1,4 @@
-"""What a stock processor makes of an image: positions in the sequence, squash, pad or crop."""
+"""Image tokens per image, and the aspect ratio mode of stock processors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from clips_mllm.model.feature_store import ImageOrFeatures
 from clips_mllm.model.tiles import AnyProcessor, tiled_tokens
 from vision_tower.common.errors import UserError
 
-IMAGE_INPUTS = ("pixel_values", "image_sizes")  # sizes where images have tiles
+IMAGE_INPUTS = ("pixel_values", "image_sizes")  # `image_sizes` with tiles only
 
 
 def image_token_counts(processor: AnyProcessor, images: Sequence[Image.Image | ImageOrFeatures]) -> list[int]:
-    """Positions that each image takes in the sequence."""
-    if isinstance(processor, LlavaNextProcessor):  # whose tiles no cache holds, so no image was looked up
+    """Return the number of image tokens of each image."""
+    if isinstance(processor, LlavaNextProcessor):  # tiled images are never cached
         return tiled_tokens(processor, [image for image in images if not isinstance(image, ImageOrFeatures)])
     return [image_tokens(processor)] * len(images)
 
 
 def image_tokens(processor: LlavaProcessor) -> int:
-    """Positions that any image takes in the sequence of stock LLaVA."""
+    """Return the number of image tokens per image in stock LLaVA."""
     size = processor.image_processor.size
     crop = getattr(processor.image_processor, "crop_size", None)
     side = (crop or size).get("height") or size["shortest_edge"]
@@ -31,28 +31,26 @@ def image_tokens(processor: LlavaProcessor) -> int:
     return int(count) - (processor.vision_feature_select_strategy == "default")
 
 
-def set_aspect_ratio(processor: LlavaProcessor, square: Literal["squash", "pad", "crop"]) -> None:
-    """Let the processor squash images, or first centre them on a square of its mean colour, as LLaVA-1.5 does.
+def set_aspect_ratio(processor: LlavaProcessor, ratio: Literal["squash", "pad", "crop"]) -> None:
+    """Set how the processor makes images square. The setting is saved with the checkpoint, in stock fields.
 
-    `crop` leaves a tower's processor as it came: OpenAI CLIP's scales the shorter side and crops the middle.
-
-    Padding is the stock processor's, and so is saved with the checkpoint: whoever loads it prepares images in the
-    way that it was trained with.
-
+    Args:
+        ratio: `squash` resizes, `pad` first pads to a square with the mean colour (LLaVA-1.5), `crop` keeps the tower's
+            own mode; OpenAI CLIP's resizes the shorter side and crops the centre.
     Raises:
-        UserError: anything but `squash` with tiles, which LLaVA-NeXT's processor pads and squashes in its own way.
+        UserError: not `squash` with tiles, for which LLaVA-NeXT's processor has its own resizing and padding.
     """
     own = processor.image_processor
     if isinstance(processor, LlavaNextProcessor):
-        if square != "squash":
+        if ratio != "squash":
             raise UserError(
-                "images in tiles are fitted by their own processor",
+                "has no effect with tiles",
                 key="data.image_aspect_ratio",
-                value=square,
-                remedy="take squash",
+                value=ratio,
+                remedy="use squash",
             )
         return
-    if square == "pad":
+    if ratio == "pad":
         processor.image_processor = LlavaImageProcessor(
             do_pad=True,
             size=own.size,
@@ -65,5 +63,5 @@ def set_aspect_ratio(processor: LlavaProcessor, square: Literal["squash", "pad",
         )
     elif isinstance(own, LlavaImageProcessor):
         own.do_pad = False
-    if square == "squash" and getattr(own, "do_center_crop", False):
+    if ratio == "squash" and getattr(own, "do_center_crop", False):
         own.size, own.do_center_crop = own.crop_size, False

@@ -1,6 +1,6 @@
-"""LLM weights in 4 or 8 bits, by bitsandbytes: for QLoRA, and for talking to a model that is too large otherwise.
+"""Quantisation of the LLM to 4 or 8 bits with bitsandbytes, for QLoRA and for inference with less memory.
 
-Tower, projector and vocabulary layer stay as they are: they are small, and what they say matters most.
+Tower, projector and output layer are not quantised: they are small, and errors in them cost the most accuracy.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
 
 def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
-    """4bit: nf4 with double quantisation (arXiv 2305.14314); 8bit: LLM.int8() (arXiv 2208.07339).
+    """Return nf4 with double quantisation (arXiv 2305.14314) for 4bit, LLM.int8() (arXiv 2208.07339) for 8bit.
 
     Args:
-        compute: what 4-bit weights are turned into for a product.
+        compute: dtype of matrix products with 4-bit weights.
     """
     from transformers import BitsAndBytesConfig
 
@@ -40,7 +40,7 @@ def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
-    """How the base of the adapter in `folder` was quantised while it trained, or None where it was not."""
+    """Return the quantisation under which the adapter in `folder` was trained, or None."""
     from transformers import BitsAndBytesConfig
 
     file = folder / QUANTIZATION_FILE

@@ -1,4 +1,4 @@
-"""Stock LLaVA checkpoints: loaded strictly, every weight from the file."""
+"""Strict loading of stock LLaVA checkpoints: every weight comes from the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# Class of the configuration -> those of model and processor.
+# Config class -> model class, processor class.
 STOCK: dict[type, tuple[type[AnyModel], type[AnyProcessor]]] = {
     LlavaConfig: (LlavaForConditionalGeneration, LlavaProcessor),
     LlavaNextConfig: (LlavaNextForConditionalGeneration, LlavaNextProcessor),
@@ -38,17 +38,17 @@ STOCK: dict[type, tuple[type[AnyModel], type[AnyProcessor]]] = {
 SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-# Of towers and LLMs only, read as tensors only: Vicuna 1.5 and CLIP L/14 at 336 pixels are published in no other form.
+# For towers and LLMs only, and tensors only: Vicuna 1.5 and CLIP L/14 at 336 pixels are published only in this form.
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> None:
-    """Raise UserError unless `<image>` is a single piece."""
+    """Raise UserError unless `<image>` is a single token."""
     if len(tokenizer.encode(IMAGE, add_special_tokens=False)) != 1:
         raise UserError(
-            f"its tokenizer has no {IMAGE} piece, so images would be read as text",
+            f"its tokenizer has no {IMAGE} token",
             file=place,
-            remedy="build the checkpoint with `clips-mllm train`, or add the piece to the tokenizer",
+            remedy="build the checkpoint with `clips-mllm train`, or add the token to the tokenizer",
         )
 
 
@@ -59,18 +59,22 @@ def load_stock(
     quantize: Quantize | BitsAndBytesConfig = "none",
     place: torch.device | None = None,
 ) -> tuple[AnyModel, AnyProcessor]:
-    """Model and processor of a plain checkpoint, folder or hub id. Arguments as `load_parts`."""
+    """Load model and processor of a folder or hub id that is not an adapter. Arguments as in `load_parts`."""
     name = _existing(str(folder), "model")
     _refuse_encoder(Path(name))
     config = read_pretrained(AutoConfig, name)
     if type(config) not in STOCK:
         raise UserError(
-            f"a '{config.model_type}' checkpoint, not a LLaVA model", file=folder, remedy="point to a `train` run"
+            "not a LLaVA model",
+            file=folder,
+            key="model_type",
+            value=config.model_type,
+            remedy="name the folder of a `clips-mllm train` run",
         )
     model_class, processor_class = STOCK[type(config)]
     processor = read_pretrained(processor_class, name)
     check_image_token(processor.tokenizer, folder)
-    options: dict[str, Any] = {"use_safetensors": True}  # of a hub's repository, too: pickles are slow and can be code
+    options: dict[str, Any] = {"use_safetensors": True}  # also on the hub: pickles are slow and can contain code
     if quantize != "none":
         own = dtype if isinstance(dtype, torch.dtype) else config.dtype if dtype == "auto" else getattr(torch, dtype)
         options["quantization_config"] = (
@@ -82,38 +86,40 @@ def load_stock(
 
 
 def is_complete(folder: Path, files: tuple[str, ...] = SHARD_FILES) -> bool:
-    """Whether `folder` itself holds a whole checkpoint, with its weights in one of `files`."""
+    """Return True if `folder` contains a complete checkpoint, with weights in one of `files`."""
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in files)
 
 
 def _existing(name: str, key: str, files: tuple[str, ...] = SHARD_FILES) -> str:
-    """A folder with a checkpoint, or a hub id. Anything that looks like a path must exist."""
+    """Return `name`, a hub id or a folder with a complete checkpoint. Raises UserError for anything else."""
     path = Path(name)
     if path.is_dir() and not is_complete(path, files):
         raise UserError(
-            "no finished checkpoint here (config.json and safetensors)", file=name, remedy="run the stage before first"
+            "no complete checkpoint (config.json and safetensors)",
+            file=name,
+            remedy="run the previous stage to its end first",
         )
     check_model_exists(name, key)
     return name
 
 
 def _refuse_encoder(folder: Path) -> None:
-    """transformers does not know the kind of a pretraining checkpoint, and would advise an upgrade at length."""
+    """Raise UserError for a pretraining checkpoint, for which transformers would advise an upgrade."""
     file = folder / "config.json"
     if file.is_file() and '"model_type": "clips"' in file.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
-            "a CLIPS encoder, not a multimodal LLM", file=folder, remedy="give the folder of a `clips-mllm train` run"
+            "a CLIPS encoder, not a multimodal LLM", file=folder, remedy="name the folder of a `clips-mllm train` run"
         )
 
 
 def _read_weights(kind: Any, name: str, dtype: str | torch.dtype, **options: Any) -> Any:
-    """A model, every weight of which came from the checkpoint, in the shape that its config gives."""
-    # Other shapes are reported, and refused like the rest; transformers would raise a table of them.
+    """Load a model; raise UserError unless every weight is in the checkpoint, in the shape of the config."""
+    # With `ignore_mismatched_sizes`, other shapes are reported in `info` and refused with the rest.
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = read_pretrained(kind, name, **options)
     refuse_partial_load(name, info)
-    # Under ZeRO-3 transformers also keeps the renamings that this file did not need, and would undo them in the next:
-    # `language_model.model.model.…`, which it reads itself, and nobody else.
+    # transformers 5.23 keeps the key renamings of the load for the next save. Under ZeRO-3 it also keeps those that the
+    # file did not need, and the saved keys would be `language_model.model.model.…`, which other readers do not accept.
     if hasattr(model, "_weight_conversions"):
         model._weight_conversions = [renaming for renaming in model._weight_conversions if renaming.was_used()]
     return model

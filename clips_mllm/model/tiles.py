@@ -1,8 +1,8 @@
-"""High resolution by tiles, with the stock LLaVA-NeXT classes: an opt-in that leaves LLaVA's own.
+"""High resolution by tiles, with the stock LLaVA-NeXT classes. Optional; the default is LLaVA without tiles.
 
-An image is shown whole, and again in up to `most` tiles of the tower's size, laid out to fit its shape; a learned
-vector ends each row of patches. The checkpoint is a `LlavaNextForConditionalGeneration` with a `LlavaNextProcessor`.
-Sequences grow with the tiles: four of 576 patches are up to 2,928 positions an image.
+The model sees the complete image and up to `max_tiles` tiles of the tower's size, in a grid that fits its shape. A
+trained vector, `image_newline`, ends each row of patches. The classes are `LlavaNextForConditionalGeneration` and
+`LlavaNextProcessor`. Four tiles of 576 patches take up to 2,928 positions per image.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ AnyModel: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGen
 AnyProcessor: TypeAlias = LlavaProcessor | LlavaNextProcessor
 
 
-def grid(tile: int, most: int) -> list[list[int]]:
-    """(height, width) in pixels of every layout of 2 to `most` tiles."""
-    sides = range(1, most + 1)
-    return [[rows * tile, columns * tile] for rows in sides for columns in sides if 2 <= rows * columns <= most]
+def grid(tile: int, max_tiles: int) -> list[list[int]]:
+    """Return (height, width) in pixels of every layout of 2 to `max_tiles` tiles."""
+    sides = range(1, max_tiles + 1)
+    return [[rows * tile, columns * tile] for rows in sides for columns in sides if 2 <= rows * columns <= max_tiles]
 
 
 def with_tiles(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, most: int
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, max_tiles: int
 ) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
-    """The same tower, projector and LLM in LLaVA-NeXT's classes.
+    """Return the same tower, projector and LLM in LLaVA-NeXT's classes.
 
     Args:
-        most: tiles of an image, beside the whole of it.
+        max_tiles: maximum number of tiles per image, in addition to the complete image.
     """
     own = model.config
     tile = own.vision_config.image_size
-    layouts = grid(tile, most)
+    layouts = grid(tile, max_tiles)
     config = LlavaNextConfig(
         vision_config=own.vision_config,
         text_config=own.text_config,
@@ -84,14 +84,14 @@ def with_tiles(
 
 
 def tiled_tokens(processor: LlavaNextProcessor, images: list[Image.Image]) -> list[int]:
-    """Positions of each image, by the stock processor's own count."""
+    """Return the number of image tokens of each image, as the stock processor counts them (transformers 5.23)."""
     tile = _side(processor)
     dropped = processor.vision_feature_select_strategy == "default"
     return [processor._get_number_of_features(image.height, image.width, tile, tile) - dropped for image in images]
 
 
 def views(processor: AnyProcessor, image: Image.Image) -> int:
-    """How many squares of an image the tower sees: its tiles and the whole, or in stock LLaVA the one."""
+    """Return the number of tower inputs of an image: its tiles and the complete image, or 1 in stock LLaVA."""
     if not isinstance(processor, LlavaNextProcessor):
         return 1
     layouts = processor.image_processor.image_grid_pinpoints
@@ -99,35 +99,32 @@ def views(processor: AnyProcessor, image: Image.Image) -> int:
 
 
 def _side(processor: LlavaNextProcessor) -> int:
-    """Of a tile, in pixels."""
+    """Return the side of a tile in pixels."""
     size = processor.image_processor.size
     return int(size.get("height") or size["shortest_edge"])
 
 
 def row_end(model: AnyModel) -> list[nn.Module]:
-    """The vector that ends a row of patches, which trains with the projector, as a module; stock LLaVA has none."""
+    """Return `image_newline`, which trains with the projector, as a module; stock LLaVA has none."""
     if not isinstance(model, LlavaNextForConditionalGeneration):
         return []
     return [nn.ParameterList([model.model.image_newline])]
 
 
 def lend_row_end(model: AnyModel) -> None:
-    """Make that vector a part of the projector too, before PEFT copies the projector: it copies and saves modules only.
-
-    Stock LLaVA is left as it is.
-    """
+    """Register `image_newline` in the projector too, before PEFT copies it: PEFT copies and saves modules only."""
     if isinstance(model, LlavaNextForConditionalGeneration):
         model.model.multi_modal_projector.image_newline = model.model.image_newline
 
 
 def follow_row_end(model: AnyModel) -> None:
-    """The model reads the vector that is in the projector now: PEFT's copy, which trains and is saved."""
+    """Let the model use the projector's `image_newline`: PEFT's copy, which is trained and saved."""
     if isinstance(model, LlavaNextForConditionalGeneration):
         model.model.image_newline = model.model.multi_modal_projector.image_newline
 
 
 def take_row_end_back(model: AnyModel) -> None:
-    """The stock model again, once the adapter is merged."""
+    """Remove `image_newline` from the projector again, after the adapter was merged."""
     if isinstance(model, LlavaNextForConditionalGeneration):
         follow_row_end(model)
         del model.model.multi_modal_projector.image_newline

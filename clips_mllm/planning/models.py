@@ -46,18 +46,25 @@ def resolve_model(model: MllmRecipe, recipes: Path) -> MllmRecipe:
         if model.checkpoint is None:
             break
         folder = Path(model.checkpoint)
-        if (folder / "adapter_config.json").is_file():
-            base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-            model = dataclasses.replace(model, checkpoint=str(base))
-            continue
-        sections = (tree.get("model") for tree in _recipes_for(folder, recipes)) if not folder.exists() else ()
-        section = next((one for one in sections if isinstance(one, dict) and {"llm", "checkpoint"} & one.keys()), None)
-        if section is None:
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            model = dataclasses.replace(model, checkpoint=str(read_object(adapter).get("base_model_name_or_path")))
+        elif (section := _model_section(folder, recipes)) is not None:
+            names = ("tower", "llm", "checkpoint", "image_size", "tiles")
+            values: Values = {name: section.get(name) for name in names}
+            model = dataclasses.replace(model, **values)
+        else:
             break
-        names = ("tower", "llm", "checkpoint", "image_size", "tiles")
-        values: dict[str, Any] = {name: section.get(name) for name in names}
-        model = dataclasses.replace(model, **values)
     return model
+
+
+def _model_section(folder: Path, recipes: Path) -> Values | None:
+    """Return the model section of the training recipe that makes a folder; None if it exists, or no recipe does."""
+    for tree in () if folder.exists() else _recipes_for(folder, recipes):
+        match tree:
+            case {"model": ({"llm": _} | {"checkpoint": _}) as section}:
+                return dict(section)
+    return None
 
 
 def read_shape(model: MllmRecipe, recipes: Path) -> Shape:
@@ -115,8 +122,8 @@ def _config(name: str, key: str, recipes: Path) -> Values:
         "found neither its config.json nor a recipe that makes it",
         file=name,
         key=key,
-        remedy=f"give a folder or hub id with config.json, the output_dir of a recipe in --recipes {recipes}, or one "
-        f"of {', '.join(name for name in known if '/' in name)}",
+        remedy="give a folder or hub id with config.json, the output_dir of a recipe in --recipes, or a model of "
+        "clips_mllm/planning/catalog.yaml",
     )
 
 

@@ -17,12 +17,12 @@ class PlanRecipe(TrainRecipe):
     """Estimate memory, batch size and time of a training recipe; with --table, of LLaVA-1.5's sizes on GPUs.
 
     Args:
-        output_dir: ignored.
+        output_dir: ignored by this command.
         model: tower and LLM, or a checkpoint. Weights are not needed.
         data: the conversations. Lengths are measured on them if the files exist.
         stage: what trains.
         training: how to optimize.
-        evaluation: ignored.
+        evaluation: ignored by this command.
         recipes: folder of YAML recipes. If a model folder does not exist yet, its sizes come from the recipe whose
             output_dir makes it.
         devices: number of devices that train.

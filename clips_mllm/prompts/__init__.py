@@ -1,1 +1,1 @@
-"""Chat templates, and ids and labels in one pass."""
+"""Chat templates, and rendering of conversations to ids and labels in one pass."""

@@ -1,8 +1,8 @@
-"""The chat template of a checkpoint: chosen once for training, and carried on, BOS and all.
+"""Chat template of a checkpoint, chosen in training and saved with it.
 
-Who writes BOS? Some readers of a checkpoint tokenize the rendered prompt with special tokens (`processor(text=...)`),
-others without (`tokenizer.apply_chat_template`, vLLM). Where the LLM's tokenizer puts BOS in front by itself, here the
-template writes it instead and the tokenizer no longer does: every reader gets it exactly once.
+BOS: some readers of a checkpoint tokenize the rendered prompt with special tokens (`processor(text=...)`), others
+without (`tokenizer.apply_chat_template`, vLLM). If the LLM's tokenizer adds BOS, the template writes it instead and the
+tokenizer no longer does, so that every reader gets exactly one.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from clips_mllm.prompts.conversation import Unsupervised
 from clips_mllm.prompts.render import TemplateName, load_template, render_text
-from clips_mllm.prompts.spans import special_pieces
+from clips_mllm.prompts.spans import special_tokens
 from vision_tower.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-# What ends an answer; `plain` ends with a line break, and a model trained with it is not for talking.
+# End token of answers. `plain` ends them with a line break; a model trained with it is not a chat model.
 END_TOKENS = {"vicuna_v1": "</s>", "llama_2": "</s>", "llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
-WRITES_BOS = {"": "{{- bos_token -}}", " ": "{{- bos_token + ' ' -}}"}  # by what stands between it and the words
-GAP = "{{%- set gap = '{}' -%}}"  # begins every template of ours
-KEY = "clips_mllm_llm"  # in tokenizer_config.json, where transformers keeps what it does not know
+WRITES_BOS = {"": "{{- bos_token -}}", " ": "{{- bos_token + ' ' -}}"}  # by the gap between BOS and text
+GAP = "{{%- set gap = '{}' -%}}"  # first statement of the built-in templates
+KEY = "clips_mllm_llm"  # in tokenizer_config.json, in which transformers keeps unknown fields
 
 PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
@@ -34,14 +34,14 @@ PROBE = [
 
 @dataclasses.dataclass(frozen=True)
 class OwnFormat:
-    """What the LLM came with, before a stage's template took its place.
+    """Prompt format of the LLM before a stage's template replaced it.
 
     Attributes:
         chat_template: its chat template, if it has one.
-        adds_bos: whether its tokenizer puts BOS in front of every text.
-        gap: what stands between a written BOS or image and the words, so that they become the ids that they are at
-            the beginning of a text: Vicuna's begins one with `▁A`, but goes on after `<s>` or `<image>` with `A`. The
-            original LLaVA tokenizes what stands between images piece by piece, each as a beginning.
+        adds_bos: True if its tokenizer adds BOS to every text.
+        gap: text after a BOS or image in the template that gives the following words the ids they have at the start of
+            a text. Vicuna's tokenizer starts a text with `▁A`, but continues after `<s>` or `<image>` with `A`. The
+            original LLaVA tokenizes the text around images in pieces, each as the start of a text.
     """
 
     chat_template: str | None
@@ -50,7 +50,7 @@ class OwnFormat:
 
 
 def own_format(tokenizer: PreTrainedTokenizerFast) -> OwnFormat:
-    """As kept by `adopt_template`, or as the tokenizer is now."""
+    """Return the format saved by `adopt_template`, or that of the tokenizer as it is."""
     if KEY in tokenizer.init_kwargs:
         return OwnFormat(**tokenizer.init_kwargs[KEY])
     own = tokenizer.chat_template
@@ -72,21 +72,23 @@ def _gap(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: str = "data.template") -> str:
-    """The Jinja text that training renders with and the checkpoint carries.
+    """Return the Jinja template for training and for the checkpoint.
 
     Args:
-        key: where the name was given, for messages.
+        key: recipe field or option of `name`, for messages.
     Raises:
-        UserError: `tokenizer` is asked for and the LLM has none of its own.
+        UserError: `name` is "tokenizer" and the LLM has no template.
     """
     own = own_format(tokenizer)
     if name != "tokenizer":
-        gap = "" if name == "plain" else own.gap  # which begins with an image
+        gap = "" if name == "plain" else own.gap  # `plain` begins with an image
         return (WRITES_BOS[gap] if own.adds_bos else "") + _with_gap(load_template(name), own.gap)
     if not own.chat_template:
         raise UserError(
-            f"{key}=tokenizer: {tokenizer.name_or_path or 'the LLM'} has no chat template of its own",
-            remedy=f"choose another (plain, {', '.join(END_TOKENS)})",
+            f"{tokenizer.name_or_path or 'the LLM'} has no chat template",
+            key=key,
+            value="tokenizer",
+            remedy=f"choose another one: plain, {', '.join(END_TOKENS)}",
         )
     preamble = load_template("flatten")
     return own.chat_template if own.chat_template.startswith(preamble) else preamble + own.chat_template
@@ -98,17 +100,18 @@ def adopt_template(
     model: LlavaForConditionalGeneration | None = None,
     key: str = "data.template",
 ) -> str:
-    """Make a template the checkpoint's: processor, tokenizer, BOS, and where the model's answers end.
+    """Install a template in processor and tokenizer, move BOS into it, and set the model's end token.
 
     Args:
-        key: where the name was given, for messages.
+        key: recipe field or option of `name`, for messages.
     Returns:
-        The Jinja text.
+        The Jinja template.
     Raises:
-        UserError: the template does not suit the tokenizer, or labels cannot be told with it.
+        UserError: the template does not match the tokenizer, or answers cannot be found in its text.
     """
     tokenizer = processor.tokenizer
     text = template_for(tokenizer, name, key)
+    # Saved in tokenizer_config.json, so that a later stage can choose the LLM's own template.
     tokenizer.init_kwargs[KEY] = dataclasses.asdict(own_format(tokenizer))
     _leave_bos_to_the_template(tokenizer)
     end = _end_of_answer(tokenizer, name, text, key)
@@ -125,31 +128,32 @@ def _with_gap(template: str, gap: str) -> str:
 def _leave_bos_to_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     if tokenizer.bos_token is None or not tokenizer("")["input_ids"]:
         return
-    tokenizer.add_bos_token = tokenizer.add_eos_token = False  # which rewrites the post-processor
-    tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
+    tokenizer.add_bos_token = tokenizer.add_eos_token = False  # these setters rebuild the post-processor
+    tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}  # the setters do not change saved values
     assert not tokenizer("")["input_ids"], "the tokenizer still adds special tokens"
 
 
 def _end_of_answer(tokenizer: PreTrainedTokenizerFast, name: TemplateName, text: str, key: str) -> int | None:
-    """The id of the token that ends an answer, found in a rendered conversation."""
+    """Return the id of the token that ends an answer, taken from a rendered conversation."""
     if name == "plain":
         return None
     try:
         rendered, spans = render_text(PROBE, text, tokenizer)
     except Unsupervised as error:
-        raise UserError(f"{key}={name}: {error}", remedy="choose another, chatml suits most LLMs") from error
-    for piece in special_pieces(tokenizer):
-        if rendered[: spans[-1][1]].endswith(piece):
-            return int(tokenizer.convert_tokens_to_ids(piece))
+        raise UserError(str(error), key=key, value=name, remedy="choose another template, such as chatml") from error
+    for token in special_tokens(tokenizer):
+        if rendered[: spans[-1][1]].endswith(token):
+            return int(tokenizer.convert_tokens_to_ids(token))
     raise UserError(
-        f"{key}={name}: it ends answers with {END_TOKENS.get(name, rendered[-20:])!r}, which is not one "
-        f"special piece of this LLM's tokenizer",
-        remedy="choose the template of its family, or 'tokenizer'",
+        f"its end token {END_TOKENS.get(name, rendered[-20:])!r} is not a special token of this LLM's tokenizer",
+        key=key,
+        value=name,
+        remedy="choose the template of the LLM's family, or 'tokenizer'",
     )
 
 
 def _stop_at(generation_config: Any, end: int) -> None:
-    """An instruct model's end of turn is often not the eos of its base model."""
+    """Add the end token: an instruct model's end of turn is often not the EOS of its base model."""
     known = generation_config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     if end not in known:

@@ -1,22 +1,18 @@
-"""What a conversation is made of: messages, the image placeholder, the label that trains nothing."""
+"""Constants and types of conversations: message, image placeholder, ignored label."""
 
 from __future__ import annotations
 
 from typing import Any
 
-IGNORED = -100
-
-
+IGNORED = -100  # label without loss
 IMAGE = "<image>"
 
-
-# What Qwen3's template opens the last answer with where it has no thoughts. The model learns to say it, since prompts
-# end before it; readers and scorers want the answer.
+# Prefix of an answer without reasoning in Qwen3's template. The prompt ends before it, so the model generates it; chat
+# and evaluation remove it.
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
-
 
 Message = dict[str, Any]
 
 
 class Unsupervised(ValueError):
-    """A sample without a supervised token, whose images do not fit the context, or that the template refuses."""
+    """The sample has no supervised token, its images exceed the context, or the template refuses it."""

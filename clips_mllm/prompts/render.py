@@ -1,12 +1,11 @@
-"""From a conversation to ids and labels, in one pass.
+"""Render conversations to ids and labels in one pass.
 
-    messages --Jinja template--> text + spans of the assistant's own words --one tokenizer call--> ids, labels
+    messages --Jinja template--> text + spans of the assistant's answers --one tokenizer call--> ids, labels
 
-The Jinja template is the only definition of a prompt: training renders with it, and the checkpoint carries it, so chat,
-lmms-eval and servers render the same bytes. `{% generation %}` marks what the assistant says, with its end token; for
-templates of others, which lack the marks, `spans.py` finds it. The whole text is tokenized once, as it will be when
-the model is used, and a token is supervised where it ends in a marked span; nothing is re-tokenized to find an offset,
-so no tokenizer can make prompt and labels disagree.
+The Jinja template is the only definition of a prompt: training renders with it and the checkpoint contains it, so chat,
+lmms-eval and servers render the same bytes. `{% generation %}` marks the answers, including their end token. Other
+templates lack these marks; `spans.py` finds their answers. The text is tokenized once, as at inference, and a token is
+supervised if it ends in an answer. Nothing is tokenized again to find an offset, so prompt and labels always agree.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ TemplateFile = Literal[TemplateName, "flatten"]
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """Token ids with `<image>` expanded, and labels that are `IGNORED` wherever nothing is learnt.
+    """Token ids with `<image>` expanded, and labels that are `IGNORED` for unsupervised tokens.
 
     Attributes:
-        whole: tokens before the cut to `max_length`.
+        full_length: number of tokens before truncation to `max_length`.
     """
 
     ids: list[int]
     labels: list[int]
-    whole: int = dataclasses.field(default=0, compare=False)
+    full_length: int = dataclasses.field(default=0, compare=False)
 
 
 @functools.cache
 def load_template(name: TemplateFile) -> str:
-    """The Jinja text of a template that ships; `chat_template.template_for` completes it for a tokenizer."""
+    """Load a built-in Jinja template; `chat_template.template_for` adapts it to a tokenizer."""
     return (resources.files("clips_mllm.prompts") / "templates" / f"{name}.jinja").read_text().rstrip("\n")
 
 
 def render_text(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt as text, and the character spans that the assistant says.
+    """Return the text of a conversation, and the character spans of the answers.
 
     Args:
-        tokenizer: whose special tokens the template may name (`bos_token`).
+        tokenizer: source of the special tokens that templates use (`bos_token`).
     Raises:
-        Unsupervised: the template refuses the conversation, or does not tell where the assistant speaks.
+        Unsupervised: the template refuses the conversation, or its answers cannot be found.
     """
     from jinja2 import TemplateError
 
@@ -79,7 +78,7 @@ def _render_marked(
 
 
 def tokenizer_options(text: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, bool]:
-    """How transformers' processors tokenize a rendered prompt: a template that writes BOS gets no second one."""
+    """Return the options with which transformers' processors tokenize a rendered prompt: no second BOS."""
     bos = tokenizer.bos_token
     return {"add_special_tokens": bos is None or not text.startswith(bos)}
 
@@ -92,14 +91,14 @@ def render(
     image_tokens: int | Sequence[int],
     max_length: int,
 ) -> Rendered:
-    """Ids and labels of one conversation, cut to `max_length`.
+    """Return ids and labels of a conversation, truncated to `max_length`.
 
     Args:
         messages: `{"role", "content"}`; content is a string or parts `{"type": "text" | "image", ...}`.
-        template: Jinja text.
-        image_tokens: positions that one image takes; a list where images differ.
+        template: Jinja template.
+        image_tokens: number of positions of each image, or one number for all.
     Raises:
-        Unsupervised: nothing is left to learn, the cut goes through an image, or the template refuses.
+        Unsupervised: no supervised token remains, the cut is in or before an image, or the template refuses.
     """
     text, spans = render_text(messages, template, tokenizer)
     options = tokenizer_options(text, tokenizer)
@@ -110,14 +109,14 @@ def render(
     labels: list[int] = []
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         repeat = next(sizes) if token == image_id else 1
-        spoken = token != image_id and end > start and any(first < end <= last for first, last in spans)
+        supervised = token != image_id and end > start and any(first < end <= last for first, last in spans)
         ids += [token] * repeat
-        labels += [token if spoken else IGNORED] * repeat
+        labels += [token if supervised else IGNORED] * repeat
     if image_id in ids[max_length:]:
         raise Unsupervised(f"its images need more than max_length={max_length} tokens")
-    whole = len(ids)
+    full_length = len(ids)
     ids, labels = ids[:max_length], labels[:max_length]
-    labels[:1] = [IGNORED]  # nothing predicts the first token, so it must not be counted as learnt
+    labels[:1] = [IGNORED]  # the first token is not predicted, so it must not count as supervised
     if all(label == IGNORED for label in labels):
         raise Unsupervised("no supervised token (empty answers, or all of them beyond max_length)")
-    return Rendered(ids, labels, whole)
+    return Rendered(ids, labels, full_length)

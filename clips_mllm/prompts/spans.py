@@ -1,9 +1,9 @@
-"""Where the assistant speaks, for chat templates that do not mark it, as most LLMs' own do not.
+"""Find the answers in the text of chat templates without `{% generation %}` marks, such as those of most LLMs.
 
-The conversation is rendered once more with a unique mark in place of every answer. Around the marks stands what the
-template itself writes; where the real text is not exactly that with the answers in it, the conversation is refused. An
-answer's span begins where the prompt for it ends (what `add_generation_prompt` renders from the turns before) and ends
-with the first special token after the answer.
+The conversation is rendered again with a unique mark in place of each answer. The text around the marks is the
+template's own; if it does not reproduce the real text exactly, the conversation is refused. An answer's span begins at
+the end of its prompt (the turns before, rendered with `add_generation_prompt`) and ends with the first special token
+after the answer.
 """
 
 from __future__ import annotations
@@ -18,42 +18,43 @@ if TYPE_CHECKING:
 
 
 def marks_answers(template: str) -> bool:
-    """Whether a template marks what the assistant says."""
+    """Return True if the template marks answers."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def find_spans(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerFast | None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt as text, and the character spans that the assistant says.
+    """Return the text of a conversation, and the character spans of the answers.
 
     Raises:
-        Unsupervised: the template does not let them be told exactly.
+        Unsupervised: the answers cannot be located exactly.
     """
     if tokenizer is None:
-        raise ValueError("a template without generation marks needs the tokenizer, which knows the end tokens")
+        raise ValueError("a template without generation marks needs the tokenizer, for its end tokens")
     text = _write(messages, template, tokenizer)
-    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     marked = [
-        {"role": "assistant", "content": _mark(at)} if at in turns else message for at, message in enumerate(messages)
+        {"role": "assistant", "content": _mark(index)} if index in turns else message
+        for index, message in enumerate(messages)
     ]
     rest = _write(marked, template, tokenizer)
-    end_tokens = re.compile("|".join(map(re.escape, special_pieces(tokenizer))) or r"(?!)")
+    end_tokens = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
     spans: list[tuple[int, int]] = []
     done = 0
-    for at in turns:
-        before, found, rest = rest.partition(_mark(at))
-        answer = _text(messages[at])
-        if not found or not text.startswith(before + answer, done):
-            raise Unsupervised(f"the template changes turn {at}, so its labels cannot be told")
+    for turn in turns:
+        before, mark, rest = rest.partition(_mark(turn))
+        answer = _text(messages[turn])
+        if not mark or not text.startswith(before + answer, done):
+            raise Unsupervised(f"the template changes the text of turn {turn}, so its labels are unknown")
         begin = done + len(before)
-        prompt = _write(messages[:at], template, tokenizer, add_generation_prompt=True)
+        prompt = _write(messages[:turn], template, tokenizer, add_generation_prompt=True)
         if not text.startswith(prompt) or not done <= len(prompt) <= begin:
-            raise Unsupervised(f"the template's prompt for turn {at} is not how the conversation goes on")
+            raise Unsupervised(f"the conversation does not continue the template's prompt for turn {turn}")
         done = begin + len(answer)
         end = end_tokens.search(text, done)
         if end is None or end.end() > done + _up_to_mark(rest):
-            raise Unsupervised(f"the template writes no end token after turn {at}")
+            raise Unsupervised(f"the template writes no end token after turn {turn}")
         spans.append((len(prompt), end.end()))
     if text[done:] != rest:
         raise Unsupervised("the template's text depends on the answers")
@@ -68,7 +69,7 @@ def _write(messages: list[Message], template: str, tokenizer: PreTrainedTokenize
 
 
 def _mark(turn: int) -> str:
-    """Private-use characters: in no conversation, and no template's business."""
+    """Return a mark of private-use characters, which neither conversations nor templates contain."""
     return f"\ue000{turn}\ue001"
 
 
@@ -81,7 +82,7 @@ def _text(message: Message) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def special_pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The tokenizer's special pieces but `<image>`, longest first."""
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the tokenizer's special tokens except `<image>`, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted((added | set(tokenizer.all_special_tokens)) - {IMAGE}, key=lambda piece: (-len(piece), piece))

@@ -32,7 +32,8 @@ from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+    from clips_mllm.data.collator import InstructionCollator
+    from clips_mllm.data.dataset import InstructionDataset
     from clips_mllm.model.tiles import AnyModel
 
 logger = logging.getLogger(__name__)

@@ -127,10 +127,10 @@ def show_data(trainer: MllmTrainer) -> None:
     """
     from clips_mllm.checks.display import show_batch
     from clips_mllm.checks.sample_check import check_sample
-    from clips_mllm.data.held_out import Part
+    from clips_mllm.data.dataset import InstructionSubset
 
     dataset: Any = trainer.train_dataset
-    found = check_sample(dataset.whole if isinstance(dataset, Part) else dataset)
+    found = check_sample(dataset.dataset if isinstance(dataset, InstructionSubset) else dataset)
     if trainer.is_world_process_zero():
         batch = trainer.data_collator([dataset[at] for at in range(min(2, len(dataset)))])
         rows = show_batch(batch, trainer.processor, color=sys.stderr.isatty(), max_rows=2)

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from clips_mllm.data.dataset import Examples, InstructionCollator, InstructionDataset, packing_for
-from clips_mllm.data.held_out import train_eval_split
+from clips_mllm.data.collator import InstructionCollator, packing_for
+from clips_mllm.data.dataset import Examples, InstructionDataset, train_eval_split
 from clips_mllm.model.adapters import is_adapter
 from clips_mllm.model.build import build_mllm
 from clips_mllm.model.checkpoint import load_parts

@@ -1,4 +1,4 @@
-"""`clips-mllm ablate`: the paper's comparisons, rerun on any shards.
+"""`clips-mllm ablate`: repeat the paper's comparisons of caption length and objective on any shards.
 
 recipe --> grid of runs --processes--> retrieval.json of each --> ablation.md, ablation.json, length.png, objectives.png
 """
@@ -16,10 +16,10 @@ from vision_tower.pretraining.recipe import PretrainRecipe
 
 
 def main(argv: list[str]) -> None:
-    """Train what is missing, then compare.
+    """Run the command.
 
     Raises:
-        UserError: a recipe that does not fit, runs of another recipe in the folder, or runs that failed.
+        UserError: invalid recipe, runs of another recipe in the folder, or failed runs.
     """
     recipe = parse_recipe(AblateRecipe, argv, command="ablate")
     samples_seen = _check(recipe)
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     from clips_eval.experiments.ablate_runner import run_cells, score
     from clips_eval.stats.provenance import refuse_mixed_precision
 
-    done = run_cells(recipe, _say)
+    done = run_cells(recipe)
     refuse_mixed_precision(cell.folder for cell in done)
     scores = {
         setting: [score(cell, recipe.metric) for cell in done if cell.setting == setting]
@@ -39,19 +39,13 @@ def main(argv: list[str]) -> None:
 
 
 def _check(recipe: AblateRecipe) -> int:
-    """The pairs that a run sees. Raises UserError before anything is trained."""
+    """Return the number of pairs per run. Raises UserError if a recipe is invalid or the data are missing."""
     run = parse_recipe(PretrainRecipe, ["--config", str(recipe.pretrain)], command="pretrain")
     run.check()
     recipe.check(run.model.text_room)
     if not recipe.data.is_file():
-        raise UserError(
-            "no such file", file=recipe.data, remedy="build the sample world, or give a Karpathy-style JSON by --data"
-        )
+        raise UserError("no such file", file=recipe.data, remedy="give a Karpathy-style JSON with --data")
     return run.training.max_steps * run.training.global_batch_size
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

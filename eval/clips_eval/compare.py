@@ -1,13 +1,14 @@
-"""`clips-mllm compare RUN RUN ... --config configs/compare/quickstart.yaml`: the paper's swap of the vision tower.
+"""`clips-mllm compare RUN RUN ... --config RECIPE`: train the same MLLM on several vision towers and compare.
 
 runs x seeds --align, finetune, evaluate, retrieve--> run folders --paired tests--> compare.json, .md, .html
 
-What is done is not done again: after an interruption the same command goes on, inside a stage from its last checkpoint.
+Finished jobs are skipped; an interrupted stage resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import shlex
@@ -24,21 +25,23 @@ from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import write_text
 from vision_tower.common.recipe import parse_recipe
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: list[str]) -> None:
-    """Run what is missing, then compare.
+    """Run the command.
 
     Raises:
-        UserError: a recipe that does not fit, another recipe's results in the folder, or a step that failed.
-        Stopped: SIGTERM; the step under way has saved.
+        UserError: invalid recipe, results of another recipe in the folder, or a failed job.
+        Stopped: SIGTERM; the active job has saved.
     """
     recipe = parse_recipe(CompareRecipe, argv, command="compare", positional=("runs",))
     recipe.check()
     everything = jobs(recipe)
     for job in everything:
-        if job.done.is_file() and job.done.read_text() != job.order:
+        if job.done.is_file() and job.done.read_text() != job.content:
             raise UserError(
-                f"{job.done}: made with another recipe", remedy=f"remove {job.folder}, or choose another output_dir"
+                "belongs to another recipe", file=job.done, remedy=f"remove {job.folder}, or choose another output_dir"
             )
     with sigterm_stops("compare"):
         _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
@@ -54,31 +57,32 @@ def main(argv: list[str]) -> None:
 
 
 def _run_all(waiting: list[Job], launcher: list[str]) -> None:
-    took: dict[str, float] = {}  # seconds of the last job of each step
+    took: dict[str, float] = {}  # seconds of the last job per step
     for number, job in enumerate(waiting, start=1):
         steps = [other.step for other in waiting[number - 1 :]]
         left = sum(took.get(step, math.nan) for step in steps)
         about = "" if math.isnan(left) else f"; about {left / 60:.0f} min left"
         log, started = job.folder / "log.txt", time.monotonic()
-        print(f"[{number}/{len(waiting)}] {job.title}, log {log}{about}", file=sys.stderr, flush=True)
+        logger.info("[%d/%d] %s, log %s%s", number, len(waiting), job.title, log, about)
         job.folder.mkdir(parents=True, exist_ok=True)
         start = launcher if job.launched and launcher else [sys.executable, "-m"]
         code = _run([*start, job.module, *job.arguments], log)
         if code:
             raise UserError(
-                f"{log}: {job.title} ended with code {code}",
-                remedy="mend the cause, the same command goes on from here",
+                f"{job.title} exited with code {code}",
+                file=log,
+                remedy="fix the cause and run the same command again to resume",
             )
         took[job.step] = time.monotonic() - started
-        write_text(job.done, job.order)
-        if job.output is not None:  # nobody goes on from them, and they are most of what many cells take of a disk
+        write_text(job.done, job.content)
+        if job.output is not None:  # checkpoints of finished stages are most of the disk use, and not needed
             for checkpoint in job.output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
 
 
 def _run(words: list[str], log: Path) -> int:
-    """The command's exit code, that of a signal where one stopped it. Whatever stops this process ends it too."""
-    stopped = log.with_suffix(".stopped")  # written by a command that SIGTERM stopped: it ends with code 0
+    """Run a command and return its exit code, 143 if SIGTERM stopped it. If this process ends, so does the command."""
+    stopped = log.with_suffix(".stopped")  # written by a command that SIGTERM stopped, which exits with code 0
     stopped.unlink(missing_ok=True)
     with log.open("a") as stream:
         process = subprocess.Popen(

@@ -25,8 +25,9 @@ from clips_eval.experiments import processes as children
 from clips_eval.experiments.compare_recipe import CompareRecipe, jobs
 from clips_eval.experiments.processes import sigterm_stops
 from clips_eval.stats.uncertainty import Scores, value
+from tests.helpers.errors import raises_user_error
 from tests.helpers.run_folders import write_run
-from vision_tower.common.errors import Stopped, UserError, run_command
+from vision_tower.common.errors import Stopped, run_command
 from vision_tower.common.recipe import parse_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -49,7 +50,7 @@ def fill(out: Path) -> None:
         write_run(out / f"b-seed{seed}", 0.85 + 0.01 * seed, seed=seed)
 
 
-def test_what_is_run_and_going_on(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_jobs_are_skipped(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands are recorded by a stand-in for Python; the third of them fails once."""
     log = tmp_path / "ran.txt"
     stand_in = tmp_path / "python"
@@ -57,7 +58,7 @@ def test_what_is_run_and_going_on(files: list[str], tmp_path: Path, monkeypatch:
     stand_in.chmod(0o755)
     monkeypatch.setattr(compare.sys, "executable", str(stand_in))
     words = [*files, "--seeds=[0,1]", "--stage_options=[--training.max_steps=2]"]
-    with pytest.raises(UserError, match=r"a-seed0/log\.txt: a, seed 0: evaluate ended with code 1"):
+    with raises_user_error(file=tmp_path / "out" / "a-seed0" / "log.txt"):
         main(words)
     fill(tmp_path / "made")
     for folder in (tmp_path / "made").iterdir():
@@ -72,12 +73,12 @@ def test_what_is_run_and_going_on(files: list[str], tmp_path: Path, monkeypatch:
     assert [word for word in ran[-2] if word.startswith("--training.seed")] == ["--training.seed=1"]
     main(words)
     assert len(log.read_text().splitlines()) == len(ran), "nothing is done twice"
-    with pytest.raises(UserError, match="made with another recipe"):
+    with raises_user_error():
         main([*files, "--seeds=[0,1]", "--stage_options=[--training.max_steps=3]"])
 
 
-def test_sigterm_ends_the_step_under_way(files: list[str], tmp_path: Path) -> None:
-    """A stand-in for a stage that saves when it is told to: it is waited for, and its step counts as not done."""
+def test_sigterm_stops_the_active_job(files: list[str], tmp_path: Path) -> None:
+    """A stand-in for a stage saves on SIGTERM: it is waited for, and its job counts as not done."""
     stand_in = tmp_path / "stage.py"
     stand_in.write_text(
         "import os, pathlib, signal, sys\n"
@@ -93,16 +94,16 @@ def test_sigterm_ends_the_step_under_way(files: list[str], tmp_path: Path) -> No
     )
     # Under a launcher that dies of the signal, as DeepSpeed's does.
     launcher = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"]
-    with pytest.raises(Stopped, match="SIGTERM: compare stopped"), sigterm_stops("compare"):
-        compare._run([*launcher, str(stand_in), "the command is told"], tmp_path / "log.txt")
+    with pytest.raises(Stopped), sigterm_stops("compare"):
+        compare._run([*launcher, str(stand_in), "the command gets the signal"], tmp_path / "log.txt")
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
     assert (tmp_path / "log.txt").read_text() == "saved\n"
-    # Where the step alone is told, it ends with code 0 and is not done either.
+    # If only the stage gets the signal, it exits with code 0 and is not done either.
     assert compare._run([sys.executable, str(stand_in), "it", "alone"], tmp_path / "log.txt") == 143
 
 
-def test_a_terminal_shows_the_bars_of_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in draws a bar and ends once it has been shown; another log beside it halves the room."""
+def test_terminal_shows_the_progress_of_active_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in draws a progress bar and ends once it is shown; a second log halves the width."""
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     (tmp_path / "other.txt").write_text("0%\r" + "x" * 100 + "\r\n")
@@ -129,7 +130,7 @@ def test_a_terminal_shows_the_bars_of_what_runs(tmp_path: Path, monkeypatch: pyt
     assert shown[-1] == "20% of the steps | " + "x" * 17 + " | "
 
 
-def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
+def test_both_tests_match_hand_calculation(files: list[str], tmp_path: Path) -> None:
     fill(tmp_path / "out")
     recipe = parse_recipe(CompareRecipe, [*files, "--seeds=[0,1]"], command="compare", positional=("runs",))
     rows = {row.metric: row for row in compare_report.compare_towers(recipe)[0]}
@@ -157,7 +158,7 @@ def test_both_tests_by_hand(files: list[str], tmp_path: Path) -> None:
     assert "<script" not in page and not re.search(r"https?://|(src|href)=", page), "one file, without a request"
 
 
-def test_a_ratio_is_averaged_over_the_seeds_and_not_pooled(files: list[str], tmp_path: Path) -> None:
+def test_ratios_are_averaged_over_seeds_not_pooled(files: list[str], tmp_path: Path) -> None:
     """A precision of 1 of 1 and one of 1 of 3 are 2/3 in the mean, and 2 of 4 together."""
     clusters = ["p", "p", "q", "r"]
     seeds = [
@@ -174,28 +175,28 @@ def test_a_ratio_is_averaged_over_the_seeds_and_not_pooled(files: list[str], tmp
     recipe = parse_recipe(CompareRecipe, [*files, "--seeds=[0,1]"], command="compare", positional=("runs",))
     text = compare_report.write_report(recipe, "the command")
     assert "Not compared: easy_vqa: open_accuracy has no value in some run." in text
-    assert "Not compared: easy_vqa: yes_no_accuracy is not known document by document in some run." in text
+    assert "Not compared: easy_vqa: yes_no_accuracy has no per-document scores in some run." in text
     assert "| easy_vqa: accuracy |" in text and "| easy_vqa: open_accuracy |" not in text
 
 
-def test_bad_recipes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_recipes_are_refused(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, *rest = files
     (tmp_path / "c" / "a" / "tower").mkdir(parents=True)
     cases = [
-        ([a, *rest], "at least two"),
-        ([a, str(tmp_path / "c" / "a"), *rest], "same name"),
-        ([a, str(tmp_path / "none"), *rest], "no tower/ in it"),
-        ([a, b, *rest, "--seeds=[1,1]"], "none twice"),
-        ([a, b, *rest, f"--retrieval={tmp_path / 'none.json'}"], "no such file"),
+        ([a, *rest], "runs"),
+        ([a, str(tmp_path / "c" / "a"), *rest], "runs"),
+        ([a, str(tmp_path / "none"), *rest], str(tmp_path / "none")),
+        ([a, b, *rest, "--seeds=[1,1]"], "seeds=[1, 1]"),
+        ([a, b, *rest, f"--retrieval={tmp_path / 'none.json'}"], str(tmp_path / "none.json")),
     ]
-    for words, message in cases:
+    for words, place in cases:
         assert run_command(main, words) == 2
         error = capsys.readouterr().err.strip()
-        assert error.startswith("error: ") and message in error and "\n" not in error
+        assert error.startswith(f"error: {place}: ") and "\n" not in error
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_recipes_make_their_towers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_pretrain_their_towers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     command = file.read_text().splitlines()[0].removeprefix("# clips-mllm compare ").split()
     recipe = parse_recipe(CompareRecipe, command, command="compare", positional=("runs",))
@@ -207,7 +208,7 @@ def test_shipped_recipes_make_their_towers(file: Path, monkeypatch: pytest.Monke
         assert path.is_file()
 
 
-def test_the_whole_swap_in_small(
+def test_compare_end_to_end(
     sample_world: Path, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two real towers (one with other weights), two steps of each stage, real benchmarks, one seed.
@@ -258,8 +259,8 @@ def test_the_whole_swap_in_small(
     tree = json.loads((tmp_path / "out" / "compare.json").read_text())
     found = {(row["task"], row["metric"]): row for row in tree["rows"]}
     assert ("clips_easy_vqa", "accuracy") in found and ("retrieval", "i2t_r1") in found
-    assert found["retrieval", "i2t_r1"]["gain"] == [0.0], "the encoders differ in their stock towers alone"
+    assert found["retrieval", "i2t_r1"]["gain"] == [0.0], "the encoders differ only in their stock towers"
     assert all(row["verdict"] in ("better", "worse", "no difference") for row in tree["rows"])
     assert (tmp_path / "out" / "two-seed0" / "finetune" / "lmms.json").is_file()
-    assert not list((tmp_path / "out").rglob("checkpoint-*")), "a finished stage needs nothing to go on from"
+    assert not list((tmp_path / "out").rglob("checkpoint-*")), "checkpoints of finished stages are removed"
     assert list((tmp_path / "out").rglob("align/model*.safetensors"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from clips_eval.evaluate import main
+from clips_eval.lmms.batches import derangement, generation_options, truncate
 from clips_eval.lmms.data import check_data
-from clips_eval.lmms.images import derangement
 from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec, check_specs
 from clips_eval.tasks import OWN_TASKS, metrics
 from clips_mllm.model.image_features import FeatureCache
@@ -173,8 +173,6 @@ def test_bad_model_arguments_are_refused(mllm: SimpleNamespace) -> None:
 
 
 def test_generation_options() -> None:
-    from clips_eval.lmms.batches import generation_options, truncate
-
     greedy = generation_options({"temperature": 0, "top_p": 0, "until": ["\n\n"], "max_new_tokens": 16})
     assert (greedy["do_sample"], greedy["temperature"], greedy["top_p"], greedy["until"]) == (False, None, None, [])
     warm = generation_options({"temperature": 0.7, "do_sample": True, "until": "END"})

@@ -102,7 +102,7 @@ def test_median_interval_equals_naive_cluster_bootstrap() -> None:
     draws, medians = np.random.default_rng([0, 2]), []
     for _ in range(200):
         drawn = draws.integers(0, 8, 8)
-        medians.append(median([v for place in drawn for v in list(of.values())[place]]))
+        medians.append(median([v for cluster in drawn for v in list(of.values())[cluster]]))
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(medians, (0.025, 0.975))))
     assert (found.n, found.clusters) == (31, 8)
     # Five captions with the same rank are one observation of their image: the interval is wider.
@@ -183,9 +183,9 @@ def test_breakdowns_by_length_and_object(pairs: EmbeddedPairs) -> None:
     assert total == pytest.approx(hits["t2i_r5"].count("1") / len(pairs.texts))
     rows = by_object(pairs, hits, ["cat", "dog", "elephant", "at"])
     assert [row["object"] for row in rows] == ["cat", "dog"]  # "dogs" counts, "at" inside of "cat" does not
-    dogs = [place for place, caption in enumerate(pairs.captions) if "dogs" in caption]
+    dogs = [text for text, caption in enumerate(pairs.captions) if "dogs" in caption]
     assert rows[1]["n_texts"] == len(dogs)
-    assert rows[1]["t2i_r1"] == sum(hits["t2i_r1"][place] == "1" for place in dogs) / len(dogs)
+    assert rows[1]["t2i_r1"] == sum(hits["t2i_r1"][text] == "1" for text in dogs) / len(dogs)
 
 
 def test_group_interval_counts_only_its_own_images() -> None:

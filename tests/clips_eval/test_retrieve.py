@@ -127,9 +127,9 @@ def test_csv_equals_the_karpathy_json(world: tuple[Path, dict[str, Any]]) -> Non
     expected = run(root)
     rows = [
         (f"val/{row['filename']}", sentence["raw"] + ',\t"quoted"\nsecond line')
-        for place in range(2)
+        for index in range(2)
         for row in tree["images"][:3]
-        for sentence in [row["sentences"][place]]
+        for sentence in [row["sentences"][index]]
     ]
     write_csv(root / "a.csv", [("image", "caption"), *rows])
     write_csv(root / "b.tsv", [("title", "other", "filepath"), *((text, "x", file) for file, text in rows)], "\t")
@@ -159,7 +159,7 @@ def write_shards(root: Path, kind: str, rows: list[tuple[str, bytes, list[str]]]
                 members = [
                     member
                     for key, content, texts in part
-                    for member in ((f"{key}.png", content), (f"{key}.json", json.dumps({"said": texts}).encode()))
+                    for member in ((f"{key}.png", content), (f"{key}.json", json.dumps({"texts": texts}).encode()))
                 ]
                 write_tar(root / f"s{number}.tar", members)
             case "txt":
@@ -168,12 +168,12 @@ def write_shards(root: Path, kind: str, rows: list[tuple[str, bytes, list[str]]]
                 write_tar(root / f"s{number}.tar", [each for pair in zip(lines, images, strict=True) for each in pair])
             case "parquet":
                 images = [{"bytes": content, "path": None} for _, content, _ in part]
-                columns = {"photo": images, "said": [texts for _, _, texts in part], "other": [1] * len(part)}
+                columns = {"photo": images, "texts": [texts for _, _, texts in part], "other": [1] * len(part)}
                 write_parquet(root / f"s{number}.parquet", columns)
     return {
-        "json": ["--data", str(root / "s{0..1}.tar"), "--caption_column", "said"],
+        "json": ["--data", str(root / "s{0..1}.tar"), "--caption_column", "texts"],
         "txt": ["--data", str(root / "s*.tar"), "--image_column", "pic", "--caption_column", "txt"],
-        "parquet": ["--data", str(root / "*.parquet"), "--image_column", "photo", "--caption_column", "said"],
+        "parquet": ["--data", str(root / "*.parquet"), "--image_column", "photo", "--caption_column", "texts"],
     }[kind]
 
 
@@ -203,12 +203,12 @@ def test_incomplete_shard_rows_are_skipped_and_counted(world: tuple[Path, dict[s
     good = rows_of(tree, root)[:2]
     options = write_shards(root, "json", good)
     bad = [
-        *[("a.png", good[0][1]), ("a.json", b'{"said": []}')],
+        *[("a.png", good[0][1]), ("a.json", b'{"texts": []}')],
         *[("b.png", good[0][1]), ("b.json", b'{"other": "text"}')],
         *[("c.png", good[0][1]), ("c.json", b"{")],
-        ("d.json", b'{"said": "no image"}'),
-        *[("e.png", good[0][1][:40]), ("e.json", b'{"said": "half an image"}')],
-        *[("f.png", good[0][1]), ("f.json", b'{"said": null}')],
+        ("d.json", b'{"texts": "no image"}'),
+        *[("e.png", good[0][1][:40]), ("e.json", b'{"texts": "half an image"}')],
+        *[("f.png", good[0][1]), ("f.json", b'{"texts": null}')],
     ]
     write_tar(root / "s1.tar", bad)
     found = run_shards(root, [*options, "--max_bad_fraction", "0.8"])
@@ -400,6 +400,6 @@ def test_remote_shards(world: tuple[Path, dict[str, Any]], capsys: pytest.Captur
     for number in range(2):
         with fsspec.open(f"memory://held_out/s{number}.tar", "wb") as stream:
             stream.write((root / f"s{number}.tar").read_bytes())
-    found = run_shards(root, ["--data", "memory://held_out/s{0..1}.tar", "--caption_column", "said"])
+    found = run_shards(root, ["--data", "memory://held_out/s{0..1}.tar", "--caption_column", "texts"])
     assert (found["n_images"], found["n_texts"], found["data"]) == (3, 6, "memory://held_out/s{0..1}.tar")
     assert found["i2t_r1"] == pytest.approx(2 / 3) and "3/3" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""LoRA, DoRA and QLoRA through the real command: what they leave loads, answers, merges, goes on, and is whole."""
+"""LoRA, DoRA and QLoRA through the command: adapters are complete, load, answer, merge and resume."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from clips_mllm.inspect_folder import main as inspect
 from clips_mllm.merge import main as merge
 from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.train import main
+from tests.helpers.errors import raises_user_error
 from tests.helpers.train_runs import losses, weights, words
-from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.errors import run_command
 
 KINDS = ("lora", "dora", "qlora")
 ADAPTER = {"stage.llm": "true", "stage.adapter.rank": 4, "stage.adapter.alpha": 8, "stage.adapter.dropout": 0.1}
@@ -29,7 +30,7 @@ ADAPTER = {"stage.llm": "true", "stage.adapter.rank": 4, "stage.adapter.alpha": 
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request: pytest.FixtureRequest, mllm_dir: Path, sample_world: Path, tmp_path_factory: Any) -> Path:
-    """A short run with an adapter on the LLM, the projector beside it; QLoRA also on the tower."""
+    """A short run with an adapter on the LLM, and the projector; QLoRA also on the tower."""
     folder = tmp_path_factory.mktemp("adapters") / request.param
     values = ADAPTER | {
         "model.checkpoint": mllm_dir,
@@ -66,7 +67,7 @@ def test_loss_falls_and_base_is_not_written(run: Path, mllm_dir: Path) -> None:
     assert told["base_model_name_or_path"] == str(mllm_dir) and told["use_dora"] == (run.name == "dora")
 
 
-def test_a_base_that_was_given_by_a_relative_path_is_found_from_anywhere(
+def test_base_with_relative_path_is_found_from_other_directories(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(mllm_dir.parent)
@@ -92,7 +93,7 @@ def test_projector_and_tower_are_in_the_adapter(run: Path) -> None:
 def test_merged_checkpoint_answers_as_the_adapter(
     run: Path, mllm_dir: Path, sample_world: Path, tmp_path: Path, checkpoint: str
 ) -> None:
-    """The merged checkpoint by stock classes alone, against PEFT's own unmerged adapter on the base it trained on."""
+    """Compare the merged checkpoint in stock classes with PEFT's unmerged adapter on its base."""
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
@@ -120,7 +121,7 @@ def test_merged_checkpoint_answers_as_the_adapter(
     assert set(state) == set(loaded) and all(torch.equal(state[name], loaded[name]) for name in state)
 
 
-def test_its_projector_goes_to_the_original_code(run: Path, tmp_path: Path) -> None:
+def test_projector_converts_to_the_original_format(run: Path, tmp_path: Path) -> None:
     convert([str(run), str(tmp_path / "out"), "--to", "llava_projector"])
     found = torch.load(tmp_path / "out" / "mm_projector.bin", weights_only=True)
     with safe_open(run / "adapter_model.safetensors", "pt") as file:
@@ -128,23 +129,21 @@ def test_its_projector_goes_to_the_original_code(run: Path, tmp_path: Path) -> N
     assert len(found) == 4 and torch.equal(found["model.mm_projector.0.weight"], wanted)
 
 
-def test_inspect_tells_its_kind(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_the_kind_of_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect([str(run)])
     assert {"lora": "LORA", "dora": "DoRA", "qlora": "QLoRA"}[
         run.name
     ] + " adapter of rank 4" in capsys.readouterr().out
 
 
-def test_an_adapter_folder_chats_as_its_merged_checkpoint(
-    run: Path, talker: Path, sample_world: Path, tmp_path: Path
-) -> None:
-    """On a base that has more to say than the tiny one it was trained on."""
+def test_adapter_and_merged_checkpoint_chat_alike(run: Path, talker: Path, sample_world: Path, tmp_path: Path) -> None:
+    """On a base with larger weights than the one it was trained on, so that answers differ by prompt."""
     if run.name == "dora":
         pytest.skip("its magnitudes are those of its own base, which says nothing but blanks")
     adapter, merged, kept = tmp_path / "adapter", tmp_path / "merged", tmp_path / "answers.json"
     shutil.copytree(run, adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
-    told = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(talker)}))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(talker)}))
     merge([str(adapter), str(merged)])
     answers = {}
     for place in (adapter, merged, talker):
@@ -155,13 +154,13 @@ def test_an_adapter_folder_chats_as_its_merged_checkpoint(
     assert answers[adapter] != answers[talker]
 
 
-def test_an_adapter_from_a_hub(run: Path, hub: Callable[[Path], str]) -> None:
+def test_adapter_from_the_hub(run: Path, hub: Callable[[Path], str]) -> None:
     found, expected = load_mllm(hub(run), device="cpu"), weights(run)
     state = found.model.state_dict()
     assert set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
 
 
-def test_only_the_projector_and_what_is_adapted_change(run: Path, mllm_dir: Path) -> None:
+def test_only_projector_and_adapted_layers_change(run: Path, mllm_dir: Path) -> None:
     if run.name == "qlora":
         pytest.skip("its base is another: 4-bit weights")
     before, after = weights(mllm_dir), weights(run)
@@ -171,10 +170,10 @@ def test_only_the_projector_and_what_is_adapted_change(run: Path, mllm_dir: Path
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-def test_an_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world: Path, quantize: Any) -> None:
+def test_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world: Path, quantize: Any) -> None:
     image = next((sample_world / "llava" / "images").rglob("*.*g"))
     if (run.name, quantize) == ("dora", "8bit"):
-        with pytest.raises(UserError, match="cannot put a DoRA adapter beside 8-bit weights"):
+        with raises_user_error(file=run):
             load_mllm(run, device="cpu", quantize=quantize)
         return
     for folder in (mllm_dir, run):
@@ -187,7 +186,7 @@ def test_an_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world:
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_bf16_keeps_what_trains_in_fp32(mllm_dir: Path, sample_world: Path, tmp_path: Path, kind: str) -> None:
+def test_bf16_keeps_trained_weights_in_fp32(mllm_dir: Path, sample_world: Path, tmp_path: Path, kind: str) -> None:
     """The frozen base in bf16, activations recomputed: near the fp32 curve, and no step of the adapter is rounded."""
     values = ADAPTER | {"model.checkpoint": mllm_dir, "stage.adapter.kind": kind, "stage.adapter.dropout": 0}
     main(words(tmp_path / "fp32", sample_world, **values))
@@ -221,8 +220,8 @@ def test_stage_1_in_bf16_keeps_the_projector_in_fp32(mllm_dir: Path, sample_worl
         assert all(torch.equal(file.get_tensor(key), value) for key, value in first.items())
 
 
-def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
-    """LLaVA's pitfall: the projector is missing."""
+def test_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
+    """The projector is missing, as often in LLaVA's own adapters."""
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -230,11 +229,11 @@ def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
     state = load_file(run / "adapter_model.safetensors")
     kept = {name: value for name, value in state.items() if "multi_modal_projector" not in name}
     save_file(kept, broken / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"4 weights are missing or unexpected \(first: .*multi_modal_projector"):
+    with raises_user_error(file=broken):
         load_mllm(broken, device="cpu")
-    told = json.loads((broken / "adapter_config.json").read_text())
-    (broken / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(UserError, match=r"its base .*gone is not there; put it back"):
+    file = broken / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with raises_user_error(file=file, key="base_model_name_or_path"):
         load_mllm(broken, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: saved and loaded whole, stock for a process that knows nothing of this project, refused when broken."""
+"""Checkpoints: saved and loaded completely, readable by stock transformers, refused if broken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clips_mllm.model.build import build_mllm
 from clips_mllm.model.checkpoint import load_mllm, save_mllm
 from clips_mllm.model.stock import is_complete
 from clips_mllm.train import main
-from vision_tower.common.errors import UserError
+from tests.helpers.errors import raises_user_error
 
 ROOT = Path(__file__).parents[2]
 STOCK = """
@@ -49,7 +49,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def trained(mllm_dir: Path, sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short stage 2 by the command, in bf16; on captions, since a model that knows them says more than one word."""
+    """A short stage 2 by the command, in bf16, on captions, so that the model generates several words."""
     folder = tmp_path_factory.mktemp("trained")
     values = {
         "output_dir": folder,
@@ -105,7 +105,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def test_save_and_load_give_the_same_logits(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """Also twice over, and the image matters."""
+    """Also after a second save. The logits depend on the image."""
     model, processor = build_mllm(
         str(encoder_dir / "tower"),
         str(sample_world / "llm"),
@@ -130,8 +130,8 @@ def test_save_and_load_give_the_same_logits(sample_world: Path, encoder_dir: Pat
     assert not list(tmp_path.rglob("partial"))
 
 
-def test_towers_and_llms_that_are_published_as_pickles(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """As Vicuna 1.5 and CLIP L/14 at 336 pixels; one that would run code is refused."""
+def test_pickled_towers_and_llms_load(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
+    """As Vicuna 1.5 and CLIP L/14 at 336 pixels are published. A pickle that contains code is refused."""
     built = []
     for folder in (encoder_dir / "tower", sample_world / "llm"):
         copy = tmp_path / folder.name
@@ -145,12 +145,12 @@ def test_towers_and_llms_that_are_published_as_pickles(sample_world: Path, encod
         states.append(build_mllm(tower, llm, **options)[0].state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     torch.save({"weight": Path}, tmp_path / "llm" / "pytorch_model.bin")
-    with pytest.raises(UserError, match="llm: the weights are damaged"):
+    with raises_user_error(file=tmp_path / "llm"):
         build_mllm(built[0][1], built[1][1], **options)
 
 
 def test_processor_is_ready_for_batched_generation(mllm_dir: Path) -> None:
-    """A short and a long prompt together answer as each alone: padding is on the left and masked."""
+    """Two prompts of different lengths give the same answers in a batch and alone: padding is left and masked."""
     mllm = load_mllm(mllm_dir, device="cpu", dtype="float32")
     torch.manual_seed(3)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_processor_is_ready_for_batched_generation(mllm_dir: Path) -> None:
     assert generate([0, 1]) == generate([0]) + generate([1])
 
 
-def test_a_failed_save_leaves_nothing(mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_no_files(mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mllm = load_mllm(mllm_dir, device="cpu")
 
     def fail(*_: object, **__: object) -> None:
@@ -227,70 +227,67 @@ def remove_image_token(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    "damage",
     [
-        (drop_projector, r"1 missing key \(first: .*multi_modal_projector\.linear_1\.bias"),
-        (add_stranger, r"1 unexpected key \(first: stranger\.weight"),
-        (cut_weights, "cannot be read as LlavaForConditionalGeneration"),
-        (break_config, "cannot be read as AutoConfig"),
-        (remove_image_token, "its tokenizer has no <image> piece"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "no finished checkpoint here"),
-        (lambda folder: (folder / "processor_config.json").unlink(), "cannot be read as LlavaProcessor"),
+        drop_projector,
+        add_stranger,
+        cut_weights,
+        break_config,
+        remove_image_token,
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "processor_config.json").unlink(),
     ],
 )
-def test_broken_checkpoints_are_refused(
-    damage: Callable[[Path], object], message: str, mllm_dir: Path, tmp_path: Path
-) -> None:
+def test_broken_checkpoints_are_refused(damage: Callable[[Path], object], mllm_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(mllm_dir, folder)
     damage(folder)
-    with pytest.raises(UserError, match=message) as caught:
+    with raises_user_error(file=folder):
         load_mllm(folder, device="cpu")
-    assert str(folder) in str(caught.value)
 
 
 def test_pickled_weights_are_refused(mllm_dir: Path, hub: Callable[[Path], str], tmp_path: Path) -> None:
-    """Good weights in a pickle, in a folder and on a hub."""
+    """Valid weights in a pickle, in a folder and on the hub."""
     from safetensors.torch import load_file
 
     pickled = tmp_path / "pickled"
     shutil.copytree(mllm_dir, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
-    assert load_mllm(hub(pickled), device="cpu"), "beside safetensors they are left alone"
+    assert load_mllm(hub(pickled), device="cpu"), "ignored if there are safetensors"
     alone = pickled.rename(tmp_path / "alone")
     (alone / "model.safetensors").unlink()
     for place in (str(alone), hub(alone)):
-        with pytest.raises(UserError, match="safetensors") as caught:
+        with raises_user_error(file=place) as caught:
             load_mllm(place, device="cpu")
-        assert "\n" not in str(caught.value) and place in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_mllm(sample_world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a 'llama' checkpoint, not a LLaVA model"):
+def test_other_folders_are_refused(sample_world: Path, tmp_path: Path) -> None:
+    with raises_user_error(file=sample_world / "llm", key="model_type", value="llama"):
         load_mllm(sample_world / "llm")
-    with pytest.raises(UserError, match="no such folder"):
+    with raises_user_error(file=tmp_path / "gone"):
         load_mllm(tmp_path / "gone")
-    with pytest.raises(UserError, match="no finished checkpoint here"):
+    with raises_user_error(file=tmp_path):
         load_mllm(tmp_path)
 
 
-def test_a_tower_without_its_image_processor(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
+def test_tower_without_image_processor_is_refused(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
     tower = tmp_path / "tower"
     shutil.copytree(encoder_dir / "tower", tower)
     (tower / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="cannot be read as AutoImageProcessor"):
+    with raises_user_error(file=tower):
         build_mllm(str(tower), str(sample_world / "llm"), feature_layer=-2, feature_select="full", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("layer", [99, -99, [0, 99]])
-def test_a_layer_that_the_tower_has_not(layer: int | list[int], sample_world: Path, encoder_dir: Path) -> None:
+def test_missing_feature_layer_is_refused(layer: int | list[int], sample_world: Path, encoder_dir: Path) -> None:
     tower, llm = encoder_dir / "tower", sample_world / "llm"
-    with pytest.raises(UserError, match=r"model\.feature_layer=-?99: the tower has hidden states 0 to \d+, or -\d+ to"):
+    with raises_user_error(key="model.feature_layer", value=layer if isinstance(layer, int) else 99):
         build_mllm(str(tower), str(llm), feature_layer=layer, feature_select="full", dtype=torch.float32)
 
 
-def test_an_llm_without_padding(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """As LLaMA-3: the end token stands in, and the saved checkpoint can pad."""
+def test_llm_without_pad_token(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
+    """As LLaMA-3: EOS is used for padding, also in the saved checkpoint."""
     llm = tmp_path / "llm"
     shutil.copytree(sample_world / "llm", llm)
     config = json.loads((llm / "tokenizer_config.json").read_text())
@@ -305,10 +302,10 @@ def test_an_llm_without_padding(sample_world: Path, encoder_dir: Path, tmp_path:
     assert loaded.model.generation_config.pad_token_id == loaded.tokenizer.pad_token_id
 
 
-def test_a_tower_that_does_not_fit_is_refused_at_once(encoder_dir: Path, sample_world: Path) -> None:
+def test_unsuitable_tower_is_refused(encoder_dir: Path, sample_world: Path) -> None:
     llm = str(sample_world / "llm")
     options = {"feature_layer": -2, "dtype": torch.float32}
-    with pytest.raises(UserError, match="'siglip_vision_model' tower needs 'full'"):
+    with raises_user_error(key="model.feature_select", value="default"):
         build_mllm(str(encoder_dir / "tower"), llm, feature_select="default", **options)
-    with pytest.raises(UserError, match="a 'llama' model cannot be the tower"):
+    with raises_user_error(file=llm):
         build_mllm(llm, llm, feature_select="full", **options)

@@ -1,8 +1,9 @@
-"""LLaVA JSON to batches: rows, errors, bad images, the collator's blank image, grouping by length."""
+"""LLaVA JSON to batches: rows, errors, corrupt images, the blank image of text-only batches, grouping by length."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from clips_mllm.data import dataset as data
-from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+from clips_mllm.data.collator import InstructionCollator
+from clips_mllm.data.dataset import InstructionDataset
 from clips_mllm.data.json_rows import read_rows
 from clips_mllm.data.llava_json import BadRow, Example, to_example
 from clips_mllm.data.recipe import InstructionRecipe, InstructionSource
@@ -27,6 +29,7 @@ from clips_mllm.model.processors import image_tokens, set_aspect_ratio
 from clips_mllm.prompts.conversation import IGNORED
 from clips_mllm.training.trainer import supervised_loss
 from tests.helpers.conversations import make_image, open_rows, row
+from tests.helpers.errors import raises_user_error
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
 
@@ -40,7 +43,7 @@ def text(value: str) -> dict[str, str]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lone_image_moves_to_the_front() -> None:
+def test_single_image_moves_to_the_front() -> None:
     for question in ("<image>\nWhat?", "What?\n<image>", "What?\n<image>\n"):
         example = to_example(row(question, "A cat.", image="a.png"))
         assert example.messages[0]["content"] == [IMAGE_PART, text("What?")]
@@ -48,7 +51,7 @@ def test_a_lone_image_moves_to_the_front() -> None:
     assert example.messages[0]["content"] == [IMAGE_PART, text("In\nhere, what?")]
 
 
-def test_several_images_keep_their_places() -> None:
+def test_several_images_keep_their_positions() -> None:
     example = to_example(row("First <image> then <image>: same?", "No.", image=["a.png", "b.png"]))
     content = example.messages[0]["content"]
     assert content == [text("First "), IMAGE_PART, text(" then "), IMAGE_PART, text(": same?")]
@@ -57,30 +60,30 @@ def test_several_images_keep_their_places() -> None:
     assert opened.images == ["a.png", "b.png"]
 
 
-def test_images_in_two_turns() -> None:
+def test_images_in_several_turns() -> None:
     example = to_example(row("<image>\nWhat?", "Cat.", "And <image>?", "Dog.", image=["a.png", "b.png"]))
     assert example.messages[2]["content"] == [IMAGE_PART, text("And\n?")]
 
 
-def test_an_opening_answer_is_dropped_and_text_only_is_fine() -> None:
+def test_opening_answer_is_dropped() -> None:
     example = to_example(row("Hello!", "2 plus 2?", "Four.", first="gpt"))
     assert example == Example(
         [{"role": "user", "content": [text("2 plus 2?")]}, {"role": "assistant", "content": [text("Four.")]}], []
     )
 
 
-def test_an_opening_answer_behind_a_system_message_is_dropped() -> None:
+def test_opening_answer_after_a_system_message_is_dropped() -> None:
     plain = row("2 plus 2?", "Four.")["conversations"]
     system, greeting = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello!"}
     example = to_example({"conversations": [system, greeting, greeting, *plain]})
     assert example.messages == to_example({"conversations": [system, *plain]}).messages
-    assert example.mended == ("opening answer dropped",)
+    assert example.repairs == ("opening answer dropped",)
     with pytest.raises(BadRow, match="no answer"):
         to_example({"conversations": [system, greeting]})
 
 
-def test_conversations_as_text() -> None:
-    """As tables on the hub often have them."""
+def test_conversations_as_json_strings() -> None:
+    """As in many tables on the hub."""
     plain = row("2 plus 2?", "Four.")
     assert to_example(plain | {"conversations": json.dumps(plain["conversations"])}) == to_example(plain)
     spoken = [{"role": "user", "content": "2 plus 2?"}, {"role": "assistant", "content": "Four."}]
@@ -91,8 +94,8 @@ def test_conversations_as_text() -> None:
     assert example.images == ["a.png"] and example.messages[0]["content"] == [IMAGE_PART, text("What?")]
 
 
-def test_outer_blanks_of_an_answer_go() -> None:
-    """They would merge with the prompt's last token, so that training saw another prompt than inference."""
+def test_outer_blanks_of_an_answer_are_stripped() -> None:
+    """They could merge with the prompt's last token, so that training and inference prompts would differ."""
     assert to_example(row("2 plus 2?", "\n Four. \n")).messages[1]["content"] == [text("Four.")]
 
 
@@ -113,8 +116,8 @@ def test_outer_blanks_of_an_answer_go() -> None:
         ({"id": 1}, "no 'conversations'"),
         ({"id": 1, "conversations": []}, "no 'conversations'"),
         ({"id": 1, "conversations": "null"}, "no 'conversations'"),
-        ({"id": 1, "conversations": "What? Cat."}, "'conversations' is text that is no JSON"),
-        ({"id": 1, "conversations": "[" * 100_000}, "'conversations' is text that is no JSON"),
+        ({"id": 1, "conversations": "What? Cat."}, "'conversations' is a string but not JSON"),
+        ({"id": 1, "conversations": "[" * 100_000}, "'conversations' is a string but not JSON"),
         ("a string", "no 'conversations'"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "without 'from'"),
         ({"conversations": [{"from": "human", "value": None}]}, "without 'from'"),
@@ -122,49 +125,57 @@ def test_outer_blanks_of_an_answer_go() -> None:
         ({"texts": ["x"]}, "without 'from'"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "without 'from'"),
         ({"messages": [{"role": "user", "content": ["What?"]}]}, "without 'from'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video', which is neither"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a message part of type 'video'"),
     ],
 )
-def test_bad_rows_say_what_is_wrong(bad: Any, message: str) -> None:
+def test_bad_rows_and_their_causes(bad: Any, message: str) -> None:
     with pytest.raises(BadRow, match=message.replace("(", r"\(")):
         to_example(bad)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "key"),
     [
-        ("a.json", "", "a.json: empty"),
-        ("a.json", " \n", "a.json: empty"),
-        ("a.json", '[\n{"id": 1},\n{"id": 2\n]', "a.json: line 4: not valid JSON"),
-        ("a.json", "[]", "a.json: expected a non-empty JSON list"),
-        ("a.json", '{"id": 1}', "a.json: expected a non-empty JSON list of conversations, found dict"),
-        ("a.json", '{"id": 1}\n{"id": 2}', "found dict; rows on lines of their own belong into a .jsonl"),
-        ("a.jsonl", '[{"id": 1}]', "a.jsonl: line 1: a list, where a .jsonl has a row; name the file .json"),
-        ("a.jsonl", '{"id": 1}\n\n{"id": \n', "a.jsonl: line 3: not valid JSON"),
-        ("a.json", "[" * 100_000, "a.json: line 1: not valid JSON .nested too deeply"),
-        ("a.jsonl", '{"id": 1}\n' + "[" * 100_000, "a.jsonl: line 2: not valid JSON .nested too deeply"),
+        ("a.json", "", None),
+        ("a.json", " \n", None),
+        ("a.jsonl", "\n", None),
+        ("a.json", '[\n{"id": 1},\n{"id": 2\n]', "line 4"),
+        ("a.json", "[]", None),
+        ("a.json", '{"id": 1}', None),
+        ("a.json", '{"id": 1}\n{"id": 2}', None),
+        ("a.jsonl", '[{"id": 1}]', "line 1"),
+        ("a.jsonl", '{"id": 1}\n\n{"id": \n', "line 3"),
+        ("a.json", "[" * 100_000, "line 1"),
+        ("a.jsonl", '{"id": 1}\n' + "[" * 100_000, "line 2"),
     ],
 )
-def test_malformed_files_name_the_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_malformed_files_name_the_line(name: str, content: str, key: str | None, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
+    with raises_user_error(file=tmp_path / name, key=key):
         list(read_rows(tmp_path / name))
 
 
-def test_an_object_that_is_nested_too_deeply(tmp_path: Path) -> None:
+def test_json_lines_in_a_json_file_name_the_other_suffix(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"id": 1}\n{"id": 2}')
+    with raises_user_error(file=tmp_path / "a.json") as caught:
+        list(read_rows(tmp_path / "a.json"))
+    assert ".jsonl" in (caught.value.remedy or "")
+
+
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"a\.json: not valid JSON \(nested too deeply\)"):
+    with raises_user_error(file=tmp_path / "a.json"):
         read_object(tmp_path / "a.json")
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(UserError, match=r"a\.json: .*UTF-8"):
+    with raises_user_error(file=tmp_path / "a.json"):
         list(read_rows(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("name", ["rows [v2].json", "rows [v2].parquet"])
-def test_brackets_in_a_name_are_no_glob(name: str, tmp_path: Path) -> None:
+def test_brackets_in_a_file_name_are_not_a_glob(name: str, tmp_path: Path) -> None:
     rows = [row("What?", "A cat.")]
     if name.endswith(".json"):
         (tmp_path / name).write_text(json.dumps(rows))
@@ -186,7 +197,7 @@ def test_json_and_jsonl_are_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_unusable_rows_are_dropped_counted_and_limited(
-    tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, mllm: Mllm, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_image(tmp_path / "a.png")
     good = row("<image>\nWhat?", "Cat.", image="a.png")
@@ -194,21 +205,20 @@ def test_unusable_rows_are_dropped_counted_and_limited(
     opened = open_rows(tmp_path, rows, mllm, max_bad_fraction=0.15)
     assert len(opened) == 17
     assert dict(opened.dropped) == {"missing image": 1, "empty answer": 2}
-    said = capsys.readouterr().err
-    assert f"{tmp_path / 'gone.png'}" in said
-    assert "3 of 20 rows: 2 x empty answer, 1 x missing image" in said
-    with pytest.raises(UserError, match=r"rows\.json: 3 of 20 rows are unusable .*data\.max_bad_fraction=0\.14"):
+    assert len(caplog.records) == 3, "one line per cause, and a summary"
+    assert str(tmp_path / "gone.png") in caplog.text
+    with raises_user_error(file=tmp_path / "rows.json"):
         open_rows(tmp_path, rows, mllm, max_bad_fraction=0.14)
 
 
-def test_no_usable_row_at_all(tmp_path: Path, mllm: Mllm) -> None:
-    with pytest.raises(UserError, match="1 of 1 rows"):
+def test_source_without_usable_rows_is_refused(tmp_path: Path, mllm: Mllm) -> None:
+    with raises_user_error(file=tmp_path / "rows.json"):
         open_rows(tmp_path, [row("Why?", "")], mllm, max_bad_fraction=1.0)
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "empty"])
-def test_a_corrupt_image_is_replaced_and_counted(
-    kind: str, tmp_path: Path, mllm: Mllm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_corrupt_image_is_replaced_and_counted(
+    kind: str, tmp_path: Path, mllm: Mllm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_image(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
@@ -217,34 +227,34 @@ def test_a_corrupt_image_is_replaced_and_counted(
     opened = open_rows(tmp_path, rows, mllm, max_bad_fraction=0.5)
     assert opened[0]["ids"] == opened[1]["ids"]
     assert (opened.corrupt.value, opened.seen.value) == (1, 3)
-    assert str(tmp_path / "bad.png") in capsys.readouterr().err
-    monkeypatch.setattr(data, "SETTLED", 4)
-    opened[0]  # 2 of 4 is not above the share
+    assert str(tmp_path / "bad.png") in caplog.text
+    monkeypatch.setattr(data, "MIN_SAMPLES", 4)
+    opened[0]  # 2 of 4 is not above the limit
     strict = open_rows(tmp_path, rows, mllm, max_bad_fraction=0.4)
     strict[0], strict[1]
-    with pytest.raises(UserError, match=r"2 of 4 samples could not be used .*bad\.png.*data\.max_bad_fraction=0\.4"):
+    with raises_user_error(file=tmp_path / "rows.json"):
         strict[0]
 
 
-def test_when_every_image_is_corrupt(tmp_path: Path, mllm: Mllm) -> None:
+def test_data_set_with_only_corrupt_images_is_refused(tmp_path: Path, mllm: Mllm) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 3, mllm)
-    with pytest.raises(UserError, match="not one usable sample"):
+    with raises_user_error(file=tmp_path / "rows.json"):
         opened[0]
 
 
-def test_a_log_of_many_corrupt_images_stays_readable(
-    tmp_path: Path, mllm: Mllm, capsys: pytest.CaptureFixture[str]
+def test_corrupt_images_are_logged_at_powers_of_two(
+    tmp_path: Path, mllm: Mllm, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     opened = open_rows(tmp_path, [row("<image>\nBad?", "Yes.", image="bad.png")] * 20, mllm, max_bad_fraction=1.0)
-    with pytest.raises(UserError, match="not one usable sample"):
+    with raises_user_error(file=tmp_path / "rows.json"):
         opened[0]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
-    assert [line.rpartition("(")[2] for line in told] == [f"{count} so far)" for count in (1, 2, 4, 8, 16)]
+    counts = [int(re.findall(r"\d+", record.getMessage())[-1]) for record in caplog.records]
+    assert counts == [1, 2, 4, 8, 16]
 
 
-def test_samples_beyond_the_context_are_counted_not_zeroed(tmp_path: Path, mllm: Mllm) -> None:
+def test_samples_beyond_max_length_are_replaced_and_counted(tmp_path: Path, mllm: Mllm) -> None:
     make_image(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2?", "2")]
     opened = open_rows(tmp_path, rows, mllm, max_length=18)
@@ -284,7 +294,7 @@ def test_collator_pads_on_the_right(tmp_path: Path, mllm: Mllm) -> None:
     assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
 
 
-def test_text_only_batch_is_as_if_there_were_no_image(tmp_path: Path, mllm: Mllm) -> None:
+def test_blank_image_does_not_change_a_text_only_batch(tmp_path: Path, mllm: Mllm) -> None:
     """Loss and gradients with the blank image equal those of the language model alone, and the tower runs."""
     rows = [row("2 plus 2?", "Four."), row("What is 3 plus 4, please?", "Seven.", "And 1 plus 1?", "Two.")]
     opened = open_rows(tmp_path, rows, mllm)
@@ -329,8 +339,8 @@ def naively_padded(image: Image.Image, mean: list[float]) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(60, 20), (21, 64), (96, 96)])
-def test_padding_is_trained_saved_and_used(size: tuple[int, int], mllm_dir: Path, tmp_path: Path) -> None:
-    """Padded pixels are those of a naively padded image, in training and for whoever loads the checkpoint."""
+def test_padded_images_in_training_and_in_the_checkpoint(size: tuple[int, int], mllm_dir: Path, tmp_path: Path) -> None:
+    """Pixels equal those of a naively padded image, in training and in the loaded checkpoint."""
     processor = load_mllm(mllm_dir, device="cpu").processor
     own = processor.image_processor
     make_image(tmp_path / "a.png", "red", size)
@@ -379,7 +389,7 @@ def test_grouped_order(images: int, texts: int, batch: int) -> None:
         assert first.max() - first.min() > 20, "batches themselves come in random order"
 
 
-def test_text_may_come_first() -> None:
+def test_text_first_order() -> None:
     lengths = [5, -3, 7, -9, 2, 4, -6, -8, 1, 3, 6, 9]
     plain = [order[at : at + 2] for order in [list(LengthGroupedSampler(lengths, 2, seed=1))] for at in range(0, 12, 2)]
     order = list(LengthGroupedSampler(lengths, 2, seed=1, text_first=True))
@@ -391,7 +401,7 @@ def test_text_may_come_first() -> None:
 
 
 def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
-    """The order as it was first written, with lists: recipes of before must go on with the same samples."""
+    """Reference implementation with lists: resumed runs must see the same samples."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches: list[list[int]] = []
@@ -410,7 +420,7 @@ def naive_order(lengths: list[int], batch: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("images", "texts", "batch"), [(203, 51, 8), (5, 2, 8), (0, 20, 4), (900, 3, 2), (1, 0, 1)])
-def test_the_grouped_order_is_what_it_always_was(images: int, texts: int, batch: int) -> None:
+def test_grouped_order_equals_the_reference(images: int, texts: int, batch: int) -> None:
     random = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 30, (images + texts,), generator=random)  # many of the same length
     lengths[torch.randperm(len(lengths), generator=random)[:texts]] *= -1
@@ -421,15 +431,14 @@ def test_the_grouped_order_is_what_it_always_was(images: int, texts: int, batch:
     assert {type(index) for index in found} <= {int}
 
 
-def test_lengths_tell_images_from_text(tmp_path: Path, mllm: Mllm) -> None:
+def test_lengths_are_negative_for_text_only_samples(tmp_path: Path, mllm: Mllm) -> None:
     make_image(tmp_path / "a.png")
     rows = [row("<image>\nWhat?", "Cat.", image="a.png"), row("2 plus 2?", "Four.")]
     first, second = open_rows(tmp_path, rows, mllm).lengths()
     assert first > 0 > second
 
 
-def test_the_dataset_survives_a_loader_process(tmp_path: Path, mllm: Mllm) -> None:
-    """Counts made in a worker reach the main process."""
+def test_counters_are_shared_with_loader_workers(tmp_path: Path, mllm: Mllm) -> None:
     make_image(tmp_path / "a.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [row("<image>\nBad?", "Yes.", image="bad.png"), row("<image>\nWhat?", "Cat.", image="a.png")]
@@ -441,22 +450,22 @@ def test_the_dataset_survives_a_loader_process(tmp_path: Path, mllm: Mllm) -> No
     assert (opened.corrupt.value, opened.seen.value) == (1, 3)
 
 
-def test_a_held_out_sample_is_not_trained_on_in_another_pass() -> None:
-    """A source of weight 2 has every row twice."""
+def test_held_out_rows_are_not_trained_on() -> None:
+    """With a source of weight 2, which has every row twice."""
     from types import SimpleNamespace
 
-    from clips_mllm.data.held_out import train_eval_split
+    from clips_mllm.data.dataset import train_eval_split
 
     rows = np.array([*range(50), *range(50), 60, 61])
 
     class Whole:
-        examples = SimpleNamespace(places=rows)
+        examples = SimpleNamespace(indices=rows)
 
         def __len__(self) -> int:
             return len(rows)
 
     whole: Any = Whole()
     trained, held = train_eval_split(whole, 0.1, seed=0)
-    assert len(held) == 5 and len(set(rows[held.places])) == 5
-    assert not set(rows[held.places]) & set(rows[trained.places])
-    assert set(rows[held.places]) | set(rows[trained.places]) == set(rows)
+    assert len(held) == 5 and len(set(rows[held.indices])) == 5
+    assert not set(rows[held.indices]) & set(rows[trained.indices])
+    assert set(rows[held.indices]) | set(rows[trained.indices]) == set(rows)

@@ -17,7 +17,8 @@ from transformers import AutoProcessor
 from clips_mllm import doctor, preview
 from clips_mllm.checks.display import show_batch
 from clips_mllm.checks.sample_check import check_sample
-from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+from clips_mllm.data.collator import InstructionCollator
+from clips_mllm.data.dataset import InstructionDataset
 from clips_mllm.data.recipe import InstructionRecipe, InstructionSource
 from clips_mllm.data.row_store import RowStore
 from clips_mllm.model.checkpoint import Mllm
@@ -42,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "one empty of two": ({"conversations": turns("Why?", "So.", "Why?", "")}, "dropped: empty answer"),
     "no answer": ({"conversations": turns("Why?")}, "dropped: no answer"),
     "missing": ({"image": "gone.png", "conversations": turns(QUESTION, "Cat.")}, "dropped: missing image"),
-    "renamed": ({"image": "a.jpg", "conversations": turns(QUESTION, "A.")}, "fixed: image under another ending"),
+    "renamed": ({"image": "a.jpg", "conversations": turns(QUESTION, "A.")}, "fixed: image under another suffix"),
     "gif": ({"image": "g.gif", "conversations": turns(QUESTION, "G.")}, "fixed: GIF, only the first frame is used"),
     "gif named jpg": (
         {"image": "h.jpg", "conversations": turns(QUESTION, "H.")},
@@ -145,7 +146,7 @@ def test_report_counts(report: dict[str, Any], mllm_dir: Path, world: Path) -> N
     recipe = InstructionRecipe(file=str(world / "rows.json"), template="chatml", max_length=120, max_bad_fraction=1.0)
     opened = InstructionDataset(recipe, AutoProcessor.from_pretrained(mllm_dir))
     _, rendered = opened.load(0)
-    assert rendered.whole <= report["tokens"]["max"]
+    assert rendered.full_length <= report["tokens"]["max"]
     assert opened.dropped == {
         cause: entry["rows"]
         for cause, entry in report["dropped"].items()
@@ -356,7 +357,7 @@ NO_NAME = LONG_PATH | {"image": "."}
 
 @pytest.mark.parametrize(
     ("row", "cause"),
-    [(LONE_SURROGATE, "half a character"), (LONG_PATH, "too long for a path"), (NO_NAME, "missing image")],
+    [(LONE_SURROGATE, "lone surrogate"), (LONG_PATH, "too long for a path"), (NO_NAME, "missing image")],
 )
 def test_rows_with_impossible_text_or_paths_are_dropped(row: dict[str, Any], cause: str, tmp_path: Path) -> None:
     """JSON allows them; training and doctor both drop the row and continue."""

@@ -59,7 +59,8 @@ def test_held_out_loss_is_exact_and_does_not_change_training(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, scorer: dict[str, Any]
 ) -> None:
     """Mean over all supervised tokens, independent of batches; a run with dropout has the same losses as without it."""
-    from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+    from clips_mllm.data.collator import InstructionCollator
+    from clips_mllm.data.dataset import InstructionDataset
     from clips_mllm.data.recipe import InstructionRecipe
     from clips_mllm.training.trainer import supervised_loss
 
@@ -248,7 +249,7 @@ def test_dry_save_finds_a_part_that_changes_when_saved(
 def test_nan_is_reported_with_its_samples(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clips_mllm.data.dataset import InstructionCollator
+    from clips_mllm.data.collator import InstructionCollator
 
     collate, batches = InstructionCollator.__call__, 0
 
@@ -272,7 +273,7 @@ def test_nan_is_reported_with_its_samples(
 def test_batch_without_supervised_tokens_stops_the_run(
     mllm_dir: Path, sample_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clips_mllm.data.dataset import InstructionCollator
+    from clips_mllm.data.collator import InstructionCollator
 
     collate = InstructionCollator.__call__
 

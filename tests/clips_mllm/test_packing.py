@@ -1,4 +1,4 @@
-"""Packed rows: the same loss and gradients as rows of their own, no row longer, every image with its tokens."""
+"""Packed rows: same loss and gradients as unpacked ones, no longer row, every image with its tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from clips_mllm.data.dataset import InstructionCollator, packing_for
-from clips_mllm.data.packing import Row, fill, pack
+from clips_mllm.data.collator import InstructionCollator, first_fit, pack, packing_for
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.checkpoint import Mllm
 from clips_mllm.prompts.conversation import IGNORED
@@ -20,20 +19,24 @@ from tests.helpers.train_runs import losses, words
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_sample_has_one_place_and_rows_do_not_overflow(seed: int) -> None:
+def test_first_fit_places_every_sample_once_without_overflow(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
-    rows = fill(lengths, max(lengths))
+    rows = first_fit(lengths, max(lengths))
     assert sorted(at for row in rows for at in row) == list(range(len(lengths)))
     sums = [sum(lengths[at] for at in row) for row in rows]
     assert max(sums) == max(lengths), "no row is longer than the longest sample"
     assert len(rows) <= -(-11 * sum(lengths) // (9 * max(lengths))) + 1, "first-fit decreasing's bound"
-    assert fill(lengths, sum(lengths)) == [sorted(range(len(lengths)), key=lambda at: -lengths[at])]
+    assert first_fit(lengths, sum(lengths)) == [sorted(range(len(lengths)), key=lambda at: -lengths[at])]
 
 
-def test_rows_by_hand() -> None:
-    samples = [Row([1, 2], [IGNORED, 2]), Row([3, 4, 5, 6], [IGNORED] * 3 + [6]), Row([7], [IGNORED])]
-    packed = pack(samples, fill([2, 4, 1], 4), pad=0)
+def test_packed_rows_by_hand() -> None:
+    samples: list[dict[str, Any]] = [
+        {"ids": [1, 2], "labels": [IGNORED, 2]},
+        {"ids": [3, 4, 5, 6], "labels": [IGNORED] * 3 + [6]},
+        {"ids": [7], "labels": [IGNORED]},
+    ]
+    packed = pack(samples, first_fit([2, 4, 1], 4), pad=0)
     assert packed["input_ids"].tolist() == [[3, 4, 5, 6], [1, 2, 7, 0]]
     assert packed["labels"].tolist() == [[IGNORED] * 3 + [6], [IGNORED, 2, IGNORED, IGNORED]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
@@ -88,15 +91,14 @@ def test_packed_loss_and_gradients_equal_unpacked(
     assert abs(loss_and_gradients(mllm, broken)[0] - loss) > 1e-3, "without restarts samples would see each other"
 
 
-def test_packing_is_chosen_by_the_recipe_and_the_attention() -> None:
+def test_packing_depends_on_recipe_and_attention() -> None:
     recipe = InstructionRecipe(file="a.json", template="chatml", packing=True)
     assert packing_for(recipe, "sdpa") == packing_for(recipe, "eager") == "rows"
     assert packing_for(recipe, "flash_attention_2") == "one_row"
     assert packing_for(InstructionRecipe(file="a.json", template="chatml"), "sdpa") == "none"
 
 
-def test_training_packed_is_training(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
-    """The command with and without packing: the same curve."""
+def test_packing_does_not_change_the_training_losses(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     from clips_mllm.train import main
 
     curves = []

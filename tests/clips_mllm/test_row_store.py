@@ -1,4 +1,4 @@
-"""Rows on disk: every form they come in, the cache and its keys, ranks that share it, mixtures."""
+"""Row store: supported formats, the cache and its keys, concurrent ranks, mixtures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from clips_mllm.data.recipe import InstructionRecipe, InstructionSource
 from clips_mllm.data.row_checks import check_rows
 from clips_mllm.data.row_store import RowStore
 from tests.helpers.errors import raises_user_error
-from vision_tower.common.errors import UserError
 
 
 def row(number: int, image: Any = None) -> dict[str, Any]:
@@ -52,8 +51,8 @@ def answers(examples: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
-def test_a_json_read_in_blocks_is_the_json(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever a block ends: within a number, an escape, a surrogate, white space."""
+def test_json_read_in_blocks_equals_json(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block can end within a number, an escape, a surrogate, or white space."""
     monkeypatch.setattr(json_rows, "BLOCK", block)
     rows = [row(1), {"a": [1.5, -2e3, None, True], "b": 'é\n"\\ 🦄 ]}'}, 12, "[", [], {}, row(2, "a.png")]
     for text in (json.dumps(rows), json.dumps(rows, indent=2), json.dumps(rows, ensure_ascii=False) + "\n\n"):
@@ -61,12 +60,12 @@ def test_a_json_read_in_blocks_is_the_json(block: int, tmp_path: Path, monkeypat
         assert list(read_rows(tmp_path / "a.json")) == rows
 
 
-def test_rows_before_a_fault_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_before_an_error_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_rows, "BLOCK", 16)
     (tmp_path / "a.json").write_text('[\n{"a": 1},\n{"a": 2}\n{"a": 3}]')
     rows = read_rows(tmp_path / "a.json")
     assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(UserError, match=r"a\.json: line 4: not valid JSON \(Expecting ',' delimiter\)"):
+    with raises_user_error(file=tmp_path / "a.json", key="line 4"):
         next(rows)
 
 
@@ -107,8 +106,8 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
-    """As JSON with a path, and as Parquet with the image inside, as Image feature and as plain struct."""
+def test_every_format_gives_the_same_conversation(form: str, tmp_path: Path) -> None:
+    """As JSON with a path, and as Parquet with the image as a struct in the row."""
     wanted = Example(
         [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
@@ -129,8 +128,8 @@ def test_every_form_is_one_conversation(form: str, tmp_path: Path) -> None:
     assert table.image(1, 0) == png("blue")
 
 
-def test_images_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path: Path) -> None:
-    """As `datasets` keeps messages with images in them: an Image deep in a column."""
+def test_nested_images_of_a_table_are_neither_decoded_nor_copied(tmp_path: Path) -> None:
+    """As `datasets` stores messages with images: an Image feature nested in a column."""
     part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
     messages = datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)})
     rows = [FORMS["parts with their images"]({"bytes": png(color), "path": None}) for color in ("red", "blue")]
@@ -149,8 +148,8 @@ def test_images_in_the_parts_of_a_table_stay_encoded_and_are_not_copied(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["folder", "saved", "parquet"])
-def test_contents_of_several_types_are_read(kind: str, tmp_path: Path) -> None:
-    """A system message as text beside parts: `datasets` keeps such a column as JSON."""
+def test_message_contents_of_mixed_types(kind: str, tmp_path: Path) -> None:
+    """A system message as a string next to messages with parts: `datasets` stores such a column as JSON."""
     one = FORMS["parts with their images"]("a.png")
     one["messages"].insert(0, {"role": "system", "content": "Be brief."})
     (tmp_path / "a.png").write_bytes(png("red"))
@@ -168,7 +167,7 @@ def test_contents_of_several_types_are_read(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["image feature", "list of images", "bytes", "saved", "folder", "glob", "path"])
 def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
-    """Hub data sets come by the same call as a folder; undecoded images either way."""
+    """Hub data sets are opened by the same call as folders; images are not decoded."""
     rows = [row(number) for number in range(3)]
     for one in rows:
         one["conversations"][0]["value"] = "<image>" + one["conversations"][0]["value"]
@@ -194,7 +193,7 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
         file = tmp_path / "set"
     else:
         table.to_parquet(str(file))
-        table.select([]).to_parquet(str(tmp_path / "none.parquet"))  # which a glob may find, too
+        table.select([]).to_parquet(str(tmp_path / "none.parquet"))  # which the glob matches, too
     source = InstructionSource(file=str(tmp_path / "*.parquet" if kind == "glob" else file), images=str(tmp_path))
     found = RowStore(source)
     assert answers(map(found.example, range(3))) == ["Answer 0.", "Answer 1.", "Answer 2."]
@@ -203,21 +202,21 @@ def test_tables_and_folders(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "name",
     [
-        ("gone.json", "no such file"),
-        ("gone.parquet", "no such file"),
-        ("gone*.parquet", "no such file"),
-        ("gone", "no such file or folder"),
-        ("rows.txt", "none of .json, .jsonl, .parquet"),
-        ("bad.parquet", "cannot be read as a data set"),
-        ("empty", "cannot be read as a data set"),
-        ("part*.parquet", "because column names don't match"),
-        ("none.parquet", "none.parquet: holds no rows; make it again"),
-        ("saved", "saved: holds no rows; make it again"),
+        "gone.json",
+        "gone.parquet",
+        "gone*.parquet",
+        "gone",
+        "rows.txt",
+        "bad.parquet",
+        "empty",
+        "part*.parquet",
+        "none.parquet",
+        "saved",
     ],
 )
-def test_sources_that_cannot_be_read(name: str, message: str, tmp_path: Path) -> None:
+def test_unreadable_and_empty_sources_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     (tmp_path / "empty").mkdir()
@@ -226,9 +225,9 @@ def test_sources_that_cannot_be_read(name: str, message: str, tmp_path: Path) ->
     none.save_to_disk(str(tmp_path / "saved"))
     for column in ("conversations", "questions"):
         datasets.Dataset.from_dict({column: ["a"]}).to_parquet(str(tmp_path / f"part_{column}.parquet"))
-    with pytest.raises(UserError, match=message) as error:
+    with raises_user_error(file=tmp_path / name) as error:
         RowStore(InstructionSource(file=str(tmp_path / name)))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and error.value.remedy
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_converted_once_and_again_when_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_runs_once_and_again_if_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = conversions(monkeypatch)
     (tmp_path / "a.png").write_bytes(png("red"))
     rows = [row(0, "a.png"), row(1, "gone.png")]
@@ -250,23 +249,23 @@ def test_converted_once_and_again_when_the_file_changes(tmp_path: Path, monkeypa
     again = RowStore(first.source)
     assert len(made) == 1
     assert again.report == first.report
-    (tmp_path / "gone.png").write_bytes(png("blue"))  # a missing image has come: what was cached is no longer true
+    (tmp_path / "gone.png").write_bytes(png("blue"))  # a missing image was added, so the cache is stale
     assert len(RowStore(first.source)) == 2
     store(tmp_path / "rows.json", [*rows, row(2)])
     assert len(made) == 3
-    assert first.example(0).images == ["a.png"], "who has the old one mapped keeps it"
+    assert first.example(0).images == ["a.png"], "an open store keeps the old file"
     RowStore(InstructionSource(file=first.source.file, images=str(tmp_path / "elsewhere")))
-    assert len(made) == 4, "another image folder, other missing images"
+    assert len(made) == 4, "another image folder has other missing images"
 
 
-def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_conversion_leaves_no_files(tmp_path: Path) -> None:
     def folders() -> set[Path]:
         return {path for path in row_store.cache_folder().iterdir() if path.is_dir()}
 
     before = folders()
     (tmp_path / "rows.json").write_text(json.dumps([row(0)])[:-1])
     for _ in range(2):
-        with pytest.raises(UserError, match="not valid JSON"):
+        with raises_user_error(file=tmp_path / "rows.json", key="line 1"):
             RowStore(InstructionSource(file=str(tmp_path / "rows.json")))
     assert folders() == before
 
@@ -276,7 +275,7 @@ def _open_in_process(file: str, out: Any) -> None:
     out.put((len(opened), answers([opened.example(len(opened) - 1)])[0], os.getpid()))
 
 
-def test_ranks_that_start_together_share_one_conversion(tmp_path: Path) -> None:
+def test_concurrent_ranks_share_one_conversion(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([row(number) for number in range(3000)]))
     context = multiprocessing.get_context("fork")
     out = context.Queue()
@@ -290,7 +289,7 @@ def test_ranks_that_start_together_share_one_conversion(tmp_path: Path) -> None:
     assert len({one[2] for one in found}) == 3
 
 
-def test_chunks_over_processes_keep_their_order(tmp_path: Path) -> None:
+def test_parallel_chunks_keep_their_order(tmp_path: Path) -> None:
     rows = [row(number, *([] if number % 3 else ["gone.png"])) for number in range(60)]
     chunks = [(tmp_path, begin, rows[begin : begin + 7]) for begin in range(0, 60, 7)]
     alone = list(map(check_rows, chunks))
@@ -312,7 +311,7 @@ def source(weight: float = 1.0, cap: int = 0) -> InstructionSource:
     [(1.0, 0, {1: 10}), (2.0, 0, {2: 10}), (0.5, 0, {0: 5, 1: 5}), (2.3, 0, {2: 7, 3: 3}), (2.0, 12, {1: 8, 2: 2})],
 )
 def test_weights_and_caps(weight: float, cap: int, counts: dict[int, int]) -> None:
-    """How often samples of a source of ten come in an epoch; the other source is whole."""
+    """Count how often the ten samples of a source appear in an epoch; another source is complete."""
     places = mix([source(), source(weight, cap)], [4, 10], seed=1)
     if places is None:
         assert weight == 1.0
@@ -323,13 +322,13 @@ def test_weights_and_caps(weight: float, cap: int, counts: dict[int, int]) -> No
     assert np.array_equal(places, mix([source(), source(weight, cap)], [4, 10], seed=1))  # type: ignore[arg-type]
 
 
-def test_the_seed_chooses_which(tmp_path: Path) -> None:
+def test_samples_of_a_fraction_depend_on_the_seed(tmp_path: Path) -> None:
     halves = {tuple(mix([source(0.5)], [100], seed=seed)) for seed in range(3)}  # type: ignore[arg-type]
     assert len(halves) == 3
     assert all(len(set(half)) == 50 and list(half) == sorted(half) for half in halves)
 
 
-def test_a_mixture_reads_the_right_rows_and_lengths(tmp_path: Path) -> None:
+def test_mixture_reads_the_right_rows_and_lengths(tmp_path: Path) -> None:
     for name, count in (("a", 5), ("b", 8)):
         rows = [row(100 * (name == "b") + number) for number in range(count)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
@@ -341,10 +340,10 @@ def test_a_mixture_reads_the_right_rows_and_lengths(tmp_path: Path) -> None:
         InstructionSource(file=str(tmp_path / "b.json"), cap=4),
     )
     examples = Examples(InstructionRecipe(mixture=mixture, template="chatml"))
-    said = answers(examples)
-    assert len(said) == 14
-    assert said[:10] == [f"Answer {number}." for number in range(5)] * 2
-    assert len(set(said[10:])) == 4
+    texts = answers(examples)
+    assert len(texts) == 14
+    assert texts[:10] == [f"Answer {number}." for number in range(5)] * 2
+    assert len(set(texts[10:])) == 4
     assert examples.lengths().tolist() == [-example.words for example in examples]
 
 
@@ -367,7 +366,7 @@ def test_invalid_recipes_are_refused(values: dict[str, Any], key: str) -> None:
         InstructionRecipe(template="chatml", **values).check()
 
 
-def test_a_mixture_in_yaml(tmp_path: Path) -> None:
+def test_mixture_in_yaml(tmp_path: Path) -> None:
     from clips_mllm.training.recipe import TrainRecipe
     from vision_tower.common.recipe import dump_recipe, parse_recipe
 

@@ -19,7 +19,8 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+from clips_mllm.data.collator import InstructionCollator
+from clips_mllm.data.dataset import InstructionDataset
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.merge import main as merge
 from clips_mllm.model.build import build_mllm
@@ -57,26 +58,26 @@ def tiled(mllm_dir: Path) -> Any:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_our_count_is_what_the_model_makes(size: tuple[int, int], tiled: Any) -> None:
+def test_token_count_equals_the_models(size: tuple[int, int], tiled: Any) -> None:
     model, processor = tiled
     image = Image.effect_noise(size, 60).convert("RGB")
     (count,) = tiled_tokens(processor, [image])
     inputs = processor(text="<image>", images=[image], return_tensors="pt")
-    assert inputs["input_ids"].shape[1] == count > 9, "tiles beside the whole image"
+    assert inputs["input_ids"].shape[1] == count > 9, "tiles in addition to the complete image"
     assert inputs["pixel_values"].shape[1] == views(processor, image)
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     assert [len(one) for one in features] == [count]
 
 
-def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
+def test_tower_with_class_token(sample_world: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=96, patch_size=32)).save_pretrained(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}).save_pretrained(tmp_path)
     made: dict[str, Any] = {"feature_layer": [-2, -1], "dtype": torch.float32, "tiles": 4}
     model, processor = build_mllm(str(tmp_path), str(sample_world / "llm"), feature_select="auto", **made)
     image = Image.effect_noise((97, 333), 60).convert("RGB")
-    for side in (processor.image_processor.size, {"shortest_edge": 96}):  # the second as in published checkpoints
+    for side in (processor.image_processor.size, {"shortest_edge": 96}):  # the second as published
         processor.image_processor.size = side
         inputs = processor(text="<image>", images=[image], return_tensors="pt")
         (count,) = tiled_tokens(processor, [image])
@@ -88,8 +89,8 @@ def test_a_tower_with_a_class_token(sample_world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", ["none", "rows"])
-def test_a_step_of_training_and_the_checkpoint(packing: Any, tiled: Any, tmp_path: Path) -> None:
-    """Images of several shapes and a text in one batch; reloaded by the stock class, the loss is the same."""
+def test_training_step_and_checkpoint(packing: Any, tiled: Any, tmp_path: Path) -> None:
+    """Images of several shapes and a text in one batch. The stock class gives the same loss after reloading."""
     model, processor = tiled
     rows = [row("2?", "2.")]
     for number, size in enumerate(SIZES):
@@ -159,7 +160,7 @@ def stages(
     return folder
 
 
-def test_both_stages_leave_stock_checkpoints(stages: Path) -> None:
+def test_both_stages_write_stock_checkpoints(stages: Path) -> None:
     ends = []
     for name in ("align", "finetune"):
         stock, info = LlavaNextForConditionalGeneration.from_pretrained(stages / name, output_loading_info=True)
@@ -177,8 +178,8 @@ def test_both_stages_leave_stock_checkpoints(stages: Path) -> None:
     assert not torch.equal(*ends), "the end of a row trains with the projector"
 
 
-def test_an_adapter_trains_the_row_end_and_takes_it_along(stages: Path, tmp_path: Path) -> None:
-    """In PEFT's own file; loaded beside its base, merged by the command, and beside 4-bit weights."""
+def test_adapter_trains_and_saves_image_newline(stages: Path, tmp_path: Path) -> None:
+    """In PEFT's file; loaded on its base, merged by the command, and on 4-bit weights."""
     from safetensors.torch import load_file
 
     base = load_mllm(stages / "align", device="cpu").model
@@ -199,8 +200,8 @@ def test_an_adapter_trains_the_row_end_and_takes_it_along(stages: Path, tmp_path
     assert not any("multi_modal_projector.image_newline" in name for name in stock.state_dict())
 
 
-def test_an_adapter_without_a_row_end_keeps_its_bases(stages: Path, tmp_path: Path) -> None:
-    """As other training code leaves it."""
+def test_adapter_without_image_newline_uses_that_of_the_base(stages: Path, tmp_path: Path) -> None:
+    """As written by other training code."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(stages / "lora", tmp_path / "lora")
@@ -210,8 +211,8 @@ def test_an_adapter_without_a_row_end_keeps_its_bases(stages: Path, tmp_path: Pa
     assert torch.equal(base.model.image_newline, joined.model.image_newline)
 
 
-def test_a_run_with_tiles_goes_on_exactly(stages: Path, recipe: dict[str, Any], sample_world: Path) -> None:
-    """LoRA, whose checkpoint holds the row end too: the losses and weights of the run that was whole."""
+def test_resume_with_tiles_is_bit_identical(stages: Path, recipe: dict[str, Any], sample_world: Path) -> None:
+    """With LoRA, whose checkpoint contains `image_newline`: losses and weights of the uninterrupted run."""
     values = {"model.checkpoint": stages / "align", "stage.llm": "true", "stage.adapter.kind": "lora"}
     values |= {"data.file": sample_world / "llava" / "stage2.json", "training.save_every": 1}
     folder = stages / "goes-on"
@@ -224,7 +225,7 @@ def test_a_run_with_tiles_goes_on_exactly(stages: Path, recipe: dict[str, Any], 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_row_end_is_in_the_projectors_group(tiled: Any) -> None:
+def test_image_newline_is_in_the_projectors_group(tiled: Any) -> None:
     model, _ = tiled
     stage = StageRecipe(projector_learning_rate=0.5)
     apply_stage(model, stage)
@@ -245,7 +246,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("values", "key"), BAD)
-def test_what_does_not_go_with_tiles(
+def test_options_that_exclude_tiles(
     values: dict[str, Any], key: str, recipe: dict[str, Any], parts: dict[str, Any], tmp_path: Path
 ) -> None:
     with raises_user_error(key=key):
@@ -270,7 +271,7 @@ def test_plan_refuses_tiles(stages: Path, recipe: dict[str, Any], parts: dict[st
 
 @pytest.fixture(scope="module")
 def talking(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Tiles around weights so large that every prompt and image has another answer."""
+    """With tiles, and weights so large that every prompt and image has a different answer."""
     loaded = load_mllm(talker, device="cpu")
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("talking")
@@ -286,7 +287,7 @@ ASKED: list[tuple[list[tuple[int, int]], str]] = [
 ]
 
 
-def test_talking(talking: Any) -> None:
+def test_chat_with_tiles(talking: Any) -> None:
     with Engine(talking) as engine:
         for sizes, text in ASKED:
             shown = [Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes]
@@ -298,7 +299,7 @@ def test_talking(talking: Any) -> None:
             assert [tuple(one.shape) for one in maps] == [(3, 3)] * len(shown), "of the whole image"
 
 
-def test_measuring(talking: Any) -> None:
+def test_evaluation_with_tiles(talking: Any) -> None:
     from clips_eval.lmms.model import ClipsMllm
 
     documents = [

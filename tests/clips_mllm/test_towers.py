@@ -27,7 +27,7 @@ from transformers import (
     ViTConfig,
 )
 
-from clips_mllm.data.dataset import InstructionCollator
+from clips_mllm.data.collator import InstructionCollator
 from clips_mllm.model.build import build_mllm, read_llm
 from clips_mllm.model.checkpoint import save_mllm
 from clips_mllm.model.processors import image_tokens, set_aspect_ratio

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from clips_mllm.data.dataset import InstructionCollator, InstructionDataset
+from clips_mllm.data.collator import InstructionCollator
+from clips_mllm.data.dataset import InstructionDataset
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.model.recipe import AdapterRecipe

@@ -1,4 +1,4 @@
-"""LLaVA rows, their images, and the data set over them, for the tests of data and training."""
+"""LLaVA rows, images and data sets, for the tests of data and training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_image(file: Path, color: str | tuple[int, int, int] = "red", size: tupl
 
 
 def open_rows(folder: Path, rows: list[Any], mllm: Mllm, **values: Any) -> InstructionDataset:
-    """The rows written to a file in `folder`, where their images are too."""
+    """Write the rows to a file in `folder`, which also contains their images, and open it."""
     (folder / "rows.json").write_text(json.dumps(rows))
     given = {"file": str(folder / "rows.json"), "images": str(folder), "template": "chatml"}
     return InstructionDataset(InstructionRecipe(**(given | values)), mllm.processor)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def png(color: int = 0, size: int = 8) -> bytes:
-    """A plain image."""
+    """Return a PNG of one colour."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -19,7 +19,7 @@ def png(color: int = 0, size: int = 8) -> bytes:
 
 
 def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
-    """A tar in memory."""
+    """Return a tar with these members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in members:
@@ -30,7 +30,7 @@ def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
 
 
 def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Path:
-    """A tar on disk."""
+    """Write a tar with these members."""
     file.write_bytes(tar_bytes(members))
     return file
 
@@ -38,25 +38,25 @@ def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Path:
 def pair(
     key: str, web: Any = "web", full: Any = "Full caption.", image: bytes | None = None
 ) -> list[tuple[str, bytes]]:
-    """The members of one sample."""
+    """Return the tar members of one sample."""
     row = {"web_caption": web, "synthetic_caption": full}
     return [(f"{key}.png", image or png()), (f"{key}.json", json.dumps(row).encode())]
 
 
 def counted(start: int, end: int) -> bytes:
-    """A tar whose web captions count from `start` to below `end`."""
+    """Return a tar with the web captions `start` to `end` - 1."""
     return tar_bytes([member for n in range(start, end) for member in pair(f"{n:03d}", web=str(n))])
 
 
 def numbered(folder: Path, shards: int, each: int) -> str:
-    """Tars whose web captions count from 0; their pattern."""
+    """Write tars with the web captions 0, 1, 2, ... and return their pattern."""
     for shard in range(shards):
         (folder / f"{shard}.tar").write_bytes(counted(shard * each, (shard + 1) * each))
     return str(folder / "*.tar")
 
 
 def write_parquet(file: Path, columns: dict[str, list[Any]], group: int = 4) -> Path:
-    """A Parquet file with small row groups."""
+    """Write a Parquet file with small row groups."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

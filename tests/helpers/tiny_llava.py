@@ -1,4 +1,4 @@
-"""A tiny random LLaVA of stock classes, images, and benchmark files, for the tests of measuring."""
+"""A tiny random stock LLaVA, images, and benchmark files, for the tests of evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build_tokenizer() -> Any:
 
 
 def plain_answer(mllm: Any, images: list[Image.Image], question: str) -> str:
-    """The processor's and model's own way, one document at a time, pixels and all."""
+    """Generate with the stock processor and model, one document at a time."""
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     prompt = mllm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = mllm.processor(text=prompt, images=images or None, return_tensors="pt")
@@ -44,7 +44,7 @@ def plain_answer(mllm: Any, images: list[Image.Image], question: str) -> str:
 
 
 def build_tiny_mllm() -> SimpleNamespace:
-    """What `clips_mllm.model.checkpoint.load_mllm` returns, with random weights large enough that images matter."""
+    """Return an object like that of `load_mllm`, with random weights so large that answers depend on images."""
     from transformers import (
         LlamaConfig,
         LlavaConfig,
@@ -109,7 +109,7 @@ def make_image(seed: int, size: int = 40) -> Image.Image:
 def make_requests(
     documents: list[tuple[list[Image.Image], str]], model: Any, task: str = "t", *, simple: bool = False
 ) -> list[Any]:
-    """lmms-eval's requests for (images, question) documents, in chat or in simple mode."""
+    """Return lmms-eval requests for (images, question) documents, in chat or simple mode."""
     from lmms_eval.api.instance import Instance
 
     def doc_to_messages(doc: tuple[list[Image.Image], str]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Random two-layer LLMs of several families, each with a tokenizer and a chat template in its family's manner."""
+"""Random two-layer LLMs of several families, each with its family's kind of tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Qwen3's: only the last answer shows (empty) thoughts.
+# Like Qwen3's: only the last answer has (empty) reasoning.
 THINKING = (
     "{% for m in messages %}{% if m['role'] == 'assistant' and loop.last %}"
     "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m['content'] + '<|im_end|>\n' }}"
@@ -58,7 +58,7 @@ FAMILIES: dict[str, tuple[str, str | None, list[str], str]] = {
 
 
 def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """Sentencepiece's manner for LLaMA-2 and Mistral, byte-level for the others."""
+    """Train a tokenizer: like sentencepiece for LLaMA-2 and Mistral, byte-level for the others."""
     _, bos, special, template = FAMILIES[family]
     if family in ("llama_2", "mistral"):
         core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -83,7 +83,7 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def write_sentencepiece(folder: Path) -> None:
-    """The tokenizer as Vicuna and LLaVA-1.5 were published: a tokenizer.model, and no tokenizer.json."""
+    """Write the tokenizer as published for Vicuna and LLaVA-1.5: tokenizer.model without tokenizer.json."""
     import sentencepiece
 
     with (folder / "tokenizer.model").open("wb") as file:
@@ -98,13 +98,13 @@ def write_sentencepiece(folder: Path) -> None:
             remove_extra_whitespaces=False,
             minloglevel=2,
         )
-    told = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
     pieces = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told | pieces))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | pieces))
 
 
 def write_tiny_llm(family: str, folder: Path) -> Path:
-    """A folder with weights, tokenizer and chat template."""
+    """Write weights, tokenizer and chat template to a folder."""
     kind, _, _, _ = FAMILIES[family]
     tokenizer = tiny_tokenizer(family)
     values: dict[str, Any] = {"head_dim": 16} if kind in ("qwen3", "mistral") else {}

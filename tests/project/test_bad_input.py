@@ -250,7 +250,7 @@ def test_too_many_corrupt_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Found before step 1 or during training; the line contains no traceback of a loader process."""
-    monkeypatch.setattr("clips_mllm.data.dataset.SETTLED", 8)
+    monkeypatch.setattr("clips_mllm.data.dataset.MIN_SAMPLES", 8)
     if not before:
         monkeypatch.setattr("clips_mllm.training.preflight.show_data", lambda *_: None)
     shutil.copytree(sample_world / "llava" / "images", tmp_path / "images")
@@ -351,7 +351,7 @@ def test_a_failing_command_as_a_process(fault: str, mllm_dir: Path, sample_world
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 2

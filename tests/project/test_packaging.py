@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DATA = (
+    "clips_mllm/planning/catalog.yaml",
     "clips_mllm/prompts/templates/vicuna_v1.jinja",
     "vision_tower/data/templates.txt",
     "clips_eval/reporting/data/report.css",

@@ -49,9 +49,10 @@ def test_commands_set_passive_wait_policy(given: dict[str, str], policy: str) ->
     """Before torch is imported, which reads it once. Spinning threads slow down other processes."""
     code = """
 import os, sys
-from clips_mllm.cli import main
+from clips_mllm.cli import run
+sys.argv[1:] = ["inspect", "--help"]
 try:
-    main(["inspect", "--help"])
+    run()
 except SystemExit:
     print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
 """

@@ -1,4 +1,4 @@
-"""Augmentation is torchvision's, to the last bit."""
+"""Augmentation is bit-identical to torchvision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences of captions, and what is left of a caption by each reduction."""
+"""Sentence splitting and the caption reductions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pieces_of(sentences: list[list[int]]) -> list[int]:
 
 
 def in_order(pieces: list[int]) -> bool:
-    """Pieces are numbered by their place in the caption."""
+    """Pieces are numbered by their index in the caption."""
     return all(a < b for a, b in itertools.pairwise(pieces))
 
 
@@ -79,7 +79,7 @@ def test_a_reduction_fills_its_budget_and_keeps_the_order(name: str) -> None:
 
 
 def even(counts: collections.Counter[int], draws: int, chance: float) -> bool:
-    """Whether every count is within five deviations of its expectation."""
+    """Return True if every count is within five standard deviations of its expectation."""
     deviation = (draws * chance * (1 - chance)) ** 0.5
     return all(abs(count - draws * chance) < 5 * deviation for count in counts.values())
 
@@ -103,7 +103,7 @@ def test_every_block_is_equally_likely() -> None:
 
 
 def test_sub_captions_are_made_of_sentences() -> None:
-    """Whole ones but for the last drawn, which keeps its beginning; every sentence may be the whole or the cut one."""
+    """Complete ones except the last drawn, which is truncated; any sentence can be complete or truncated."""
     sentences = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
     rng = random.Random(3)
     whole: collections.Counter[int] = collections.Counter()

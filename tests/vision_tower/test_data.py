@@ -1,4 +1,4 @@
-"""Rows to samples: every sample once a pass over all readers, captions, counting, mixtures, going on."""
+"""Samples of shards: each once an epoch over all readers, captions, counts of bad samples, mixtures, resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAIN = Augmentation(smallest_crop=1.0, jitter=0.0, gray_probability=0.0)
 
 
 def draw_letters(web: str, full: str, rng: random.Random) -> dict[str, list[int]]:
-    """In place of an objective's texts: one sentence, letter by letter."""
+    """Replace an objective's texts by one sentence, letter by letter."""
     return {"sub": [ord(letter) for letter in rng.choice(split_sentences(full) or [full])]}
 
 
@@ -69,7 +69,7 @@ def test_order_depends_on_seed_and_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("shards", "each"), [(1, 40), (1, 3), (3, 7), (5, 4), (8, 3), (13, 2)])
 def test_ranks_and_loader_processes_share_an_epoch_without_overlap(tmp_path: Path, shards: int, each: int) -> None:
-    """Every sample once in each of two passes; also few shards, no multiple of the readers, fewer rows than readers."""
+    """Each sample once in each of two epochs; also with few shards, or fewer rows than readers."""
     pattern = numbered(tmp_path, shards, each)
     passes: dict[int, list[int]] = collections.defaultdict(list)
     for rank in (0, 1):
@@ -87,7 +87,7 @@ def test_ranks_and_loader_processes_share_an_epoch_without_overlap(tmp_path: Pat
 
 
 def test_readers_get_equal_parts(tmp_path: Path) -> None:
-    """Also of shards that are split, and of large ones within a few rows."""
+    """Also of split shards; for large shards within a few rows."""
     from vision_tower.data.readers import cut
 
     for shards, parts in ((7, 3), (2, 5), (1, 16), (12, 4)):
@@ -106,7 +106,7 @@ def test_readers_get_equal_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("consumed", [1, 7, 13, 26, 41, 60, 83])
 def test_resume_gives_the_same_samples(tmp_path: Path, workers: int, consumed: int) -> None:
-    """From the cursors of the batches that were used, as JSON; pixels and all. Also across passes."""
+    """From the JSON positions of the consumed batches, pixels included, also across epochs."""
     pattern = numbered(tmp_path, 5, 5)
     write_tar(tmp_path / "5.tar", [*pair("bad", image=b"x"), *pair("good", web="999")])
 
@@ -165,7 +165,7 @@ def test_resume_decodes_nothing_twice_and_keeps_one_block(tmp_path: Path, monkey
 
 
 def test_random_choices_depend_on_seed_epoch_and_key(tmp_path: Path) -> None:
-    """Not from what came before: other neighbours, another place in the order, the same crop and sentence."""
+    """Not on earlier samples: with another order the crop and the sentence are the same."""
     sentences = " ".join(f"Sentence {n}." for n in range(40))
     image = png(size=32)
     row = pair("x", full=sentences, image=image)
@@ -233,7 +233,7 @@ def test_unreadable_samples_are_skipped_and_counted(tmp_path: Path, caplog: pyte
 
 @pytest.mark.parametrize("objective", ["clips", "clip-web", "clip-synthetic", "clipa-mix"])
 def test_pair_without_a_needed_caption_is_skipped(tmp_path: Path, objective: ObjectiveName) -> None:
-    """Empty texts would be each other's false negatives. A synthetic caption that is missing is the web caption."""
+    """Empty texts would be false negatives of each other. The web caption replaces a missing synthetic one."""
     web = [pair(f"{n}", web=None if n % 2 else f"web {n}") for n in range(10)]
     write_tar(tmp_path / "a.tar", [member for row in web for member in row])
     tokenizer = ClipsTokenizer.train(["a web caption 0 1 2 3 4 5 6 7 8 9", "One. Two."], 60)
@@ -271,7 +271,7 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:
 
 
 def damaged(file: Path, how: str) -> None:
-    """A tar of ten pairs, 0 to 9, of which some members are lost."""
+    """Write a tar of ten pairs, 0 to 9, with some unreadable members."""
     content = bytearray(counted(0, 10))
     if how == "cut in a member":
         content = content[: 9 * 512 + 100]
@@ -333,7 +333,7 @@ def test_inconsistent_recipes_are_refused(values: dict[str, Any], key: str) -> N
 
 
 def test_mixture_draws_by_weight_and_each_source_once_an_epoch(tmp_path: Path) -> None:
-    """Names of columns are the sources' own: json keys and a text member in tars, columns and lists in Parquet."""
+    """Each source has its own column names: JSON keys and a text file in tars, columns and lists in Parquet."""
     members = [[(f"{n}.jpg", png()), (f"{n}.txt", f"tar {n}".encode())] for n in range(30)]
     recaption = json.dumps({"recap": "Long."}).encode()
     members = [[*row, (f"{n}.json", recaption)] for n, row in enumerate(members)]

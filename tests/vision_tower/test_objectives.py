@@ -1,4 +1,4 @@
-"""Objectives by name: their terms, the texts they read, and what switching a term off saves."""
+"""Objectives: loss terms, texts, and terms of weight 0."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokenizer() -> ClipsTokenizer:
 def drawn(
     tokenizer: ClipsTokenizer, name: Any, weights: LossWeights | None = None, **captions: Any
 ) -> list[dict[str, str]]:
-    """500 draws, as words again."""
+    """Decode 500 draws."""
     objective = choose_objective(name, weights or LossWeights())
     draw = CaptionSampler(tokenizer, objective, CaptionRecipe(**captions), room=20)
     rng = random.Random(0)
@@ -120,7 +120,7 @@ def test_without_a_caption_term_there_is_no_captioner(tokenizer: ClipsTokenizer)
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_parameter_of_an_objective_is_trained(tokenizer: ClipsTokenizer, name: Any) -> None:
-    """Data-parallel training needs it, and a frozen part would make the comparison unfair."""
+    """Data-parallel training requires it, and a frozen part would make comparisons unfair."""
     from vision_tower.model.losses import caption_term, contrastive_terms, weighted_losses
     from vision_tower.model.modeling import ClipsModel
     from vision_tower.model.recipe import ModelRecipe, TowerRecipe
@@ -183,7 +183,7 @@ def test_bad_caption_recipes(values: dict[str, Any]) -> None:
 
 
 def test_batches_are_trimmed_to_their_longest_text(tokenizer: ClipsTokenizer) -> None:
-    """All streams to one length, for they share a pass; never beyond the context; targets do not count."""
+    """All streams to one length, since they share a forward pass, at most the context length; targets are excluded."""
     from vision_tower.data.pairs import CaptionSample, PairCollator
     from vision_tower.data.readers import ReaderPosition
 

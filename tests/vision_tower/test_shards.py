@@ -1,4 +1,4 @@
-"""Which shards a pattern names, and reading them, also where a server is slow, gone or lies."""
+"""Shard patterns, and reading shards, also from slow, missing or failing servers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_fields_are_tar_members_and_parquet_columns(tmp_path: Path) -> None:
 
 
 def test_only_wanted_fields_are_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that were used before an interruption cost their headers, not their images."""
+    """Of rows consumed before an interruption only the headers are read."""
     file = numbered(tmp_path, 1, 50).replace("*", "0")
     read: list[str] = []
     content = shards._content
@@ -110,7 +110,7 @@ def test_only_wanted_fields_are_read_from_disk(tmp_path: Path, monkeypatch: pyte
 
 
 def test_sparse_members_and_long_names(tmp_path: Path) -> None:
-    """A file with holes as GNU tar keeps it, names that begin with a dot or are longer than a header has room for."""
+    """A sparse file of GNU tar, and names that start with a dot or are longer than the header field."""
     (tmp_path / "0.png").write_bytes(b"begin" + bytes(1 << 20) + b"end")
     os.truncate(tmp_path / "0.png", 1 << 22)
     long = "n" * 150
@@ -137,8 +137,8 @@ def test_fsspec_memory_urls_and_globs() -> None:
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder with byte ranges. Names tell what is wrong: `flaky` fails twice, `hung` never answers, `busy`
-    always fails."""
+    """Serves a folder with byte ranges. The file name selects the fault: `flaky` fails twice, `hung` never answers,
+    `busy` always fails."""
 
     requests: ClassVar[list[str]] = []
     release = threading.Event()

@@ -1,4 +1,4 @@
-"""The CLIPS text layout: where every special piece stands, what is cut, what the captioner learns."""
+"""The CLIPS text layout: special pieces, truncation, the captioner's targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["the", "a", "dog", "cat", "runs", "##ning"]
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> ClipsTokenizer:
-    """The ids of the published vocabulary in small: specials 0, 1, 2, 100, 101, words from 110."""
+    """A small vocabulary with the published ids: special pieces 0, 1, 2, 100, 101, words from 110."""
     lines = [f"[unused{index - 1}]" for index in range(110)]
     lines[0], lines[100], lines[101] = PAD, UNK, CLS
     # U+2028 ends a line for str.splitlines, but not in a vocab.txt.
@@ -130,7 +130,7 @@ ODD = [
 
 
 def varied_strings(count: int) -> list[str]:
-    """Mixtures of scripts, of every length from nothing to 500 words, the odd ones first."""
+    """Return texts of mixed scripts with 0 to 500 words, the edge cases first."""
     import random
 
     rng = random.Random(0)
@@ -146,7 +146,7 @@ def varied_strings(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipsTokenizer, Path]:
-    """A vocabulary that knows most of those letters, as ours and as a folder that open_clip reads."""
+    """A vocabulary with most of these letters, as our tokenizer and as a folder for open_clip."""
     letters = sorted({letter for text in SCRIPTS.values() for letter in text.lower() if not letter.isspace()})
     lines = [f"[unused{index - 1}]" for index in range(110)]
     lines[0], lines[100], lines[101] = PAD, UNK, CLS
@@ -178,7 +178,7 @@ def test_ids_equal_open_clip(wide: tuple[ClipsTokenizer, Path]) -> None:
 
 
 def test_special_pieces_in_a_text_differ_from_open_clip(wide: tuple[ClipsTokenizer, Path]) -> None:
-    """The one intended difference: open_clip lets a caption write special ids."""
+    """The only intended difference: in open_clip a caption can contain special ids."""
     from open_clip.tokenizer import HFTokenizer
 
     ours, folder = wide
@@ -196,7 +196,7 @@ def test_plain_text_skips_cleaning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cached_words_equal_the_tokenizers(wide: tuple[ClipsTokenizer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every printable ASCII character beside every other, in words known and unknown, with a memory of a few words."""
+    """Every pair of printable ASCII characters, in known and unknown words, with a cache of a few words."""
     import random
 
     monkeypatch.setattr("vision_tower.text.tokenizer.CACHE_SIZE", 50)

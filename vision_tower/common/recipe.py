@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
 Recipe = TypeVar("Recipe")
 
-# Keys of recipes written before the names of open_clip and LLaVA were adopted, for "did you mean".
+# Old key -> new key, for "did you mean".
 RENAMED = {
+    "beside": "compare_with",
     "joint": "embed_dim",
     "most_bad": "max_bad_fraction",
     "most_megabytes": "max_upload_mb",
     "most_pictures": "max_images",
     "most_pixels": "max_pixels",
+    "patience": "shutdown_seconds",
     "pictures": "images",
+    "rows": "batch_size",
     "square": "image_aspect_ratio",
+    "waiting": "queue_size",
 }
 OPTIONS_OF_EVERY_COMMAND = ("--help", "--config", "--print_config", "--verbose", "--quiet")
 

@@ -1,1 +1,1 @@
-"""Grids of runs: ablations and the tower swap."""
+"""Grids of runs: ablations of captions and objectives, and the comparison of vision towers."""

@@ -1,9 +1,9 @@
-"""The grid of `clips-mllm ablate`: its recipe, and which runs it asks for. Torch-free.
+"""The recipe of `clips-mllm ablate` and the settings of its grid. No torch.
 
-    (a) length       four reductions of synthetic captions at every budget, web captions at every budget, both whole
-    (b) objectives   each by its name
+    (a) length       synthetic captions with each reduction and budget, web captions with each budget, both uncut
+    (b) objectives   each objective
 
-A run that two comparisons share (web captions, whole) is trained once.
+A run that both comparisons need (uncut web captions) is trained once.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ CutTo = Literal["truncation", "random", "block", "sub-caption"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AblateRecipe:
-    """Rerun the comparisons of the CLIPS paper on any shards: many small runs with equal samples seen.
+    """Repeat the comparisons of the CLIPS paper on any shards: many small runs with the same number of samples.
 
     Args:
-        output_dir: gets a folder for each run, and ablation.md, ablation.json and two plots.
-        pretrain: recipe of one run, as for 'pretrain'; objective, captions and seed are set for each run.
-        data: Karpathy-style JSON with the test captions, as for 'retrieve'.
-        shards: pattern of the pretraining shards; those of the recipe if not given.
-        reductions: ways to cut synthetic captions; with none the comparison of lengths is left out.
-        budgets: word pieces left of a synthetic caption; the whole caption is always compared too.
-        web_budgets: word pieces left of a web caption; they are shorter to begin with.
-        objectives: what the second comparison compares; it may be empty.
-        seeds: of initialisation and data order; each run is repeated with every one.
-        metric: recall that is compared, the mean of both directions.
-        processes: runs at a time; 0 takes as many as there are cores for.
-        threads: CPU threads of one run.
+        output_dir: folder for the runs, ablation.md, ablation.json and two plots.
+        pretrain: recipe of `clips-mllm pretrain`; objective, captions and seed are set for each run.
+        data: Karpathy-style JSON with the test captions, as for `clips-mllm retrieve`.
+        shards: pattern of the pretraining shards (default: those of the recipe).
+        reductions: ways to cut synthetic captions; an empty list skips the comparison of lengths.
+        budgets: word pieces kept of a synthetic caption; the uncut caption is always included.
+        web_budgets: word pieces kept of a web caption.
+        objectives: objectives to compare; an empty list skips this comparison.
+        seeds: seeds of initialization and data order; each setting is run with each seed.
+        metric: recall to compare, averaged over both directions.
+        processes: runs at a time; 0 uses all cores.
+        threads: CPU threads per run.
     """
 
     output_dir: str
@@ -51,29 +51,32 @@ class AblateRecipe:
     threads: int = 1
 
     def check(self, room: int) -> None:
-        """Raise UserError where the grid makes no sense with `room` word pieces in the text tower."""
+        """Raise UserError if a value is invalid; `room` is the number of word pieces that the text tower can read."""
         if not self.reductions and not self.objectives:
-            raise UserError("reductions, objectives: nothing to compare", remedy="name some of either")
+            raise UserError("nothing to compare", key="reductions", remedy="give reductions or objectives")
         if len(set(self.seeds)) < max(2, len(self.seeds)):
             raise UserError(
-                "seeds: two different ones at least, none twice", remedy="give three for a comparison to trust"
+                "needs at least two different seeds", key="seeds", value=self.seeds, remedy="give three or more"
             )
         if self.reductions and not (self.budgets and self.web_budgets):
-            raise UserError("budgets, web_budgets: none to compare lengths at", remedy="give some, such as [8, 16, 32]")
+            raise UserError(
+                "budgets and web_budgets must not be empty", key="budgets", remedy="give some, for example [8, 16, 32]"
+            )
         for name in ("budgets", "web_budgets") if self.reductions else ():
             for budget in getattr(self, name):
                 if not 1 <= budget < room:
                     raise UserError(
-                        f"{budget} is not from 1 to below {room}, the room of model.text_length in {self.pretrain}",
-                        file=name,
+                        f"must be from 1 to {room - 1}, what fits model.text_length of {self.pretrain}",
+                        key=name,
+                        value=budget,
                     )
         if self.processes < 0 or self.threads < 1:
-            raise UserError("processes: at least 0, and threads at least 1")
+            raise UserError("must be at least 0, and threads at least 1", key="processes", value=self.processes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What one run trains with, apart from its seed. Without a budget captions are whole."""
+    """Training settings of a run, apart from its seed. Without a budget captions are uncut."""
 
     objective: ObjectiveName
     reduction: Reduction | None = None
@@ -81,12 +84,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of its folder and its row."""
+        """Name of the run folder and the table row."""
         return "-".join(str(part) for part in (self.objective, self.reduction, self.budget) if part is not None)
 
     @property
     def options(self) -> list[str]:
-        """For `pretrain`."""
+        """Options for `clips-mllm pretrain`."""
         words = [f"--objective={self.objective}"]
         if self.reduction is not None:
             words.append(f"--captions.reduction={self.reduction}")
@@ -100,7 +103,7 @@ WEB, SYNTHETIC = Setting(objective="clip-web"), Setting(objective="clip-syntheti
 
 
 def length_curves(recipe: AblateRecipe) -> dict[str, list[Setting]]:
-    """The settings of each curve over length, from the shortest budget to the whole caption."""
+    """Return the settings of each length curve, from the smallest budget to the uncut caption."""
     if not recipe.reductions:
         return {}
     budgets = sorted(set(recipe.budgets))
@@ -114,11 +117,11 @@ def length_curves(recipe: AblateRecipe) -> dict[str, list[Setting]]:
 
 
 def objective_bars(recipe: AblateRecipe) -> dict[str, Setting]:
-    """The setting of each objective."""
+    """Return the setting of each objective."""
     return {name: Setting(objective=name) for name in recipe.objectives}
 
 
 def settings(recipe: AblateRecipe) -> list[Setting]:
-    """Every setting of the grid once."""
+    """Return each setting of the grid once."""
     found = [setting for curve in length_curves(recipe).values() for setting in curve]
     return list(dict.fromkeys([*found, *objective_bars(recipe).values()]))

@@ -1,4 +1,4 @@
-"""ablation.json, ablation.md and the two plots."""
+"""Write ablation.json, ablation.md and two plots."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PLOTS = {"length.png": "Retrieval by caption length", "objectives.png": "Retriev
 
 
 def write_report(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: str) -> str:
-    """Write everything into the output folder; returns the Markdown.
+    """Write all files into the output folder and return the Markdown.
 
     Args:
-        samples_seen: pairs that each run was trained on.
+        samples_seen: pairs per run.
     """
     folder = Path(recipe.output_dir)
     text = markdown(recipe, scores, samples_seen, command)
@@ -38,7 +38,7 @@ def write_report(recipe: AblateRecipe, scores: Scores, samples_seen: int, comman
 
 
 def tree(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: str) -> dict[str, Any]:
-    """All numbers, as fractions."""
+    """Return the content of ablation.json; recalls are fractions."""
     rows = [
         {"name": setting.name, **dataclasses.asdict(setting), "scores": list(scores[setting])}
         | dataclasses.asdict(mean(scores[setting]))
@@ -55,12 +55,12 @@ def tree(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: str) 
 
 
 def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: str) -> str:
-    """Both tables and the verdicts."""
+    """Return tables and verdicts as Markdown."""
     name = f"R@{recipe.metric[1:]}"
     parts = [
         "# Ablations",
-        f"{name} in %, the mean of both directions; mean ± standard error over {len(recipe.seeds)} seeds. "
-        f"Every run saw {samples_seen:,} pairs.\n\n`{command}`",
+        f"{name} in %, averaged over both directions; mean ± standard error over {len(recipe.seeds)} seeds. "
+        f"Each run saw {samples_seen:,} pairs.\n\n`{command}`",
     ]
     curves = length_curves(recipe)
     if curves:
@@ -85,14 +85,14 @@ def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: s
     parts += [
         "## The paper's directions",
         table(plain_table(["claim", "measured here", "difference", "here"], rows)),
-        "Held, or did not hold: the 95 % interval of the difference over seeds (Student's t) lies above, or below, "
-        "zero. Undecided: it holds zero.",
+        "Held / did not hold: the 95 % interval of the difference over seeds (Student's t) lies above / below zero. "
+        "Undecided: it contains zero.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _lengths(recipe: AblateRecipe) -> list[str]:
-    """All budgets, synthetic and web, from the shortest to the whole caption."""
+    """Return the labels of all budgets in ascending order, then the uncut caption."""
     found = {setting.budget for curve in length_curves(recipe).values() for setting in curve}
     return [*(str(budget) for budget in sorted(budget for budget in found if budget is not None)), WHOLE]
 
@@ -115,7 +115,7 @@ def _points(value: float, error: float) -> str:
 
 
 def draw_lengths(recipe: AblateRecipe, scores: Scores, file: Path) -> None:
-    """Recall over the length of captions, a line for each reduction; web captions dashed."""
+    """Plot recall by caption length, one line per reduction; web captions are dashed."""
 
     labels = _lengths(recipe)
 
@@ -132,14 +132,14 @@ def draw_lengths(recipe: AblateRecipe, scores: Scores, file: Path) -> None:
                 capsize=3,
             )
         axes.set_xticks(range(len(labels)), labels)
-        axes.set_xlabel("word pieces of a caption that the text tower reads")
+        axes.set_xlabel("word pieces per caption")
         axes.legend(frameon=False)
 
     _figure(recipe, draw, file)
 
 
 def draw_objectives(recipe: AblateRecipe, scores: Scores, file: Path) -> None:
-    """Recall of each objective."""
+    """Plot the recall of each objective."""
 
     def draw(axes: Axes) -> None:
         bars = objective_bars(recipe)
@@ -152,7 +152,7 @@ def draw_objectives(recipe: AblateRecipe, scores: Scores, file: Path) -> None:
 
 
 def _figure(recipe: AblateRecipe, draw: Any, file: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would look for a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would look for a display
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")

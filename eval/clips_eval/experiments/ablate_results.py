@@ -1,4 +1,4 @@
-"""What the grid says: means with standard errors, and whether the paper's directions held here."""
+"""Statistics of the grid: means with standard errors, and verdicts on the paper's directions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clips_eval.experiments.ablate_grid import AblateRecipe, Setting, length_cur
 
 Verdict = Literal["held", "did not hold", "undecided"]
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal one is near enough.
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table, the normal quantile.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _NORMAL95 = 1.96
 
-Scores = Mapping[Setting, Sequence[float]]  # by seed, in the recipe's order
+Scores = Mapping[Setting, Sequence[float]]  # one value per seed, in the order of the recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """A claim of the paper, and the difference here that it says is positive."""
+    """A claim of the paper, and the measured difference that it predicts to be positive."""
 
     claim: str
     measured: str
@@ -38,12 +38,12 @@ class Direction:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Mean and standard error of at least two values."""
+    """Return mean and standard error of at least two values."""
     return Mean(value=statistics.fmean(values), error=statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def judge(differences: Sequence[float]) -> Verdict:
-    """Whether a positive difference is there: the 95 % interval of its mean over seeds lies to one side of zero."""
+    """Return whether the 95 % interval of the mean difference lies above zero, below it, or contains it."""
     found = mean(differences)
     freedom = len(differences) - 1
     reach = (_T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95) * found.error
@@ -53,12 +53,12 @@ def judge(differences: Sequence[float]) -> Verdict:
 
 
 def directions(recipe: AblateRecipe, scores: Scores) -> list[Direction]:
-    """The paper's directions (arXiv 2411.16828: figure 1 and the comparison with CLIPA and CoCa)."""
+    """Return verdicts on the paper's claims (arXiv 2411.16828: figure 1, comparison with CLIPA and CoCa)."""
     return [*_of_length(recipe, scores), *_of_objectives(recipe, scores)]
 
 
 def _of_length(recipe: AblateRecipe, scores: Scores) -> list[Direction]:
-    """Short synthetic captions beat whole ones, cut in any way; web captions do not like to be cut."""
+    """Claims: cut synthetic captions beat uncut ones; uncut web captions beat cut ones."""
     found = []
     for name, curve in length_curves(recipe).items():
         *shorter, whole = curve

@@ -1,4 +1,4 @@
-"""The recipe of `clips-mllm compare`: which towers, what is the same for all, and the runs that this asks for."""
+"""The recipe of `clips-mllm compare` and the jobs that it expands to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vision_tower.common.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSpec:
-    """How an encoder is made that is not there yet.
+    """How to pretrain an encoder that does not exist yet.
 
     Args:
-        run: its folder, as given among the runs.
-        config: recipe of 'clips-mllm pretrain'.
-        options: further options, such as --objective=clip-web.
+        run: its folder, one of the runs.
+        config: recipe of `clips-mllm pretrain`.
+        options: further options, for example --objective=clip-web.
     """
 
     run: Path
@@ -28,21 +28,21 @@ class PretrainSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRecipe:
-    """Swap the vision tower and nothing else: same LLM, data and steps; every tower with every seed, then paired tests.
+    """Train the same MLLM with each vision tower and seed, and compare the towers with paired tests.
 
     Args:
-        runs: encoder runs (folders with tower/); the first is what the others are compared with.
-        output_dir: gets a run folder for each tower and seed, compare.json, compare.md and compare.html.
+        runs: encoder runs (folders with tower/); the others are compared with the first.
+        output_dir: folder for a run per tower and seed, compare.json, compare.md and compare.html.
         align: recipe of stage 1.
         finetune: recipe of stage 2.
         evaluate: recipe of the benchmarks.
-        retrieval: Karpathy-style JSON to measure the encoders on; left out if not given.
-        pretrain: how to make those of the runs that are not there yet; equal samples are the recipes' business.
-        stage_options: for both stages, such as --training.max_steps=100.
-        projector: module that writes the projector which stage 1 starts from; called with the options of stage 1.
-        launcher: what starts a stage before the module's name; this Python if not given, for example
+        retrieval: Karpathy-style JSON to evaluate the encoders on (optional).
+        pretrain: how to pretrain runs that do not exist yet; give them recipes with the same number of samples.
+        stage_options: options for both stages, for example --training.max_steps=100.
+        projector: module that writes the initial projector of stage 1, called with the options of stage 1 (optional).
+        launcher: launcher of a stage, followed by the module name (default: this Python), for example
             [deepspeed, --num_gpus, "8", --module].
-        seeds: of projector, data order and dropout of both stages; the towers stay as they are.
+        seeds: seeds of projector, data order and dropout in both stages; the towers are the same for all seeds.
     """
 
     runs: list[Path]
@@ -58,21 +58,19 @@ class CompareRecipe:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def check(self) -> None:
-        """Raise UserError before anything is trained."""
+        """Raise UserError if the recipe is invalid or a file is missing."""
         if len(self.runs) < 2:
-            raise UserError("runs: give at least two encoder runs, the one to compare with first")
+            raise UserError("at least two encoder runs are needed", key="runs", remedy="give the baseline first")
         names = [run.name for run in self.runs]
         if len(set(names)) < len(names):
-            raise UserError(
-                f"runs: {', '.join(names)}: folders of the same name cannot be told apart", remedy="rename one"
-            )
+            raise UserError(f"folder names must differ: {', '.join(names)}", key="runs", remedy="rename one")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError("seeds: at least one, none twice", remedy="give three for a comparison to trust")
+            raise UserError("needs different seeds", key="seeds", value=self.seeds, remedy="give three or more")
         made = {spec.run for spec in self.pretrain}
         for run in self.runs:
             if run not in made and not (run / "tower").is_dir():
                 raise UserError(
-                    "no tower/ in it", file=run, remedy="pretrain it first, or say how under 'pretrain' in the recipe"
+                    "contains no tower/", file=run, remedy="pretrain it first, or add it to 'pretrain' in the recipe"
                 )
         files = [self.align, self.finetune, self.evaluate, *(spec.config for spec in self.pretrain)]
         for file in [*files, *([self.retrieval] if self.retrieval else [])]:
@@ -82,7 +80,7 @@ class CompareRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One command in a process of its own; `done` appears when it has succeeded."""
+    """One command, run in its own process; the file `done` is written when it has succeeded."""
 
     step: Literal["pretrain", "projector", "align", "finetune", "evaluate", "retrieve"]
     of: str
@@ -90,31 +88,31 @@ class Job:
     arguments: list[str]
     folder: Path
     launched: bool = False
-    output: Path | None = None  # of a stage: its checkpoints to go on from lie there
+    output: Path | None = None  # output_dir of a stage, whose checkpoints are removed when it is done
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Label for the log."""
         return f"{self.of}: {self.step}"
 
     @property
     def done(self) -> Path:
-        """Holds the command, so that another recipe in the same folder is noticed."""
+        """File with the command, to detect another recipe in the same folder."""
         return self.folder / f".{self.step}.done.json"
 
     @property
-    def order(self) -> str:
-        """What `done` must hold."""
+    def content(self) -> str:
+        """Expected content of `done`."""
         return json.dumps([self.module, *self.arguments])
 
 
 def cell(recipe: CompareRecipe, run: Path, seed: int) -> Path:
-    """The run folder of a tower with a seed; `clips-mllm report` reads it."""
+    """Return the run folder of a tower and seed, which `clips-mllm report` reads."""
     return recipe.output_dir / f"{run.name}-seed{seed}"
 
 
 def jobs(recipe: CompareRecipe) -> list[Job]:
-    """Everything to do: towers first, then all towers with the first seed, and so on."""
+    """Return all jobs: pretraining first, then all towers with the first seed, and so on."""
     found = []
     for spec in (spec for spec in recipe.pretrain if spec.run in recipe.runs):
         words = ["--config", str(spec.config), "--output_dir", str(spec.run), *spec.options]

@@ -1,8 +1,8 @@
-"""compare.json, compare.md and compare.html: towers against the first one, over documents and over seeds.
+"""Write compare.json, compare.md and compare.html: each tower against the first, over documents and over seeds.
 
-Two questions, two tests. Would other questions give the same sign? Each metric's mean over the seeds is compared on the
-same documents (`uncertainty.paired`, Holm over all rows). Would another training? The difference of each seed,
-and Student's interval of their mean; the towers themselves are not trained again, and that spread is not in it.
+Test over documents: would other questions give the same sign? The mean over seeds is compared on the same documents
+(`uncertainty.paired`, Holm over all rows). Test over seeds: would another training? Student's interval of the mean of
+the per-seed differences. The towers are trained once each, so their own spread is not included.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from vision_tower.common.errors import UserError
 from vision_tower.common.files import write_text
 
 FOOT = (
-    "Over documents: permutation test by image of the mean over the seeds, Holm-corrected over all rows; "
-    "would other questions give the same sign? Over seeds: Student's 95 % interval of the mean of the seeds' "
-    "differences; would another training of the two stages? The towers were trained once each."
+    "Over documents: permutation test over images of the mean over seeds, Holm-corrected over all rows (would other "
+    "questions give the same sign?). Over seeds: Student's 95 % interval of the mean per-seed difference (would "
+    "another training of the two stages?). The towers were trained once each."
 )
 OVER_SEEDS = {"held": "better", "did not hold": "worse", "undecided": "no difference"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One metric of a tower against the first: values by seed, and both tests."""
+class Comparison:
+    """One metric of a tower against the first: values per seed, and both tests."""
 
     tower: str
     task: str
@@ -42,17 +42,17 @@ class Row:
     first: list[float]
     values: list[float]
     documents: Difference
-    seeds: str  # better, worse, no difference; "one seed" where there is no spread
+    seeds: str  # better, worse, no difference, or "one seed"
 
     @property
     def gain(self) -> list[float]:
-        """By seed."""
+        """Differences per seed."""
         return [ours - theirs for ours, theirs in zip(self.values, self.first, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A metric of a tower that cannot be held against the first's."""
+    """A metric that cannot be compared."""
 
     tower: str
     task: str
@@ -61,16 +61,16 @@ class LeftOut:
 
 
 def write_report(recipe: CompareRecipe, command: str) -> str:
-    """Write all three files; returns the Markdown.
+    """Write all three files and return the Markdown.
 
     Raises:
-        UserError: runs that do not answer the same documents.
+        UserError: the runs answered different documents.
     """
     rows, rest = compare_towers(recipe)
     first, *others = (run.name for run in recipe.runs)
     seeds = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) > 1 else ''}"
     title = "Towers compared"
-    lead = f"Same LLM, data and steps; {seeds} of both stages. In % or points, the mean over seeds; against `{first}`."
+    lead = f"Same LLM, data and steps; {seeds} of both stages. Mean over seeds in % or points, against `{first}`."
     parts = [Section(title=name, table=_table(first, name, rows, rest)) for name in others]
     text = report_markdown.render([f"# {title}", lead, f"`{command}`"], parts, [FOOT])
     tree = {
@@ -87,27 +87,27 @@ def write_report(recipe: CompareRecipe, command: str) -> str:
     return text
 
 
-def compare_towers(recipe: CompareRecipe) -> tuple[list[Row], list[LeftOut]]:
-    """Every metric of every other tower, p-values adjusted over all of them; and what cannot be compared."""
+def compare_towers(recipe: CompareRecipe) -> tuple[list[Comparison], list[LeftOut]]:
+    """Return the comparisons, with p-values adjusted over all of them (Holm), and what cannot be compared."""
     runs = {run: [read_run(cell(recipe, run, seed)) for seed in recipe.seeds] for run in recipe.runs}
     first, *others = recipe.runs
     found = [row for other in others for row in _against(runs[first], runs[other], other.name)]
-    rows = [row for row in found if isinstance(row, Row)]
+    rows = [row for row in found if isinstance(row, Comparison)]
     if not rows:
         raise UserError(
-            "no metric whose single answers are known", file=recipe.output_dir, remedy="see the runs' lmms.json"
+            "no metric with single answers", file=recipe.output_dir, remedy="look at the lmms.json of the runs"
         )
     adjusted = holm([row.documents for row in rows])
     rows = [replace(row, documents=documents) for row, documents in zip(rows, adjusted, strict=True)]
     return rows, [row for row in found if isinstance(row, LeftOut)]
 
 
-def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: str) -> Iterator[Row | LeftOut]:
+def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: str) -> Iterator[Comparison | LeftOut]:
     for task, metric in _metrics(ours[0]):
         a, b = ([_scores(run, task, metric) for run in runs] for runs in (ours, theirs))
         left, right = ([one for one in some if one is not None] for some in (a, b))
         if len(left) < len(a) or len(right) < len(b):
-            yield LeftOut(tower=tower, task=task, metric=metric, reason="is not known document by document in some run")
+            yield LeftOut(tower=tower, task=task, metric=metric, reason="has no per-document scores in some run")
             continue
         try:
             found = paired(_over_seeds(left), _over_seeds(right))
@@ -118,14 +118,14 @@ def _against(theirs: Sequence[Run], ours: Sequence[Run], tower: str) -> Iterator
             raise UserError(f"{task}: {error}", file=tower, remedy="measure all runs on the same data") from error
         lower = task != "retrieval" and ours[0].lmms is not None and lower_is_better(ours[0].lmms, task, metric)
         values, first = [value(one) for one in left], [value(one) for one in right]
-        yield Row(
+        yield Comparison(
             tower=tower,
             task=task,
             metric=metric,
             first=first,
             values=values,
             documents=replace(found, n=round(found.n / len(left)), lower=lower),
-            # The tower is the same for every seed.
+            # The encoder is the same for all seeds.
             seeds="–" if task == "retrieval" else _over_trainings(values, first, lower),
         )
 
@@ -151,16 +151,16 @@ def _scores(run: Run, task: str, metric: str) -> Scores | None:
 
 
 def _over_seeds(seeds: Sequence[Scores]) -> Scores:
-    """Every seed's documents, whose value is the mean of the seeds' values: of ratios too, such as a precision.
+    """Combine the seeds into one score whose value is the mean of their values, also for ratios such as precision.
 
-    A seed is a stratum that counts by one over their number; an image stands for its documents in all of them.
+    Each seed is a stratum with weight 1 / number of seeds; an image is resampled with its documents in all seeds.
 
     Raises:
-        ValueError: the seeds answer different documents.
+        ValueError: the seeds answered different documents.
     """
     first, *others = seeds
     if any(one.clusters != first.clusters or one.strata != first.strata for one in others):
-        raise ValueError("the seeds answer different documents")
+        raise ValueError("the seeds answered different documents")
     strata = first.strata or [""] * len(first.clusters)
     return Scores(
         numerators=[part / len(seeds) for one in seeds for part in one.numerators],
@@ -170,8 +170,8 @@ def _over_seeds(seeds: Sequence[Scores]) -> Scores:
     )
 
 
-def _table(first: str, tower: str, rows: Sequence[Row], rest: Sequence[LeftOut]) -> Table:
-    """One tower against the first."""
+def _table(first: str, tower: str, rows: Sequence[Comparison], rest: Sequence[LeftOut]) -> Table:
+    """Return the table of one tower against the first."""
     names = ["metric", first, tower, "difference", "95 %, documents", "p", "over documents", "by seed", "over seeds"]
     notes = [
         f"Not compared: {one.task.removeprefix('clips_')}: {one.metric} {one.reason}."
@@ -181,10 +181,10 @@ def _table(first: str, tower: str, rows: Sequence[Row], rest: Sequence[LeftOut])
     return plain_table(names, [_cells(row) for row in rows if row.tower == tower], notes)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Comparison) -> list[str]:
     found = row.documents
     spread = mean(row.gain).error if len(row.gain) > 1 else 0.0
-    scale = 100 if max(map(abs, [*row.first, *row.values])) <= 1 else 1  # points are shown as they are
+    scale = 100 if max(map(abs, [*row.first, *row.values])) <= 1 else 1  # points keep their unit
     return [
         f"{row.task.removeprefix('clips_')}: {row.metric}",
         f"{scale * sum(row.first) / len(row.first):.1f}",

@@ -5,14 +5,14 @@ Shapes: N documents of a batch, T prompt tokens (left-padded), P tokens per imag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from clips_eval.lmms.answer_cache import answer_key
-from clips_eval.lmms.images import derangement
 from vision_tower.common.errors import UserError
 
 # lmms-eval sets `until` to its few-shot delimiter if a task has none. A chat has no few-shot examples, and an answer
@@ -89,6 +89,25 @@ def _by_image(documents: Sequence[Document], indices: Sequence[int]) -> list[int
         return len(images), longest[images] if images else 0, images, length
 
     return sorted(indices, key=order, reverse=True)
+
+
+def derangement(names: Iterable[str], seed: int) -> dict[str, str]:
+    """Map every distinct name to another one: a random cycle through all names (Sattolo's algorithm).
+
+    Depends on the set of names and on the seed, not on their order.
+
+    Raises:
+        ValueError: there is only one name.
+    """
+    before = sorted(set(names))
+    if len(before) == 1:
+        raise ValueError("one image cannot be exchanged for another")
+    after = before.copy()
+    rng = random.Random(seed)
+    for last in range(len(after) - 1, 0, -1):
+        other = rng.randrange(last)
+        after[last], after[other] = after[other], after[last]
+    return dict(zip(before, after, strict=True))
 
 
 def shuffle_images(documents: Sequence[Document], seed: int) -> list[Document]:
