@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -26,29 +27,31 @@ from clips_mllm.sample.wording import synthetic_caption, web_caption
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.recipe import parse_recipe
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRecipe:
     """Build the sample world: pretraining shards, LLaVA JSON, retrieval and evaluation files, a small LLM.
 
     Args:
-        output_dir: the folder to leave it in; it must not exist, or be empty.
-        seed: everything but the third-party material is a function of it.
-        llm: SmolLM2-135M-Instruct, or a random two-layer LLaMA for trials of the machinery.
+        output_dir: target folder; must be absent or empty.
+        seed: seed of everything except the third-party material.
+        llm: smollm2 is SmolLM2-135M-Instruct; tiny is a random two-layer LLaMA for tests of the pipeline.
         pretrain_scenes: scenes in the pretraining shards.
-        pretrain_figures: geometric images of our own in them.
-        pretrain_shapes: easy-VQA training images in them.
-        shard_size: pairs in one shard.
-        align_scenes: scenes with a caption for stage 1, beside as many easy-VQA captions as `align_shapes`.
-        align_shapes: easy-VQA training images in stage 1.
-        finetune_scenes: scenes with conversations for stage 2.
-        finetune_shapes: easy-VQA training images with conversations for stage 2.
-        finetune_pairs: stage-2 conversations about two images.
-        finetune_told: stage-2 conversations about a scene told in words, without its image.
-        finetune_told_shapes: the same about easy-VQA training images.
-        finetune_texts: stage-2 conversations about no scene at all.
-        retrieval_scenes: test scenes for retrieval, five captions each.
-        pope_scenes: test scenes that POPE asks about.
+        pretrain_figures: generated geometric images in the pretraining shards.
+        pretrain_shapes: easy-VQA training images in the pretraining shards.
+        shard_size: image-text pairs per shard.
+        align_scenes: scenes with a caption, for stage 1.
+        align_shapes: easy-VQA training images with a caption, for stage 1.
+        finetune_scenes: scenes with conversations, for stage 2.
+        finetune_shapes: easy-VQA training images with conversations, for stage 2.
+        finetune_pairs: conversations about two images, for stage 2.
+        finetune_patch_texts: conversations about a scene given as one word per patch instead of an image, for stage 2.
+        finetune_patch_text_shapes: the same for easy-VQA training images.
+        finetune_texts: conversations without image or scene, for stage 2.
+        retrieval_scenes: test scenes for retrieval, with five captions each.
+        pope_scenes: test scenes for POPE.
         mmbench_scenes: test scenes with one multiple-choice question each.
         easy_vqa_questions: questions drawn from easy-VQA's test split.
     """
@@ -65,8 +68,8 @@ class SampleRecipe:
     finetune_scenes: int = 2_000
     finetune_shapes: int = 2_000
     finetune_pairs: int = 100
-    finetune_told: int = 200
-    finetune_told_shapes: int = 100
+    finetune_patch_texts: int = 200
+    finetune_patch_text_shapes: int = 100
     finetune_texts: int = 100
     retrieval_scenes: int = 1_000
     pope_scenes: int = 100
@@ -74,31 +77,34 @@ class SampleRecipe:
     easy_vqa_questions: int = 1_500
 
     def check(self) -> None:
-        """Raise UserError where a file would stay empty."""
-        may_be_none = {"align_scenes", "align_shapes", "finetune_scenes", "finetune_shapes"}
-        may_be_none |= {"finetune_pairs", "finetune_told", "finetune_told_shapes", "finetune_texts"}
-        may_be_none |= {"pretrain_figures", "pretrain_shapes"}
+        """Raise UserError if a file would be empty."""
+        optional = {"align_scenes", "align_shapes", "finetune_scenes", "finetune_shapes"}
+        optional |= {"finetune_pairs", "finetune_patch_texts", "finetune_patch_text_shapes", "finetune_texts"}
+        optional |= {"pretrain_figures", "pretrain_shapes"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in may_be_none else 2 if field.name == "retrieval_scenes" else 1
-            if field.name != "seed" and isinstance(value, int) and value < least:
-                raise UserError(f"{field.name}={value}: at least {least} is needed")
+            minimum = 0 if field.name in optional else 2 if field.name == "retrieval_scenes" else 1
+            if field.name != "seed" and isinstance(value, int) and value < minimum:
+                raise UserError(f"must be at least {minimum}", key=field.name, value=value)
         for stage in ("align", "finetune"):
             if getattr(self, f"{stage}_scenes") + getattr(self, f"{stage}_shapes") == 0:
                 raise UserError(
-                    f"{stage}_scenes=0, {stage}_shapes=0: the stage needs a sample", remedy="raise one of them"
+                    f"the stage has no samples: {stage}_scenes and {stage}_shapes are 0",
+                    key=f"{stage}_scenes",
+                    value=0,
+                    remedy="raise one of them",
                 )
 
 
 def main(argv: list[str]) -> None:
-    """Build everything in a temporary folder beside the target, then move it into place."""
+    """Build everything in a temporary folder, then rename it to the target."""
     recipe = parse_recipe(SampleRecipe, argv, command="data sample")
     recipe.check()
     final = Path(recipe.output_dir)
     if final.exists() and any(final.iterdir()):
-        raise UserError(f"{final}: already holds files", remedy="remove the folder or choose another --output_dir")
+        raise UserError("not empty", file=final, remedy="delete the folder, or choose another --output_dir")
     work = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # what an interrupted build left
+    shutil.rmtree(work, ignore_errors=True)  # left by an interrupted build
     work.mkdir(parents=True)
     train_shapes = shapes.load_shapes("train")
     write_shards(recipe, work / "pretrain", train_shapes)
@@ -109,11 +115,11 @@ def main(argv: list[str]) -> None:
     if final.exists():
         final.rmdir()
     os.replace(work, final)
-    print(f"sample world in {final}")
+    logger.info("sample world in %s", final)
 
 
 def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> None:
-    """WebDataset shards in which scenes and easy-VQA images are mixed."""
+    """Write WebDataset shards of scenes, geometric images and easy-VQA images, shuffled."""
     folder.mkdir(parents=True)
     rows: list[tuple[str, Any]] = [("scene", index) for index in range(recipe.pretrain_scenes)]
     rows += [("figure", index) for index in range(recipe.pretrain_figures)]
@@ -166,15 +172,15 @@ PAIR_MAKERS: dict[str, Callable[[int, Any], tuple[str, bytes, str, str] | None]]
 
 
 def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> list[str]:
-    """`stage1.json`, `stage2.json` and their images; returns all text in them."""
+    """Write `stage1.json`, `stage2.json` and their images; return all text in them."""
     images = folder / "images"
     images.mkdir(parents=True)
     stage1 = list(
         _progress(_align_rows(recipe, images, train_shapes), "stage 1", recipe.align_scenes + recipe.align_shapes)
     )
     parts = (recipe.finetune_scenes, recipe.finetune_shapes, recipe.finetune_pairs, recipe.finetune_texts)
-    about = sum(parts) + recipe.finetune_told + recipe.finetune_told_shapes
-    stage2 = list(_progress(_finetune_rows(recipe, images, train_shapes), "stage 2", about))
+    total = sum(parts) + recipe.finetune_patch_texts + recipe.finetune_patch_text_shapes
+    stage2 = list(_progress(_finetune_rows(recipe, images, train_shapes), "stage 2", total))
     random.Random(f"{recipe.seed}/stage1").shuffle(stage1)
     random.Random(f"{recipe.seed}/stage2").shuffle(stage2)
     _write_json(folder / "stage1.json", stage1)
@@ -186,8 +192,8 @@ def _align_rows(recipe: SampleRecipe, images: Path, train_shapes: list[shapes.Sh
     rng = random.Random(f"{recipe.seed}/align")
     for scene in _scenes(recipe, "align", recipe.align_scenes):
         yield instructions.caption_row(scene, _save_scene(scene, images), rng)
-    told = [shape for shape in train_shapes if shapes.shape_captions(shape, rng) is not None]
-    for shape in told[: recipe.align_shapes]:
+    captioned = [shape for shape in train_shapes if shapes.shape_captions(shape, rng) is not None]
+    for shape in captioned[: recipe.align_shapes]:
         sentence = f"The picture shows a {shape.color} {shape.shape}."
         prompt = rng.choice(instructions.STAGE1_PROMPTS)
         yield instructions.conversation(f"easy-vqa-{shape.image_id}", [(prompt, sentence)], [_copy(shape, images)])
@@ -206,17 +212,17 @@ def _finetune_rows(
         row = instructions.pair_row(first, second, [_save_scene(first, images), _save_scene(second, images)], rng)
         if row:
             yield row
-    for scene in _scenes(recipe, "told", recipe.finetune_told, fewest=2):
-        yield instructions.told_row(scene, rng)
+    for scene in _scenes(recipe, "told", recipe.finetune_patch_texts, min_things=2):
+        yield instructions.patch_text_row(scene, rng)
     known = [shape for shape in train_shapes if shape.color and shape.shape]
-    for shape in rng.sample(known, min(recipe.finetune_told_shapes, len(known))):
-        yield instructions.told_shape_row(shape, rng)
+    for shape in rng.sample(known, min(recipe.finetune_patch_text_shapes, len(known))):
+        yield instructions.patch_text_shape_row(shape, rng)
     for index in range(recipe.finetune_texts):
         yield instructions.text_row(index, rng)
 
 
 def write_exams(recipe: SampleRecipe, folder: Path, test_shapes: list[shapes.ShapeImage]) -> None:
-    """Everything that is only measured with: scenes of the test split, easy-VQA's own test split."""
+    """Write the evaluation files: scenes of the test split, easy-VQA's test split."""
     images = folder / "retrieval" / "images"
     images.mkdir(parents=True)
     (folder / "eval").mkdir()
@@ -224,7 +230,7 @@ def write_exams(recipe: SampleRecipe, folder: Path, test_shapes: list[shapes.Sha
     for scene in _progress(retrieval, "retrieval"):
         _save_scene(scene, images)
     _write_json(folder / "retrieval" / "test.json", exams.karpathy_json(retrieval, recipe.seed))
-    asked = _scenes(recipe, "test-pope", recipe.pope_scenes, fewest=2)
+    asked = _scenes(recipe, "test-pope", recipe.pope_scenes, min_things=2)
     for setting in exams.POPE_SETTINGS:
         exams.write_parquet(exams.pope_rows(asked, setting, recipe.seed), folder / "eval" / f"pope_{setting}.parquet")
     chosen = _scenes(recipe, "test-mmbench", recipe.mmbench_scenes)
@@ -235,7 +241,7 @@ def write_exams(recipe: SampleRecipe, folder: Path, test_shapes: list[shapes.Sha
 
 
 def _write_examples(folder: Path, first: Scene, second: Scene, shape: shapes.ShapeImage) -> None:
-    """Three held-out images with a question each, for a first talk with the model."""
+    """Write three held-out images with a question each, for `clips-mllm chat --examples`."""
     copied = folder / "retrieval" / "images" / f"easy-vqa-test-{shape.image_id}.png"
     shutil.copyfile(shape.file, copied)
     examples = [
@@ -247,15 +253,15 @@ def _write_examples(folder: Path, first: Scene, second: Scene, shape: shapes.Sha
 
 
 def write_language_model(recipe: SampleRecipe, folder: Path, texts: list[str]) -> None:
-    """A plain LLaMA checkpoint."""
+    """Write the LLM as a stock checkpoint."""
     from clips_mllm.sample.llm import write_llm
 
-    print(f"language model: {recipe.llm}", file=sys.stderr, flush=True)
+    logger.info("language model: %s", recipe.llm)
     write_llm(recipe.llm, folder, texts)
 
 
-def _scenes(recipe: SampleRecipe, split: str, count: int, fewest: int = 1) -> list[Scene]:
-    return [draw_scene(recipe.seed, split, index, fewest=fewest) for index in range(count)]
+def _scenes(recipe: SampleRecipe, split: str, count: int, min_things: int = 1) -> list[Scene]:
+    return [draw_scene(recipe.seed, split, index, min_things=min_things) for index in range(count)]
 
 
 def _save_scene(scene: Scene, images: Path) -> str:
@@ -274,10 +280,10 @@ def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1))
 
 
-def _progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+def _progress(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total)
+    return tqdm(items, desc=description, total=total)
 
 
 if __name__ == "__main__":

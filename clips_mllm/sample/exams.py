@@ -1,4 +1,4 @@
-"""Evaluation files of the sample world: retrieval JSON, POPE, MMBench and easy-VQA parquet, examples to ask about."""
+"""Evaluation files of the sample world: retrieval JSON; POPE, MMBench and easy-VQA parquet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POPE_SETTINGS = ("random", "popular", "adversarial")
 
 
 def karpathy_json(scenes: list[Scene], seed: int) -> dict[str, Any]:
-    """Karpathy-style retrieval annotations: five captions an image."""
+    """Return Karpathy-style retrieval annotations with five captions per image."""
     images: list[dict[str, Any]] = []
     sentences = itertools.count()
     for number, scene in enumerate(scenes):
@@ -41,10 +41,10 @@ def karpathy_json(scenes: list[Scene], seed: int) -> dict[str, Any]:
 
 
 class PopeNegatives:
-    """POPE's three ways to choose objects that are not in the image (arXiv 2305.10355, section 4.2).
+    """POPE's three ways to choose objects that are not in an image (arXiv 2305.10355, section 4.2).
 
-    random: any absent object. popular: the most frequent absent ones. adversarial: those that appear together with
-    the image's objects most often. Frequencies are those of the evaluated scenes, as in POPE.
+    random: any absent objects. popular: the most frequent ones. adversarial: those that appear most often together with
+    the image's objects. Frequencies are counted over the evaluated scenes, as in POPE.
     """
 
     def __init__(self, scenes: list[Scene]) -> None:
@@ -57,7 +57,7 @@ class PopeNegatives:
                 self.together[a][b] += 1
 
     def choose(self, scene: Scene, setting: str, count: int, rng: random.Random) -> list[str]:
-        """`count` absent objects; ties are broken by name, so that the choice is a function of the scenes."""
+        """Choose `count` absent objects; ties are broken by name, so that the choice is deterministic."""
         present = {thing.short for thing in scene.things}
         absent = [short for short in spoken_names() if short not in present]
         if setting == "random":
@@ -69,7 +69,7 @@ class PopeNegatives:
 
 
 def pope_rows(scenes: list[Scene], setting: str, seed: int) -> list[dict[str, Any]]:
-    """As many "no" questions as "yes" questions for every scene."""
+    """Return rows with as many "no" as "yes" questions for every scene."""
     negatives = PopeNegatives(scenes)
     rows: list[dict[str, Any]] = []
     for scene in scenes:
@@ -94,7 +94,7 @@ def pope_rows(scenes: list[Scene], setting: str, seed: int) -> list[dict[str, An
 
 
 def mmbench_rows(scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
-    """One multiple-choice question a scene, with MMBench's columns."""
+    """Return one multiple-choice question per scene, with MMBench's columns."""
     rows: list[dict[str, Any]] = []
     for index, scene in enumerate(scenes):
         rng = random.Random(f"{seed}/mmbench/{scene.key}")
@@ -118,7 +118,7 @@ def mmbench_rows(scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
 
 
 def easy_vqa_rows(shapes: list[ShapeImage], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` questions drawn from all of easy-VQA's test questions (all of them where there are fewer)."""
+    """Draw `count` of easy-VQA's test questions, or all if there are fewer."""
     everything = [(shape, question, answer) for shape in shapes for question, answer in shape.questions]
     chosen = random.Random(f"{seed}/easy-vqa").sample(range(len(everything)), min(count, len(everything)))
     return [
@@ -136,7 +136,7 @@ def easy_vqa_rows(shapes: list[ShapeImage], count: int, seed: int) -> list[dict[
 
 
 def write_parquet(rows: list[dict[str, Any]], file: Path) -> None:
-    """A parquet file whose `image` column has the `datasets.Image` feature, as on the hub."""
+    """Write a parquet file with a `datasets.Image` feature in the `image` column, as data sets on the hub have it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Image, Value

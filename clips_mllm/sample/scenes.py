@@ -1,7 +1,8 @@
-"""Scenes: one to four objects on a 3 x 3 grid before a coloured background, drawn from a seed and rendered.
+"""Scenes: one to four objects on a 3 x 3 grid over a coloured background, drawn from a seed and rendered.
 
-A scene is a pure function of (seed, split, index); the splits' random streams are named, so they never meet.
-Objects are drawn theme by theme with uneven frequency, so that POPE's popular and adversarial negatives mean something.
+A scene is a pure function of (seed, split, index); each split has its own random stream.
+Objects have different frequencies and appear with objects of their theme, so that POPE's popular and adversarial
+negatives differ from random ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID = 3
-CELL = 32  # pixels: a multiple of the quickstart's patch, so that a small encoder meets an object on whole patches
+CELL = 32  # pixels: a multiple of the quickstart's patch size, so that an object covers whole patches
 IMAGE = GRID * CELL
 JITTER = 1
 
@@ -38,7 +39,7 @@ SIZES = {"small": (20, 22), "large": (28, 30)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object in its cell; `row` and `column` count from the top left."""
+    """An object in its cell. `row` and `column` start at the top left; `pixels` is its side, `shift` its offset."""
 
     short: str
     row: int
@@ -50,17 +51,17 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What is in an image. `things` are in reading order: left to right, then top to bottom."""
+    """Contents of an image. `things` are in row-major order."""
 
     key: str
     background: str
     things: tuple[Thing, ...]
 
 
-def draw_scene(seed: int, split: str, index: int, *, fewest: int = 1, most: int = 4) -> Scene:
-    """The scene number `index` of a split."""
+def draw_scene(seed: int, split: str, index: int, *, min_things: int = 1, max_things: int = 4) -> Scene:
+    """Draw scene number `index` of a split."""
     rng = random.Random(f"{seed}/{split}/{index}")
-    count = rng.randint(fewest, most)
+    count = rng.randint(min_things, max_things)
     cells = sorted(rng.sample(range(GRID * GRID), count))
     things = tuple(_draw_thing(rng, short, cell) for short, cell in zip(_draw_objects(rng, count), cells, strict=True))
     return Scene(key=f"{split}-{index:06d}", background=rng.choice(sorted(BACKGROUNDS)), things=things)
@@ -72,7 +73,7 @@ def _draw_objects(rng: random.Random, count: int) -> list[str]:
     while len(chosen) < count:
         theme = home if rng.random() < 0.5 else rng.choice(sorted(THEMES))
         members = THEMES[theme]
-        # The first objects of a theme are about twice as frequent as its last.
+        # The first object of a theme is about twice as frequent as the last.
         weights = [2.0 - position / len(members) for position in range(len(members))]
         short = rng.choices(members, weights)[0]
         if short not in chosen:
@@ -93,7 +94,7 @@ def _draw_thing(rng: random.Random, short: str, cell: int) -> Thing:
 
 
 def render_scene(scene: Scene) -> Image.Image:
-    """The image: RGB, `IMAGE` x `IMAGE` pixels."""
+    """Return the RGB image of `IMAGE` x `IMAGE` pixels."""
     from PIL import Image
 
     image = Image.new("RGBA", (IMAGE, IMAGE), (*BACKGROUNDS[scene.background], 255))
@@ -106,7 +107,7 @@ def render_scene(scene: Scene) -> Image.Image:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Losslessly encoded, with the same bytes for the same pixels."""
+    """Encode an image; the same pixels give the same bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=3)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""easy-VQA, the third-party benchmark: its questions, its images, and captions made of its training answers.
+"""easy-VQA (a third-party benchmark): questions, images, and captions made of its training answers.
 
-Beside them, geometric images of our own in the same manner: 4,000 training images are too few to teach a tower
-from scratch what a triangle is.
+Also generated geometric images of the same kind, because easy-VQA's 4,000 training images are too few to train a tower
+from scratch.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from clips_mllm.sample.objects import render_svg
 
-SIDE = 96  # pixels of our own images
+SIDE = 96  # pixels of a generated image
 COLORS = ("red", "lime", "blue", "yellow", "black", "gray", "teal", "brown")
-SPOKEN_COLORS = {"lime": "green"}  # what easy-VQA calls green is lime to SVG
+SPOKEN_COLORS = {"lime": "green"}  # easy-VQA's green is SVG's lime
 _COLOR_QUESTION = re.compile(r"what (color is|is the color of)")
 _SHAPE_QUESTION = re.compile(r"what (shape|is the \w+ shape)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeImage:
-    """One easy-VQA image with its (question, answer) pairs in the package's order."""
+    """An easy-VQA image with its (question, answer) pairs in the package's order."""
 
     image_id: int
     file: Path
@@ -31,17 +31,17 @@ class ShapeImage:
 
     @property
     def color(self) -> str | None:
-        """The colour, where one of the questions tells it."""
+        """Colour, if an answer contains it."""
         return next((answer for question, answer in self.questions if _COLOR_QUESTION.match(question)), None)
 
     @property
     def shape(self) -> str | None:
-        """The shape, where one of the questions tells it."""
+        """Shape, if an answer contains it."""
         return next((answer for question, answer in self.questions if _SHAPE_QUESTION.match(question)), None)
 
 
 def load_shapes(split: str) -> list[ShapeImage]:
-    """The images of easy-VQA's own `train` or `test` split, by image id."""
+    """Return the images of easy-VQA's `train` or `test` split, ordered by image id."""
     import easy_vqa
 
     folder = Path(easy_vqa.__file__).parent / "data" / split
@@ -55,19 +55,19 @@ def load_shapes(split: str) -> list[ShapeImage]:
 
 
 def is_open(answer: str) -> bool:
-    """Whether a question asks for the shape or the colour rather than for yes or no."""
+    """Return True if the answer is a shape or a colour, not yes or no."""
     return answer not in ("yes", "no")
 
 
 def shape_captions(image: ShapeImage, rng: random.Random) -> tuple[str, str] | None:
-    """(web caption, synthetic caption) of an image whose colour and shape are told, else None."""
+    """Return (web caption, synthetic caption) of an image, or None if its colour or shape is unknown."""
     if image.color is None or image.shape is None:
         return None
     return caption_shape(image.color, image.shape, rng)
 
 
 def caption_shape(color: str, shape: str, rng: random.Random) -> tuple[str, str]:
-    """(web caption, synthetic caption) of one coloured shape."""
+    """Return (web caption, synthetic caption) of a coloured shape."""
     name = f"{color} {shape}"
     web = rng.choice((f"{name}", f"{name} clipart", f"geometric {shape}", f"{color} {shape} icon", "untitled"))
     sentences = [f"The shape is {color}.", f"There is one {shape}.", f"The {shape} is {color}."]
@@ -77,7 +77,7 @@ def caption_shape(color: str, shape: str, rng: random.Random) -> tuple[str, str]
 
 
 def draw_shape(seed: int, index: int) -> tuple[bytes, str, str]:
-    """(PNG, colour, shape) of image number `index` of our own: one shape before a light background."""
+    """Return (PNG, colour, shape) of generated image number `index`: a shape on a light background."""
     rng = random.Random(f"{seed}/shapes/{index}")
     color = rng.choice(COLORS)
     width, height = rng.uniform(12, 48), rng.uniform(12, 48)

@@ -1,8 +1,8 @@
 """Captions of a scene: noisy web captions, long synthetic captions, and the test split's own wording.
 
-A synthetic caption has several sentences that differ in how much they say: a summary, one per object, relations, the
-background, and talk that is not in the image, as machine recaptions have it. The test templates share no sentence
-pattern with the training ones: `tests/test_sample.py` holds that.
+A synthetic caption has several sentences of different content: a summary, one per object, relations, the background,
+and remarks that do not describe the image, as machine recaptions have them. Test templates share no sentence pattern
+with training templates (tested).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHATTER = (
 WEB = ("{words}", "{words} clipart", "free {words} vector", "cute {words} sticker", "{words} stock image download")
 JUNK = ("IMG_{number}.png", "buy now", "best price 2024", "untitled", "photo {number}", "click to enlarge")
 
-# The test split is worded by these alone.
+# Used by the test split only.
 TEST_CAPTIONS = (
     "You can spot {all} in this drawing.",
     "Against a plain {background} backdrop we find {all}.",
@@ -53,22 +53,22 @@ PLACES = tuple(f"{row} {column}".replace("middle center", "center") for row in R
 
 
 def article(name: str) -> str:
-    """The name with its indefinite article."""
+    """Return the name with its indefinite article."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def name_of(thing: Thing) -> str:
-    """The spoken name of a thing."""
+    """Return the spoken name of a thing."""
     return spoken_names()[thing.short]
 
 
 def place_of(thing: Thing) -> str:
-    """Where it stands: 'top left', 'middle right', 'center'."""
+    """Return the place: 'top left', 'middle right', 'center'."""
     return PLACES[thing.row * len(COLUMNS) + thing.column]
 
 
 def join(names: list[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
+    """Return 'a', 'a and b' or 'a, b and c'."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -77,13 +77,13 @@ def _capital(text: str) -> str:
 
 
 def summary(scene: Scene, rng: random.Random) -> str:
-    """One sentence that names every object."""
+    """Return a sentence that names every object."""
     everything = join([article(name_of(thing)) for thing in scene.things])
     return rng.choice(SUMMARIES).format(all=everything, All=_capital(everything), background=scene.background)
 
 
 def synthetic_caption(scene: Scene, rng: random.Random) -> str:
-    """A long caption, each sentence of which is true of part of the scene (chatter is true of all scenes)."""
+    """Return a long caption; each sentence is true for a part of the scene, remarks for every scene."""
     sentences = [_object_sentence(thing, rng) for thing in scene.things]
     sentences += [_relation(a, b, rng) for a, b in zip(scene.things, scene.things[1:], strict=False)]
     sentences.append(rng.choice(BACKGROUND_SENTENCES).format(background=scene.background))
@@ -100,13 +100,13 @@ def _object_sentence(thing: Thing, rng: random.Random) -> str:
 
 
 def _relation(first: Thing, second: Thing, rng: random.Random) -> str:
-    """Things come in reading order: the first is above, or in the same row to the left."""
+    """Return a sentence about two things in row-major order: the first is above, or left in the same row."""
     templates = ACROSS if first.row == second.row else DOWN
     return rng.choice(templates).format(first=name_of(first), second=name_of(second))
 
 
 def web_caption(scene: Scene, rng: random.Random) -> str:
-    """Alt text as the web has it: objects missing, wrong objects, junk."""
+    """Return noisy alt text: missing objects, wrong objects, junk."""
     names = [name_of(thing) for thing in scene.things if rng.random() > 0.25]
     if rng.random() < 0.1:
         names.append(rng.choice(sorted(spoken_names().values())))
@@ -121,7 +121,7 @@ def web_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def test_captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions, one by each test template, objects in a random order."""
+    """Return one caption per test template, with objects in random order."""
     things = rng.sample(scene.things, len(scene.things))
     everything = join([article(name_of(thing)) for thing in things])
     placed = join([f"{article(name_of(thing))} at the {place_of(thing)}" for thing in things])

@@ -1,4 +1,4 @@
-"""The sample world: reproducible, in the real formats, its tests never seen in training."""
+"""Sample world: reproducible, in the formats of the real data sets, test material separate from training material."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from clips_mllm.sample.instructions import make_choice
 from clips_mllm.sample.objects import THEMES, glyph, spoken_names
 from clips_mllm.sample.scenes import BACKGROUNDS, CELL, GRID, IMAGE, Scene, draw_scene, render_scene
 from clips_mllm.sample.shapes import draw_shape, is_open, load_shapes
-from vision_tower.common.errors import UserError
+from tests.helpers.errors import raises_user_error
 
 TINY = {
     "llm": "tiny",
@@ -38,8 +38,8 @@ TINY = {
     "finetune_scenes": 4,
     "finetune_shapes": 2,
     "finetune_pairs": 2,
-    "finetune_told": 2,
-    "finetune_told_shapes": 2,
+    "finetune_patch_texts": 2,
+    "finetune_patch_text_shapes": 2,
     "finetune_texts": 2,
     "retrieval_scenes": 3,
     "pope_scenes": 2,
@@ -90,14 +90,14 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def test_two_builds_are_equal_byte_for_byte(tmp_path: Path) -> None:
+def test_two_builds_are_byte_identical(tmp_path: Path) -> None:
     main(words(tmp_path / "a"))
-    # Another process, other hash seeds.
+    # Another process has another hash seed.
     command = [sys.executable, "-m", "clips_mllm.sample.build", *words(tmp_path / "b")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     first, second = digests(tmp_path / "a"), digests(tmp_path / "b")
     for world in (first, second):
-        world.pop("world.json")  # it names its own folder
+        world.pop("world.json")  # contains output_dir
     assert first == second
     main(words(tmp_path / "c", seed=1))
     other = digests(tmp_path / "c")
@@ -105,7 +105,7 @@ def test_two_builds_are_equal_byte_for_byte(tmp_path: Path) -> None:
     assert not {name for name in same if name.endswith((".tar", ".parquet")) or name.startswith("llava/stage")}
 
 
-def test_a_build_never_leaves_half_a_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_build_leaves_no_partial_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -114,20 +114,20 @@ def test_a_build_never_leaves_half_a_world(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             main(words(tmp_path / "world"))
     assert not (tmp_path / "world").exists()
-    main(words(tmp_path / "world"))  # and the next one is not disturbed by what was left
+    main(words(tmp_path / "world"))  # files of the interrupted build do not matter
     assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
-    with pytest.raises(UserError, match="already holds files; remove the folder"):
+    with raises_user_error(file=tmp_path / "world"):
         main(words(tmp_path / "world"))
 
 
 @pytest.mark.parametrize("name", ["pretrain_scenes", "shard_size", "retrieval_scenes", "easy_vqa_questions"])
-def test_counts_that_would_leave_a_file_empty(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}=0: at least"):
+def test_counts_that_give_an_empty_file_are_refused(tmp_path: Path, name: str) -> None:
+    with raises_user_error(key=name, value=0):
         main(words(tmp_path / "world", **{name: 0}))
     assert not list(tmp_path.iterdir())
 
 
-def test_objects_are_many_and_look_different() -> None:
+def test_objects_have_distinct_names_and_glyphs() -> None:
     names = spoken_names()
     assert len(names) >= 120
     assert len(set(names.values())) == len(names)
@@ -136,7 +136,7 @@ def test_objects_are_many_and_look_different() -> None:
     assert len(images) == len(names)
 
 
-def test_every_object_stays_in_its_cell() -> None:
+def test_objects_stay_in_their_cells() -> None:
     for index in range(60):
         scene = draw_scene(0, "cells", index)
         image, cells = render_scene(scene), {(thing.row, thing.column) for thing in scene.things}
@@ -150,7 +150,7 @@ def test_every_object_stays_in_its_cell() -> None:
                 assert colors[0][1] == BACKGROUNDS[scene.background]
 
 
-def test_captions_are_true_of_their_scene() -> None:
+def test_captions_are_true() -> None:
     for index in range(100):
         scene = draw_scene(0, "true", index)
         here = {wording.name_of(thing) for thing in scene.things}
@@ -160,7 +160,7 @@ def test_captions_are_true_of_their_scene() -> None:
         plain = caption
         for name in sorted(here, key=len, reverse=True):
             plain = plain.replace(name, "")
-        # Words like 'fish' or 'light' may be part of a sentence; whole names with an article may not.
+        # Words like 'fish' or 'light' can be part of a sentence; names with an article cannot.
         assert not [name for name in others if f" {wording.article(name)} " in plain]
         for first, second in re.findall(r"The ([\w ]+?) is to the left of the ([\w ]+?)\.", caption):
             columns = {wording.name_of(thing): thing.column for thing in scene.things}
@@ -173,7 +173,7 @@ def test_captions_are_true_of_their_scene() -> None:
 
 
 def skeleton(text: str) -> str:
-    """A caption without names of objects, colours, sizes, places, numbers and articles."""
+    """Return a caption without names of objects, colours, sizes, places, numbers and articles."""
     text = text.lower()
     for name in sorted([*spoken_names().values(), *wording.PLACES], key=len, reverse=True):
         text = re.sub(rf"\b{re.escape(name)}\b", "@", text)
@@ -182,7 +182,7 @@ def skeleton(text: str) -> str:
     return re.sub(r"@(?:[\s,]|\band\b|@)*", "@ ", text).strip()
 
 
-def test_test_captions_are_worded_as_no_training_text(sample_world: Path) -> None:
+def test_test_captions_share_no_template_with_training_text(sample_world: Path) -> None:
     trained: set[str] = set()
     for row in shard_rows(sample_world).values():
         captions = json.loads(row["json"])
@@ -201,7 +201,7 @@ def test_test_captions_are_worded_as_no_training_text(sample_world: Path) -> Non
     assert not set(wording.TEST_CAPTIONS) & {*wording.SUMMARIES, *wording.OBJECTS, *wording.WEB, *wording.CHATTER}
 
 
-def test_test_scenes_are_not_among_the_training_ones(sample_world: Path) -> None:
+def test_test_images_are_not_training_images(sample_world: Path) -> None:
     trained = {key: pixels(row["png"]) for key, row in shard_rows(sample_world).items()}
     for file in (sample_world / "llava" / "images").iterdir():
         trained[file.stem] = pixels(file.read_bytes())
@@ -214,14 +214,14 @@ def test_test_scenes_are_not_among_the_training_ones(sample_world: Path) -> None
     assert {key.partition("-")[0] for key in trained} == {"pretrain", "figure", "align", "finetune", "pairs", "easy"}
 
 
-def test_the_same_number_gives_other_scenes_in_other_splits() -> None:
+def test_splits_have_different_scenes() -> None:
     scenes = [draw_scene(0, split, 5) for split in ("pretrain", "align", "finetune", "pairs", "test", "test-pope")]
     contents = {(scene.background, scene.things) for scene in scenes}
     assert len(contents) == len(scenes)
     assert draw_scene(0, "test", 5) == draw_scene(0, "test", 5) != draw_scene(1, "test", 5)
 
 
-def test_retrieval_json_is_karpathys(sample_world: Path) -> None:
+def test_retrieval_json_has_karpathys_format(sample_world: Path) -> None:
     data = json.loads((sample_world / "retrieval" / "test.json").read_text())
     ids = [number for image in data["images"] for number in image["sentids"]]
     assert ids == list(range(5 * len(data["images"]))) and len(data["images"]) == 20
@@ -233,7 +233,7 @@ def test_retrieval_json_is_karpathys(sample_world: Path) -> None:
 
 
 def naive_negatives(scene: Scene, scenes: list[Scene], setting: str) -> list[str]:
-    """POPE (arXiv 2305.10355, section 4.2), counted pair by pair."""
+    """POPE (arXiv 2305.10355, section 4.2), counted naively."""
     present = [thing.short for thing in scene.things]
     scores = []
     for short in spoken_names():
@@ -249,25 +249,25 @@ def naive_negatives(scene: Scene, scenes: list[Scene], setting: str) -> list[str
     return [short for _, short in sorted(scores)[: len(present)]]
 
 
-def test_pope_negatives_by_popes_rules() -> None:
-    scenes = [draw_scene(0, "pope-rules", index, fewest=2) for index in range(40)]
+def test_pope_negatives_equal_a_naive_implementation() -> None:
+    scenes = [draw_scene(0, "pope-rules", index, min_things=2) for index in range(40)]
     names = spoken_names()
     by_setting = {setting: exams.pope_rows(scenes, setting, 0) for setting in exams.POPE_SETTINGS}
     for setting, rows in by_setting.items():
         for scene in scenes:
             asked = [row for row in rows if row["image_source"] == scene.key]
             present = [names[thing.short] for thing in scene.things]
-            said_yes = [row["question"] for row in asked if row["answer"] == "yes"]
-            said_no = [row["question"] for row in asked if row["answer"] == "no"]
-            assert said_yes == [f"Is there {wording.article(name)} in the image?" for name in present]
-            assert len(said_no) == len(set(said_no)) == len(said_yes) and not set(said_no) & set(said_yes)
+            questions_yes = [row["question"] for row in asked if row["answer"] == "yes"]
+            questions_no = [row["question"] for row in asked if row["answer"] == "no"]
+            assert questions_yes == [f"Is there {wording.article(name)} in the image?" for name in present]
+            assert len(questions_no) == len(set(questions_no)) == len(questions_yes) and not set(questions_no) & set(questions_yes)
             if setting != "random":
                 expected = [names[short] for short in naive_negatives(scene, scenes, setting)]
-                assert said_no == [f"Is there {wording.article(name)} in the image?" for name in expected]
+                assert questions_no == [f"Is there {wording.article(name)} in the image?" for name in expected]
     assert len({tuple(row["question"] for row in rows) for rows in by_setting.values()}) == 3
 
 
-def test_evaluation_files_have_the_columns_of_the_real_ones(sample_world: Path) -> None:
+def test_evaluation_files_have_the_columns_of_the_benchmarks(sample_world: Path) -> None:
     from datasets import Image, load_dataset
 
     columns = {
@@ -285,8 +285,8 @@ def test_evaluation_files_have_the_columns_of_the_real_ones(sample_world: Path) 
         assert table[0]["image"].size in ((IMAGE, IMAGE), (64, 64))
 
 
-def test_multiple_choice_has_one_right_answer_and_no_tell() -> None:
-    """The right answer is in the scene and the wrong ones are not; what is right once is wrong elsewhere."""
+def test_multiple_choice_has_one_right_answer_without_bias() -> None:
+    """Only the right answer is in the scene; every answer is right for some scenes and wrong for others."""
     right: dict[str, set[str]] = collections.defaultdict(set)
     wrong: dict[str, set[str]] = collections.defaultdict(set)
     letters: collections.Counter[str] = collections.Counter()
@@ -311,7 +311,7 @@ def test_multiple_choice_has_one_right_answer_and_no_tell() -> None:
     assert all(100 < letters[letter] < 200 for letter in "ABCD")
 
 
-def test_easy_vqa_questions_come_from_its_test_split(sample_world: Path) -> None:
+def test_easy_vqa_questions_are_from_its_test_split(sample_world: Path) -> None:
     train, test = load_shapes("train"), load_shapes("test")
     assert (len(train), len(test)) == (4000, 1000)
     assert sum(len(shape.questions) for shape in test) == 9673
@@ -325,8 +325,8 @@ def test_easy_vqa_questions_come_from_its_test_split(sample_world: Path) -> None
         assert row["answer"] == row["answer"].lower() and " " not in row["answer"]
 
 
-def test_figures_look_as_easy_vqa_names_them() -> None:
-    """Our own geometric images: the colour that the caption says is the colour easy-VQA draws under that name."""
+def test_generated_figures_have_easy_vqas_colours() -> None:
+    """The colour in the caption is the colour that easy-VQA draws under that name."""
     drawn: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
     for shape in load_shapes("train")[:400]:
         if shape.color:
@@ -343,7 +343,7 @@ def test_figures_look_as_easy_vqa_names_them() -> None:
 
 
 def figure_color(content: bytes) -> tuple[int, ...]:
-    """The colour of most pixels that are not light background."""
+    """Return the most frequent colour outside the light background."""
     from PIL import Image
 
     counts = Image.open(io.BytesIO(content)).convert("RGB").getcolors(1 << 20)
@@ -351,7 +351,7 @@ def figure_color(content: bytes) -> tuple[int, ...]:
     return max((count, color) for count, color in counts if min(color) < 200)[1]
 
 
-def test_llava_rows_are_sound(sample_world: Path) -> None:
+def test_llava_rows_are_valid(sample_world: Path) -> None:
     for stage in ("stage1", "stage2"):
         for row in rows_of(sample_world, stage):
             turns = row["conversations"]
@@ -367,7 +367,7 @@ def test_llava_rows_are_sound(sample_world: Path) -> None:
     assert {len(images_of(row)) for row in rows_of(sample_world, "stage1")} == {1}
 
 
-def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
+def test_presence_answers_are_balanced(sample_world: Path) -> None:
     answers: collections.Counter[str] = collections.Counter()
     for row in rows_of(sample_world, "stage2"):
         if str(row["id"]).startswith("finetune-"):
@@ -377,33 +377,33 @@ def test_presence_is_answered_yes_as_often_as_no(sample_world: Path) -> None:
     assert answers["No."] == sum(count for answer, count in answers.items() if answer.startswith("Yes, in the ")) > 0
 
 
-def test_told_scenes_stand_where_their_images_would(sample_world: Path) -> None:
-    """A word for each of 6 x 6 patches: the background's colour, and in each thing's patches a word of its name."""
-    told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-told-")]
-    assert len(told) == 4
-    for row in told:
-        scene = draw_scene(0, "told", int(row["id"].rpartition("-")[2]), fewest=2)
+def test_patch_texts_match_their_scenes(sample_world: Path) -> None:
+    """One word for each of 6 x 6 patches: the background's colour, and a word of the name in each thing's patches."""
+    rows = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-told-")]
+    assert len(rows) == 4
+    for row in rows:
+        scene = draw_scene(0, "told", int(row["id"].rpartition("-")[2]), min_things=2)
         words = np.array(row["conversations"][0]["value"].partition("\n")[0].split()).reshape(6, 6)
         for thing in scene.things:
             cell = words[2 * thing.row : 2 * thing.row + 2, 2 * thing.column : 2 * thing.column + 2]
             assert set(cell.ravel()) & set(wording.name_of(thing).split())
             cell[:] = scene.background
-        assert (words == scene.background).all(), "nothing outside the things"
+        assert (words == scene.background).all(), "only the background elsewhere"
         assert row["conversations"][0]["value"].partition("\n")[2]
 
 
-def test_told_shapes_say_colour_and_shape(sample_world: Path) -> None:
+def test_patch_texts_of_shapes_have_colour_and_shape(sample_world: Path) -> None:
     known = {shape.image_id: shape for shape in load_shapes("train")}
-    told = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-easy-vqa-")]
-    assert len(told) == 4
-    for row in told:
+    rows = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-easy-vqa-")]
+    assert len(rows) == 4
+    for row in rows:
         shape = known[int(row["id"].rpartition("-")[2])]
         words, _, question = row["conversations"][0]["value"].partition("\n")
         assert len(words.split()) == 36 and question
         assert set(words.split()) == {"white", shape.color, shape.shape}
 
 
-def test_shards_hold_every_kind_and_noisy_web_captions(sample_world: Path) -> None:
+def test_shards_have_every_kind_and_noisy_web_captions(sample_world: Path) -> None:
     rows = shard_rows(sample_world)
     assert all(set(row) == {"png", "json"} for row in rows.values())
     assert {key.partition("-")[0] for key in rows} == {"pretrain", "figure", "easy"}
@@ -418,13 +418,13 @@ def test_shards_hold_every_kind_and_noisy_web_captions(sample_world: Path) -> No
     assert 0.2 < named / len(scenes) < 0.7, "web captions miss objects, but not all of them"
 
 
-def test_examples_are_held_out_and_there(sample_world: Path) -> None:
+def test_examples_exist(sample_world: Path) -> None:
     examples = json.loads((sample_world / "examples.json").read_text())
     assert len(examples) == 3
     assert all((sample_world / row["image"]).is_file() and row["question"] for row in examples)
 
 
-def test_the_tiny_llm_is_a_stock_llama(sample_world: Path) -> None:
+def test_tiny_llm_is_a_stock_llama(sample_world: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, info = AutoModelForCausalLM.from_pretrained(sample_world / "llm", output_loading_info=True)

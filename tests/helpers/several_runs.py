@@ -1,7 +1,7 @@
-"""Several runs by one launch, since ranks spend most of a small test on importing: several_runs.py FILE.
+"""Several runs by one launch, because ranks spend most of a small test on importing: several_runs.py FILE.
 
-FILE is a JSON list of {"command": "train" or "pretrain", "arguments": [...]} or {"remove": FOLDER}, done one after the
-other by all ranks.
+FILE is a JSON list of {"command": "train" or "pretrain", "arguments": [...]} or {"remove": FOLDER}, which all ranks
+execute in order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vision_tower.common.errors import run_command
 MODULES = {"train": "clips_mllm.train", "pretrain": "vision_tower.pretrain"}
 
 
-def several(argv: list[str]) -> None:
+def run_all(argv: list[str]) -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState
 
@@ -31,8 +31,8 @@ def several(argv: list[str]) -> None:
         importlib.import_module(MODULES[entry["command"]]).main(entry["arguments"])
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        gc.collect()  # transformers asks a weak reference whether ZeRO-3 is on
+        gc.collect()  # transformers keeps ZeRO-3 on as long as its config is referenced
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(several))
+    sys.exit(run_command(run_all))

@@ -1,4 +1,4 @@
-"""Runs of `clips-mllm train` for the tests: command lines, processes, launchers, what they leave."""
+"""Runs of `clips-mllm train` for the tests: command lines, processes, launchers, results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def losses(folder: Path, field: str = "loss") -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a checkpoint, or of an adapter merged into its base."""
+    """Load the weights of a checkpoint, or of an adapter merged into its base."""
     from clips_mllm.model.checkpoint import load_mllm
 
     state = load_mllm(folder, device="cpu", dtype="float32").model.state_dict()
@@ -32,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def words(folder: Path, world: Path, **values: Any) -> list[str]:
-    """A command line for `train`: fp32, one sample after the other, small batches, a line of metrics every step."""
+    """Return a command line for `train`: fp32, no loader processes, batches of 8, metrics of every step."""
     defaults = {
         "output_dir": folder,
         "data.file": world / "llava" / "stage2.json",
@@ -50,7 +50,7 @@ def words(folder: Path, world: Path, **values: Any) -> list[str]:
 
 
 def subprocess_environment() -> dict[str, str]:
-    """Also: as many threads as here, for sums in another order differ in the last bit."""
+    """Same number of threads as here: sums in another order differ in the last bit."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "eval")])
     threads = str(torch.get_num_threads())
     return os.environ | {
@@ -77,19 +77,19 @@ def torchrun_launcher(ranks: int = 2) -> list[str]:
 
 
 def machine_launcher(number: int, port: int) -> list[str]:
-    """That of the first or the second of two machines, with a rank each."""
+    """Launcher of the first or second of two machines with a rank each."""
     runner = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(number)]
     return [*runner, "--master_addr", "127.0.0.1", "--master_port", str(port), "--nproc_per_node", "1", "-m"]
 
 
 def accelerate_launcher(ranks: int = 2) -> list[str]:
-    """As for GPUs: told that there are CPUs, accelerate starts one process, and leaves the others to MPI."""
+    """As for GPUs: on CPUs accelerate starts one process and expects MPI to start the others."""
     runner = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     return [*runner, "--num_processes", str(ranks), "--main_process_port", "0", "--mixed_precision", "no", "--module"]
 
 
 def start(launcher: list[str], module: str, arguments: list[str]) -> subprocess.Popen[str]:
-    """In a session of its own, so that all of it can be ended."""
+    """Start a process in its own session, so that all its children can be ended."""
     return subprocess.Popen(
         [*launcher, module, *arguments],
         env=subprocess_environment(),
@@ -97,53 +97,53 @@ def start(launcher: list[str], module: str, arguments: list[str]) -> subprocess.
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=enable_ctrl_c,
     )
 
 
-def heed_ctrl_c() -> None:
-    """Whoever starts the tests in the background leaves Ctrl-C ignored, and children inherit that."""
+def enable_ctrl_c() -> None:
+    """Undo the ignored SIGINT that children inherit if the tests run in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_of(process: subprocess.Popen[str], seconds: float = 600) -> str:
-    """What it said, once it has ended; a hang is killed and fails."""
+    """Wait for the end and return the output; kill a process that hangs, and fail."""
     try:
-        said, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"the ranks hang:\n{process.communicate()[0][-3000:]}")
-    return str(said)
+        pytest.fail(f"ranks hang:\n{process.communicate()[0][-3000:]}")
+    return str(output)
 
 
 def launch(launcher: list[str], module: str, arguments: list[str]) -> str:
     process = start(launcher, module, arguments)
-    said = end_of(process)
-    assert process.returncode == 0, said[-4000:]
-    return said
+    output = end_of(process)
+    assert process.returncode == 0, output[-4000:]
+    return output
 
 
 def launch_several(launcher: list[str], file: Path, *runs: list[str], command: str = "train") -> str:
-    """One launch for several runs, whose command lines go into `file`."""
+    """Start several runs by one launch; their command lines are written to `file`."""
     file.write_text(json.dumps([{"command": command, "arguments": run} for run in runs]))
     return launch(launcher, "tests.helpers.several_runs", [str(file)])
 
 
-def until(there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
-    """Wait while the process runs; where it ends before, or the time is up, the test fails."""
+def until(reached: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
+    """Wait for a condition; fail if the process ends first or the time is up."""
     end = time.monotonic() + seconds
-    while not there():
+    while not reached():
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
-            said = "".join(filter(None, process.communicate()))
-            pytest.fail(f"ended, or not there in {seconds:.0f} s:\n{said[-3000:]}")
+            output = "".join(filter(None, process.communicate()))
+            pytest.fail(f"process ended or timeout of {seconds:.0f} s:\n{output[-3000:]}")
         time.sleep(0.005)
 
 
 def stop_after(
     folder: Path, checkpoint: int, arguments: list[str], stop: Callable[[subprocess.Popen[str]], None]
 ) -> tuple[int, str]:
-    """Start the command, stop it once the checkpoint is complete; its exit code and what it said."""
+    """Start the command, stop it once the checkpoint is complete; return exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "clips_mllm.cli", "train", *arguments],
         env=subprocess_environment(),
@@ -151,9 +151,9 @@ def stop_after(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=enable_ctrl_c,
     )
     until((folder / f"checkpoint-{checkpoint}" / "trainer_state.json").exists, process)
     stop(process)
-    _, said = process.communicate(timeout=300)
-    return process.returncode, str(said)
+    _, output = process.communicate(timeout=300)
+    return process.returncode, str(output)

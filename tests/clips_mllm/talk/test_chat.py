@@ -30,7 +30,7 @@ from clips_mllm.talk.sampling import Sampling
 from clips_mllm.talk.start import check_model
 from clips_mllm.talk.terminal import Terminal, dropped_files
 from tests.helpers.errors import raises_user_error
-from tests.helpers.train_runs import heed_ctrl_c
+from tests.helpers.train_runs import enable_ctrl_c
 
 TOKENS = 10
 GREEDY = Sampling(max_new_tokens=TOKENS)
@@ -382,7 +382,7 @@ def take_terminal(terminal: int) -> None:
     import fcntl
     import termios
 
-    heed_ctrl_c()
+    enable_ctrl_c()
     os.setsid()
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     modes = termios.tcgetattr(terminal)
