@@ -1,4 +1,4 @@
-"""Ranks, accumulation and ZeRO give one loss curve, full and LoRA, though one rank meets only text; and go on so."""
+"""Ranks, accumulation and ZeRO give the same losses, also if a rank has only text, and resume exactly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": ADAPTER,
     "qlora": ADAPTER | {"stage.adapter.kind": "qlora"},
-    "tiles": ADAPTER,  # on a checkpoint whose images are in tiles
+    "tiles": ADAPTER,  # on a checkpoint with tiles
 }
 RUNS = [  # engine, kind
     *(("zero2", kind) for kind in KINDS),
@@ -51,12 +51,12 @@ RUNS = [  # engine, kind
     ("accelerate", "full"),
 ]
 OFFLOAD = ("zero2_offload", "zero3_offload")
-pytestmark = pytest.mark.timeout(900)  # several launches of two ranks, perhaps on a busy machine
+pytestmark = pytest.mark.timeout(900)  # several launches of two ranks
 
 
 @pytest.fixture(scope="module")
 def common(mllm_dir: Path, sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """In file order, the second rank's first batch of four is text only, and later ones are mixed."""
+    """Values of all runs. In file order, the second rank's first batch of four is text only, later ones are mixed."""
     rows = json.loads((sample_world / "llava" / "stage2.json").read_text())
     texts = [row for row in rows if "image" not in row]
     pairs = [row for row in rows if isinstance(row.get("image"), list)]
@@ -86,7 +86,7 @@ def tiled(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def values(common: dict[str, Any], tiled: Path) -> dict[str, dict[str, Any]]:
-    """Of each kind of run."""
+    """Values of each kind of run."""
     return {
         kind: common | own | ({"model.checkpoint": tiled} if kind == "tiles" else {}) for kind, own in KINDS.items()
     }
@@ -96,7 +96,7 @@ def values(common: dict[str, Any], tiled: Path) -> dict[str, dict[str, Any]]:
 def alone(
     values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """A kind of run by one rank, in batches of 8 and without DeepSpeed; each is done once."""
+    """Return a function that runs a kind once by one rank, in batches of 8 and without DeepSpeed."""
     folder = tmp_path_factory.mktemp("alone")
 
     def run(kind: str) -> Path:
@@ -109,7 +109,7 @@ def alone(
 
 @pytest.fixture(scope="module")
 def ranked(values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks of 4: each run loses its last checkpoint, and goes on. One launch for all of DeepSpeed."""
+    """Runs of two ranks in batches of 4, each resumed after losing its last checkpoint. One launch per launcher."""
     folder = tmp_path_factory.mktemp("ranks")
     launchers = {"ddp": torchrun_launcher(), "accelerate": accelerate_launcher(), "deepspeed": deepspeed_launcher()}
     plans: dict[str, list[dict[str, Any]]] = {name: [] for name in launchers}
@@ -130,7 +130,7 @@ def ranked(values: dict[str, dict[str, Any]], sample_world: Path, tmp_path_facto
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_accumulation_gives_the_same_curve(
+def test_accumulation_gives_the_same_losses(
     kind: str,
     alone: Callable[[str], Path],
     values: dict[str, dict[str, Any]],
@@ -143,22 +143,22 @@ def test_accumulation_gives_the_same_curve(
 
 
 @pytest.mark.parametrize(("engine", "kind"), RUNS)
-def test_two_ranks_give_the_same_curve_and_go_on(
+def test_two_ranks_give_the_same_losses_and_resume(
     engine: str, kind: str, alone: Callable[[str], Path], ranked: Path
 ) -> None:
     folder, run = alone(kind), ranked / f"{engine}-{kind}"
     wanted, norms = losses(folder), losses(folder, "grad_norm")
     assert len(wanted) == 2 and wanted[1] < wanted[0]
     assert (run / "checkpoint-2" / "progress_1.json").is_file(), "there was a second rank"
-    assert losses(run, "step") == [1, 2], "the second step twice, its line once"
+    assert losses(run, "step") == [1, 2], "the second step ran twice, with one line"
     assert losses(run) == pytest.approx(wanted, abs=1e-4)
-    if engine != "zero0":  # DeepSpeed tells the norm of no other engine than ZeRO's
+    if engine != "zero0":  # DeepSpeed reports no norm without ZeRO
         assert losses(run, "grad_norm") == pytest.approx(norms, rel=1e-3)
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     for one in (run, run / "checkpoint-2"):
-        assert set(load_file(one / file)) == set(load_file(folder / file)), "stock names; a tied layer is written once"
+        assert set(load_file(one / file)) == set(load_file(folder / file)), "stock names, a tied layer once"
     before, after = weights(folder), weights(run)
-    assert set(before) == set(after), "every weight is gathered and saved"
+    assert set(before) == set(after), "every weight is saved"
     assert torch.equal(after[TIED[0]], after[TIED[1]])
     moved = torch.cat([(before[name] - after[name]).abs().flatten() for name in before])
     assert moved.mean() < 1e-5
@@ -166,7 +166,7 @@ def test_two_ranks_give_the_same_curve_and_go_on(
     assert all(torch.equal(after[name], last[name]) for name in after), "the last checkpoint is the run's result"
 
 
-def test_a_recipe_that_names_deepspeed_needs_no_launcher(
+def test_deepspeed_recipe_runs_without_launcher(
     alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
 ) -> None:
     given = values["full"] | {"training.deepspeed": ROOT / "configs" / "deepspeed" / "zero2.json"}
@@ -175,10 +175,10 @@ def test_a_recipe_that_names_deepspeed_needs_no_launcher(
 
 
 @pytest.mark.slow
-def test_two_machines_give_the_same_curve(
+def test_two_machines_give_the_same_losses(
     alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
 ) -> None:
-    """A launcher on each, a rank under each, and one folder: what a cluster without ssh does. Both are this machine."""
+    """A launcher per machine (both are this one), one rank each, a shared folder."""
     port = free_port()
     given = values["full"] | {"training.device_batch_size": 4}
     given["training.deepspeed"] = ROOT / "configs" / "deepspeed" / "zero2.json"
@@ -186,17 +186,17 @@ def test_two_machines_give_the_same_curve(
         start(machine_launcher(number, port), "clips_mllm.train", words(tmp_path / "run", sample_world, **given))
         for number in range(2)
     ]
-    said = [end_of(machine) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    outputs = [end_of(machine) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     assert losses(tmp_path / "run", "step") == [1, 2]
     assert losses(tmp_path / "run") == pytest.approx(losses(alone("full")), abs=1e-4)
 
 
 @pytest.mark.slow
-def test_offload_gives_the_same_curve(
+def test_offload_gives_the_same_losses(
     alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
 ) -> None:
-    """Optimiser, and under ZeRO-3 weights, in the host's memory. DeepSpeed compiles an Adam for it, for a minute."""
+    """Optimiser, and with ZeRO-3 weights, in host memory. DeepSpeed compiles its CPU Adam for a minute."""
     engines = {tmp_path / name: ROOT / "configs" / "deepspeed" / f"{name}.json" for name in OFFLOAD}
     given = values["full"] | {"training.device_batch_size": 4}
     runs = [words(run, sample_world, **given, **{"training.deepspeed": file}) for run, file in engines.items()]
@@ -213,10 +213,10 @@ def test_offload_gives_the_same_curve(
     ("engine", "kind"),
     [("zero2", "full"), ("zero0", "full"), ("zero3", "full"), ("zero3", "lora"), ("zero2", "qlora")],
 )
-def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
+def test_killed_rank_ends_all_ranks_and_the_run_resumes(
     engine: str, kind: str, common: dict[str, Any], sample_world: Path, tmp_path: Path
 ) -> None:
-    """`kill -9` of one rank: the launcher ends, and not with 0; the same command ends where it would have ended."""
+    """`kill -9` of a rank: the launcher ends with an error; the same command then gives the losses of a whole run."""
     values = (
         common
         | KINDS[kind]
@@ -236,9 +236,9 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on(
         time.sleep(0.005)
     (launcher,) = children(process.pid)
     os.kill(children(launcher)[-1], signal.SIGKILL)
-    said = end_of(process, 100)
+    output = end_of(process, 100)
     assert process.returncode != 0
-    assert "return code = -9" in said or "another rank of this run died" in said, said[-3000:]
+    assert "return code = -9" in output or "another rank" in output, output[-3000:]
     assert not (folder / "config.json").exists() or not list(folder.glob("partial"))
     whole = tmp_path / "whole"
     both = [words(each, sample_world, **values) for each in (folder, whole)]
