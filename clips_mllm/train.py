@@ -59,8 +59,11 @@ def read_recipe(argv: list[str]) -> TrainRecipe:
         require_file(source)
     if recipe.evaluation.file is not None:
         require_file(InstructionSource(file=recipe.evaluation.file), "evaluation.file")
-    if recipe.model.projector is not None and not Path(recipe.model.projector).is_file():
-        raise UserError("no such file", file=recipe.model.projector, key="model.projector", remedy="correct the path")
+    projector = recipe.model.projector
+    if projector is not None and not Path(projector).is_file():
+        raise UserError(
+            "no such file", file=projector, key="model.projector", remedy="write it first, or correct the path"
+        )
     return recipe
 
 
