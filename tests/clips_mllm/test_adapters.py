@@ -20,9 +20,8 @@ from clips_mllm.inspect_folder import main as inspect
 from clips_mllm.merge import main as merge
 from clips_mllm.model.checkpoint import load_mllm
 from clips_mllm.train import main
-from tests.helpers.errors import raises_user_error
+from tests.helpers.errors import ANY, raises_user_error
 from tests.helpers.train_runs import losses, weights, words
-from vision_tower.common.errors import run_command
 
 KINDS = ("lora", "dora", "qlora")
 ADAPTER = {"stage.llm": "true", "stage.adapter.rank": 4, "stage.adapter.alpha": 8, "stage.adapter.dropout": 0.1}
@@ -238,29 +237,30 @@ def test_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "key", "value"),
     [
-        ({"stage.adapter.kind": "lora", "stage.llm": "false"}, "stage.adapter.kind=lora: adapts LLM or tower"),
-        ({"stage.adapter.rank": 0}, "stage.adapter: rank and alpha are at least 1"),
-        ({"model.checkpoint": "RUN"}, "an adapter, which cannot be the base of another"),
-        ({"stage.tower": "true", "stage.tower_from_layer": 7}, "stage.tower_from_layer=7: the projector reads what"),
-        ({"stage.tower_from_layer": 1}, "stage.tower_from_layer: the tower is frozen"),
-        ({"model.attention": "flash_attention_2"}, "model.attention=flash_attention_2: it runs on NVIDIA and AMD GPUs"),
+        ({"stage.adapter.kind": "lora", "stage.llm": "false"}, "stage.adapter.kind", "lora"),
+        ({"stage.adapter.rank": 0}, "stage.adapter", ANY),
+        ({"model.checkpoint": "RUN"}, "model.checkpoint", ANY),
+        ({"stage.tower": "true", "stage.tower_from_layer": 7}, "stage.tower_from_layer", 7),
+        ({"stage.tower_from_layer": 1}, "stage.tower_from_layer", 1),
+        ({"model.attention": "flash_attention_2"}, "model.attention", "flash_attention_2"),
         (
             {"stage.adapter.kind": "qlora", "training.deepspeed": "configs/deepspeed/zero3.json"},
-            "training.deepspeed=configs/deepspeed/zero3.json: ZeRO-3 cannot divide 4-bit weights",
+            "training.deepspeed",
+            ANY,
         ),
-        ({"training.liger": "true"}, "training.liger: its Triton kernels need a GPU"),
+        ({"training.liger": "true"}, "training.liger", ANY),
     ],
 )
-def test_bad_recipes_are_one_line(
-    mllm_dir: Path, sample_world: Path, tmp_path: Path, capfd: Any, values: dict[str, Any], message: str
+def test_bad_recipes_are_refused(
+    mllm_dir: Path, sample_world: Path, tmp_path: Path, values: dict[str, Any], key: str, value: Any
 ) -> None:
     if values.get("model.checkpoint") == "RUN":
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
         values = values | {"model.checkpoint": tmp_path / "adapter"}
     given = ADAPTER | {"model.checkpoint": mllm_dir, "stage.adapter.kind": "lora"} | values
-    assert run_command(main, words(tmp_path / "run", sample_world, **given)) == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert message in line
+    with raises_user_error(key=key, value=value) as caught:
+        main(words(tmp_path / "run", sample_world, **given))
+    assert "\n" not in str(caught.value)
