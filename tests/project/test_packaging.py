@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vision_tower.common.errors import extra_of
+
 ROOT = Path(__file__).parents[2]
 DATA = (
     "clips_mllm/planning/catalog.yaml",
@@ -53,10 +55,63 @@ def test_wheel_installs_in_a_fresh_environment(tmp_path: Path) -> None:
     # A plain path line: the .pth files of that folder, one of which makes this checkout importable, are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True, "env": environment}
-    code = "import vision_tower, clips_mllm.cli; print(vision_tower.__file__)"
+    code = "import vision_tower, clips_mllm; from vision_tower import load_encoder; print(vision_tower.__file__)"
     assert str(site) in subprocess.run([python, "-c", code], **run).stdout
     helped = subprocess.run([tmp_path / "fresh" / "bin" / "clips-mllm", "train", "--help"], **run).stdout
     assert helped.startswith("usage: clips-mllm train")
+
+
+BASE_ONLY = """
+import sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names} else self.finder.find_spec(name, path, target)
+    def find_distributions(self, *args):
+        return getattr(self.finder, "find_distributions", lambda *_: [])(*args)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+from PIL import Image
+from vision_tower import load_encoder
+image = Image.new("RGB", (96, 96), "red")
+encoder = load_encoder(sys.argv[1], "cpu")
+assert (encoder.embed_images([image]) @ encoder.embed_texts(["a cat"]).T).shape == (1, 1)
+from clips_mllm.chat import main
+from vision_tower.common.errors import run_command
+image.save(sys.argv[3])
+question = ["--image", sys.argv[3], "--question", "What?", "--max_new_tokens", "4", "--device", "cpu"]
+assert run_command(main, [sys.argv[2], *question]) == 0
+from clips_mllm.serve import main
+sys.exit(run_command(main, [sys.argv[2], "--device", "cpu"]))
+"""
+
+
+@pytest.mark.integration
+def test_base_install_loads_embeds_and_chats(encoder_dir: Path, talker: Path, tmp_path: Path) -> None:
+    """Without the packages of the extras; a command that needs one names the extra."""
+    names = {
+        "deepspeed",
+        "bitsandbytes",
+        "datasets",
+        "pyarrow",
+        "lmms_eval",
+        "matplotlib",
+        "gradio",
+        "fastapi",
+        "uvicorn",
+    }
+    code = BASE_ONLY.format(names=names | {"easy_vqa", "gguf", "resvg"})
+    command = [sys.executable, "-c", code, str(encoder_dir), str(talker), str(tmp_path / "red.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("pip install 'clips-mllm[serve]'")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("gradio.blocks", "web"), ("lmms_eval", "eval"), ("easy_vqa", "sample"), ("torch", None)]
+)
+def test_missing_modules_belong_to_an_extra(module: str, extra: str | None) -> None:
+    assert extra_of(module) == extra
 
 
 def test_pre_commit_runs_the_pinned_versions() -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,20 @@ def _not_writable(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
+def extra_of(module: str | None) -> str | None:
+    """Return the extra of this package (`train`, `web`, ...) that installs a module, or None."""
+    name = (module or "").partition(".")[0].replace("_", "-").lower()
+    for line in metadata.requires("clips-mllm") or []:
+        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line)
+        if found and found[1].lower() == name and found[2] != "dev":
+            return found[2]
+    return None
+
+
+def _extra_is_missing(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and extra_of(error.name) is not None
+
+
 def _user_line(error: UserError) -> str:
     # A DataLoader worker's error is raised again with its traceback as the message, which ends with our line.
     return " ".join(str(error).rpartition(f"{UserError.__name__}: ")[2].split())
@@ -138,6 +154,11 @@ EXITS = (
         lambda error: isinstance(error, KeyboardInterrupt),
         128 + signal.SIGINT,
         lambda _: "interrupted; saved work is kept, and the same command continues from there",
+    ),
+    Exit(
+        _extra_is_missing,
+        2,
+        lambda error: f"{error.name} is not installed; pip install 'clips-mllm[{extra_of(error.name)}]'",
     ),
     Exit(
         another_rank_died,

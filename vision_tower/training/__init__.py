@@ -1,1 +1,1 @@
-"""What every training run needs beyond `transformers.Trainer`, whatever it trains."""
+"""Parts of a training run beyond `transformers.Trainer`, shared by pretraining and both LLaVA stages."""
