@@ -115,7 +115,7 @@ class TrainEvaluationRecipe:
     share: float = 0.0
     batch_size: int = 8
     tasks: str | None = None
-    scorer: str = "clips_eval.in_training:load_scorer"
+    scorer: str = "clips_eval.lmms.in_training:load_scorer"
     best_by: str = "loss"
     keep_best: bool = False
     patience: int = 0

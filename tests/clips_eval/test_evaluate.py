@@ -475,7 +475,7 @@ def test_scores_during_training_equal_the_commands(
     checkpoint: Path, mllm: SimpleNamespace, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on a rank of several, which answers all documents."""
-    from clips_eval.in_training import load_scorer
+    from clips_eval.lmms.in_training import load_scorer
 
     main([str(checkpoint), "--config", str(recipe), "--limit", "5", "--output", str(tmp_path / "lmms.json")])
     limited = tmp_path / "limited.yaml"
@@ -495,7 +495,7 @@ def test_scores_during_training_equal_the_commands(
 
 
 def test_evaluation_during_training_does_not_change_losses(mllm: SimpleNamespace, recipe: Path, tmp_path: Path) -> None:
-    from clips_eval.in_training import load_scorer
+    from clips_eval.lmms.in_training import load_scorer
 
     without, _ = train_a_little(mllm, None)
     measured, scores = train_a_little(mllm, load_scorer(str(recipe)))
@@ -509,8 +509,8 @@ def test_unsupported_options_during_training_are_refused(
 ) -> None:
     import torch
 
-    from clips_eval.in_training import load_scorer
     from clips_eval.lmms import requirements
+    from clips_eval.lmms.in_training import load_scorer
 
     monkeypatch.setattr(requirements, "_reachable", lambda dataset: False)
     bad, given = tmp_path / "bad.yaml", recipe.read_text()

@@ -119,6 +119,12 @@ def test_no_circle_of_modules() -> None:
     assert not left, f"circle among {sorted(left)}"
 
 
+def test_modules_at_the_root_of_a_package_are_commands() -> None:
+    commands = {command.module for command in COMMANDS.values()} | {"clips_mllm.cli"}
+    roots = {module for module, file in modules().items() if module.count(".") == 1 and file.name != "__init__.py"}
+    assert roots <= commands, roots - commands
+
+
 def test_no_folder_has_more_modules_than_a_reader_can_survey() -> None:
     counts = Counter(file.parent for file in modules().values() if file.name != "__init__.py")
     assert max(counts.values()) <= MAX_MODULES, counts.most_common(1)

@@ -1,6 +1,6 @@
 """Evaluate lmms-eval tasks on a model during training: small tasks, at chosen steps.
 
-    evaluation: {every: 200, tasks: configs/eval/sample.yaml, scorer: clips_eval.in_training:load_scorer}
+    evaluation: {every: 200, tasks: configs/eval/sample.yaml, scorer: clips_eval.lmms.in_training:load_scorer}
 
 Training is not affected: random states are restored and weights are only read.
 """
