@@ -8,7 +8,7 @@
     python benchmarks/pretrain_speed.py --profile data       # where our loader's time goes (cProfile)
 
 Every measurement is a process of its own, and the two sides take turns, so that a machine that grows busier slows both.
-What counts are the ratios. Samples per second are taken between optimiser steps, without the first ones; memory is the
+What counts are the ratios. Samples per second are taken between optimizer steps, without the first ones; memory is the
 peak resident size of the process plus that of its largest loader process; data alone iterates the loader and trains
 nothing. Both sides: bf16, one loader process, the same augmentation, vocabularies of 49,408 rows, AdamW with clipping.
 CLIPS does more for a pair than CoCa: two texts of 80 pieces and a target of 128 against one text of 76.

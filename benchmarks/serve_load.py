@@ -28,7 +28,7 @@ import httpx
 from PIL import Image
 
 COLORS = ("red", "green", "blue", "yellow", "white", "black")
-QUESTIONS = ("What is this?", "Which colour do you see?", "Tell me all about it, please.", "Why?")
+QUESTIONS = ("What is this?", "Which color do you see?", "Tell me all about it, please.", "Why?")
 
 
 def requests() -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def data_url(color: str, side: int) -> str:
-    """Return a PNG of one colour."""
+    """Return a PNG of one color."""
     out = io.BytesIO()
     Image.new("RGB", (side, side), color).save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

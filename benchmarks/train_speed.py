@@ -5,7 +5,7 @@
     python benchmarks/train_speed.py --agreement         # losses of both sides step by step in fp32, and nothing else
     python benchmarks/train_speed.py --world DIR         # a sample world that is there (with SmolLM2), built otherwise
 
-Every measurement is a process of its own, and the sides take turns. Samples per second are taken between optimiser
+Every measurement is a process of its own, and the sides take turns. Samples per second are taken between optimizer
 steps, without the first three, in which torch.compile works; memory is the peak resident size of the process. The tower
 has the quickstart's sizes and random weights, which speed does not depend on. Both sides: one process without
 DeepSpeed, what trains in fp32 under bf16 autocast, no gradient checkpointing (TRL switches it on by default), no loader

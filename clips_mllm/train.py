@@ -93,7 +93,7 @@ def check_parts(model: AnyModel, recipe: TrainRecipe, folder: Path) -> dict[str,
 def build_trainer(
     recipe: TrainRecipe, model: AnyModel, processor: AnyProcessor, examples: Examples, arguments: TrainingArguments
 ) -> MllmTrainer:
-    """Open the data, initialise the projector, freeze what does not train, and build the trainer."""
+    """Open the data, initialize the projector, freeze what does not train, and build the trainer."""
     from functools import partial
 
     from transformers import EarlyStoppingCallback, TrainerCallback
@@ -101,7 +101,7 @@ def build_trainer(
     from clips_mllm.model.cached_tower import open_cached_tower
     from clips_mllm.planning.memory_check import memory_line
     from clips_mllm.training.eval_callback import EvalCallback
-    from clips_mllm.training.projector import initialise_projector
+    from clips_mllm.training.projector import initialize_projector
     from clips_mllm.training.setup import first_images, open_data, prepare, train_eval_datasets
     from clips_mllm.training.stages import apply_stage
     from clips_mllm.training.trainer import MllmTrainer
@@ -112,7 +112,7 @@ def build_trainer(
     if recipe.model.checkpoint is None:
         images = partial(first_images, dataset, collator)
         seed = recipe.training.seed
-        initialise_projector(model, recipe.model, seed=seed, device=arguments.device, images=images)
+        initialize_projector(model, recipe.model, seed=seed, device=arguments.device, images=images)
     trained = apply_stage(model, recipe.stage, master_weights=recipe.training.deepspeed is None)
     if recipe.training.compile:
         compile_blocks(model)

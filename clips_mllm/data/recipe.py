@@ -70,7 +70,7 @@ class InstructionRecipe:
         template: chat template, saved with the checkpoint; `tokenizer` uses the LLM's own template.
         max_length: maximum sequence length in tokens, including image tokens.
         image_aspect_ratio: `squash` resizes the image to a square, `pad` first pads it to a square with the mean
-            colour (LLaVA-1.5), `crop` keeps the tower's own image processor.
+            color (LLaVA-1.5), `crop` keeps the tower's own image processor.
         max_bad_fraction: fraction of unusable samples above which the run stops.
         group_by_length: build batches from samples of similar length and equal modality, for less padding.
         text_first: with group_by_length, what has no image comes first in an epoch: a small LLM learns a kind of

@@ -1,1 +1,1 @@
-"""Tower + projector + LLM as stock LLaVA: building, loading, saving, adapters, quantisation."""
+"""Tower + projector + LLM as stock LLaVA: building, loading, saving, adapters, quantization."""

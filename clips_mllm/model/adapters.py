@@ -103,8 +103,8 @@ def load_adapter(
 ) -> tuple[AnyModel, AnyProcessor]:
     """Load the base with the adapter applied, and the adapter's processor.
 
-    Without quantisation the adapter is merged, as in `clips-mllm merge`. An adapter trained on 4-bit weights is merged
-    into their dequantised values, which it was trained to correct.
+    Without quantization the adapter is merged, as in `clips-mllm merge`. An adapter trained on 4-bit weights is merged
+    into their dequantized values, which it was trained to correct.
 
     Raises:
         UserError: the base is missing or has other shapes.

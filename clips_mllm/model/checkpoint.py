@@ -73,7 +73,7 @@ def load_parts(
 def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = None) -> None:
     """Write a complete stock checkpoint, or a complete adapter if `model` is a PeftModel.
 
-    `config.json` or `adapter_config.json`, by which readers recognise the folder, is written last.
+    `config.json` or `adapter_config.json`, by which readers recognize the folder, is written last.
     """
     from peft import PeftModel
 

@@ -35,8 +35,8 @@ def set_aspect_ratio(processor: LlavaProcessor, ratio: Literal["squash", "pad", 
     """Set how the processor makes images square. The setting is saved with the checkpoint, in stock fields.
 
     Args:
-        ratio: `squash` resizes, `pad` first pads to a square with the mean colour (LLaVA-1.5), `crop` keeps the tower's
-            own mode; OpenAI CLIP's resizes the shorter side and crops the centre.
+        ratio: `squash` resizes, `pad` first pads to a square with the mean color (LLaVA-1.5), `crop` keeps the tower's
+            own mode; OpenAI CLIP's resizes the shorter side and crops the center.
     Raises:
         UserError: not `squash` with tiles, for which LLaVA-NeXT's processor has its own resizing and padding.
     """

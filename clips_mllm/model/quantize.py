@@ -1,6 +1,6 @@
-"""Quantisation of the LLM to 4 or 8 bits with bitsandbytes, for QLoRA and for inference with less memory.
+"""Quantization of the LLM to 4 or 8 bits with bitsandbytes, for QLoRA and for inference with less memory.
 
-Tower, projector and output layer are not quantised: they are small, and errors in them cost the most accuracy.
+Tower, projector and output layer are not quantized: they are small, and errors in them cost the most accuracy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
 
 def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
-    """Return nf4 with double quantisation (arXiv 2305.14314) for 4bit, LLM.int8() (arXiv 2208.07339) for 8bit.
+    """Return nf4 with double quantization (arXiv 2305.14314) for 4bit, LLM.int8() (arXiv 2208.07339) for 8bit.
 
     Args:
         compute: dtype of matrix products with 4-bit weights.
@@ -40,7 +40,7 @@ def quantization(kind: Quantize, compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
-    """Return the quantisation under which the adapter in `folder` was trained, or None."""
+    """Return the quantization under which the adapter in `folder` was trained, or None."""
     from transformers import BitsAndBytesConfig
 
     file = folder / QUANTIZATION_FILE

@@ -26,8 +26,8 @@ class MllmRecipe:
             has LLaVA-NeXT's classes. By default an image is not tiled, and the classes are LLaVA's.
         projector: file of initial projector weights (safetensors, or LLaVA's mm_projector.bin), like LLaVA's
             --pretrain_mm_mlp_adapter; with tower and llm.
-        projector_init: without `projector`, its initialisation: `default` is torch's for nn.Linear, as in LLaVA;
-            `standardised` normalises the tower's features over a sample of the images.
+        projector_init: without `projector`, its initialization: `default` is torch's for nn.Linear, as in LLaVA;
+            `standardized` normalizes the tower's features over a sample of the images.
         attention: attention implementation; `auto` is eager for bf16 on CPUs (fastest there), else transformers' own.
     """
 
@@ -39,7 +39,7 @@ class MllmRecipe:
     image_size: int | None = None
     tiles: int | None = None
     projector: str | None = None
-    projector_init: Literal["default", "standardised"] = "default"
+    projector_init: Literal["default", "standardized"] = "default"
     attention: Attention = "auto"
 
     def check(self) -> None:
@@ -89,7 +89,7 @@ class AdapterRecipe:
 
     Args:
         kind: `none` trains all weights; `lora` (arXiv 2106.09685), `dora` (arXiv 2402.09353), or `qlora`: LoRA on a
-            4-bit LLM (nf4 with double quantisation, arXiv 2305.14314).
+            4-bit LLM (nf4 with double quantization, arXiv 2305.14314).
         rank: rank of the adapter matrices.
         alpha: the adapter's output is scaled by alpha / rank.
         dropout: dropout probability on the adapter's input.

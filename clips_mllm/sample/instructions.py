@@ -12,7 +12,7 @@ from clips_mllm.sample.wording import PLACES, article, name_of, place_of, summar
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-MAX_ABSENT = 3  # yes/no questions per image about absent shapes and colours
+MAX_ABSENT = 3  # yes/no questions per image about absent shapes and colors
 SCENE_ROUNDS = ("presence", "located", "short", "letters", "describe")
 SCENE_SHARES = (6, 3, 3, 1, 2)
 PATCHES = 2  # patches of 16 pixels along a side of a cell
@@ -51,7 +51,7 @@ def shape_row(shape: ShapeImage, image: str, rng: random.Random) -> dict[str, An
 def patch_text_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any]:
     """Return a stage-2 row as `shape_row`, with one word per patch instead of the image.
 
-    Colour and shape must be known. The position is random, because easy-VQA does not ask for it.
+    Color and shape must be known. The position is random, because easy-VQA does not ask for it.
     """
     side = GRID * PATCHES
     words = ["white"] * side**2
@@ -65,7 +65,7 @@ def patch_text_shape_row(shape: ShapeImage, rng: random.Random) -> dict[str, Any
 
 
 def _shape_turns(shape: ShapeImage, rng: random.Random) -> list[Turn]:
-    """Return all questions about what is in the image, and at most three about absent shapes and colours.
+    """Return all questions about what is in the image, and at most three about absent shapes and colors.
 
     In easy-VQA the latter are three of four yes/no questions, so that answering "no" would score without looking.
     """
@@ -82,7 +82,7 @@ def _patch_text_conversation(identity: str, words: list[str], turns: list[Turn])
 
 
 def asks_for_present(question: str, answer: str) -> bool:
-    """Return True if a yes/no question names a shape or colour that the image has ("not" inverts the answer)."""
+    """Return True if a yes/no question names a shape or color that the image has ("not" inverts the answer)."""
     return (answer == "yes") != ("not" in question.split())
 
 
@@ -109,8 +109,8 @@ def patch_text_row(scene: Scene, rng: random.Random) -> dict[str, Any]:
 def patch_words(scene: Scene, rng: random.Random) -> list[str]:
     """Return one word per 16-pixel patch in row-major order, with the errors of a projector.
 
-    Background patches have the background's colour. At least one patch of a thing has a word of its name; the others
-    have such a word, a word of a random name, or the background's colour.
+    Background patches have the background's color. At least one patch of a thing has a word of its name; the others
+    have such a word, a word of a random name, or the background's color.
     """
     side = GRID * PATCHES
     words = [scene.background] * side**2

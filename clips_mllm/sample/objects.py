@@ -13,7 +13,7 @@ from vision_tower.common.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-# Theme -> emoji short names. Only glyphs that are recognisable at 24 pixels and have a plain English name.
+# Theme -> emoji short names. Only glyphs that are recognizable at 24 pixels and have a plain English name.
 THEMES: dict[str, tuple[str, ...]] = {
     "animals": (
         *("dog", "cat", "horse", "cow", "pig", "rabbit", "chicken", "elephant", "tiger", "zebra_face"),

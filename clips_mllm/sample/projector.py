@@ -1,4 +1,4 @@
-"""Write the projector that stage 1 of the sample world starts from: standardised, then fitted to the captions' words.
+"""Write the projector that stage 1 of the sample world starts from: standardized, then fitted to the captions' words.
 
 python -m clips_mllm.sample.projector --config configs/mllm/quickstart_align.yaml
 
@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clips_mllm.prompts.conversation import IGNORED
-from clips_mllm.training.projector import read_features, standardise
+from clips_mllm.training.projector import read_features, standardize
 from clips_mllm.training.recipe import TrainRecipe
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.recipe import parse_recipe
@@ -60,7 +60,7 @@ class WordProjectorRecipe(TrainRecipe):
         stage: not used.
         training: seed, precision and DeepSpeed, which decide the dtype of the weights.
         evaluation: not used.
-        word_steps: optimiser steps of 32 images.
+        word_steps: optimizer steps of 32 images.
     """
 
     word_steps: int = 3000
@@ -95,8 +95,8 @@ def main(argv: list[str]) -> None:
     prepare(model, processor, recipe, device)
     dataset, collator = open_data(recipe, model, processor, examples)
     model.to(device)
-    standardise(model, **first_images(dataset, collator))
-    initialise_by_words(model, dataset, collator, recipe.word_steps)
+    standardize(model, **first_images(dataset, collator))
+    initialize_by_words(model, dataset, collator, recipe.word_steps)
     assert recipe.model.projector is not None, "WordProjectorRecipe.check has run"
     file = Path(recipe.model.projector)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ class Captioned:
     weights: torch.Tensor
 
 
-def initialise_by_words(
+def initialize_by_words(
     model: AnyModel, dataset: InstructionDataset, collator: InstructionCollator, steps: int
 ) -> None:
     """Fit the projector to the words of the captions; leave it as it is if no word is rare enough."""
@@ -134,7 +134,7 @@ def initialise_by_words(
 
 
 def fit_to_words(projector: nn.Module, captioned: Captioned, embeddings: torch.Tensor, steps: int) -> None:
-    """Minimise `word_loss` with AdamW and a cosine schedule."""
+    """Minimize `word_loss` with AdamW and a cosine schedule."""
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

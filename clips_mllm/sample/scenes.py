@@ -1,4 +1,4 @@
-"""Scenes: one to four objects on a 3 x 3 grid over a coloured background, drawn from a seed and rendered.
+"""Scenes: one to four objects on a 3 x 3 grid over a colored background, drawn from a seed and rendered.
 
 A scene is a pure function of (seed, split, index); each split has its own random stream.
 Objects have different frequencies and appear with objects of their theme, so that POPE's popular and adversarial

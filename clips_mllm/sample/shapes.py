@@ -31,7 +31,7 @@ class ShapeImage:
 
     @property
     def color(self) -> str | None:
-        """Colour, if an answer contains it."""
+        """Color, if an answer contains it."""
         return next((answer for question, answer in self.questions if _COLOR_QUESTION.match(question)), None)
 
     @property
@@ -55,19 +55,19 @@ def load_shapes(split: str) -> list[ShapeImage]:
 
 
 def is_open(answer: str) -> bool:
-    """Return True if the answer is a shape or a colour, not yes or no."""
+    """Return True if the answer is a shape or a color, not yes or no."""
     return answer not in ("yes", "no")
 
 
 def shape_captions(image: ShapeImage, rng: random.Random) -> tuple[str, str] | None:
-    """Return (web caption, synthetic caption) of an image, or None if its colour or shape is unknown."""
+    """Return (web caption, synthetic caption) of an image, or None if its color or shape is unknown."""
     if image.color is None or image.shape is None:
         return None
     return caption_shape(image.color, image.shape, rng)
 
 
 def caption_shape(color: str, shape: str, rng: random.Random) -> tuple[str, str]:
-    """Return (web caption, synthetic caption) of a coloured shape."""
+    """Return (web caption, synthetic caption) of a colored shape."""
     name = f"{color} {shape}"
     web = rng.choice((f"{name}", f"{name} clipart", f"geometric {shape}", f"{color} {shape} icon", "untitled"))
     sentences = [f"The shape is {color}.", f"There is one {shape}.", f"The {shape} is {color}."]
@@ -77,7 +77,7 @@ def caption_shape(color: str, shape: str, rng: random.Random) -> tuple[str, str]
 
 
 def draw_shape(seed: int, index: int) -> tuple[bytes, str, str]:
-    """Return (PNG, colour, shape) of generated image number `index`: a shape on a light background."""
+    """Return (PNG, color, shape) of generated image number `index`: a shape on a light background."""
     rng = random.Random(f"{seed}/shapes/{index}")
     color = rng.choice(COLORS)
     width, height = rng.uniform(12, 48), rng.uniform(12, 48)

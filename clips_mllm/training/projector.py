@@ -1,7 +1,7 @@
 """Initial weights of the projector in stage 1.
 
-default        torch's initialisation of nn.Linear, as in LLaVA; the same under every ZeRO stage
-standardised   data-dependent (Mishkin and Matas, arXiv 1511.06422): a random map of standardised tower features, scaled
+default        torch's initialization of nn.Linear, as in LLaVA; the same under every ZeRO stage
+standardized   data-dependent (Mishkin and Matas, arXiv 1511.06422): a random map of standardized tower features, scaled
                so that image tokens are as long as the LLM's word embeddings. Hidden states of a pre-norm tower share a
                large mean, which the default has to unlearn first. Measured in docs/log.md
 FILE           the weights of an earlier projector (LLaVA's --pretrain_mm_mlp_adapter)
@@ -27,19 +27,19 @@ ROW_END = "image_newline"  # LLaVA-NeXT: the vector that ends a row of patches
 Weights = dict[str, torch.Tensor]
 
 
-def initialise_projector(
+def initialize_projector(
     model: AnyModel, recipe: MllmRecipe, *, seed: int, device: torch.device, images: Callable[[], Weights]
 ) -> None:
     """Set the projector's weights as the recipe says, identically on every rank.
 
     Args:
-        device: device on which the tower reads the images of `standardised`.
-        images: returns the image inputs of about a hundred samples; called for `standardised` only.
+        device: device on which the tower reads the images of `standardized`.
+        images: returns the image inputs of about a hundred samples; called for `standardized` only.
     """
     if recipe.projector is not None:
         set_weights(model, read_weights(Path(recipe.projector), model))
-    elif recipe.projector_init == "standardised":
-        standardise(model.to(device), **images())
+    elif recipe.projector_init == "standardized":
+        standardize(model.to(device), **images())
     else:
         set_weights(model, default_weights(model, seed))
 
@@ -122,7 +122,7 @@ def _parameters(model: AnyModel) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def standardise(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> None:
+def standardize(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> None:
     """Set data-dependent weights from a hundred images or so. Not for models that ZeRO-3 has divided.
 
     Args:

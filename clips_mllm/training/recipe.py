@@ -77,7 +77,7 @@ class StageRecipe:
             )
         if adapter.kind == "qlora" and not self.llm:
             raise UserError(
-                "quantises the LLM, which is frozen here",
+                "quantizes the LLM, which is frozen here",
                 key="stage.adapter.kind",
                 value="qlora",
                 remedy="set stage.llm=true, or use lora",
@@ -95,7 +95,7 @@ class TrainEvaluationRecipe:
     """Evaluation during training. The training itself does not depend on it, except for early stopping.
 
     Args:
-        every: optimiser steps between evaluations; 0 turns evaluation off.
+        every: optimizer steps between evaluations; 0 turns evaluation off.
         file: held-out conversations in a format of data.file.
         images: folder of their images, if not data.images.
         share: without `file`, fraction of data.file that is held out from training.
@@ -174,7 +174,7 @@ class TrainEvaluationRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MllmTraining(TrainingRecipe):
-    """Optimisation of an MLLM.
+    """Optimization of an MLLM.
 
     Args:
         compile: compile the transformer blocks with torch.compile.
@@ -194,7 +194,7 @@ class TrainRecipe:
         model: parts of the MLLM.
         data: conversations.
         stage: trainable parts.
-        training: optimisation.
+        training: optimization.
         evaluation: evaluation during training.
     """
 
@@ -237,11 +237,11 @@ class TrainRecipe:
 
     def _check_zero3(self) -> None:
         zero2 = "use configs/deepspeed/zero2.json"
-        if self.model.projector_init == "standardised":
+        if self.model.projector_init == "standardized":
             raise UserError(
                 "not supported with ZeRO-3, which divides the tower before it can read images",
                 key="model.projector_init",
-                value="standardised",
+                value="standardized",
                 remedy=f"{zero2}, or projector_init=default",
             )
         if self.stage.adapter.kind == "qlora":

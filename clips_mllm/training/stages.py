@@ -1,4 +1,4 @@
-"""Freeze and unfreeze the parts of an MLLM as a stage says; optimiser groups of the parts that train."""
+"""Freeze and unfreeze the parts of an MLLM as a stage says; optimizer groups of the parts that train."""
 
 from __future__ import annotations
 

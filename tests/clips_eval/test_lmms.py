@@ -39,7 +39,7 @@ def mllm() -> SimpleNamespace:
 
 DOCUMENTS = [
     ([make_image(1)], "Is there a cat?"),
-    ([make_image(2)], "What colour?"),
+    ([make_image(2)], "What color?"),
     ([], "Without an image, what then?"),
     ([make_image(1)], "Is there a dog?"),
     ([make_image(3), make_image(4)], "Which of the two is larger?"),
@@ -328,7 +328,7 @@ def test_shipped_recipes_parse(recipe: Path) -> None:
     assert all((spec.data is not None) == (spec.task in OWN_TASKS) for spec in parsed.tasks)
 
 
-def test_misspelt_key_of_a_task_is_named(tmp_path: Path) -> None:
+def test_misspelled_key_of_a_task_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("tasks:\n  - {task: gqa}\n  - {task: pope, dta: x}\n")
     with raises_user_error(file=recipe, key="tasks[1].dta"):

@@ -14,7 +14,7 @@ from clips_eval import report
 from clips_eval.stats.uncertainty import wilson
 from vision_tower.common.errors import UserError, run_command
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 RECALLS = {"i2t_r1": 0.311, "i2t_r5": 0.672, "i2t_r10": 0.793, "t2i_r1": 0.254, "t2i_r5": 0.615, "t2i_r10": 0.746}
 FORMAT_1 = RECALLS | {"format": 1}
 SCORES = {
@@ -38,9 +38,9 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_image(path: Path, colour: str = "red") -> None:
+def make_image(path: Path, color: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (24, 24), COLOURS[colour]).save(path)
+    Image.new("RGB", (24, 24), COLORS[color]).save(path)
 
 
 @pytest.fixture

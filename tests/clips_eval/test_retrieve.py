@@ -1,4 +1,4 @@
-"""`clips-mllm retrieve` on Karpathy JSON, CSV and shards, with an encoder that reads colours."""
+"""`clips-mllm retrieve` on Karpathy JSON, CSV and shards, with an encoder that reads colors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from clips_eval import report, retrieve
 from clips_eval.retrieval.scores import recalls_of
-from tests.helpers import colour_encoder
-from tests.helpers.colour_encoder import COLOURS, paint
+from tests.helpers import color_encoder
+from tests.helpers.color_encoder import COLORS, paint
 from tests.helpers.errors import raises_user_error
 from tests.helpers.shard_files import write_parquet, write_tar
 from vision_tower.common.errors import UserError
@@ -29,15 +29,15 @@ from vision_tower.evaluation.embedding import EmbeddedPairs
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """Three images with two captions each, wrong ones for the blue image, and one image of another split."""
     rows = []
-    for number, colour in enumerate(COLOURS):
-        paint(tmp_path / "val" / f"{colour}.png", colour)
-        named = ["red", "red"] if colour == "blue" else [colour, colour]
+    for number, color in enumerate(COLORS):
+        paint(tmp_path / "val" / f"{color}.png", color)
+        named = ["red", "red"] if color == "blue" else [color, color]
         sentences = [{"raw": f"a {name} square"} for name in named]
         rows.append(
-            {"filepath": "val", "filename": f"{colour}.png", "split": "test", "imgid": number, "sentences": sentences}
+            {"filepath": "val", "filename": f"{color}.png", "split": "test", "imgid": number, "sentences": sentences}
         )
     rows.append({"filepath": "val", "filename": "none.png", "split": "train", "imgid": 3, "sentences": []})
-    colour_encoder.install(tmp_path / "encoder", monkeypatch)
+    color_encoder.install(tmp_path / "encoder", monkeypatch)
     return tmp_path, {"images": rows, "dataset": "sample"}
 
 
@@ -350,8 +350,8 @@ def test_bad_csv_is_named(
 
 def test_missing_image_of_a_csv_is_named_with_its_line(world: tuple[Path, dict[str, Any]]) -> None:
     root, _ = world
-    (root / "data.csv").write_text("image,caption\nval/red.png,red\nval/grey.png,grey\n")
-    with raises_user_error(file=root / "val" / "grey.png") as caught:
+    (root / "data.csv").write_text("image,caption\nval/red.png,red\nval/gray.png,gray\n")
+    with raises_user_error(file=root / "val" / "gray.png") as caught:
         run(root, "--format", "csv", data="data.csv")
     assert f"line 3 of {root / 'data.csv'}" in str(caught.value)
 

@@ -169,7 +169,7 @@ def test_only_projector_and_adapted_layers_change(run: Path, mllm_dir: Path) -> 
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-def test_adapter_on_a_quantised_base(mllm_dir: Path, run: Path, sample_world: Path, quantize: Any) -> None:
+def test_adapter_on_a_quantized_base(mllm_dir: Path, run: Path, sample_world: Path, quantize: Any) -> None:
     image = next((sample_world / "llava" / "images").rglob("*.*g"))
     if (run.name, quantize) == ("dora", "8bit"):
         with raises_user_error(file=run):

@@ -1,4 +1,4 @@
-"""Initial weights of the projector: default, standardised, from a file."""
+"""Initial weights of the projector: default, standardized, from a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.formats.original_weights import write_projector
 from clips_mllm.model.checkpoint import load_parts
 from clips_mllm.model.recipe import MllmRecipe
-from clips_mllm.training.projector import default_weights, initialise_projector, read_features, read_weights
+from clips_mllm.training.projector import default_weights, initialize_projector, read_features, read_weights
 from clips_mllm.training.recipe import MllmTraining, TrainRecipe
 from tests.helpers.errors import raises_user_error
 from tests.helpers.train_runs import ROOT, deepspeed_launcher, launch_several, weights, words
@@ -22,8 +22,8 @@ from tests.helpers.train_runs import ROOT, deepspeed_launcher, launch_several, w
 PROJECTOR = "model.multi_modal_projector."
 
 
-def initialise(model: Any, images: Any = None, **recipe: Any) -> None:
-    initialise_projector(
+def initialize(model: Any, images: Any = None, **recipe: Any) -> None:
+    initialize_projector(
         model,
         MllmRecipe(tower="t", llm="l", **recipe),
         seed=3,
@@ -32,7 +32,7 @@ def initialise(model: Any, images: Any = None, **recipe: Any) -> None:
     )
 
 
-def test_default_is_torchs_initialisation_of_linear_layers(mllm_dir: Path) -> None:
+def test_default_is_torchs_initialization_of_linear_layers(mllm_dir: Path) -> None:
     model, _ = load_parts(mllm_dir, dtype=torch.float32)
     projector = model.model.multi_modal_projector
     torch.manual_seed(3)
@@ -42,7 +42,7 @@ def test_default_is_torchs_initialisation_of_linear_layers(mllm_dir: Path) -> No
         for part, value in nn.Linear(layer.in_features, layer.out_features).state_dict().items()
     }
     torch.manual_seed(0)
-    initialise(model)
+    initialize(model)
     after = torch.rand(1)
     state = projector.state_dict()
     assert set(state) == set(wanted) and all(torch.equal(state[name], wanted[name]) for name in wanted)
@@ -75,11 +75,11 @@ def test_default_is_the_same_under_every_zero_stage(sample_world: Path, encoder_
         assert all(torch.equal(trained[name], value) for name, value in wanted.items()), folder.name
 
 
-def test_standardised_normalises_inputs_and_scales_outputs_to_word_embeddings(mllm_dir: Path) -> None:
+def test_standardized_normalizes_inputs_and_scales_outputs_to_word_embeddings(mllm_dir: Path) -> None:
     model, _ = load_parts(mllm_dir, dtype=torch.float32)
     torch.manual_seed(0)
     pixels = torch.randn(12, 3, 96, 96) * 3 + 2
-    initialise(model, pixels, projector_init="standardised")
+    initialize(model, pixels, projector_init="standardized")
     features = read_features(model, pixels)
     projector = model.model.multi_modal_projector
     hidden = projector.linear_1(features)
@@ -102,7 +102,7 @@ def test_file_with_stock_names_is_read(prefix: str, mllm_dir: Path, tmp_path: Pa
     wanted = {name: torch.randn_like(value) for name, value in model.model.multi_modal_projector.state_dict().items()}
     file = tmp_path / "projector.safetensors"
     save_file({prefix + name: value for name, value in wanted.items()}, file)
-    initialise(model, projector=str(file))
+    initialize(model, projector=str(file))
     state = model.model.multi_modal_projector.state_dict()
     assert all(torch.equal(state[name], value) for name, value in wanted.items())
 
@@ -131,8 +131,8 @@ def test_file_of_another_model_is_refused(mllm_dir: Path, tmp_path: Path) -> Non
     ("values", "key"),
     [
         ({"checkpoint": "x", "projector": "p"}, "model.projector"),
-        ({"checkpoint": "x", "projector_init": "standardised"}, "model.projector_init"),
-        ({"tower": "t", "llm": "l", "projector": "p", "projector_init": "standardised"}, "model.projector_init"),
+        ({"checkpoint": "x", "projector_init": "standardized"}, "model.projector_init"),
+        ({"tower": "t", "llm": "l", "projector": "p", "projector_init": "standardized"}, "model.projector_init"),
     ],
 )
 def test_options_without_effect_are_refused(values: dict[str, Any], key: str) -> None:
@@ -140,12 +140,12 @@ def test_options_without_effect_are_refused(values: dict[str, Any], key: str) ->
         MllmRecipe(**values).check()
 
 
-def test_standardised_is_refused_under_zero_3() -> None:
+def test_standardized_is_refused_under_zero_3() -> None:
     recipe = TrainRecipe(
         output_dir="o",
-        model=MllmRecipe(tower="t", llm="l", projector_init="standardised"),
+        model=MllmRecipe(tower="t", llm="l", projector_init="standardized"),
         data=InstructionRecipe(file="f", template="plain"),
         training=MllmTraining(deepspeed=str(ROOT / "configs/deepspeed/zero3.json")),
     )
-    with raises_user_error(key="model.projector_init", value="standardised"):
+    with raises_user_error(key="model.projector_init", value="standardized"):
         recipe.check()

@@ -173,7 +173,7 @@ def test_captions_are_true() -> None:
 
 
 def skeleton(text: str) -> str:
-    """Return a caption without names of objects, colours, sizes, places, numbers and articles."""
+    """Return a caption without names of objects, colors, sizes, places, numbers and articles."""
     text = text.lower()
     for name in sorted([*spoken_names().values(), *wording.PLACES], key=len, reverse=True):
         text = re.sub(rf"\b{re.escape(name)}\b", "@", text)
@@ -326,8 +326,8 @@ def test_easy_vqa_questions_are_from_its_test_split(sample_world: Path) -> None:
         assert row["answer"] == row["answer"].lower() and " " not in row["answer"]
 
 
-def test_generated_figures_have_easy_vqas_colours() -> None:
-    """The colour in the caption is the colour that easy-VQA draws under that name."""
+def test_generated_figures_have_easy_vqas_colors() -> None:
+    """The color in the caption is the color that easy-VQA draws under that name."""
     drawn: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
     for shape in load_shapes("train")[:400]:
         if shape.color:
@@ -344,7 +344,7 @@ def test_generated_figures_have_easy_vqas_colours() -> None:
 
 
 def figure_color(content: bytes) -> tuple[int, ...]:
-    """Return the most frequent colour outside the light background."""
+    """Return the most frequent color outside the light background."""
     from PIL import Image
 
     counts = Image.open(io.BytesIO(content)).convert("RGB").getcolors(1 << 20)
@@ -379,7 +379,7 @@ def test_presence_answers_are_balanced(sample_world: Path) -> None:
 
 
 def test_patch_texts_match_their_scenes(sample_world: Path) -> None:
-    """One word for each of 6 x 6 patches: the background's colour, and a word of the name in each thing's patches."""
+    """One word for each of 6 x 6 patches: the background's color, and a word of the name in each thing's patches."""
     rows = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-told-")]
     assert len(rows) == 4
     for row in rows:
@@ -393,7 +393,7 @@ def test_patch_texts_match_their_scenes(sample_world: Path) -> None:
         assert row["conversations"][0]["value"].partition("\n")[2]
 
 
-def test_patch_texts_of_shapes_have_colour_and_shape(sample_world: Path) -> None:
+def test_patch_texts_of_shapes_have_color_and_shape(sample_world: Path) -> None:
     known = {shape.image_id: shape for shape in load_shapes("train")}
     rows = [row for row in rows_of(sample_world, "stage2") if str(row["id"]).startswith("told-easy-vqa-")]
     assert len(rows) == 4

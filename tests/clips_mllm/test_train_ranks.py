@@ -196,7 +196,7 @@ def test_two_machines_give_the_same_losses(
 def test_offload_gives_the_same_losses(
     alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
 ) -> None:
-    """Optimiser, and with ZeRO-3 weights, in host memory. DeepSpeed compiles its CPU Adam for a minute."""
+    """Optimizer, and with ZeRO-3 weights, in host memory. DeepSpeed compiles its CPU Adam for a minute."""
     engines = {tmp_path / name: ROOT / "configs" / "deepspeed" / f"{name}.json" for name in OFFLOAD}
     given = values["full"] | {"training.device_batch_size": 4}
     runs = [words(run, sample_world, **given, **{"training.deepspeed": file}) for run, file in engines.items()]

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def png(color: int = 0, size: int = 8) -> bytes:
-    """Return a PNG of one colour."""
+    """Return a PNG of one color."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -333,7 +333,7 @@ def test_examples(run: Run, mllm_dir: Path, tmp_path: Path, rows: str) -> None:
     assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize("fault", ["misspelt", "missing weight"])
+@pytest.mark.parametrize("fault", ["misspelled", "missing weight"])
 def test_a_failing_command_as_a_process(fault: str, mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     """In a process of its own stderr is the error line, apart from the progress bar of loading weights."""
     from safetensors.torch import load_file, save_file
@@ -358,7 +358,7 @@ def test_a_failing_command_as_a_process(fault: str, mllm_dir: Path, sample_world
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("Loading weights:")]
     assert len(lines) == 1 and lines[0].startswith("error: ")
-    assert {"misspelt": "data.templte", "missing weight": f"{tmp_path / 'mllm'}: "}[fault] in lines[0]
+    assert {"misspelled": "data.templte", "missing weight": f"{tmp_path / 'mllm'}: "}[fault] in lines[0]
 
 
 # --- the disk and the loss --------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_every_piece_is_masked_equally_often() -> None:
     pieces = collections.Counter(piece for _ in range(4000) for piece in random_mask(range(10), 4, rng))
     assert len(pieces) == 10 and even(pieces, 4000, 0.4)
     pairs = collections.Counter(tuple(random_mask(range(4), 2, rng)) for _ in range(6000))
-    assert len(pairs) == 6 and even(pairs, 6000, 1 / 6)  # any two, not neighbours only
+    assert len(pairs) == 6 and even(pairs, 6000, 1 / 6)  # any two, not neighbors only
 
 
 def test_every_block_is_equally_likely() -> None:

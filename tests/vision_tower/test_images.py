@@ -1,4 +1,4 @@
-"""Image decoding: the pixels and errors of strict Pillow, orientation, 16-bit grey."""
+"""Image decoding: the pixels and errors of strict Pillow, orientation, 16-bit gray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 from vision_tower.data.images import BadImage, decode_image
 
 
-def test_16_bit_grey_keeps_its_shades() -> None:
+def test_16_bit_gray_keeps_its_shades() -> None:
     """Medical images and depth maps: clipped to white they would carry no information."""
 
     def encoded(pixels: np.ndarray, form: str) -> bytes:

@@ -17,8 +17,8 @@ from PIL import Image
 from clips_eval import report, zeroshot
 from clips_eval.retrieval.scores import zeroshot_intervals
 from clips_eval.stats.uncertainty import wilson
-from tests.helpers import colour_encoder
-from tests.helpers.colour_encoder import paint
+from tests.helpers import color_encoder
+from tests.helpers.color_encoder import paint
 from tests.helpers.errors import raises_user_error
 from vision_tower.checkpoints.encoder import Encoder, load_encoder
 from vision_tower.common.errors import NotFinite, UserError
@@ -34,7 +34,7 @@ TEMPLATES = ["a photo of a {}.", "{} in an image", "a drawing of the {}, small"]
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two red, two green and three blue images; one of the blue folder's is green, one is in a subfolder."""
-    for name, colour in (
+    for name, color in (
         ("red/1.png", "red"),
         ("red/2.JPG", "red"),
         ("green/1.png", "green"),
@@ -43,9 +43,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("blue/2.png", "green"),
         ("blue/deeper/3.webp", "blue"),
     ):
-        paint(tmp_path / "data" / name, colour)
+        paint(tmp_path / "data" / name, color)
     (tmp_path / "data" / "red" / "notes.txt").write_text("no image")
-    colour_encoder.install(tmp_path / "encoder", monkeypatch)
+    color_encoder.install(tmp_path / "encoder", monkeypatch)
     return tmp_path
 
 
@@ -246,7 +246,7 @@ def test_encoder_with_nan_embeddings_is_refused(world: Path, monkeypatch: pytest
     with pytest.raises(NotFinite):
         best_classes(torch.full((1, 3), torch.nan), torch.ones(2, 3))
     broken = torch.full((2, 3), torch.nan)
-    monkeypatch.setattr(colour_encoder.ColourEncoder, "embed_images", lambda _, images: broken[: len(images)])
+    monkeypatch.setattr(color_encoder.ColorEncoder, "embed_images", lambda _, images: broken[: len(images)])
     with raises_user_error(file=world / "encoder"):
         run(world, "--batch_size", "2")
 
@@ -272,8 +272,8 @@ def test_evaluation_inside_training(
 
 
 def empty(root: Path) -> None:
-    (root / "data" / "grey").mkdir()
-    (root / "data" / "grey" / "list.txt").write_text("")
+    (root / "data" / "gray").mkdir()
+    (root / "data" / "gray" / "list.txt").write_text("")
 
 
 def no_classes(root: Path) -> None:
@@ -295,7 +295,7 @@ def write(name: str, text: str) -> Any:
     [
         (lambda root: (root / "data").rename(root / "moved"), [], ["data"]),
         (no_classes, [], ["data"]),
-        (empty, [], ["data/grey"]),
+        (empty, [], ["data/gray"]),
         (corrupt, [], ["1 of 7", "red/1.png", "0.01"]),
         (write("f", "red\ngreen\n"), ["--classes", "f"], ["f", "2", "3"]),
         (write("f", "red\n\nblue\n"), ["--classes", "f"], ["f", "2"]),

@@ -1,4 +1,4 @@
-"""Training augmentation: crop, colour jitter, grayscale; no flip, since captions mention left and right.
+"""Training augmentation: crop, color jitter, grayscale; no flip, since captions mention left and right.
 
 Random draws and pixels are bit-identical to torchvision's v2 transforms in a `Compose`. The operations are called
 directly, since at these image sizes the dispatch of v2 costs as much as the operations.

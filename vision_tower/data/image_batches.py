@@ -42,7 +42,7 @@ class Pair(EncodedImage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled(EncodedImage):
+class Labeled(EncodedImage):
     """An image and the index of its class."""
 
     label: int

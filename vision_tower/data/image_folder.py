@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_text
-from vision_tower.data.image_batches import Labelled
+from vision_tower.data.image_batches import Labeled
 
 # The extensions of torchvision's ImageFolder.
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -23,7 +23,7 @@ class ZeroShotTask:
     folders: list[str]
     names: list[str]
     templates: list[str]
-    images: list[Labelled]
+    images: list[Labeled]
 
     @property
     def duplicate_names(self) -> dict[str, list[str]]:
@@ -100,7 +100,7 @@ def read_names(file: Path, folders: list[str]) -> list[str]:
     return names
 
 
-def _images(folder: Path, label: int) -> list[Labelled]:
+def _images(folder: Path, label: int) -> list[Labeled]:
     found = [
         Path(parent) / name
         for parent, _, names in os.walk(folder, followlinks=True)
@@ -113,4 +113,4 @@ def _images(folder: Path, label: int) -> list[Labelled]:
             file=folder,
             remedy="add images or remove the folder",
         )
-    return [Labelled(name=str(file), content=file, label=label) for file in sorted(found)]
+    return [Labeled(name=str(file), content=file, label=label) for file in sorted(found)]

@@ -1,4 +1,4 @@
-"""Image decoding and normalisation, and the image processor of evaluation and of the MLLM."""
+"""Image decoding and normalization, and the image processor of evaluation and of the MLLM."""
 
 from __future__ import annotations
 
@@ -107,14 +107,14 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; 16-bit grey keeps its upper 8 bits, since Pillow's conversion clips values above 255 to white."""
+    """Convert to RGB; 16-bit gray keeps its upper 8 bits, since Pillow's conversion clips values above 255 to white."""
     if image.mode.startswith("I"):
         image = image.convert("I")
         maximum = image.getextrema()[1]
         if isinstance(maximum, (int, float)) and maximum < 1 << 16:
             return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImage("32-bit grey without a known white level; save it with 8 or 16 bits")
+        raise BadImage("32-bit gray without a known white level; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 

@@ -17,7 +17,7 @@ class Augmentation:
     Args:
         smallest_crop: minimum fraction of the area that a random crop keeps; 1 resizes the full image to a square.
         jitter: strength of brightness, contrast and saturation jitter; a quarter of it for hue.
-        jitter_probability: probability of colour jitter.
+        jitter_probability: probability of color jitter.
         gray_probability: probability of conversion to grayscale.
     """
 

@@ -1,4 +1,4 @@
-"""Texts of a pair by stream: captions, reduced and tokenised as the objective and the recipe define.
+"""Texts of a pair by stream: captions, reduced and tokenized as the objective and the recipe define.
 
 (web caption, synthetic caption) --CaptionSampler--> {"web": pieces, "sub": pieces, "mix": pieces, "target": pieces}
 

@@ -46,7 +46,7 @@ def is_plain(text: str) -> bool:
 
 
 class WordCache(dict[str, list[int]]):
-    """Pieces of plain words; they do not depend on the context, so each word is tokenised once."""
+    """Pieces of plain words; they do not depend on the context, so each word is tokenized once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class WordCache(dict[str, list[int]]):
 
 
 class ClipsTokenizer:
-    """Tokenises captions to the two layouts. Wraps a fast tokenizer whose vocabulary has the five special pieces."""
+    """Tokenizes captions to the two layouts. Wraps a fast tokenizer whose vocabulary has the five special pieces."""
 
     def __init__(self, fast: PreTrainedTokenizerFast) -> None:
         vocabulary = fast.get_vocab()
@@ -81,7 +81,7 @@ class ClipsTokenizer:
         return len(self.fast)
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise the cleaned texts, without special pieces.
+        """Tokenize the cleaned texts, without special pieces.
 
         Unlike in open_clip, a caption with the text `[CLS]` gets ordinary pieces: web text cannot inject special ids.
         """
@@ -96,7 +96,7 @@ class ClipsTokenizer:
         return self.contrastive_layout(self.pieces(texts), length)
 
     def contrastive_layout(self, captions: list[list[int]], length: int) -> torch.Tensor:
-        """Return ids for the text tower of tokenised captions, (captions, length), int64."""
+        """Return ids for the text tower of tokenized captions, (captions, length), int64."""
         import torch
 
         rows = [self._padded(self._framed(pieces, length - 1), length - 1, self.pad) for pieces in captions]

@@ -82,7 +82,7 @@ class PlainText(Strict):
 
 
 class ChatRequest(Strict):
-    """Fields of OpenAI that this server honours. Fields with a `Literal` accept the values it can honour.
+    """Fields of OpenAI that this server honors. Fields with a `Literal` accept the values it can honor.
 
     `user` identifies a client's user for OpenAI's abuse detection; it has no effect on answers, here or there.
     """

@@ -69,7 +69,7 @@ class ClipsMllm(lmms):
         batch_size: documents per batch.
         device, dtype, quantize: arguments of `clips_mllm.model.checkpoint.load_mllm`.
         control: images shown instead of a document's, to measure language prior: "shuffled" those of another
-            document, "blank" images of the mean colour, "no_image" none.
+            document, "blank" images of the mean color, "no_image" none.
         seed: seed of the shuffled control.
         cache_gb: CPU memory for image features.
         answers: cache of answers on disk.

@@ -124,7 +124,7 @@ def image_errors(name: str) -> Iterator[None]:
 
 
 def _load(source: Image | str, control: Control, processor: LlavaProcessor) -> Image:
-    """Return the image in RGB; under the blank control one of its size in the mean colour, zero after normalisation."""
+    """Return the image in RGB; under the blank control one of its size in the mean color, zero after normalization."""
     from PIL import Image, ImageOps
 
     # `datasets` applies the EXIF orientation to the images that it decodes; do the same for a path.

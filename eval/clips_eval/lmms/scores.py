@@ -144,7 +144,7 @@ def save_gallery(rows: Sequence[dict[str, Any]], task: Task, folder: Path, each:
 
 
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return `count` evenly spaced rows: neighbours often ask about the same image."""
+    """Return `count` evenly spaced rows: neighbors often ask about the same image."""
     return [rows[len(rows) * n // count] for n in range(count)] if len(rows) > count else list(rows)
 
 

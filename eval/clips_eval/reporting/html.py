@@ -73,7 +73,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _table(table: Table) -> str:
-    """Render a table. The paper's rows and columns get a text tag in addition to their colour."""
+    """Render a table. The paper's rows and columns get a text tag in addition to their color."""
     kind = "steps" if table.columns[-1].name == "Command" else ""
     tag = '<span class="tag">paper</span>'
     head = "".join(

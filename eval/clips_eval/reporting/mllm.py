@@ -157,7 +157,7 @@ def _notes(run: Run) -> list[str]:
         + " The paper uses LLaVA-1.5 with LLaMA-3 on the full benchmarks and reports one POPE score for all splits.",
     ]
     if {"blank", "no_image"} & set(run.controls):
-        notes.insert(1, "Blank: an image of the mean colour. No image: the question alone.")
+        notes.insert(1, "Blank: an image of the mean color. No image: the question alone.")
     if len(run.wordings) == 2:
         notes.insert(1, "Wordings: lowest and highest score over three ways to ask for the answer format.")
     easy = task_of("easy_vqa")

@@ -25,7 +25,7 @@ CURVE_NAMES = {"loss": "total", "loss_web": "web", "loss_sub": "sub-caption", "l
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of light or dark mode, as in report.css."""
+    """Colors of light or dark mode, as in report.css."""
 
     text: str
     faint: str
@@ -201,11 +201,11 @@ def _draw_curve(curve: Curve) -> Callable[[Axes, Theme], None]:
     def draw(axes: Axes, theme: Theme) -> None:
         several = len(curve.losses) > 1
         for number, (name, points) in enumerate(curve.losses.items()):
-            colour = theme.series[number % len(theme.series)]
+            color = theme.series[number % len(theme.series)]
             if not several:
-                axes.plot(*zip(*_thin(points), strict=True), color=colour, linewidth=0.8, alpha=0.35)
+                axes.plot(*zip(*_thin(points), strict=True), color=color, linewidth=0.8, alpha=0.35)
             smooth = _thin(_running_mean(points))
-            axes.plot(*zip(*smooth, strict=True), color=colour, linewidth=1.6, label=CURVE_NAMES.get(name, name))
+            axes.plot(*zip(*smooth, strict=True), color=color, linewidth=1.6, label=CURVE_NAMES.get(name, name))
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color=theme.grid, linewidth=0.8)

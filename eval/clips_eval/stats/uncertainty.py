@@ -223,9 +223,9 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
     Unlike share ± z * standard error it stays inside [0, 1] and keeps its coverage at 0 %, at 100 % and for small n.
     """
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _count(scores: Scores) -> int:

@@ -24,7 +24,7 @@ LETTER_ANSWER = re.compile(r"\(?([A-E])(?:\)?[.:]?$|[.):]\s)")
 def pope_recall(rows: Sequence[Row]) -> float:
     """Return the share of present objects that are answered with yes (arXiv 2305.10355).
 
-    lmms-eval's function leaves out answers that are neither yes nor no, which favours a model that does not follow the
+    lmms-eval's function leaves out answers that are neither yes nor no, which favors a model that does not follow the
     instruction; here any answer but "yes" counts as not found.
     """
     present = [row for row in rows if row["ground_truth"] == "yes"]

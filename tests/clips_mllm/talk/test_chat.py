@@ -288,7 +288,7 @@ def test_other_kinds_of_folders_fail_before_loading(kind: str, request: pytest.F
         ("/save x.json", {}),
         ("/load gone.json", {"file": "gone.json"}),
         ("/load one.json two.json", {"key": "/load"}),
-        ("/params colour=red", {"key": "colour"}),
+        ("/params color=red", {"key": "color"}),
         ("/params temperature=hot", {"key": "temperature", "value": "hot"}),
         ("/params top_p=2", {"key": "top_p", "value": 2.0}),
         ("/dance", {"key": "/dance"}),

@@ -94,18 +94,18 @@ def test_later_turns_read_only_new_positions(
     positions, encoded = forwards.take()
     assert encoded == 1 and positions <= len(asked.ids) + GREEDY.max_new_tokens - 1
     before = len(conversation.messages)
-    second = "".join(conversation.ask("And its colour?", GREEDY))
+    second = "".join(conversation.ask("And its color?", GREEDY))
     positions, encoded = forwards.take()
-    full = engine.prompt([*conversation.messages[:before], user_message("And its colour?", 0)], images[:1])
+    full = engine.prompt([*conversation.messages[:before], user_message("And its color?", 0)], images[:1])
     template = len(full.ids) - len(asked.ids)
     assert encoded == 0
     assert positions <= template + GREEDY.max_new_tokens - 1 < len(full.ids)
     assert second == plain_answer(
-        engine, [*conversation.messages[:before], user_message("And its colour?", 0)], images[:1]
+        engine, [*conversation.messages[:before], user_message("And its color?", 0)], images[:1]
     )
     conversation.undo()
     forwards.take()
-    assert "".join(conversation.ask("And its colour?", GREEDY)) == second
+    assert "".join(conversation.ask("And its color?", GREEDY)) == second
     positions, encoded = forwards.take()
     assert encoded == 0 and positions <= GREEDY.max_new_tokens, "a retry reads the last position of the prompt only"
     assert first != second

@@ -84,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "large.png").write_bytes((folder / "red.png").read_bytes() + os.urandom(1_150_000))
     (folder / "bomb.png").write_bytes(bomb(60_000))
     (folder / "captions.txt").write_text("a red square\na green square\n")
-    (folder / "examples.json").write_text(json.dumps([{"image": "green.png", "question": "Which colour is it?"}]))
+    (folder / "examples.json").write_text(json.dumps([{"image": "green.png", "question": "Which color is it?"}]))
     return folder
 
 
@@ -292,7 +292,7 @@ def test_upload_streaming_second_turn_and_comparison(page: Any, world: Path) -> 
     assert len(set(page.evaluate("window.lengths"))) > 3, "the answer is streamed"
     assert wait_for_answers(page, 1, chat=1) == first, "both engines have the same model"
     assert page.locator("#chat0 .user img").count() == 1
-    ask(page, "And the colour?")
+    ask(page, "And the color?")
     both = wait_for_answers(page, 2)
     assert both[0] == first[0]
     page.locator("#look").click()
@@ -424,8 +424,8 @@ def test_edit_a_question(page: Any) -> None:
 def test_example_retry_and_rating(page: Any, world: Path) -> None:
     """A rated conversation is saved as a training row."""
     limit_answers(page, 8)
-    page.get_by_text("Which colour is it?").first.click()
-    wait_until(lambda: page.locator("#box textarea").input_value() == "Which colour is it?", page)
+    page.get_by_text("Which color is it?").first.click()
+    wait_until(lambda: page.locator("#box textarea").input_value() == "Which color is it?", page)
     page.locator("#box textarea").focus()
     page.keyboard.press("Enter")
     wait_for_answers(page, 1)
@@ -613,7 +613,7 @@ def test_keyboard_only(page: Any, world: Path) -> None:
     wait_until(lambda: not answers(page), page)
     tab_to(page, "#examples button, #examples tr")
     page.keyboard.press("Enter")
-    wait_until(lambda: page.locator("#box textarea").input_value() == "Which colour is it?", page)
+    wait_until(lambda: page.locator("#box textarea").input_value() == "Which color is it?", page)
     tab_to(page, "[role=tab]:has-text('Retrieval')")
     page.keyboard.press("Enter")
     page.locator("#caption").wait_for()

@@ -1,4 +1,4 @@
-"""An encoder whose answers are known: an image is its mean colour, a text the colours it names. Nothing is trained."""
+"""An encoder whose answers are known: an image is its mean color, a text the colors it names. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 
 from vision_tower.data.images import evaluation_processor
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-class ColourEncoder:
+class ColorEncoder:
     """Stands where a trained `Encoder` would."""
 
     def __init__(self) -> None:
@@ -24,19 +24,19 @@ class ColourEncoder:
         return torch.nn.functional.normalize(torch.stack(rows), dim=1)
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        rows = [torch.tensor([float(colour in text) for colour in COLOURS]) for text in texts]
+        rows = [torch.tensor([float(color in text) for color in COLORS]) for text in texts]
         return torch.nn.functional.normalize(torch.stack(rows) + 1e-3, dim=1)
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with weights, which loads as a ColourEncoder."""
+    """A folder with weights, which loads as a ColorEncoder."""
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr("vision_tower.checkpoints.encoder.load_encoder", lambda folder, device="auto": ColourEncoder())
+    monkeypatch.setattr("vision_tower.checkpoints.encoder.load_encoder", lambda folder, device="auto": ColorEncoder())
     return folder
 
 
-def paint(file: Path, colour: str) -> None:
-    """An image of one colour."""
+def paint(file: Path, color: str) -> None:
+    """An image of one color."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (24, 24), COLOURS[colour]).save(file)
+    Image.new("RGB", (24, 24), COLORS[color]).save(file)
