@@ -52,13 +52,9 @@ def check_questions(recipe: ChatRecipe) -> None:
     if recipe.question is not None and not recipe.question.strip():
         raise UserError("empty", key="--question", remedy="write a question, or leave it out for a conversation")
     if recipe.examples is not None and (recipe.question is not None or recipe.image):
-        raise UserError(
-            "contains its own questions and images", key="--examples", remedy="remove --question and --image"
-        )
+        raise UserError("has its own questions and images", key="--examples", remedy="remove --question and --image")
     if recipe.output is not None and recipe.examples is None:
-        raise UserError(
-            "only for --examples", key="--output", remedy="redirect stdout with > FILE, or use /save in a conversation"
-        )
+        raise UserError("only for --examples", key="--output", remedy="redirect stdout, or use /save in a conversation")
     if recipe.question is None and recipe.examples is None and sys.stdin is None:
         raise UserError("no question: stdin is closed", remedy="ask with --question")
 

@@ -100,10 +100,7 @@ def verify(folder: Path) -> list[str]:
     recorded = read_provenance(folder).get("outputs")
     if not recorded:
         raise UserError(
-            "no hashes of weight files",
-            file=folder / FILE,
-            key="outputs",
-            remedy="give the folder of a finished run, a merge or a conversion",
+            "no hashes of weights", file=folder / FILE, key="outputs", remedy="give a finished run, merge or conversion"
         )
     for name, wanted in recorded.items():
         if not (folder / name).is_file() or file_hash(folder / name) != wanted:

@@ -46,9 +46,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.common.provenance import finish_provenance, start_provenance
 
     if not is_adapter(recipe.adapter):
-        raise UserError(
-            "no adapter_config.json in this folder", file=recipe.adapter, remedy="give the folder of a LoRA run"
-        )
+        raise UserError("no adapter_config.json", file=recipe.adapter, remedy="give the folder of a LoRA run")
     with new_folder(Path(recipe.output)) as work:
         start_provenance(work, "merge", argv, {"adapter": recipe.adapter})
         model, processor = load_parts(recipe.adapter, dtype=recipe.dtype)

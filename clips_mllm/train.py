@@ -61,9 +61,7 @@ def read_recipe(argv: list[str]) -> TrainRecipe:
         require_file(InstructionSource(file=recipe.evaluation.file), "evaluation.file")
     projector = recipe.model.projector
     if projector is not None and not Path(projector).is_file():
-        raise UserError(
-            "no such file", file=projector, key="model.projector", remedy="write it first, or correct the path"
-        )
+        raise UserError("no such file", file=projector, key="model.projector", remedy="write it, or correct the path")
     return recipe
 
 

@@ -130,9 +130,7 @@ def check(recipe: WebRecipe) -> None:
     if (recipe.encoder is None) != (recipe.images is None):
         raise UserError("the retrieval tab needs both", key="encoder, images", remedy="set both or neither")
     if recipe.captions is not None and recipe.encoder is None:
-        raise UserError(
-            "only used by the retrieval tab", key="captions", value=recipe.captions, remedy="set encoder and images"
-        )
+        raise UserError("needs encoder and images", key="captions", value=recipe.captions, remedy="set both")
     for key, folder in (("encoder", recipe.encoder), ("images", recipe.images)):
         if folder is not None and not Path(folder).is_dir():
             raise UserError("no such folder", key=key, value=folder, remedy="check the path")

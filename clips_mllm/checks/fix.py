@@ -25,9 +25,7 @@ def check_copy(source: InstructionSource, copy: Path, shards: bool) -> None:
         raise UserError("would overwrite the checked file", key="--fix", value=copy, remedy="give another name")
     if shards:
         if copy.suffix:
-            raise UserError(
-                "not a folder, as shards need", key="--fix", value=copy, remedy="give a name without suffix"
-            )
+            raise UserError("shards need a folder", key="--fix", value=copy, remedy="give a name without suffix")
         return
     suffixes = (".json", ".jsonl") if is_json(source) else (".parquet",)
     if copy.suffix not in suffixes:
@@ -83,9 +81,7 @@ def refuse_same_names(shards: Iterable[str]) -> None:
     for shard in shards:
         name = _name(shard)
         if name in known:
-            raise UserError(
-                f"has the same file name as {known[name]}", file=shard, key="--fix", remedy="fix one folder at a time"
-            )
+            raise UserError(f"named like {known[name]}", file=shard, key="--fix", remedy="fix one folder at a time")
         known[name] = shard
 
 

@@ -69,7 +69,5 @@ def _image_tokens(model: str) -> int:
         return LLAVA_IMAGE_TOKENS
     processor = read_pretrained(AutoProcessor, model)
     if not isinstance(processor, LlavaProcessor):
-        raise UserError(
-            "the number of tokens per image varies, since images have tiles", file=model, remedy="give --image_tokens"
-        )
+        raise UserError("tokens per image vary, since images have tiles", file=model, remedy="give --image_tokens")
     return image_tokens(processor)

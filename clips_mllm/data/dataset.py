@@ -104,9 +104,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 names = ", ".join(map(str, self.examples[candidate].images))
                 self._count_corrupt(f"{names or 'a text-only sample'}: {error}")
         raise UserError(
-            "no usable sample: every image is corrupt, or no sample has a label",
-            file=self.name,
-            remedy="check it with `clips-mllm data doctor`",
+            "every image is corrupt, or no sample has a label", file=self.name, remedy="run `clips-mllm data doctor`"
         )
 
     def load(self, index: int) -> tuple[dict[str, Any], Rendered]:
@@ -184,10 +182,7 @@ def train_eval_split(
     count = max(round(fraction * len(distinct)), 1)
     if count >= len(distinct):
         raise UserError(
-            f"leaves none of {len(distinct)} samples for training",
-            key="evaluation.share",
-            value=fraction,
-            remedy="lower it",
+            f"leaves none of {len(distinct)} samples", key="evaluation.share", value=fraction, remedy="lower it"
         )
     held_out = order[:count]
     train = np.flatnonzero(~np.isin(rows, distinct[held_out]))

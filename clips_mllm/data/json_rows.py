@@ -30,9 +30,7 @@ def read_rows(file: Path) -> Iterator[Any]:
                 count += 1
                 yield row
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 text (byte {error.start}: {error.reason})", file=file, remedy="convert it to UTF-8"
-        ) from error
+        raise UserError(f"not UTF-8 (byte {error.start}: {error.reason})", file=file, remedy="convert it") from error
     if not count:
         raise UserError("no conversations", file=file, remedy=EXPECTED)
 
@@ -72,11 +70,8 @@ class _ListReader:
         if first != "[":
             kind = type(self._element()).__name__
             by_line = self._next_character() == "{"
-            raise UserError(
-                f"not a JSON list of conversations but {kind}",
-                file=self.file,
-                remedy="rename it to .jsonl, it has one row per line" if by_line else EXPECTED,
-            )
+            remedy = "rename it to .jsonl, it has one row per line" if by_line else EXPECTED
+            raise UserError(f"not a JSON list of conversations but {kind}", file=self.file, remedy=remedy)
         self.at += 1
         if self._next_character() == "]":
             return

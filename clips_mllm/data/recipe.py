@@ -49,12 +49,7 @@ class InstructionSource:
         if self.cap < 0:
             raise UserError("negative", key=f"{key}.cap", value=self.cap, remedy="set a number of samples, or 0")
         if self.split != "train" and not self.on_hub and Path(self.file).suffix in FILE_SUFFIXES:
-            raise UserError(
-                "has no effect, a file has no splits",
-                key=f"{key}.split",
-                value=self.split,
-                remedy="remove it, or name a folder or hub data set",
-            )
+            raise UserError("no effect, a file has no splits", key=f"{key}.split", value=self.split, remedy="remove it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,18 +100,13 @@ class InstructionRecipe:
             raise UserError("set exactly one of data.file and data.mixture", key="data.file", value=self.file)
         if self.file is None and self.images is not None:
             raise UserError(
-                "has no effect with data.mixture",
-                key="data.images",
-                value=self.images,
-                remedy="set `images` of each source in data.mixture",
+                "has no effect with data.mixture", key="data.images", value=self.images, remedy="set it in each source"
             )
         for number, source in enumerate(self.mixture):
             source.check(f"data.mixture[{number}]")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError("not between 0 and 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
         if self.text_first and not self.group_by_length:
-            raise UserError(
-                "batches are of one kind by data.group_by_length", key="data.text_first", remedy="set it too"
-            )
+            raise UserError("needs data.group_by_length", key="data.text_first", remedy="set it too")
         if self.max_length < 2:
             raise UserError("less than 2 tokens", key="data.max_length", value=self.max_length)

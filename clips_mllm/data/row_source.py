@@ -75,11 +75,8 @@ def open_table(source: InstructionSource) -> Dataset:
                 saved = (Path(name) / "state.json").is_file()
                 table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=source.split)
             case name:
-                raise UserError(
-                    "missing, or not a supported format",
-                    file=name,
-                    remedy=f"check data.file: .json, .jsonl, .parquet, a folder, or {HUB}OWNER/NAME",
-                )
+                remedy = f"check data.file: .json, .jsonl, .parquet, a folder, or {HUB}OWNER/NAME"
+                raise UserError("missing, or not a supported format", file=name, remedy=remedy)
     except UserError:
         raise
     except IndexError as error:  # from `load_from_disk` for a data set without rows
@@ -87,9 +84,7 @@ def open_table(source: InstructionSource) -> Dataset:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = " ".join(str(cause or error).split())[:300]
-        raise UserError(
-            f"cannot be read as a data set ({reason})", file=source.file, remedy="check the path and the file"
-        ) from error
+        raise UserError(f"not a readable data set ({reason})", file=source.file, remedy="check the file") from error
     if not len(table):
         raise _no_rows(source)
     return table.with_format("arrow")  # without decoding images, and without copies

@@ -53,9 +53,7 @@ def read_original(
         language, tokenizer = _with_adapter(folder, llm)
     elif source.is_dir() and (files := weight_files(folder)):
         if llm is not None:
-            raise UserError(
-                f"{folder} is a full checkpoint with its own LLM", key="--llm", value=llm, remedy="leave it out"
-            )
+            raise UserError(f"{folder} has its own LLM", key="--llm", value=llm, remedy="leave it out")
         config = read_original_config(folder / "config.json")
         weights = read_weights(files)
         language, tokenizer = _full_llm(folder, config, weights)
@@ -67,15 +65,10 @@ def read_original(
         weights = read_weights([projector])
         language, tokenizer = read_llm(llm, "auto")
     else:
-        raise UserError(
-            "not an original LLaVA checkpoint",
-            file=source,
-            remedy=f"give a folder with weights, with adapter_config.json or with {PROJECTOR_FILE}, or this file",
-        )
+        remedy = f"give a folder with weights, with adapter_config.json or with {PROJECTOR_FILE}, or this file"
+        raise UserError("not an original LLaVA checkpoint", file=source, remedy=remedy)
     if weights.llm:
-        raise UserError(
-            "a weight of an LLM in a projector file", file=source, key=min(weights.llm), remedy="give the original file"
-        )
+        raise UserError("belongs to an LLM", file=source, key=min(weights.llm), remedy="give the original file")
     logger.info("%s: tower %s", source, "from the checkpoint" if weights.tower else tower or config.tower)
     return _join(source, config, weights, tower, language, tokenizer)
 
@@ -165,9 +158,7 @@ def _dtype(state: Weights) -> torch.dtype:
 
 def _lora_file(folder: Path) -> Path:
     if not (folder / LORA_FILE).is_file():
-        raise UserError(
-            "no such file", file=folder / LORA_FILE, remedy="download it: it has the projector of an original LoRA"
-        )
+        raise UserError("no such file", file=folder / LORA_FILE, remedy="download it: it has the LoRA's projector")
     return folder / LORA_FILE
 
 
@@ -176,11 +167,9 @@ def _base(folder: Path) -> str:
 
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
+        remedy = "give its LLM with --llm"
         raise UserError(
-            "names no base model",
-            file=folder / "adapter_config.json",
-            key="base_model_name_or_path",
-            remedy="give the LLM that it was trained on with --llm",
+            "names no base model", file=folder / "adapter_config.json", key="base_model_name_or_path", remedy=remedy
         )
     return str(base)
 
@@ -200,9 +189,7 @@ def _with_adapter(folder: Path, llm: str | None) -> tuple[Any, PreTrainedTokeniz
         adapted = get_peft_model(language, PeftConfig.from_pretrained(str(folder)))
     except (ValueError, TypeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"does not fit the LLM ({error})",
-            file=folder / "adapter_config.json",
-            remedy="give the LLM that it was trained on with --llm",
+            f"does not fit the LLM ({error})", file=folder / "adapter_config.json", remedy="give its LLM with --llm"
         ) from error
     wanted = {name: value.shape for name, value in get_peft_model_state_dict(adapted).items()}
     found = {name: value.shape for name, value in state.items()}
@@ -211,7 +198,7 @@ def _with_adapter(folder: Path, llm: str | None) -> tuple[Any, PreTrainedTokeniz
             f"{len(wrong)} weights do not fit the LLM (first: {wrong[0]}, shape {found.get(wrong[0], 'missing')}, "
             f"needed {wanted.get(wrong[0], 'none')})",
             file=file,
-            remedy="give the LLM that it was trained on with --llm",
+            remedy="give its LLM with --llm",
         )
     set_peft_model_state_dict(adapted, state)
     return adapted.merge_and_unload(), tokenizer

@@ -109,12 +109,8 @@ def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
             continue
         steps = torch.arange(0, 2 * len(value), 2, dtype=torch.float32) / (2 * len(value))
         if not torch.allclose(value.float(), theta**-steps, rtol=1e-2):  # stored in half precision
-            raise UserError(
-                f"not the frequencies of rope_theta={theta}",
-                file=folder,
-                key=name,
-                remedy="config.json belongs to another model: download both again",
-            )
+            remedy = "config.json belongs to another model: download both again"
+            raise UserError(f"not the frequencies of rope_theta={theta}", file=folder, key=name, remedy=remedy)
     return kept
 
 
@@ -147,11 +143,7 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
         )
     if not isinstance(config, LlavaConfig):
         raise UserError(
-            "not a stock LLaVA model",
-            file=source,
-            key="model_type",
-            value=config.model_type,
-            remedy="give a `train` run",
+            "not stock LLaVA", file=source, key="model_type", value=config.model_type, remedy="give a `train` run"
         )
     if not isinstance(config.vision_feature_layer, int):
         raise UserError(
@@ -166,9 +158,7 @@ def write_projector(source: Path, folder: Path, tower: str | None) -> None:
     own = dict(_stock_projector([source / "adapter_model.safetensors"])) if adapter else {}
     found = {names[name]: value for name, value in (own or dict(_stock_projector(weight_files(base)))).items()}
     if set(found) != set(names.values()):
-        raise UserError(
-            f"its projector has {len(found)} of {len(names)} weights", file=source, remedy="save the checkpoint again"
-        )
+        raise UserError(f"its projector has {len(found)} of {len(names)} weights", file=source, remedy="save it again")
     torch.save(found, folder / "mm_projector.bin")
     _write_config(config, folder / "config.json", source, tower)
 

@@ -54,9 +54,7 @@ def find_adapter(name: str) -> Path | None:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the adapter cannot be downloaded ({error})",
-            file=name,
-            remedy="check the connection, or name a local folder",
+            f"the adapter cannot be downloaded ({error})", file=name, remedy="check the connection, or name a folder"
         ) from error
 
 
@@ -112,9 +110,7 @@ def load_adapter(
     config = read_config(folder)
     base, trained = str(config.base_model_name_or_path), read_quantization(Path(folder))
     if quantize == "8bit" and getattr(config, "use_dora", False):  # not a field of other kinds of adapters
-        raise UserError(
-            "PEFT does not support DoRA on 8-bit weights", file=folder, remedy="use 4bit, or merge the adapter first"
-        )
+        raise UserError("PEFT has no DoRA on 8-bit weights", file=folder, remedy="use 4bit, or merge the adapter first")
     if quantize != "none":
         model, processor = load_stock(base, dtype=dtype, quantize=quantize, place=place)
     elif trained is not None:
@@ -141,17 +137,12 @@ def read_config(folder: str | Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"cannot be read ({error})", file=Path(folder) / CONFIG, remedy="save the adapter again"
-        ) from error
+        raise UserError(f"cannot be read ({error})", file=Path(folder) / CONFIG, remedy="save it again") from error
     base = config.base_model_name_or_path
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        remedy = "restore the base, or enter its new path"
         raise UserError(
-            "no such folder",
-            file=Path(folder) / CONFIG,
-            key="base_model_name_or_path",
-            value=base,
-            remedy="restore the base, or enter its new path",
+            "no such folder", file=Path(folder) / CONFIG, key="base_model_name_or_path", value=base, remedy=remedy
         )
     return config
 

@@ -65,12 +65,7 @@ def build_mllm(
     vision, image_processor = read_tower(tower, dtype)
     selection = feature_selection(tower, vision.config, feature_select)
     if tiles is not None and selection == "full" and additional_tokens(vision.config):
-        raise UserError(
-            "LLaVA-NeXT joins patches only, without a class token",
-            key="model.feature_select",
-            value="full",
-            remedy="use auto",
-        )
+        raise UserError("LLaVA-NeXT uses no class token", key="model.feature_select", value="full", remedy="use auto")
     if image_size is not None:
         vision = at_size(vision, image_size)
         resize_processor(image_processor, image_size)
@@ -98,13 +93,8 @@ def read_llm(llm: str, dtype: str | torch.dtype) -> tuple[Any, PreTrainedTokeniz
     """Load a causal LM and its tokenizer. Raises UserError if one is missing or unsupported."""
     config = read_pretrained(AutoConfig, _existing(llm, "model.llm", SHARD_FILES + PICKLES))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(
-            "not a causal LM",
-            file=llm,
-            key="model_type",
-            value=config.model_type,
-            remedy="choose an LLM of the LLaMA family, or set model.checkpoint to a stage's checkpoint",
-        )
+        remedy = "choose an LLM of the LLaMA family, or set model.checkpoint to a stage's checkpoint"
+        raise UserError("not a causal LM", file=llm, key="model_type", value=config.model_type, remedy=remedy)
     language = _read_weights(AutoModelForCausalLM, llm, dtype)
     scaled = next((name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1)), None)
     if scaled is not None or not hasattr(getattr(language, "model", None), "embed_tokens"):

@@ -45,16 +45,11 @@ def open_cached_tower(
     if folder is None:
         return None
     if isinstance(processor, LlavaNextProcessor):
-        raise UserError(
-            "tiled images cannot be cached", key="data.feature_cache", value=folder, remedy="remove it from the recipe"
-        )
+        raise UserError("tiled images cannot be cached", key="data.feature_cache", value=folder, remedy="remove it")
     tower, config = model.model.vision_tower, model.config
     if any(value.requires_grad for value in tower.parameters()):
         raise UserError(
-            "the tower trains, so its features change",
-            key="data.feature_cache",
-            value=folder,
-            remedy="remove it from the recipe, or set stage.tower=false",
+            "needs a frozen tower", key="data.feature_cache", value=folder, remedy="remove it, or set stage.tower=false"
         )
     autocast = arguments.bf16 and tower.dtype == torch.float32
     about = {

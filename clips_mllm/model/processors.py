@@ -43,12 +43,7 @@ def set_aspect_ratio(processor: LlavaProcessor, ratio: Literal["squash", "pad", 
     own = processor.image_processor
     if isinstance(processor, LlavaNextProcessor):
         if ratio != "squash":
-            raise UserError(
-                "has no effect with tiles",
-                key="data.image_aspect_ratio",
-                value=ratio,
-                remedy="use squash",
-            )
+            raise UserError("has no effect with tiles", key="data.image_aspect_ratio", value=ratio, remedy="use squash")
         return
     if ratio == "pad":
         processor.image_processor = LlavaImageProcessor(

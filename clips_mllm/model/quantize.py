@@ -49,6 +49,4 @@ def read_quantization(folder: Path) -> BitsAndBytesConfig | None:
     try:
         return BitsAndBytesConfig.from_dict(read_object(file))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"not a bitsandbytes configuration ({error})", file=file, remedy="save the adapter again"
-        ) from error
+        raise UserError(f"not a bitsandbytes configuration ({error})", file=file, remedy="save it again") from error

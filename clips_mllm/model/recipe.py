@@ -65,9 +65,7 @@ class MllmRecipe:
                     remedy="set it in stage 1, with 'tower' and 'llm'",
                 )
         if self.projector is not None and self.projector_init != "default":
-            raise UserError(
-                "has no effect with model.projector", key="model.projector_init", remedy="remove one of the two"
-            )
+            raise UserError("has no effect with model.projector", key="model.projector_init", remedy="remove one")
 
 
 def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:

@@ -45,11 +45,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> None:
     """Raise UserError unless `<image>` is a single token."""
     if len(tokenizer.encode(IMAGE, add_special_tokens=False)) != 1:
-        raise UserError(
-            f"its tokenizer has no {IMAGE} token",
-            file=place,
-            remedy="build the checkpoint with `clips-mllm train`, or add the token to the tokenizer",
-        )
+        remedy = "build the checkpoint with `clips-mllm train`, or add the token to the tokenizer"
+        raise UserError(f"its tokenizer has no {IMAGE} token", file=place, remedy=remedy)
 
 
 def load_stock(
@@ -65,11 +62,7 @@ def load_stock(
     config = read_pretrained(AutoConfig, name)
     if type(config) not in STOCK:
         raise UserError(
-            "not a LLaVA model",
-            file=folder,
-            key="model_type",
-            value=config.model_type,
-            remedy="name the folder of a `clips-mllm train` run",
+            "not a LLaVA model", file=folder, key="model_type", value=config.model_type, remedy="name a `train` run"
         )
     model_class, processor_class = STOCK[type(config)]
     processor = read_pretrained(processor_class, name)
@@ -95,9 +88,7 @@ def _existing(name: str, key: str, files: tuple[str, ...] = SHARD_FILES) -> str:
     path = Path(name)
     if path.is_dir() and not is_complete(path, files):
         raise UserError(
-            "no complete checkpoint (config.json and safetensors)",
-            file=name,
-            remedy="run the previous stage to its end first",
+            "no complete checkpoint (config.json and safetensors)", file=name, remedy="finish the previous stage first"
         )
     check_model_exists(name, key)
     return name
@@ -107,9 +98,7 @@ def _refuse_encoder(folder: Path) -> None:
     """Raise UserError for a pretraining checkpoint, for which transformers would advise an upgrade."""
     file = folder / "config.json"
     if file.is_file() and '"model_type": "clips"' in file.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(
-            "a CLIPS encoder, not a multimodal LLM", file=folder, remedy="name the folder of a `clips-mllm train` run"
-        )
+        raise UserError("a CLIPS encoder, not a multimodal LLM", file=folder, remedy="name a `train` run")
 
 
 def _read_weights(kind: Any, name: str, dtype: str | torch.dtype, **options: Any) -> Any:

@@ -41,11 +41,7 @@ KINDS = {
 def check_tower(tower: str, config: Any) -> None:
     """Raise UserError for an unsupported kind of tower."""
     if config.model_type not in KINDS:
-        raise UserError(
-            f"a '{config.model_type}' model is not supported as vision tower",
-            file=tower,
-            remedy=f"choose one of {', '.join(KINDS)}",
-        )
+        raise UserError(f"unsupported tower '{config.model_type}'", file=tower, remedy=f"use one of {', '.join(KINDS)}")
 
 
 def feature_selection(tower: str, config: Any, wanted: Literal["auto", "full", "default"]) -> FeatureSelect:
@@ -57,12 +53,7 @@ def feature_selection(tower: str, config: Any, wanted: Literal["auto", "full", "
     check_tower(tower, config)
     class_token = KINDS[config.model_type].class_token
     if wanted == "default" and not class_token:
-        raise UserError(
-            f"a '{config.model_type}' tower has no class token to drop",
-            key="model.feature_select",
-            value="default",
-            remedy="use full or auto",
-        )
+        raise UserError("the tower has no class token", key="model.feature_select", value="default", remedy="use auto")
     return ("default" if class_token else "full") if wanted == "auto" else wanted
 
 

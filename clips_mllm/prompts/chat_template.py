@@ -84,11 +84,9 @@ def template_for(tokenizer: PreTrainedTokenizerFast, name: TemplateName, key: st
         gap = "" if name == "plain" else own.gap  # `plain` begins with an image
         return (WRITES_BOS[gap] if own.adds_bos else "") + _with_gap(load_template(name), own.gap)
     if not own.chat_template:
+        remedy = f"choose another one: plain, {', '.join(END_TOKENS)}"
         raise UserError(
-            f"{tokenizer.name_or_path or 'the LLM'} has no chat template",
-            key=key,
-            value="tokenizer",
-            remedy=f"choose another one: plain, {', '.join(END_TOKENS)}",
+            f"{tokenizer.name_or_path or 'the LLM'} has no chat template", key=key, value="tokenizer", remedy=remedy
         )
     preamble = load_template("flatten")
     return own.chat_template if own.chat_template.startswith(preamble) else preamble + own.chat_template

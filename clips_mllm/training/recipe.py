@@ -62,25 +62,15 @@ class StageRecipe:
         adapter = self.adapter
         if adapter.kind == "none":
             if adapter != AdapterRecipe():
-                raise UserError(
-                    "rank, alpha and dropout have no effect without an adapter",
-                    key="stage.adapter",
-                    remedy="set stage.adapter.kind",
-                )
+                raise UserError("has no effect without an adapter", key="stage.adapter", remedy="set its kind")
             return
         if not (self.llm or self.tower):
             raise UserError(
-                "needs an LLM or a tower to adapt",
-                key="stage.adapter.kind",
-                value=adapter.kind,
-                remedy="set stage.llm=true",
+                "nothing to adapt is trained", key="stage.adapter.kind", value=adapter.kind, remedy="set stage.llm=true"
             )
         if adapter.kind == "qlora" and not self.llm:
             raise UserError(
-                "quantizes the LLM, which is frozen here",
-                key="stage.adapter.kind",
-                value="qlora",
-                remedy="set stage.llm=true, or use lora",
+                "the LLM is frozen", key="stage.adapter.kind", value="qlora", remedy="set stage.llm=true, or use lora"
             )
         if adapter.rank < 1 or adapter.alpha < 1 or not 0 <= adapter.dropout < 1:
             raise UserError(
@@ -138,26 +128,16 @@ class TrainEvaluationRecipe:
             return
         if not holds_out and self.tasks is None:
             raise UserError(
-                "nothing to evaluate",
-                key="evaluation.every",
-                value=self.every,
-                remedy="give evaluation.file, .share or .tasks",
+                "nothing to evaluate", key="evaluation.every", value=self.every, remedy="set .file, .share or .tasks"
             )
         if not 0 <= self.share < 1:
             raise UserError("must be in [0, 1)", key="evaluation.share", value=self.share, remedy="for example 0.01")
         if self.batch_size < 1:
             raise UserError("must be at least 1", key="evaluation.batch_size", value=self.batch_size)
         if selects and self.best_by == "loss" and not holds_out:
-            raise UserError(
-                "no held-out loss", key="evaluation.best_by", value="loss", remedy="give evaluation.file or .share"
-            )
+            raise UserError("no held-out loss", key="evaluation.best_by", value="loss", remedy="set .file or .share")
         if selects and self.best_by != "loss" and self.tasks is None:
-            raise UserError(
-                "no tasks to give this score",
-                key="evaluation.best_by",
-                value=self.best_by,
-                remedy="give evaluation.tasks, or use loss",
-            )
+            raise UserError("no tasks", key="evaluation.best_by", value=self.best_by, remedy="set .tasks, or use loss")
         if self.keep_best and (not save_every or save_every % self.every):
             raise UserError(
                 f"needs a checkpoint at every evaluation, but evaluation.every={self.every} and "

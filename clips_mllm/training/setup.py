@@ -43,10 +43,7 @@ def check_output(folder: Path, recipe: TrainRecipe) -> None:
     base, adapts = recipe.model.checkpoint, recipe.stage.adapter.kind != "none"
     if base is not None and Path(base).is_dir() and Path(base).resolve() == folder.resolve():
         raise UserError(
-            "the run would overwrite its model.checkpoint",
-            key="output_dir",
-            value=recipe.output_dir,
-            remedy="choose another output_dir",
+            "would overwrite model.checkpoint", key="output_dir", value=recipe.output_dir, remedy="choose another"
         )
     if is_complete(folder) if adapts else is_adapter(folder):
         raise UserError(

@@ -40,9 +40,7 @@ def main(argv: list[str]) -> None:
     everything = jobs(recipe)
     for job in everything:
         if job.done.is_file() and job.done.read_text() != job.content:
-            raise UserError(
-                "belongs to another recipe", file=job.done, remedy=f"remove {job.folder}, or choose another output_dir"
-            )
+            raise UserError("of another recipe", file=job.done, remedy=f"remove {job.folder}, or change output_dir")
     with sigterm_stops("compare"):
         _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
 
@@ -68,11 +66,7 @@ def _run_all(waiting: list[Job], launcher: list[str]) -> None:
         start = launcher if job.launched and launcher else [sys.executable, "-m"]
         code = _run([*start, job.module, *job.arguments], log)
         if code:
-            raise UserError(
-                f"{job.title} exited with code {code}",
-                file=log,
-                remedy="fix the cause and run the same command again to resume",
-            )
+            raise UserError(f"{job.title} exited with code {code}", file=log, remedy="fix the cause and run it again")
         took[job.step] = time.monotonic() - started
         write_text(job.done, job.content)
         if job.output is not None:  # checkpoints of finished stages are most of the disk use, and not needed

@@ -78,16 +78,10 @@ class RetrieveRecipe:
         for name, formats in FORMAT_OPTIONS.items():
             value = getattr(self, name)
             if self.format not in formats and value != getattr(RetrieveRecipe, name):
-                raise UserError(
-                    f"has no effect with --format {self.format}",
-                    key=name,
-                    value=value,
-                    remedy=f"remove it, or choose --format {' or '.join(formats)}",
-                )
+                remedy = f"remove it, or choose --format {' or '.join(formats)}"
+                raise UserError(f"has no effect with --format {self.format}", key=name, value=value, remedy=remedy)
         if len(self.separator) != 1:
-            raise UserError(
-                "must be one character", key="separator", value=self.separator, remedy="a tab is $'\\t' in the shell"
-            )
+            raise UserError("must be one character", key="separator", value=self.separator, remedy="for a tab, $'\\t'")
 
 
 def main(argv: list[str]) -> None:

@@ -34,9 +34,7 @@ def convert_encoder(source: Path, folder: Path, to: EncoderFormat, name: str) ->
     if to == "tower":
         save_tower(model, folder)
     elif tokenizer is None:
-        raise UserError(
-            "no vocab.txt or tokenizer.json", file=source, remedy="put the model's vocabulary in this folder"
-        )
+        raise UserError("no vocab.txt or tokenizer.json", file=source, remedy="put the model's vocabulary there")
     elif to == "clips":
         save_encoder(model, tokenizer, folder)
     else:
@@ -52,8 +50,4 @@ def read_encoder(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
         model = load_model(folder)
         refuse_not_finite(folder, model.state_dict())
         return model, ClipsTokenizer.from_pretrained(folder)
-    raise UserError(
-        f"neither {FILE} nor config.json in this folder",
-        file=folder,
-        remedy="give the folder of a `pretrain` run or of an open_clip model",
-    )
+    raise UserError(f"neither {FILE} nor config.json", file=folder, remedy="give a `pretrain` run or open_clip model")

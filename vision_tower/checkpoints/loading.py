@@ -53,18 +53,10 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
     """
     for name in ("config.json", "model.safetensors"):
         if not (Path(folder) / name).is_file():
-            raise UserError(
-                "no such file", file=Path(folder) / name, remedy="give the folder of a finished `clips-mllm pretrain`"
-            )
+            raise UserError("no such file", file=Path(folder) / name, remedy="give a finished `pretrain` run")
     kind = read_object(Path(folder) / "config.json").get("model_type")
     if kind != ClipsConfig.model_type:
-        raise UserError(
-            "not a CLIPS encoder",
-            file=folder,
-            key="model_type",
-            value=kind,
-            remedy="give the folder of a `pretrain` run",
-        )
+        raise UserError("no CLIPS encoder", file=folder, key="model_type", value=kind, remedy="give a `pretrain` run")
     model, info = read_pretrained(
         ClipsModel, folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -90,9 +82,7 @@ def read_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"cannot be read as {kind.__name__} ({error})",
-            file=name,
-            remedy="save or download the checkpoint again",
+            f"cannot be read as {kind.__name__} ({error})", file=name, remedy="save or download the checkpoint again"
         ) from error
 
 
@@ -172,10 +162,7 @@ def at_resolution(model: ClipsModel, image_size: int) -> ClipsModel:
         return model
     if image_size < vision.patch_size:
         raise UserError(
-            f"smaller than one patch of {vision.patch_size} pixels",
-            key="image_size",
-            value=image_size,
-            remedy="give a larger one",
+            f"below the patch size {vision.patch_size}", key="image_size", value=image_size, remedy="give a larger one"
         )
     config = copy.deepcopy(model.config)
     config.vision_config.image_size = image_size
@@ -261,11 +248,9 @@ def refuse_other_fields(
     """Raise UserError if a field of the recipe differs from the checkpoint in `folder`."""
     for name in names:
         if wanted[name] != found[name]:
+            remedy = "set it to the checkpoint's value (only image_size may differ)"
             raise UserError(
-                f"the checkpoint in {folder} has {found[name]}",
-                key=f"model.{name}",
-                value=wanted[name],
-                remedy="set it to the checkpoint's value (only image_size may differ)",
+                f"the checkpoint in {folder} has {found[name]}", key=f"model.{name}", value=wanted[name], remedy=remedy
             )
 
 

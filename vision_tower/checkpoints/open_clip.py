@@ -103,9 +103,7 @@ def read_tokenizer(folder: Path) -> ClipsTokenizer | None:
     try:
         pieces = {str(piece): int(index) for piece, index in read_object(serialized)["model"]["vocab"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            "not a WordPiece tokenizer", file=serialized, remedy="put the model's vocab.txt in the same folder"
-        ) from error
+        raise UserError("not a WordPiece tokenizer", file=serialized, remedy="add the model's vocab.txt") from error
     return ClipsTokenizer.from_pieces(pieces, serialized, _special_names(folder))
 
 

@@ -144,9 +144,7 @@ def to_theirs(model: ClipsModel) -> dict[str, torch.Tensor]:
     state = {name: value.detach() for name, value in model.named_parameters()}
     for name in _absent(model):
         if state[name].any():
-            raise UserError(
-                "not zero, and open_clip has no such weight", key=name, remedy="give a model that `pretrain` trained"
-            )
+            raise UserError("not zero, and open_clip has no such weight", key=name, remedy="give a `pretrain` model")
     return {pair.theirs: pair.join(state) for pair in pairs(model.config)}
 
 
@@ -158,8 +156,5 @@ def _absent(model: ClipsModel) -> list[str]:
 def _refuse_other_names(state: dict[str, torch.Tensor], known: set[str], file: Path) -> None:
     for kind, names in (("missing", known - set(state)), ("unexpected", set(state) - known)):
         if names:
-            raise UserError(
-                f"{len(names)} {kind} weights (first: {min(names)})",
-                file=file,
-                remedy="the file does not belong to open_clip_config.json: download both again",
-            )
+            remedy = "the file does not belong to open_clip_config.json: download both again"
+            raise UserError(f"{len(names)} {kind} weights (first: {min(names)})", file=file, remedy=remedy)

@@ -32,12 +32,7 @@ def refuse_not_finite(source: Path, weights: Mapping[str, torch.Tensor]) -> None
     """Raise UserError if a weight is NaN or infinite."""
     for name, value in weights.items():
         if not value.isfinite().all():
-            raise UserError(
-                "contains NaN or infinity",
-                file=source,
-                key=name,
-                remedy="its training diverged: give another checkpoint",
-            )
+            raise UserError("is NaN or infinite", file=source, key=name, remedy="it diverged: give another checkpoint")
 
 
 def _read_safetensors(file: Path) -> object:

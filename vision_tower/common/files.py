@@ -55,9 +55,7 @@ def looks_local(name: str) -> bool:
 def check_model_exists(name: str, key: str) -> None:
     """Raise UserError if the model's name is a path of a folder that does not exist."""
     if looks_local(name) and not Path(name).is_dir():
-        raise UserError(
-            "no such folder", file=name, key=key, remedy="run the stage before first, or give a hub id like owner/name"
-        )
+        raise UserError("no such folder", file=name, key=key, remedy="run the stage before it, or give a hub id")
 
 
 def make_folder(folder: Path) -> None:

@@ -71,11 +71,7 @@ def read_templates(file: Path) -> list[str]:
         if not template or template.startswith("#"):
             continue
         if template.count("{}") != 1:
-            raise UserError(
-                f"line {number}: '{template}' has not exactly one {{}} for the class name",
-                file=file,
-                remedy="fix the line",
-            )
+            raise UserError(f"line {number}: '{template}' needs exactly one {{}}", file=file, remedy="fix the line")
         templates.append(template)
     if not templates:
         raise UserError("no template", file=file, remedy="write lines such as 'a photo of a {}.'")
@@ -108,9 +104,5 @@ def _images(folder: Path, label: int) -> list[Labeled]:
         if Path(name).suffix.lower() in ENDINGS
     ]
     if not found:
-        raise UserError(
-            f"no image of this class ({' '.join(sorted(ENDINGS))})",
-            file=folder,
-            remedy="add images or remove the folder",
-        )
+        raise UserError(f"no image ({' '.join(sorted(ENDINGS))})", file=folder, remedy="add some or remove it")
     return [Labeled(name=str(file), content=file, label=label) for file in sorted(found)]

@@ -21,19 +21,12 @@ def load_pairs(data: Path, images_dir: Path, split: str) -> list[Pair]:
     """
     rows = read_object(data).get("images")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            "no list 'images' of objects", file=data, remedy="give a Karpathy-style JSON (dataset_coco.json)"
-        )
+        raise UserError("no list 'images' of objects", file=data, remedy="give a Karpathy JSON (dataset_coco.json)")
     chosen = [(index, row) for index, row in enumerate(rows) if row.get("split") == split]
     if not chosen:
         known = ", ".join(sorted({str(row.get("split")) for row in rows})) or "none"
-        raise UserError(
-            f"no such split; splits in this file: {known}",
-            file=data,
-            key="split",
-            value=split,
-            remedy="choose with --split (pretrain: evaluation.split)",
-        )
+        remedy = "choose with --split (pretrain: evaluation.split)"
+        raise UserError(f"no such split (has {known})", file=data, key="split", value=split, remedy=remedy)
     pairs = []
     for index, row in chosen:
         captions = tuple(_captions(data, index, row))
@@ -45,32 +38,21 @@ def load_pairs(data: Path, images_dir: Path, split: str) -> list[Pair]:
 def _captions(data: Path, index: int, row: dict[str, Any]) -> list[str]:
     sentences = row.get("sentences")
     if not isinstance(sentences, list) or not sentences:
-        raise UserError(
-            "no captions", file=data, key=f"images[{index}].sentences", remedy="every image needs at least one caption"
-        )
+        raise UserError("no captions", file=data, key=f"images[{index}].sentences", remedy="add at least one")
     captions = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
     for number, caption in enumerate(captions):
         if not isinstance(caption, str) or not caption.strip():
-            raise UserError(
-                "no text", file=data, key=f"images[{index}].sentences[{number}].raw", remedy="add or remove the caption"
-            )
+            raise UserError("no text", file=data, key=f"images[{index}].sentences[{number}].raw", remedy="add it")
     return [str(caption) for caption in captions]
 
 
 def _file(data: Path, index: int, row: dict[str, Any], images_dir: Path) -> Path:
     name, folder = row.get("filename"), row.get("filepath") or ""
     if not isinstance(name, str) or not name or not isinstance(folder, str):
-        raise UserError(
-            "must be text, as must 'filepath' if given",
-            file=data,
-            key=f"images[{index}].filename",
-            remedy="fix the entry",
-        )
+        raise UserError("must be text, like 'filepath'", file=data, key=f"images[{index}].filename", remedy="fix it")
     file = images_dir / folder / name
     if not file.is_file():
         raise UserError(
-            f"no such image (images[{index}] of {data})",
-            file=file,
-            remedy="give their folder with --images (pretrain: evaluation.images)",
+            f"no such image (images[{index}] of {data})", file=file, remedy="set --images (pretrain: evaluation.images)"
         )
     return file

@@ -120,11 +120,9 @@ class SourceReader:
             if self.readers == 1:  # with several readers the part of one is too small a sample
                 self._check_bad_fraction()
             if empty == self.readers:  # in this many epochs the reader had every part once
+                remedy = "fix data.shards"
                 raise UserError(
-                    f"no sample in {self._describe_shards()}",
-                    file=self.source.shards,
-                    key="data.shards",
-                    remedy="fix data.shards",
+                    f"no sample in {self._describe_shards()}", file=self.source.shards, key="data.shards", remedy=remedy
                 )
             self.position = dataclasses.replace(self.position, epoch=begin.epoch + 1, piece=0, row=0, taken=0)
 

@@ -118,12 +118,8 @@ class PairsRecipe:
         if self.shards is None and not self.mixture:
             raise UserError("required, unless data.mixture is set", key="data.shards", remedy="give a path or URL")
         if self.shards is not None and self.mixture:
-            raise UserError(
-                "cannot be combined with data.mixture",
-                key="data.shards",
-                value=self.shards,
-                remedy="remove one of them (--data.shards null if it comes from the recipe)",
-            )
+            remedy = "remove one of them (--data.shards null if it comes from the recipe)"
+            raise UserError("cannot be combined with data.mixture", key="data.shards", value=self.shards, remedy=remedy)
         for number, source in enumerate(self.mixture):
             if not 0 < source.weight < math.inf:
                 raise UserError(
@@ -133,11 +129,7 @@ class PairsRecipe:
                     remedy="or remove the source",
                 )
         if self.shuffle_buffer < 0:
-            raise UserError(
-                "must be at least 0",
-                key="data.shuffle_buffer",
-                value=self.shuffle_buffer,
-            )
+            raise UserError("must be at least 0", key="data.shuffle_buffer", value=self.shuffle_buffer)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError("must be from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
         self.augmentation.check()

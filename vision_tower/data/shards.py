@@ -73,11 +73,7 @@ def find_shards(pattern: str) -> list[str]:
         raise UserError("no shard matches this pattern", file=pattern, remedy="fix the pattern, or create the data")
     for shard in found:
         if _extension(shard) not in READERS:
-            raise UserError(
-                f"not a shard: known extensions are {', '.join(READERS)}",
-                file=shard,
-                remedy="convert it, or fix the pattern",
-            )
+            raise UserError(f"not a shard ({', '.join(READERS)})", file=shard, remedy="convert it, or fix the pattern")
     return list(dict.fromkeys(found))
 
 
@@ -128,9 +124,7 @@ def _remote(part: str) -> list[str]:
     except (ImportError, ValueError) as error:
         raise UserError(_message(error), file=part) from error
     except Exception as error:  # each fsspec backend has its own errors
-        raise UserError(
-            f"the shards cannot be listed ({_message(error)})", file=part, remedy="check the URL and your access"
-        ) from error
+        raise UserError(f"cannot be listed ({_message(error)})", file=part, remedy="check URL and access") from error
 
 
 Wanted = Callable[[int], bool]

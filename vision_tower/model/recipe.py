@@ -78,10 +78,7 @@ class ModelRecipe:
             down = self.image_size // self.patch_size * self.patch_size
             near = f"{down} or {down + self.patch_size}" if down else str(self.patch_size)
             raise UserError(
-                f"not a multiple of model.patch_size={self.patch_size}",
-                key="model.image_size",
-                value=self.image_size,
-                remedy=f"set it to {near}",
+                "not a multiple of patch_size", key="model.image_size", value=self.image_size, remedy=f"use {near}"
             )
         for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
             if tower.width % tower.heads:
@@ -93,19 +90,14 @@ class ModelRecipe:
                 )
         if self.start_from is not None and self.vocabulary is not None:
             raise UserError(
-                "the encoder of model.start_from has its own vocabulary",
-                key="model.vocabulary",
-                value=self.vocabulary,
-                remedy="remove it",
+                "model.start_from has its own", key="model.vocabulary", value=self.vocabulary, remedy="remove it"
             )
         for name, minimum in (("text_length", 4), ("target_length", 3)):  # one word and the special tokens
             value = getattr(self, name)
             if value < minimum:
                 raise UserError(f"must be at least {minimum}", key=f"model.{name}", value=value)
         if self.image.width % 4:
-            raise UserError(
-                "must be a multiple of 4 for sin-cos positions", key="model.image.width", value=self.image.width
-            )
+            raise UserError("sin-cos positions need a multiple of 4", key="model.image.width", value=self.image.width)
 
     def _sizes(self) -> dict[str, int]:
         """Return all sizes by dotted name."""
@@ -133,9 +125,7 @@ class LockRecipe:
         if self.tower != "none" and self.checkpoint is None:
             raise UserError(f"required by lock.tower={self.tower}", key="lock.checkpoint", remedy="set it")
         if self.tower == "none" and self.checkpoint is not None:
+            remedy = "set lock.tower, or remove it"
             raise UserError(
-                "has no effect with lock.tower=none",
-                key="lock.checkpoint",
-                value=self.checkpoint,
-                remedy="set lock.tower, or remove it",
+                "has no effect with lock.tower=none", key="lock.checkpoint", value=self.checkpoint, remedy=remedy
             )

@@ -56,30 +56,19 @@ class EvaluationRecipe:
 
     def _check_data(self) -> None:
         if self.retrieval is None and self.zeroshot is None:
-            raise UserError(
-                "no evaluation data",
-                key="evaluation.every",
-                value=self.every,
-                remedy="set evaluation.retrieval or evaluation.zeroshot",
-            )
+            raise UserError("no data", key="evaluation.every", value=self.every, remedy="set .retrieval or .zeroshot")
         data = {"mean_recall": self.retrieval, "top1": self.zeroshot, "none": ""}[self.best_by]
         if data is None:
-            raise UserError(
-                "this score is not computed with the given data",
-                key="evaluation.best_by",
-                value=self.best_by,
-                remedy="choose another score, or none to save no best weights",
-            )
+            remedy = "choose another score, or none to save no best weights"
+            raise UserError("not computed with this data", key="evaluation.best_by", value=self.best_by, remedy=remedy)
 
     def _check_unused(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
+                remedy = "set evaluation.every, or remove it"
                 raise UserError(
-                    "has no effect with evaluation.every=0",
-                    key=f"evaluation.{field.name}",
-                    value=value,
-                    remedy="set evaluation.every, or remove it",
+                    "has no effect with evaluation.every=0", key=f"evaluation.{field.name}", value=value, remedy=remedy
                 )
 
 
@@ -102,10 +91,7 @@ class EncoderTraining(TrainingRecipe):
         super().check()
         if self.max_steps < 1:
             raise UserError(
-                "required, because pretraining reads an endless stream",
-                key="training.max_steps",
-                value=self.max_steps,
-                remedy="set a number of steps",
+                "required for an endless stream", key="training.max_steps", value=self.max_steps, remedy="set it"
             )
         if not 0 <= self.ema_decay < 1:
             raise UserError(
@@ -157,11 +143,7 @@ class PretrainRecipe:
             )
         self.lock.check()
         if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
-            raise UserError(
-                "the locked text tower has its own vocabulary",
-                key="lock.tower",
-                value="text",
-                remedy="remove model.vocabulary and model.start_from",
-            )
+            remedy = "remove model.vocabulary and model.start_from"
+            raise UserError("has its own vocabulary", key="lock.tower", value="text", remedy=remedy)
         self.training.check()
         self.evaluation.check()

@@ -51,9 +51,7 @@ def check_same_vocabulary(tokenizer: ClipsTokenizer) -> None:
     mismatch = first_mismatch(tokenizer.fast.get_vocab())
     if mismatch is not None:
         raise UserError(
-            f"ranks 0 and {mismatch[0]} could not read the same shards to train one",
-            key="model.vocabulary",
-            remedy="set it to a vocab.txt",
+            f"ranks 0 and {mismatch[0]} read different shards", key="model.vocabulary", remedy="set it to a vocab.txt"
         )
 
 

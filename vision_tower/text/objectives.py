@@ -102,9 +102,7 @@ class CaptionRecipe:
         for name in ("budget", "web_budget"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= room:
-                raise UserError(
-                    f"must be from 1 to {room}, which fit model.text_length", key=f"captions.{name}", value=value
-                )
+                raise UserError(f"must be from 1 to {room}, by model.text_length", key=f"captions.{name}", value=value)
         if self.sentences < 1:
             raise UserError("must be at least 1", key="captions.sentences", value=self.sentences)
         if not 0 <= self.web_share <= 1:

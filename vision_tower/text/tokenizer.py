@@ -66,11 +66,8 @@ class ClipsTokenizer:
         vocabulary = fast.get_vocab()
         for piece in (PAD, BOS, EOS, UNK, CLS):
             if piece not in vocabulary:
-                raise UserError(
-                    f"no piece '{piece}'",
-                    file=fast.name_or_path or "tokenizer",
-                    remedy=f"CLIPS needs {', '.join((PAD, BOS, EOS, UNK, CLS))}",
-                )
+                remedy = f"CLIPS needs {', '.join((PAD, BOS, EOS, UNK, CLS))}"
+                raise UserError(f"no piece '{piece}'", file=fast.name_or_path or "tokenizer", remedy=remedy)
         self.fast = fast
         self._encode = fast.backend_tokenizer  # the wrapper of transformers takes as long as a short caption
         self._encode.encode_special_tokens = True
@@ -132,25 +129,19 @@ class ClipsTokenizer:
 
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
-            raise UserError(
-                "no such file", file=file, remedy="give the output folder of `pretrain`: this is not a CLIPS checkpoint"
-            )
+            raise UserError("no such file", file=file, remedy="give a `pretrain` run")
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(str(folder)))
         except UserError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise UserError(
-                f"not a readable tokenizer ({error})", file=file, remedy="save or download it again"
-            ) from error
+            raise UserError(f"not a readable tokenizer ({error})", file=file, remedy="download it again") from error
 
     @classmethod
     def from_vocabulary(cls, file: str | Path, renamed: Mapping[str, str] = UNUSED) -> ClipsTokenizer:
         """Load the published layout: BERT's uncased `vocab.txt` with `[unused0]`, `[unused1]` as `[bos]`, `[eos]`."""
         if not Path(file).is_file():
-            raise UserError(
-                "no such vocabulary", file=file, remedy="give a WordPiece vocab.txt, or omit it to train one"
-            )
+            raise UserError("no such file", file=file, remedy="give a WordPiece vocab.txt, or omit it to train one")
         # Not splitlines(): ids are line numbers, and a piece may be U+2028.
         lines = read_text(Path(file)).rstrip("\n").split("\n")
         return cls.from_pieces({piece: index for index, piece in enumerate(lines)}, file, renamed)
@@ -162,7 +153,7 @@ class ClipsTokenizer:
         for piece in (PAD, BOS, EOS, UNK, CLS):  # the fast tokenizer would silently append a missing one
             if piece not in vocabulary:
                 raise UserError(
-                    f"no piece '{piece}'", file=file, remedy="give BERT's uncased vocab.txt, or one with its layout"
+                    f"no piece '{piece}'", file=file, remedy="give BERT's uncased vocab.txt, or one like it"
                 )
         return cls(_wordpiece(vocabulary))
 

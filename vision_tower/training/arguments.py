@@ -95,9 +95,7 @@ def _check_extra(recipe: TrainingRecipe) -> None:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in recipe.extra:
         if name in OWN_FIELDS:
-            raise UserError(
-                "the recipe has its own field for it", key=f"training.extra.{name}", remedy=f"set {OWN_FIELDS[name]}"
-            )
+            raise UserError("has its own field", key=f"training.extra.{name}", remedy=f"set {OWN_FIELDS[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean '{near[0]}'?" if near else "see transformers.TrainingArguments"
@@ -109,10 +107,7 @@ def _check_deepspeed(recipe: TrainingRecipe) -> None:
         return
     if not Path(recipe.deepspeed).is_file():
         raise UserError(
-            "no such DeepSpeed config",
-            file=recipe.deepspeed,
-            key="training.deepspeed",
-            remedy="choose one of configs/deepspeed/",
+            "no such file", file=recipe.deepspeed, key="training.deepspeed", remedy="choose one of configs/deepspeed/"
         )
     read_object(Path(recipe.deepspeed))  # a damaged file becomes a UserError here, before DeepSpeed reads it
 
@@ -139,8 +134,5 @@ def _require_login() -> None:
     settings = wandb.setup().settings  # from the environment and from the file that `wandb offline` writes
     if settings.mode in ("online", "run", "shared") and not settings.identity_token_file:
         raise UserError(
-            "not logged in",
-            key="training.report_to",
-            value="wandb",
-            remedy="run `wandb login`, or set WANDB_MODE=offline",
+            "not logged in", key="training.report_to", value="wandb", remedy="`wandb login`, or WANDB_MODE=offline"
         )

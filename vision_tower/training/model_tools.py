@@ -48,18 +48,12 @@ def check_cpp() -> None:
     """Raise UserError if the C++ code of torch.compile could not be built; otherwise the first step would fail."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # the default of torch inductor
     if shutil.which(compiler) is None:
-        raise UserError(
-            f"needs a C++ compiler, but '{compiler}' was not found",
-            key="training.compile",
-            remedy="install it, set CXX to another compiler, or set training.compile to false",
-        )
+        remedy = "install it, set CXX to another compiler, or set training.compile to false"
+        raise UserError(f"needs a C++ compiler, but '{compiler}' was not found", key="training.compile", remedy=remedy)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
-        raise UserError(
-            f"needs Python's headers, but {header} does not exist",
-            key="training.compile",
-            remedy="install them (python3-dev), or set training.compile to false",
-        )
+        remedy = "install them (python3-dev), or set training.compile to false"
+        raise UserError(f"needs Python's headers, but {header} does not exist", key="training.compile", remedy=remedy)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -46,11 +46,8 @@ def stop_if_not_finite(
     summary = ", ".join(f"{name} {number}" for name, number in texts.items())
     checkpoint = latest_checkpoint(folder)
     resume = f"resume from {checkpoint} with the same command" if checkpoint else "start again"
-    raise UserError(
-        f"step {step}: {summary} on rank {rank()}",
-        file=folder / FILE,
-        remedy=f"fix the samples listed there and {resume}, or lower training.learning_rate in another output_dir",
-    )
+    remedy = f"fix the samples listed there and {resume}, or lower training.learning_rate in another output_dir"
+    raise UserError(f"step {step}: {summary} on rank {rank()}", file=folder / FILE, remedy=remedy)
 
 
 def _write_report(folder: Path, step: int, report: dict[str, Any]) -> None:

@@ -95,9 +95,7 @@ def check_same_precision(precision: str) -> None:
     if mismatch is not None:
         rank, first, other = mismatch
         raise UserError(
-            f"auto is {first} on rank 0 and {other} on rank {rank}",
-            key="training.precision",
-            remedy="set bf16 or fp32 in the recipe",
+            f"auto is {first} on rank 0 and {other} on rank {rank}", key="training.precision", remedy="set bf16 or fp32"
         )
 
 

@@ -308,9 +308,9 @@ def raise_if_stopped(trainer: ResumableTrainer) -> None:
         return
     if trainer.saved_at != step:
         raise UserError(
-            f"SIGTERM: stopped after step {step} without a checkpoint, no space left on the device",
+            f"SIGTERM: stopped after step {step} without a checkpoint, the disk is full",
             file=folder,
-            remedy="free some space",
+            remedy="free space",
         )
     raise Stopped(
         f"SIGTERM: stopped after step {step} of {trainer.state.max_steps}, checkpoint saved in {folder}; run the same "

@@ -55,21 +55,13 @@ class AblateRecipe:
         if not self.reductions and not self.objectives:
             raise UserError("nothing to compare", key="reductions", remedy="give reductions or objectives")
         if len(set(self.seeds)) < max(2, len(self.seeds)):
-            raise UserError(
-                "needs at least two different seeds", key="seeds", value=self.seeds, remedy="give three or more"
-            )
+            raise UserError("needs two different seeds", key="seeds", value=self.seeds, remedy="give three or more")
         if self.reductions and not (self.budgets and self.web_budgets):
-            raise UserError(
-                "budgets and web_budgets must not be empty", key="budgets", remedy="give some, for example [8, 16, 32]"
-            )
+            raise UserError("budgets and web_budgets are needed", key="budgets", remedy="for example [8, 16, 32]")
         for name in ("budgets", "web_budgets") if self.reductions else ():
             for budget in getattr(self, name):
                 if not 1 <= budget < room:
-                    raise UserError(
-                        f"must be from 1 to {room - 1}, what fits model.text_length of {self.pretrain}",
-                        key=name,
-                        value=budget,
-                    )
+                    raise UserError(f"must be from 1 to {room - 1} to fit model.text_length", key=name, value=budget)
         if self.processes < 0 or self.threads < 1:
             raise UserError("must be at least 0, and threads at least 1", key="processes", value=self.processes)
 

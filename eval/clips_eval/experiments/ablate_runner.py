@@ -69,9 +69,7 @@ def cells(recipe: AblateRecipe) -> list[Cell]:
         file = cell.folder / JOB
         if file.is_file() and file.read_text() != cell.job:
             raise UserError(
-                "the run belongs to another recipe or other data",
-                file=file,
-                remedy=f"remove {cell.folder}, or choose another output_dir",
+                "of another recipe or other data", file=file, remedy=f"remove {cell.folder}, or change output_dir"
             )
     return found
 

@@ -69,9 +69,7 @@ class CompareRecipe:
         made = {spec.run for spec in self.pretrain}
         for run in self.runs:
             if run not in made and not (run / "tower").is_dir():
-                raise UserError(
-                    "contains no tower/", file=run, remedy="pretrain it first, or add it to 'pretrain' in the recipe"
-                )
+                raise UserError("contains no tower/", file=run, remedy="pretrain it, or add it to 'pretrain'")
         files = [self.align, self.finetune, self.evaluate, *(spec.config for spec in self.pretrain)]
         for file in [*files, *([self.retrieval] if self.retrieval else [])]:
             if not file.is_file():

@@ -94,9 +94,7 @@ def compare_towers(recipe: CompareRecipe) -> tuple[list[Comparison], list[LeftOu
     found = [row for other in others for row in _against(runs[first], runs[other], other.name)]
     rows = [row for row in found if isinstance(row, Comparison)]
     if not rows:
-        raise UserError(
-            "no metric with single answers", file=recipe.output_dir, remedy="look at the lmms.json of the runs"
-        )
+        raise UserError("no metric with single answers", file=recipe.output_dir, remedy="see the lmms.json of the runs")
     adjusted = holm([row.documents for row in rows])
     rows = [replace(row, documents=documents) for row, documents in zip(rows, adjusted, strict=True)]
     return rows, [row for row in found if isinstance(row, LeftOut)]

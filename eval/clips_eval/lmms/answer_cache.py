@@ -82,9 +82,7 @@ def _read(file: Path, head: str) -> dict[str, str]:
             row = json.loads(line)
             answers[row["key"]] = row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"line {number} is not an answer of 'clips-mllm evaluate'", file=file, remedy="remove the file"
-            ) from error
+            raise UserError(f"line {number} is not an answer", file=file, remedy="remove the file") from error
     if lines[-1]:
         file.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
     return answers

@@ -57,18 +57,10 @@ def check_data(data: str, task: str) -> None:
         missing = [column for column in columns if column not in schema.names]
         if missing:
             raise UserError(
-                f"no such column, which {task} needs (columns: {', '.join(schema.names)})",
-                file=file,
-                key=missing[0],
-                remedy=REMEDY,
+                f"{task} needs this column (has {', '.join(schema.names)})", file=file, key=missing[0], remedy=REMEDY
             )
         if "image" in columns and not _is_image(schema):
-            raise UserError(
-                "not a datasets.Image feature",
-                file=file,
-                key="image",
-                remedy="save it with Features(image=Image())",
-            )
+            raise UserError("not a datasets.Image", file=file, key="image", remedy="save with Features(image=Image())")
         if task in OWN_TASKS:
             _check_answers(file, task, seen)
             _check_images(file)

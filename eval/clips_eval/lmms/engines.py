@@ -77,10 +77,7 @@ def _load_stock(recipe: EvaluateRecipe) -> lmms:
         model: lmms = Reusable.create_from_arg_string(arguments, {"batch_size": batch_size, "device": device})
     except (ImportError, NameError, TypeError) as error:
         raise UserError(
-            f"cannot be used here ({_one_line(error)})",
-            key="model",
-            value=recipe.model,
-            remedy="check --model_args and its package",
+            f"not usable ({_one_line(error)})", key="model", value=recipe.model, remedy="check package and --model_args"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(

@@ -46,9 +46,7 @@ def load_scorer(recipe: str) -> TaskScorer:
     parsed.check()
     for name, only in SUPPORTED.items():
         if (value := getattr(parsed, name)) != only:
-            raise UserError(
-                "not supported inside a training run", file=recipe, key=name, value=value, remedy="remove it"
-            )
+            raise UserError("not supported in a training run", file=recipe, key=name, value=value, remedy="remove it")
     with untouched_randomness(), tempfile.TemporaryDirectory(prefix="lmms-") as folder:
         from clips_eval.lmms.run import log_warnings_only, survey_tasks
         from clips_eval.lmms.scores import metric_names
@@ -59,9 +57,7 @@ def load_scorer(recipe: str) -> TaskScorer:
             survey = survey_tasks(parsed)
             if survey.skipped:  # an error, since a missing score would be noticed only after the run
                 reasons = "; ".join(f"{task}: {reason}" for task, reason in survey.skipped.items())
-                raise UserError(
-                    f"tasks that cannot run here ({reasons})", key="tasks", remedy="fix the cause, or remove them"
-                )
+                raise UserError(f"cannot run here ({reasons})", key="tasks", remedy="fix the cause, or remove them")
             tasks = [load_task(spec, survey.manager, Path(folder)) for spec in parsed.specs]
         except UserError as error:
             raise UserError(

@@ -104,9 +104,7 @@ class ClipsMllm(lmms):
             raise UserError("must be an integer of at least 1", key="batch_size", value=batch_size)
         self.mllm = mllm or _load(pretrained, device, dtype, quantize)
         if not self.mllm.processor.chat_template:
-            raise UserError(
-                "the processor has no chat template", file=pretrained, remedy="add the LLM's as chat_template.jinja"
-            )
+            raise UserError("the processor has no chat template", file=pretrained, remedy="add chat_template.jinja")
         self.batch_size = int(batch_size)
         self.control: Control = control
         self.seed = seed

@@ -117,9 +117,7 @@ class EvaluateRecipe:
                 raise UserError(f"has no effect with --model {self.model}", key=name, value=value, remedy=remedy)
         package = PACKAGES.get(self.model)
         if package is not None and find_spec(package) is None:
-            raise UserError(
-                f"package {package} is not installed", key="model", value=self.model, remedy=f"pip install {package}"
-            )
+            raise UserError("not installed", key="model", value=self.model, remedy=f"pip install {package}")
         check_specs(self.specs)
 
     @property

@@ -79,9 +79,7 @@ def chat_prompt(request: Instance, document: Any, processor: LlavaProcessor, con
                         content.append({"type": "image"})
                         images.append(_load(part["url"], control, processor))
                     case other:
-                        raise UserError(
-                            f"it contains {other}, which LLaVA does not support", file=name, remedy="remove the task"
-                        )
+                        raise UserError(f"LLaVA does not support {other}", file=name, remedy="remove the task")
             messages.append({"role": message["role"], "content": content})
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return Prompt(text=text, images=images)

@@ -41,9 +41,7 @@ def task_scores(task: str, results: Mapping[str, Any], expected: int) -> dict[st
     """
     found = len(results.get("samples", {}).get(task, ()))
     if found != expected:
-        raise UserError(
-            f"task {task}: only {found} of {expected} documents were scored", remedy="see the messages above"
-        )
+        raise UserError(f"task {task}: only {found} of {expected} documents scored", remedy="see the messages above")
     scores: dict[str, float] = {}
     for key, value in results["results"][task].items():
         metric, _, _ = key.partition(",")

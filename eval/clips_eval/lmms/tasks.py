@@ -73,12 +73,8 @@ def _stock_task(name: str, manager: TaskManager, mode: Mode) -> dict[str, Task]:
         outputs = get_task_list(get_task_dict([name], manager, mode))
     except RetryError as error:
         cause = " ".join(str(error.last_attempt.exception()).split())
-        raise UserError(
-            f"its data set cannot be loaded ({cause})",
-            key="tasks",
-            value=name,
-            remedy=f"check the network, or give a local copy with --data.{name} FILE.parquet",
-        ) from error
+        remedy = f"check the network, or give a local copy with --data.{name} FILE.parquet"
+        raise UserError(f"its data set cannot be loaded ({cause})", key="tasks", value=name, remedy=remedy) from error
     return {output.task_name: output.task for output in outputs}
 
 
@@ -92,9 +88,7 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mod
 
     assert spec.data is not None
     if manager.task_index[spec.task]["type"] != "task":
-        raise UserError(
-            "a group cannot have data", key="tasks", value=spec.task, remedy="list its tasks, each with its own data"
-        )
+        raise UserError("a group has no data", key="tasks", value=spec.task, remedy="list its tasks with their data")
     config: dict[str, Any] = load_yaml_config(manager.task_index[spec.task]["yaml_path"], mode="full")
     split = config.get("test_split") or config["validation_split"]
     config |= {
@@ -114,9 +108,7 @@ def _local_task(spec: TaskSpec, manager: TaskManager, cache_dir: Path, mode: Mod
         with image_errors(f"task {spec.task}, {document}"):
             return {spec.task: task_class(config=config, model_name=manager.model_name)}
     except KeyError as error:
-        raise UserError(
-            f"no column {error}, which task {spec.task} needs", file=spec.data, remedy="add the column"
-        ) from error
+        raise UserError(f"{spec.task} needs a column {error}", file=spec.data, remedy="add the column") from error
 
 
 def reword(task: Task, wording: int) -> bool:

@@ -127,9 +127,7 @@ def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
         ablation=_read_ablation(root / "ablate" / "ablation.json"),
     )
     if run == Run(root=root):
-        raise UserError(
-            "nothing to report in this folder", file=root, remedy="give a folder with encoder/, finetune/ or steps/"
-        )
+        raise UserError("nothing to report", file=root, remedy="give a folder with encoder/, finetune/ or steps/")
     others = [_read_baseline(file) for file in baselines]
     titles = [_title(one) for one in others]
     named = {  # results of the same model get their file name
@@ -151,9 +149,7 @@ def _read_baseline(file: Path) -> Benchmarks | Retrieval:
     elif RECALLS[0] in tree:
         found = _read_retrieval(file)
     if found is None:
-        raise UserError(
-            "not a result file", file=file, remedy="give an lmms.json of `evaluate` or a retrieval.json of `retrieve`"
-        )
+        raise UserError("not a result file", file=file, remedy="give an lmms.json or a retrieval.json")
     return found
 
 
@@ -232,10 +228,7 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
 def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
     if tree.get("format") != FORMAT:
         raise UserError(
-            f"{tree.get('format')!r} is not supported, expected {FORMAT}",
-            file=file,
-            key="format",
-            remedy=f"run `clips-mllm {command}` again",
+            f"{tree.get('format')!r}, expected {FORMAT}", file=file, key="format", remedy=f"run `{command}` again"
         )
 
 
@@ -259,9 +252,7 @@ def _read_curve(file: Path, stage: str) -> Curve | None:
         # A diverged run logs NaN; its curve shows a gap.
         for name in (key for key in row if key == "loss" or key.startswith("loss_")):
             if not isinstance(row[name], int | float) or not isinstance(row.get("step"), int):
-                raise UserError(
-                    f"line {line}: 'step' and '{name}' must be numbers", file=file, remedy="train this stage again"
-                )
+                raise UserError(f"line {line}: 'step' and '{name}' must be numbers", file=file, remedy="train it again")
             losses.setdefault(name, []).append((row["step"], float(row[name])))
     return Curve(stage=stage, losses=losses) if losses else None
 
@@ -295,7 +286,5 @@ def _find(folder: Path, name: str) -> Path:
 def _text(file: Path, tree: dict[str, Any], key: str) -> str:
     value = tree.get(key)
     if not isinstance(value, str):
-        raise UserError(
-            f"'{key}' is {value!r}, expected text", file=file, remedy="run the step that writes this file again"
-        )
+        raise UserError(f"'{key}' is {value!r}, expected text", file=file, remedy="run its step again")
     return value

@@ -42,15 +42,11 @@ def load_csv(data: Path, images_dir: Path, image_column: str, caption_column: st
             image, caption = _fields(data, reader.line_num, row, image_column, caption_column)
             if image not in captions and not (images_dir / image).is_file():
                 raise UserError(
-                    f"no such image (line {reader.line_num} of {data})",
-                    file=images_dir / image,
-                    remedy="give the images' folder with --images",
+                    f"no such image (line {reader.line_num} of {data})", file=images_dir / image, remedy="set --images"
                 )
             captions.setdefault(image, []).append(caption)
     except csv.Error as error:
-        raise UserError(
-            f"not CSV after line {reader.line_num} ({error})", file=data, remedy="check its quotes"
-        ) from error
+        raise UserError(f"not CSV after line {reader.line_num} ({error})", file=data, remedy="check quotes") from error
     if not captions:
         raise UserError("has a header but no rows", file=data, remedy="write one row per caption")
     return [
@@ -65,20 +61,14 @@ def _check_header(data: Path, columns: list[str], *names: str) -> None:
             known = ", ".join(f"'{column}'" for column in columns) or "none, the file is empty"
             hint = " or another --separator" if len(columns) == 1 else ""
             raise UserError(
-                f"no such column (columns: {known})",
-                file=data,
-                key=option,
-                value=name,
-                remedy=f"choose it with --{option}{hint}",
+                f"no such column (columns: {known})", file=data, key=option, value=name, remedy=f"set --{option}{hint}"
             )
 
 
 def _fields(data: Path, line: int, row: dict[str, str], image_column: str, caption_column: str) -> tuple[str, str]:
     if None in row or None in row.values():  # how DictReader marks too many and too few fields
         raise UserError(
-            f"line {line} has another number of fields than the header",
-            file=data,
-            remedy="quote texts that contain the separator",
+            f"line {line} has more or fewer fields than the header", file=data, remedy="quote texts with the separator"
         )
     for column in (image_column, caption_column):
         if not row[column].strip():
@@ -120,11 +110,7 @@ def stream_pairs(pattern: str, image: str, caption: str, skips: SkipCounter) -> 
                 if caption not in fields:
                     if number == row.index == 0:  # most likely a wrong option, not a bad row
                         raise UserError(
-                            "not in the first row",
-                            file=name,
-                            key="caption_column",
-                            value=caption,
-                            remedy="choose it with --caption_column",
+                            "not in row 0", file=name, key="caption_column", value=caption, remedy="choose another"
                         )
                     raise BadSample(f"no '{caption}'")
                 yield Pair(name=name, content=read_image(row, source), texts=_captions(fields[caption]))
@@ -172,9 +158,7 @@ def _ids(data: Path, split: str) -> tuple[list[str], list[str]]:
         images = [str(row["cocoid"] if "cocoid" in row else row["imgid"]) for row in rows]
         return images, [str(sentence["sentid"]) for row in rows for sentence in row["sentences"]]
     except KeyError as error:
-        raise UserError(
-            f"an image of the split has no {error}", file=data, remedy="--positives needs a file with COCO's ids"
-        ) from error
+        raise UserError(f"an image has no {error}", file=data, remedy="--positives needs COCO's ids") from error
 
 
 def _rows_of(file: Path, tree: dict[str, Any], section: str, queries: list[str], candidates: list[str]) -> Positives:
@@ -186,13 +170,9 @@ def _rows_of(file: Path, tree: dict[str, Any], section: str, queries: list[str],
     positives: dict[str, list[int]] = {}
     for query, names in tree[section].items():
         if query not in known:
-            raise UserError(
-                "unknown id in this split", file=file, key=section, value=query, remedy="choose the split with --split"
-            )
+            raise UserError("unknown id", file=file, key=section, value=query, remedy="choose the split with --split")
         unknown = [name for name in map(str, names) if name not in row_of]
         if unknown:
-            raise UserError(
-                "unknown id in this split", file=file, key=f"{section}.{query}", value=unknown[0], remedy="remove it"
-            )
+            raise UserError("unknown id", file=file, key=f"{section}.{query}", value=unknown[0], remedy="remove it")
         positives[query] = [row_of[str(name)] for name in names]
     return [positives.get(query, []) for query in queries]

@@ -65,6 +65,4 @@ def checkpoint_digest(folder: Path) -> str:
 
 def diverged(folder: Path) -> UserError:
     """Return the error for an encoder whose embeddings are not finite."""
-    return UserError(
-        "its embeddings contain NaN or infinity", file=folder, remedy="its training diverged, pretrain it again"
-    )
+    return UserError("its embeddings contain NaN or infinity", file=folder, remedy="it diverged, pretrain it again")
