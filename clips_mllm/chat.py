@@ -1,8 +1,8 @@
 """`clips-mllm chat`: chat with a multimodal LLM in the terminal.
 
-clips-mllm chat runs/quickstart/finetune --image photo.png --question "What is this?"
-clips-mllm chat runs/quickstart/finetune            # several turns; /help lists the commands
-echo "What is this?" | clips-mllm chat runs/quickstart/finetune --image photo.png
+clips-mllm chat runs/my_model --image photo.png --question "What is this?"
+clips-mllm chat runs/my_model            # several turns; /help lists the commands
+echo "What is this?" | clips-mllm chat runs/my_model --image photo.png
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`clips-mllm merge ADAPTER OUTPUT`: merge an adapter into its base model.
 
-clips-mllm merge runs/vicuna_7b_finetune_lora runs/vicuna_7b_merged
+clips-mllm merge ADAPTER OUTPUT
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`clips-mllm serve`: an OpenAI-compatible endpoint for a multimodal LLM.
 
-clips-mllm serve runs/quickstart/finetune --port 8000
+clips-mllm serve runs/my_model --port 8000
 """
 
 from __future__ import annotations

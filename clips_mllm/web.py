@@ -1,8 +1,8 @@
 """`clips-mllm web`: chat with a multimodal LLM in the browser.
 
-clips-mllm web runs/quickstart/finetune --examples runs/quickstart/data/examples.json
-clips-mllm web runs/quickstart/finetune --compare_with runs/quickstart/align    # the same question to two models
-clips-mllm web runs/quickstart/finetune --encoder runs/quickstart/encoder --images photos/
+clips-mllm web runs/my_model --examples examples.json
+clips-mllm web runs/my_model --compare_with runs/my_other_model    # the same question to two models
+clips-mllm web runs/my_model --encoder runs/my_encoder --images photos/
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`clips-mllm evaluate CHECKPOINT --config configs/eval/quickstart.yaml`: lmms-eval's benchmarks on an MLLM.
+"""`clips-mllm evaluate CHECKPOINT --config RECIPE`: lmms-eval's benchmarks on an MLLM.
 
 recipe --check data--> tasks that can run --+
                                             +-- task by task --> lmms.json, lmms_samples.jsonl, lmms_images/

@@ -225,3 +225,16 @@ def test_the_lock_pins_every_line_and_nothing_else() -> None:
     assert pins and all(pinned.fullmatch(pin) for pin in pins)
     names = {re.split(r"[\[=]", pin)[0].lower().replace("_", "-") for pin in pins}
     assert {"torch", "transformers", "deepspeed", "jsonargparse", "docstring-parser", "pytest", "ruff"} <= names
+
+
+def test_the_library_does_not_know_the_quickstart() -> None:
+    """Its recipes are in configs/, its data and its projector in clips_mllm/sample/."""
+    named = re.compile(r"quickstart|smoke", re.IGNORECASE)
+    wrong = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in modules().values()
+        if "sample" not in file.parts
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if named.search(line)
+    ]
+    assert not wrong
