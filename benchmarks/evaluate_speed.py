@@ -1,13 +1,13 @@
-"""Documents per second of `clips_mllm` against lmms-eval's own `llava_hf`: same checkpoint and questions.
+"""Speed of evaluation compared with lmms-eval's `llava_hf`: documents per second, same checkpoint and questions.
 
     python benchmarks/evaluate_speed.py --checkpoint runs/quickstart/finetune --world runs/quickstart/data
-    python benchmarks/evaluate_speed.py --build TOWER LLM --world runs/quickstart/data    # none trained at hand
+    python benchmarks/evaluate_speed.py --build TOWER LLM --world runs/quickstart/data    # without a trained checkpoint
     python benchmarks/evaluate_speed.py … --documents 500 --modes chat simple --batches 1 16
-    python benchmarks/evaluate_speed.py … --startup                                        # start to first answer
+    python benchmarks/evaluate_speed.py … --startup                                        # time to the first answer
 
-500 yes/no questions about 100 images (five each) in POPE's form, greedy, through lmms-eval's `simple_evaluate` for
-both. The answers must be identical. `--startup` compares, each in a fresh process, importing `lmms_eval.evaluator`
-with the whole of `clips-mllm evaluate --limit 1`. Seconds depend on the machine, the ratios are what counts.
+Both engines answer 500 yes/no questions in POPE's format about 100 images (five each) with greedy decoding, through
+lmms-eval's `simple_evaluate`. The answers must be identical. `--startup` compares the import of `lmms_eval.evaluator`
+with a complete `clips-mllm evaluate --limit 1`, each in a new process. Seconds depend on the machine; compare ratios.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[16])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--startup", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3, help="of --startup; the best of each counts")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of --startup; the fastest one counts")
     args = parser.parse_args()
     if (args.checkpoint is None) == (args.build is None):
         parser.error("give either --checkpoint or --build")
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build(tower: str, llm: str, folder: Path) -> Path:
-    """A checkpoint with a random projector: the same work as a trained one, other answers."""
+    """Save a checkpoint with a random projector: as much work as a trained one, but other answers."""
     import torch
 
     from clips_mllm.model.build import build_mllm
@@ -73,19 +73,19 @@ def build(tower: str, llm: str, folder: Path) -> Path:
 
 
 def questions(world: Path, file: Path, count: int) -> Path:
-    """POPE's form over test scenes: `count` questions, five an image, about the objects of the sample world."""
+    """Write `count` questions in POPE's format about test scenes of the sample world, five per image."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Image, Value
 
-    asked = pq.read_table(world / "eval" / "pope_random.parquet", columns=["question"])["question"].to_pylist()
+    texts = pq.read_table(world / "eval" / "pope_random.parquet", columns=["question"])["question"].to_pylist()
     images = sorted((world / "retrieval" / "images").glob("*.png"))[: -(-count // PER_IMAGE)]
     rng = random.Random(0)
     rows = []
-    for place in range(count):
-        content = io.BytesIO(images[place // PER_IMAGE].read_bytes()).getvalue()
-        row = {"question": rng.choice(asked), "answer": "yes", "image": {"bytes": content, "path": None}}
-        rows.append({"id": str(place), "question_id": str(place), **row, "image_source": "s", "category": "random"})
+    for number in range(count):
+        content = io.BytesIO(images[number // PER_IMAGE].read_bytes()).getvalue()
+        row = {"question": rng.choice(texts), "answer": "yes", "image": {"bytes": content, "path": None}}
+        rows.append({"id": str(number), "question_id": str(number), **row, "image_source": "s", "category": "random"})
     names = ("id", "question_id", "question", "answer", "image_source", "category")
     schema = Features({**{name: Value("string") for name in names}, "image": Image()}).arrow_schema
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
@@ -93,7 +93,7 @@ def questions(world: Path, file: Path, count: int) -> Path:
 
 
 def compare(checkpoint: Path, data: Path, args: argparse.Namespace) -> None:
-    """Stock, then ours at each batch size, in each mode."""
+    """Measure `llava_hf`, then ours at each batch size, in each mode."""
     for mode in args.modes:
         stock, expected = measure(checkpoint, data, args, mode, engine="llava_hf", batch_size=1)
         print(f"{mode:7} llava_hf    batch  1: {args.documents / stock.wall:6.2f} documents/s", flush=True)
@@ -110,7 +110,7 @@ def compare(checkpoint: Path, data: Path, args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Seconds:
-    """On a busy machine the wall tells more of the others; with one thread the processor's time tells the work."""
+    """Wall time and processor time. On a busy machine with one thread, processor time is the more reliable."""
 
     wall: float
     processor: float
@@ -119,7 +119,7 @@ class Seconds:
 def measure(
     checkpoint: Path, data: Path, args: argparse.Namespace, mode: str, *, engine: str, batch_size: int
 ) -> tuple[Seconds, list[str]]:
-    """Seconds from requests to scored answers, models loaded before; and the answers."""
+    """Return the time from requests to scored answers, without loading the model, and the answers."""
     from clips_eval.lmms.answer_cache import AnswerCache
     from clips_eval.lmms.engines import load, model_for
     from clips_eval.lmms.recipe import EvaluateRecipe, TaskSpec
@@ -141,15 +141,15 @@ def measure(
         manager = index_tasks([spec])
         (task,) = load_task(spec, manager, Path(cache), recipe.mode).values()
         model = model_for(recipe, load(recipe), recipe.variants[0], AnswerCache(Path(cache) / "answers", {}))
-        start, worked = time.perf_counter(), time.process_time()
-        found = evaluate_task(model, task, manager, recipe, Path(cache) / "out.json")
-        seconds = Seconds(time.perf_counter() - start, time.process_time() - worked)
-    samples = sorted(found["samples"]["clips_pope_random"], key=lambda sample: sample["doc_id"])
+        start, processor_start = time.perf_counter(), time.process_time()
+        result = evaluate_task(model, task, manager, recipe, Path(cache) / "out.json")
+        seconds = Seconds(time.perf_counter() - start, time.process_time() - processor_start)
+    samples = sorted(result["samples"]["clips_pope_random"], key=lambda sample: sample["doc_id"])
     return seconds, [str(sample["filtered_resps"][0]) for sample in samples]
 
 
 def startup(checkpoint: Path, data: Path, repeats: int) -> None:
-    """Both in fresh processes, in turns."""
+    """Measure both in new processes, alternately."""
     folder = data.parent
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps({"tasks": [{"task": "clips_pope_random", "data": str(data)}], "device": "cpu"}))
@@ -163,14 +163,14 @@ def startup(checkpoint: Path, data: Path, repeats: int) -> None:
     }
     best = dict.fromkeys(commands, float("inf"))
     for _ in range(repeats):
-        for name, words in commands.items():
+        for name, command in commands.items():
             start = time.perf_counter()
-            subprocess.run(words, check=True, capture_output=True)
+            subprocess.run(command, check=True, capture_output=True)
             best[name] = min(best[name], time.perf_counter() - start)
-    imported, whole = best.values()
+    import_seconds, command_seconds = best.values()
     for name, seconds in best.items():
         print(f"{name:32} {seconds:6.2f} s")
-    print(f"ratio {whole / imported:.2f}")
+    print(f"ratio {command_seconds / import_seconds:.2f}")
 
 
 if __name__ == "__main__":

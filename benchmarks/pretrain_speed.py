@@ -1,17 +1,18 @@
-"""CLIPS pretraining against `open_clip_train` with CoCa, its nearest objective: same tars, tower sizes and batch.
+"""Speed of CLIPS pretraining compared with CoCa in `open_clip_train`: same tars, tower sizes and batch.
 
-    python benchmarks/pretrain_speed.py                      # 3 repeats, Ti towers, batch 64; wants an idle machine
+    python benchmarks/pretrain_speed.py                      # 3 repeats, Ti towers, batch 64; use an idle machine
     python benchmarks/pretrain_speed.py --size S             # larger towers
-    python benchmarks/pretrain_speed.py --padding masked     # our texts trimmed to the longest of a batch
-    python benchmarks/pretrain_speed.py --tiny               # does it run? a minute; its ratios mean nothing
-    python benchmarks/pretrain_speed.py --profile train      # where our step's time goes (torch.profiler)
-    python benchmarks/pretrain_speed.py --profile data       # where our loader's time goes (cProfile)
+    python benchmarks/pretrain_speed.py --padding masked     # trim our texts to the longest of a batch
+    python benchmarks/pretrain_speed.py --tiny               # quick check that it runs; its ratios mean nothing
+    python benchmarks/pretrain_speed.py --profile train      # profile our training step (torch.profiler)
+    python benchmarks/pretrain_speed.py --profile data       # profile our data loader (cProfile)
 
-Every measurement is a process of its own, and the two sides take turns, so that a machine that grows busier slows both.
-What counts are the ratios. Samples per second are taken between optimizer steps, without the first ones; memory is the
-peak resident size of the process plus that of its largest loader process; data alone iterates the loader and trains
-nothing. Both sides: bf16, one loader process, the same augmentation, vocabularies of 49,408 rows, AdamW with clipping.
-CLIPS does more for a pair than CoCa: two texts of 80 pieces and a target of 128 against one text of 76.
+Every measurement runs in its own process. The two sides alternate, so that changes in the load of the machine affect
+both; compare the ratios. Samples per second are measured between optimizer steps, without the first ones. Memory is the
+peak resident size of the process plus that of its largest loader process. "Data alone" iterates over the loader without
+training. Both sides use bf16, one loader process, the same augmentation, vocabularies of 49,408 rows, and AdamW with
+clipping. CoCa is the objective of open_clip that is most similar to CLIPS, which does more work per pair: two texts of
+80 pieces and a target of 128, against one text of 76.
 
 Needs open_clip_torch (its trainer is the package `open_clip_train`) and webdataset.
 """
@@ -38,14 +39,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SIZES = {  # width, layers, heads, joint width, of all three transformers
+SIZES = {  # width, layers, heads and embed_dim of all three transformers
     "tiny": (64, 2, 1, 64),
     "Ti": (192, 12, 3, 192),
     "S": (384, 12, 6, 384),
 }
 VOCABULARY = 49_408
 WARM_STEPS = 2
-DATA_STEPS = 4  # times the steps of training: the loader alone is fast, and its buffers are to empty and fill again
+DATA_STEPS = 4  # multiple of the training steps: the loader alone is fast, and its buffers must empty and fill again
 WORDS = (
     "a the of in on with and large small red blue green old young white black dog cat woman man child street car tree"
 )
@@ -54,7 +55,7 @@ WORDS += " shows photograph wooden plate food flowers building window light shad
 
 
 def write_shards(folder: Path, count: int, shards: int, side: int) -> None:
-    """JPEGs with the two captions as json, and the web caption as txt for the peer."""
+    """Write JPEGs with both captions as json, and the web caption as txt for open_clip_train."""
     from PIL import Image
 
     rng = random.Random(0)
@@ -85,7 +86,7 @@ def write_shards(folder: Path, count: int, shards: int, side: int) -> None:
 
 
 def our_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> list[str]:
-    """The recipe of `clips-mllm pretrain`."""
+    """Return the options of `clips-mllm pretrain`."""
     width, layers, heads, embed_dim = SIZES[args.size]
     values: dict[str, Any] = {
         "output_dir": folder,
@@ -112,7 +113,7 @@ def our_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> list[
 
 
 def their_arguments(args: argparse.Namespace, shards: Path, folder: Path) -> list[str]:
-    """The options of `python -m open_clip_train.main`, and a model config for them."""
+    """Return the options of `python -m open_clip_train.main`; write the model config that they name."""
     import open_clip
 
     width, layers, heads, embed_dim = SIZES[args.size]
@@ -154,7 +155,7 @@ def train_theirs(args: argparse.Namespace, shards: Path, folder: Path) -> None:
 
 
 def load_ours(args: argparse.Namespace, shards: Path, folder: Path, around: Any = None) -> list[float]:
-    """Times of batches from the loader that the command builds, within `around`; training is put off for good."""
+    """Return the arrival times of batches from the command's loader, without training; iterate inside `around`."""
     from vision_tower.pretraining import trainer as pretrain_trainer
 
     found: list[float] = []
@@ -171,8 +172,8 @@ def load_ours(args: argparse.Namespace, shards: Path, folder: Path, around: Any 
 
 
 def load_theirs(args: argparse.Namespace, shards: Path, folder: Path) -> list[float]:
-    """The same of the peer."""
-    import open_clip_train.main as peer
+    """Return the same for open_clip_train."""
+    import open_clip_train.main as open_clip_main
 
     found: list[float] = []
 
@@ -181,19 +182,19 @@ def load_theirs(args: argparse.Namespace, shards: Path, folder: Path) -> list[fl
         found.extend(arrivals(data["train"].dataloader, args.steps))
         raise SystemExit
 
-    peer.train_one_epoch = iterate
+    open_clip_main.train_one_epoch = iterate
     with contextlib.suppress(SystemExit):
         train_theirs(args, shards, folder)
     return found
 
 
 def arrivals(loader: Iterable[Any], count: int) -> list[float]:
-    """When each batch was there."""
+    """Return the arrival time of each batch."""
     return [time.perf_counter() for _ in islice(loader, count)]
 
 
 def child(args: argparse.Namespace) -> None:
-    """One measurement; what was found goes to a file, since both sides print."""
+    """Run one measurement and write the result to a file, because both sides print to stdout."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     times: list[float] = []
@@ -214,11 +215,11 @@ def child(args: argparse.Namespace) -> None:
     (folder / "found.json").write_text(json.dumps({"rate": rate, "memory": kilobytes * 1024}))
 
 
-# --- putting them side by side
+# --- comparison
 
 
 def measure(args: argparse.Namespace, what: str, shards: Path) -> dict[str, float]:
-    """Run one child. Its output is shown only where it fails."""
+    """Run one measurement in a child process; show its output only if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--child", what, "--shards", str(shards), "--folder", folder]
         steps = args.steps * (DATA_STEPS if what.startswith("data") else 1)
@@ -240,18 +241,18 @@ def measure(args: argparse.Namespace, what: str, shards: Path) -> dict[str, floa
 
 
 def compare(args: argparse.Namespace, shards: Path) -> None:
-    """All measurements in turns, then the ratios."""
+    """Run all measurements alternately, then print the ratios."""
     sides, kinds = ("ours", "theirs"), ("train", "data")
     found: dict[str, list[dict[str, float]]] = {f"{kind}-{side}": [] for kind in kinds for side in sides}
-    total, begun, done = args.repeats * len(found), time.monotonic(), 0
+    total, start, done = args.repeats * len(found), time.monotonic(), 0
     for _ in range(args.repeats):
         for what in found:
             found[what].append(measure(args, what, shards))
             done += 1
-            left = (time.monotonic() - begun) / done * (total - done)
+            left = (time.monotonic() - start) / done * (total - done)
             rate, memory = found[what][-1]["rate"], found[what][-1]["memory"] / 1e9
-            said = f"{what} {rate:.1f} samples/s, {memory:.2f} GB; about {left / 60:.1f} minutes left"
-            print(f"{done} of {total}: {said}", file=sys.stderr, flush=True)
+            progress = f"{what} {rate:.1f} samples/s, {memory:.2f} GB; about {left / 60:.1f} minutes left"
+            print(f"{done} of {total}: {progress}", file=sys.stderr, flush=True)
     print(
         f"{args.size} towers, {args.image_size} pixels, batch {args.batch}, {args.steps} steps, {args.threads} threads,"
         f" padding {args.padding}"
@@ -267,11 +268,11 @@ def compare(args: argparse.Namespace, shards: Path) -> None:
         print(f"{name}, ours / theirs: {statistics.median(ratios):.2f} (each repeat: {each}; goal: {goal})")
 
 
-# --- where our time goes
+# --- profiling
 
 
 def profile(args: argparse.Namespace, shards: Path) -> None:
-    """The costliest operators of a few steps, or the costliest functions of the loader, all in this process."""
+    """Print the most expensive operators of a few steps, or functions of the loader, all in this process."""
     import cProfile
     import pstats
 
@@ -298,11 +299,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--image_size", type=int, default=112)
-    parser.add_argument("--padding", choices=("attended", "masked"), default="attended", help="of our texts")
+    parser.add_argument("--padding", choices=("attended", "masked"), default="attended", help="padding of our texts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
-    parser.add_argument("--profile", choices=("train", "data"), help="where our time goes, instead of a comparison")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
+    parser.add_argument("--profile", choices=("train", "data"), help="profile our side instead of comparing")
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--shards", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

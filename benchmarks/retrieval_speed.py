@@ -1,10 +1,10 @@
-"""Recall@k of ours against CLIP_benchmark's own function, on the same embeddings, both timed in one run.
+"""Speed of recall@k compared with CLIP_benchmark's function, on the same embeddings.
 
     python benchmarks/retrieval_speed.py                                   # COCO's size: 5,000 images, 25,000 texts
-    python benchmarks/retrieval_speed.py --images 200 --repeats 1          # does it run?
+    python benchmarks/retrieval_speed.py --images 200 --repeats 1          # quick check that it runs
 
-The two take turns, so that a machine that grows slower or busier slows both. What counts is the ratio; seconds depend
-on the machine. Needs `clip-benchmark` (a development dependency) and about 6 GB for CLIP_benchmark's matrices.
+The two alternate, so that changes in the load of the machine affect both. Seconds depend on the machine; compare the
+ratio. Needs `clip-benchmark` (a development dependency) and about 6 GB for CLIP_benchmark's matrices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Recalls = dict[str, float]
 
 
 class Lookup(torch.nn.Module):
-    """A "model" whose images and token ids are rows of embeddings: CLIP_benchmark then only compares."""
+    """Model whose inputs are indices into embedding tables, to pass our embeddings to CLIP_benchmark."""
 
     def __init__(self, images: torch.Tensor, texts: torch.Tensor) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Lookup(torch.nn.Module):
 
 
 def embeddings(images: int, per_image: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit-norm images (N, D), noisy texts about them (M, D), and the image of each text (M,); recall is middling."""
+    """Return unit-norm images (N, D), noisy copies as texts (M, D), and the image of each text (M,)."""
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(images, width, generator=random)
     owner = torch.arange(images).repeat_interleave(per_image)
@@ -49,7 +49,7 @@ def embeddings(images: int, per_image: int, width: int) -> tuple[torch.Tensor, t
 def clip_benchmark(
     images: torch.Tensor, texts: torch.Tensor, per_image: int, ks: list[int], batch_size: int
 ) -> Recalls:
-    """Its `evaluate`, whole, without automatic mixed precision."""
+    """Run CLIP_benchmark's `evaluate` without automatic mixed precision."""
     loader = [
         (part, [list(range(row * per_image, (row + 1) * per_image)) for row in part.tolist()])
         for part in torch.arange(len(images)).split(batch_size)
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--per_image", type=int, default=5)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 5, 10])
-    parser.add_argument("--batch_size", type=int, default=64, help="CLIP_benchmark's rows at a time; 64 is its default")
+    parser.add_argument("--batch_size", type=int, default=64, help="batch size of CLIP_benchmark; 64 is its default")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 
@@ -85,7 +85,7 @@ def main() -> None:
     for repeat in range(args.repeats + 1):
         for name, run in runs.items():
             spent, recalls[name] = timed(run)
-            if repeat:  # the first of each warms up
+            if repeat:  # the first repeat is warm-up
                 seconds[name].append(spent)
                 print(f"{name:15} {spent:8.3f} s", flush=True)
     if recalls["clips-mllm"] != recalls["CLIP_benchmark"]:
@@ -93,7 +93,7 @@ def main() -> None:
     ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
     size = f"{len(images)} images, {len(texts)} texts, width {args.width}"
     print(f"{size}, k = {args.ks}, {torch.get_num_threads()} threads")
-    print(f"recalls equal to the last digit: {recalls['clips-mllm']}")
+    print(f"recalls are bit-identical: {recalls['clips-mllm']}")
     print(f"ratio {statistics.median(ratios):.1f} (each repeat: {', '.join(f'{ratio:.1f}' for ratio in ratios)})")
 
 

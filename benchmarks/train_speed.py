@@ -1,18 +1,18 @@
-"""LLaVA training against TRL's `SFTTrainer` for vision-language models: same checkpoint, data, batch, order and seed.
+"""Speed of LLaVA training compared with TRL's `SFTTrainer`: same checkpoint, data, batch, order and seed.
 
-    python benchmarks/train_speed.py                     # both stages, bf16, 10 steps of 8; wants an idle machine
-    python benchmarks/train_speed.py --compile none      # without torch.compile on our side; `both` has it on TRL's too
-    python benchmarks/train_speed.py --agreement         # losses of both sides step by step in fp32, and nothing else
-    python benchmarks/train_speed.py --world DIR         # a sample world that is there (with SmolLM2), built otherwise
+    python benchmarks/train_speed.py                     # both stages, bf16, 10 steps of 8; use an idle machine
+    python benchmarks/train_speed.py --compile none      # without torch.compile on our side; `both`: on both sides
+    python benchmarks/train_speed.py --agreement         # compare only the losses, step by step in fp32
+    python benchmarks/train_speed.py --world DIR         # use this sample world (with SmolLM2) instead of building one
 
-Every measurement is a process of its own, and the sides take turns. Samples per second are taken between optimizer
-steps, without the first three, in which torch.compile works; memory is the peak resident size of the process. The tower
-has the quickstart's sizes and random weights, which speed does not depend on. Both sides: one process without
-DeepSpeed, what trains in fp32 under bf16 autocast, no gradient checkpointing (TRL switches it on by default), no loader
-process, fused AdamW, constant learning rate. Ours has `training.compile`, and a frozen LLM in bf16 as always; stage 1
-runs two epochs, with the feature cache empty at first.
+Every measurement runs in its own process, and the sides alternate. Samples per second are measured between optimizer
+steps, without the first three, in which torch.compile compiles. Memory is the peak resident size of the process. The
+tower has the quickstart's sizes and random weights, because speed does not depend on the weights. Both sides use one
+process without DeepSpeed, fp32 weights for the trained parts under bf16 autocast, no gradient checkpointing (TRL
+enables it by default), no loader process, fused AdamW and a constant learning rate. Our side also uses
+`training.compile` and holds a frozen LLM in bf16. Our stage 1 runs two epochs, with the feature cache empty at first.
 
-Needs trl, which nothing else here does.
+Needs trl, which is not a dependency of the package.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WARM_STEPS = 3
 RATES = {"align": 1e-3, "finetune": 1e-4}
 
 
-# --- what both sides train on
+# --- data and model of both sides
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """A stock checkpoint of SmolLM2 and a random tower, and a JSON of samples with one image for each stage."""
+    """Write a stock checkpoint of SmolLM2 and a random tower, and for each stage a JSON of samples with one image."""
     import torch
 
     from clips_mllm.model.build import build_mllm
@@ -47,8 +47,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
     world = Path(args.world or folder / "world")
     if not world.is_dir():
-        few = {"pretrain_scenes": 60, "pretrain_shapes": 20, "retrieval_scenes": 10, "easy_vqa_questions": 20}
-        build(["--output_dir", str(world), *(f"--{name}={value}" for name, value in few.items())])
+        counts = {"pretrain_scenes": 60, "pretrain_shapes": 20, "retrieval_scenes": 10, "easy_vqa_questions": 20}
+        build(["--output_dir", str(world), *(f"--{name}={value}" for name, value in counts.items())])
     torch.manual_seed(0)
     save_tower(folder / "tower")
     model, processor = build_mllm(
@@ -58,13 +58,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     save_mllm(model, processor, folder / "mllm")
     for stage, name in (("align", "stage1"), ("finetune", "stage2")):
         rows = json.loads((world / "llava" / f"{name}.json").read_text())
-        one = [row for row in rows if sum(turn["value"].count("<image>") for turn in row["conversations"]) == 1]
-        (folder / f"{stage}.json").write_text(json.dumps(one[: args.batch * args.steps]))
+        kept = [row for row in rows if sum(turn["value"].count("<image>") for turn in row["conversations"]) == 1]
+        (folder / f"{stage}.json").write_text(json.dumps(kept[: args.batch * args.steps]))
     (folder / "images").symlink_to((world / "llava" / "images").resolve())
 
 
 def save_tower(folder: Path) -> None:
-    """The quickstart's sizes."""
+    """Save a random tower of the quickstart's sizes."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     from vision_tower.data.images import evaluation_processor
@@ -86,7 +86,7 @@ def save_tower(folder: Path) -> None:
 
 
 def train_ours(args: argparse.Namespace, stage: str, shared: Path, folder: Path) -> None:
-    """`clips-mllm train`."""
+    """Train with `clips-mllm train`."""
     from clips_mllm.train import main
 
     cached = stage == "align" and not args.agreement
@@ -115,7 +115,7 @@ def train_ours(args: argparse.Namespace, stage: str, shared: Path, folder: Path)
 
 
 def train_theirs(args: argparse.Namespace, stage: str, shared: Path, folder: Path) -> None:
-    """TRL, on the same conversations in its own form; the checkpoint's template marks what is learnt on both sides."""
+    """Train with TRL on the same conversations in its format; the checkpoint's template marks the supervised tokens."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
     from trl import SFTConfig, SFTTrainer
@@ -155,7 +155,7 @@ def train_theirs(args: argparse.Namespace, stage: str, shared: Path, folder: Pat
 
 
 def their_dataset(stage: str, shared: Path) -> Any:
-    """Columns `messages` and `images`; images are decoded as they are asked for."""
+    """Return a data set with the columns `messages` and `images`; images are decoded on access."""
     from datasets import Dataset, Image, List
 
     rows = json.loads((shared / f"{stage}.json").read_text())
@@ -173,7 +173,7 @@ def their_dataset(stage: str, shared: Path) -> Any:
 
 
 def child(args: argparse.Namespace) -> None:
-    """One measurement; what was found goes to a file, since both sides print."""
+    """Run one measurement and write the result to a file, because both sides print to stdout."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     times: list[float] = []
@@ -192,21 +192,21 @@ def child(args: argparse.Namespace) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most; `ru_maxrss` would begin with what the process that started it has held."""
+    """Return the peak memory of this process in bytes. `ru_maxrss` would include the peak of its parent process."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
 def rate(times: list[float], batch: int) -> float | None:
-    """Samples per second between the steps."""
+    """Return the samples per second between the first and the last of these step times."""
     return batch * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
-# --- putting them side by side
+# --- comparison
 
 
 def measure(args: argparse.Namespace, what: str, shared: Path) -> dict[str, Any]:
-    """Run one child. Its output is shown only where it fails."""
+    """Run one measurement in a child process; show its output only if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--child", what, "--shared", str(shared), "--folder", folder]
         words += [f"--{name}={getattr(args, name)}" for name in ("batch", "steps", "precision", "compile")]
@@ -226,31 +226,31 @@ def measure(args: argparse.Namespace, what: str, shared: Path) -> dict[str, Any]
 
 
 def compare(args: argparse.Namespace, shared: Path) -> None:
-    """All measurements in turns, then the ratios and the losses."""
+    """Run all measurements alternately, then print the ratios and the losses."""
     found: dict[str, list[dict[str, Any]]] = {}
     names = [f"{stage}-{side}" for stage in args.stages for side in ("theirs", "ours")]
-    begun = time.monotonic()
+    start = time.monotonic()
     for repeat in range(args.repeats):
-        for at, name in enumerate(names):
+        for index, name in enumerate(names):
             found.setdefault(name, []).append(measure(args, name, shared))
-            done = repeat * len(names) + at + 1
-            left = (time.monotonic() - begun) / done * (args.repeats * len(names) - done)
+            done = repeat * len(names) + index + 1
+            left = (time.monotonic() - start) / done * (args.repeats * len(names) - done)
             print(f"{name} done, about {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
     print(f"SmolLM2-135M, {args.precision}, batch {args.batch}, {args.steps} steps an epoch, {args.threads} threads")
     for stage in args.stages:
         ours, theirs = found[f"{stage}-ours"], found[f"{stage}-theirs"]
         pairs = list(zip(ours, theirs, strict=True))
-        apart = max(abs(a - b) for mine, other in pairs for a, b in zip(mine["losses"], other["losses"], strict=True))
-        print(f"{stage}: largest difference of a step's loss {apart:.1e} (goal in fp32: 1e-4)")
+        gap = max(abs(a - b) for mine, other in pairs for a, b in zip(mine["losses"], other["losses"], strict=True))
+        print(f"{stage}: largest difference of a step's loss {gap:.1e} (goal in fp32: 1e-4)")
         if args.agreement:
             print(f"  ours   {ours[0]['losses']}\n  theirs {theirs[0]['losses']}")
             continue
-        told = [("samples per second", [mine["rate"] / other["rate"] for mine, other in pairs], "at least 2")]
+        measures = [("samples per second", [mine["rate"] / other["rate"] for mine, other in pairs], "at least 2")]
         if stage == "align":
             later = [mine["later"] / other["rate"] for mine, other in pairs]
-            told.append(("samples per second from the second epoch", later, "at least 3"))
-        told.append(("peak memory", [mine["memory"] / other["memory"] for mine, other in pairs], "at most 0.7"))
-        for what, ratios, goal in told:
+            measures.append(("samples per second from the second epoch", later, "at least 3"))
+        measures.append(("peak memory", [mine["memory"] / other["memory"] for mine, other in pairs], "at most 0.7"))
+        for what, ratios, goal in measures:
             each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
             print(f"{stage}: {what}, ours / theirs: {statistics.median(ratios):.2f} (each: {each}; goal: {goal})")
         for side, runs in (("ours", ours), ("theirs", theirs)):
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", choices=("none", "ours", "both"), default="ours")
-    parser.add_argument("--agreement", action="store_true", help="fp32 losses alone")
+    parser.add_argument("--agreement", action="store_true", help="compare only the losses, in fp32")
     parser.add_argument("--shared", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)

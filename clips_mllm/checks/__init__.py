@@ -1,1 +1,1 @@
-"""Data looked at before a run: the doctor, the preview, the sample check."""
+"""Checks of the data before a run: the doctor, the preview, the sample check."""

@@ -70,9 +70,9 @@ class Summary:
             "text_only": self.text_only,
             "repeated_ids": self.repeated_ids,
             "dropped": {
-                cause: {"rows": count, "examples": self.examples[cause]} for cause, count in self.causes.most_common()
+                cause: {"rows": count, "examples": self.examples[cause]} for cause, count in _by_count(self.causes)
             },
-            "fixed": dict(self.fixes.most_common()),
+            "fixed": dict(_by_count(self.fixes)),
         }
         if self.tokens:
             report |= {
@@ -86,11 +86,11 @@ class Summary:
     def table(self) -> str:
         """Return the table for the terminal."""
         lines = [("rows", self.rows, ""), ("usable", self.usable, "")]
-        for cause, count in self.causes.most_common():
+        for cause, count in _by_count(self.causes):
             first = self.examples[cause][0]
             shard = f"{first['shard']}: " if "shard" in first else ""
             lines.append((f"  dropped: {cause}", count, f"{shard}row {first['row']} {first['detail']}".rstrip()))
-        lines += [(f"  fixed: {fix}", count, "") for fix, count in self.fixes.most_common()]
+        lines += [(f"  fixed: {fix}", count, "") for fix, count in _by_count(self.fixes)]
         lines += [("images", self.images, ""), ("text only", self.text_only, "")]
         lines.append(("repeated ids", self.repeated_ids, "kept"))
         if self.tokens:
@@ -102,6 +102,11 @@ class Summary:
             lines.append((f"longer than {self.max_length}", self.over_long, "cut"))
         width = max(len(line[0]) for line in lines)
         return "\n".join(f"{name:<{width}} {count:>12,}  {note}".rstrip() for name, count, note in lines)
+
+
+def _by_count(counts: Counter[str]) -> list[tuple[str, int]]:
+    """Return the items, highest count first."""
+    return sorted(counts.items(), key=lambda item: item[1], reverse=True)
 
 
 def _quantiles(values: array[int]) -> dict[str, int]:

@@ -68,8 +68,8 @@ class InstructionRecipe:
             color (LLaVA-1.5), `crop` keeps the tower's own image processor.
         max_bad_fraction: fraction of unusable samples above which the run stops.
         group_by_length: build batches from samples of similar length and equal modality, for less padding.
-        text_first: with group_by_length, what has no image comes first in an epoch: a small LLM learns a kind of
-            question from words before it is asked about images.
+        text_first: with group_by_length, put text-only samples first in each epoch, so that a small LLM learns each
+            kind of question from text before it sees images.
         packing: pack several short samples of a batch into one row; attention does not cross samples.
         seed: random seed for the samples chosen by `weight` and `cap`.
         feature_cache: folder for the image features of a frozen tower, shared by stages and runs. Each image takes

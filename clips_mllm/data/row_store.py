@@ -212,7 +212,8 @@ def report_skipped(store: RowStore, max_bad_fraction: float) -> None:
     if not bad:
         return
     file, rows = store.source.file, store.report.rows
-    causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
+    ranked = sorted(bad.items(), key=lambda item: item[1], reverse=True)
+    causes = ", ".join(f"{count} x {cause}" for cause, count in ranked)
     if is_main_process():
         for cause in bad:
             logger.warning("skipped: %s: %s", file, store.report.first[cause])

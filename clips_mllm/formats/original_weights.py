@@ -114,7 +114,7 @@ def without_rotary(folder: Path, state: Weights, theta: float) -> Weights:
     return kept
 
 
-# --- out
+# --- writing
 
 
 def write_projector(source: Path, folder: Path, tower: str | None) -> None:

@@ -20,7 +20,13 @@ from transformers import GenerationConfig
 from clips_mllm.model.quantize import QUANTIZATION_FILE, Quantize, read_quantization
 from clips_mllm.model.recipe import AdapterRecipe
 from clips_mllm.model.stock import check_image_token, load_stock
-from clips_mllm.model.tiles import AnyModel, AnyProcessor, follow_row_end, lend_row_end, take_row_end_back
+from clips_mllm.model.tiles import (
+    AnyModel,
+    AnyProcessor,
+    register_image_newline,
+    unregister_image_newline,
+    use_registered_image_newline,
+)
 from vision_tower.checkpoints.loading import read_pretrained
 from vision_tower.common.errors import UserError
 
@@ -76,11 +82,11 @@ def add_adapter(model: AnyModel, adapter: AdapterRecipe, modules: list[str], *, 
         modules_to_save=[PROJECTOR] if projector else None,
     )
     if projector:
-        lend_row_end(model)
+        register_image_newline(model)
     joined = get_peft_model(model, config, autocast_adapter_dtype=False)
     config.base_model_name_or_path = base  # after get_peft_model, which sets the name as given
     if projector:
-        follow_row_end(model)
+        use_registered_image_newline(model)
     return joined  # type: ignore[return-value]
 
 
@@ -97,7 +103,7 @@ def save_adapter(model: PeftModel, processor: AnyProcessor, folder: Path, state:
 
 
 def load_adapter(
-    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize, place: torch.device | None = None
+    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize, device: torch.device | None = None
 ) -> tuple[AnyModel, AnyProcessor]:
     """Load the base with the adapter applied, and the adapter's processor.
 
@@ -112,17 +118,17 @@ def load_adapter(
     if quantize == "8bit" and getattr(config, "use_dora", False):  # not a field of other kinds of adapters
         raise UserError("PEFT has no DoRA on 8-bit weights", file=folder, remedy="use 4bit, or merge the adapter first")
     if quantize != "none":
-        model, processor = load_stock(base, dtype=dtype, quantize=quantize, place=place)
+        model, processor = load_stock(base, dtype=dtype, quantize=quantize, device=device)
     elif trained is not None:
         # On the CPU: a model that fits a GPU in 4 bits may be too large for it in 16.
-        model, processor = load_stock(base, dtype=dtype, quantize=trained, place=torch.device("cpu"))
+        model, processor = load_stock(base, dtype=dtype, quantize=trained, device=torch.device("cpu"))
         model = model.dequantize(dtype=model.dtype)
     else:
         model, processor = load_stock(base, dtype=dtype)
     joined = _attach(model, folder)
     merged = joined.get_base_model() if quantize != "none" else joined.merge_and_unload()
-    if quantize == "none" and _has_row_end(folder):
-        take_row_end_back(merged)
+    if quantize == "none" and _has_image_newline(folder):
+        unregister_image_newline(merged)
     if (Path(folder) / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(folder)
     processor = read_pretrained(type(processor), folder)  # the adapter's, in the class of the base's
@@ -153,12 +159,12 @@ def _attach(model: AnyModel, folder: str | Path) -> PeftModel:
     from safetensors import SafetensorError
 
     try:
-        own_row_end = _has_row_end(folder)
-        if own_row_end:
-            lend_row_end(model)
+        own_image_newline = _has_image_newline(folder)
+        if own_image_newline:
+            register_image_newline(model)
         joined = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
-        if own_row_end:
-            follow_row_end(model)
+        if own_image_newline:
+            use_registered_image_newline(model)
         read_into(joined, folder)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, UserError):
@@ -180,7 +186,7 @@ def _keys(folder: str | Path) -> set[str]:
         return set(file.keys())
 
 
-def _has_row_end(folder: str | Path) -> bool:
+def _has_image_newline(folder: str | Path) -> bool:
     """Return True if the adapter contains `image_newline`; those of other training code may not."""
     return any(key.endswith(f"{PROJECTOR}.{ROW_END}") for key in _keys(folder))
 

@@ -46,10 +46,10 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
         UserError: no checkpoint, another kind of model, missing or unexpected weights, no `<image>` token, or an
             adapter without its base.
     """
-    place = choose_device(device)
-    model, processor = load_parts(folder, dtype=dtype, quantize=quantize, place=place)
+    chosen = choose_device(device)
+    model, processor = load_parts(folder, dtype=dtype, quantize=quantize, device=chosen)
     processor.tokenizer.padding_side = "left"  # not saved with the tokenizer
-    return Mllm(model.to(place).eval(), processor, place)
+    return Mllm(model.to(chosen).eval(), processor, chosen)
 
 
 def load_parts(
@@ -57,17 +57,17 @@ def load_parts(
     *,
     dtype: str | torch.dtype,
     quantize: Quantize = "none",
-    place: torch.device | None = None,
+    device: torch.device | None = None,
 ) -> tuple[AnyModel, AnyProcessor]:
     """Load model and processor, for training or inference. An adapter is merged into its base (`adapters.py`).
 
     Args:
-        place: device for 4- and 8-bit weights; by default the current GPU, if there is one.
+        device: device for 4- and 8-bit weights; by default the current GPU, if there is one.
     """
     name = str(folder) if is_adapter(folder) else _existing(str(folder), "model")
     if (adapter := find_adapter(name)) is not None:
-        return load_adapter(adapter, dtype=dtype, quantize=quantize, place=place)
-    return load_stock(folder, dtype=dtype, quantize=quantize, place=place)
+        return load_adapter(adapter, dtype=dtype, quantize=quantize, device=device)
+    return load_stock(folder, dtype=dtype, quantize=quantize, device=device)
 
 
 def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = None) -> None:

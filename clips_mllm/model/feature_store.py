@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 << 20
-CHUNK_SECONDS = 30.0  # a killed run loses at most the features of this time
-SCAN_SECONDS = 10.0  # between two looks for chunks of other processes
+CHUNK_SECONDS = 30.0  # a killed run loses at most the features that it computed in this time
+SCAN_SECONDS = 10.0  # between two scans for chunks of other processes
 STALE_SECONDS = 3600.0  # age at which an unfinished file belongs to a killed writer
 
 # Keys of a batch of n images, of which m are not in the cache; p patches, w width.

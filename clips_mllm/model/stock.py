@@ -42,11 +42,11 @@ SHARD_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def check_image_token(tokenizer: PreTrainedTokenizerFast, place: str | Path) -> None:
+def check_image_token(tokenizer: PreTrainedTokenizerFast, source: str | Path) -> None:
     """Raise UserError unless `<image>` is a single token."""
     if len(tokenizer.encode(IMAGE, add_special_tokens=False)) != 1:
         remedy = "build the checkpoint with `clips-mllm train`, or add the token to the tokenizer"
-        raise UserError(f"its tokenizer has no {IMAGE} token", file=place, remedy=remedy)
+        raise UserError(f"its tokenizer has no {IMAGE} token", file=source, remedy=remedy)
 
 
 def load_stock(
@@ -54,7 +54,7 @@ def load_stock(
     *,
     dtype: str | torch.dtype,
     quantize: Quantize | BitsAndBytesConfig = "none",
-    place: torch.device | None = None,
+    device: torch.device | None = None,
 ) -> tuple[AnyModel, AnyProcessor]:
     """Load model and processor of a folder or hub id that is not an adapter. Arguments as in `load_parts`."""
     name = _existing(str(folder), "model")
@@ -73,8 +73,8 @@ def load_stock(
         options["quantization_config"] = (
             quantize if isinstance(quantize, BitsAndBytesConfig) else quantization(quantize, own)
         )
-        if place is not None:
-            options["device_map"] = {"": place}
+        if device is not None:
+            options["device_map"] = {"": device}
     return _read_weights(model_class, name, dtype, **options), processor
 
 

@@ -104,27 +104,27 @@ def _side(processor: LlavaNextProcessor) -> int:
     return int(size.get("height") or size["shortest_edge"])
 
 
-def row_end(model: AnyModel) -> list[nn.Module]:
+def image_newline_modules(model: AnyModel) -> list[nn.Module]:
     """Return `image_newline`, which trains with the projector, as a module; stock LLaVA has none."""
     if not isinstance(model, LlavaNextForConditionalGeneration):
         return []
     return [nn.ParameterList([model.model.image_newline])]
 
 
-def lend_row_end(model: AnyModel) -> None:
+def register_image_newline(model: AnyModel) -> None:
     """Register `image_newline` in the projector too, before PEFT copies it: PEFT copies and saves modules only."""
     if isinstance(model, LlavaNextForConditionalGeneration):
         model.model.multi_modal_projector.image_newline = model.model.image_newline
 
 
-def follow_row_end(model: AnyModel) -> None:
+def use_registered_image_newline(model: AnyModel) -> None:
     """Let the model use the projector's `image_newline`: PEFT's copy, which is trained and saved."""
     if isinstance(model, LlavaNextForConditionalGeneration):
         model.model.image_newline = model.model.multi_modal_projector.image_newline
 
 
-def take_row_end_back(model: AnyModel) -> None:
+def unregister_image_newline(model: AnyModel) -> None:
     """Remove `image_newline` from the projector again, after the adapter was merged."""
     if isinstance(model, LlavaNextForConditionalGeneration):
-        follow_row_end(model)
+        use_registered_image_newline(model)
         del model.model.multi_modal_projector.image_newline

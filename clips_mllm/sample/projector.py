@@ -60,10 +60,10 @@ class WordProjectorRecipe(TrainRecipe):
         stage: not used.
         training: seed, precision and DeepSpeed, which decide the dtype of the weights.
         evaluation: not used.
-        word_steps: optimizer steps of 32 images.
+        projector_init_steps: optimizer steps of 32 images.
     """
 
-    word_steps: int = 3000
+    projector_init_steps: int = 3000
 
     def check(self) -> None:
         """Raise UserError unless this is a recipe of stage 1 without tiles that names the file."""
@@ -72,8 +72,8 @@ class WordProjectorRecipe(TrainRecipe):
             raise UserError("names the file to write", key="model.projector", remedy="set it in the recipe of stage 1")
         if self.model.tiles is not None:
             raise UserError("not supported here", key="model.tiles", value=self.model.tiles, remedy="leave it out")
-        if self.word_steps < 1:
-            raise UserError("at least 1", key="word_steps", value=self.word_steps)
+        if self.projector_init_steps < 1:
+            raise UserError("at least 1", key="projector_init_steps", value=self.projector_init_steps)
 
 
 def main(argv: list[str]) -> None:
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     dataset, collator = open_data(recipe, model, processor, examples)
     model.to(device)
     standardize(model, **first_images(dataset, collator))
-    initialize_by_words(model, dataset, collator, recipe.word_steps)
+    initialize_by_words(model, dataset, collator, recipe.projector_init_steps)
     assert recipe.model.projector is not None, "WordProjectorRecipe.check has run"
     file = Path(recipe.model.projector)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,9 @@ class StageRecipe:
         llm: train the LLM, all weights or an adapter.
         tower: train the vision tower up to the hidden state that the projector reads, all weights or an adapter.
         tower_from_layer: with `tower`, index of the first block to train; earlier blocks stay frozen.
-        projector_learning_rate: if not training.learning_rate.
-        llm_learning_rate: if not training.learning_rate.
-        tower_learning_rate: if not training.learning_rate.
+        projector_learning_rate: learning rate of the projector; default: training.learning_rate.
+        llm_learning_rate: learning rate of the LLM; default: training.learning_rate.
+        tower_learning_rate: learning rate of the tower; default: training.learning_rate.
         adapter: low-rank adapters for LLM and tower.
     """
 
@@ -87,7 +87,7 @@ class TrainEvaluationRecipe:
     Args:
         every: optimizer steps between evaluations; 0 turns evaluation off.
         file: held-out conversations in a format of data.file.
-        images: folder of their images, if not data.images.
+        images: folder of their images; default: data.images.
         share: without `file`, fraction of data.file that is held out from training.
         batch_size: samples per forward pass and device for the held-out loss.
         tasks: recipe of `clips-mllm evaluate` (configs/eval/) with lmms-eval tasks to run.

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clips_mllm.model.adapters import add_adapter
-from clips_mllm.model.tiles import AnyModel, row_end
+from clips_mllm.model.tiles import AnyModel, image_newline_modules
 from clips_mllm.training.recipe import StageRecipe
 from vision_tower.common.errors import UserError
 from vision_tower.training.model_tools import parameter_groups, size
@@ -19,7 +19,7 @@ def parts(model: AnyModel) -> dict[str, list[nn.Module]]:
     inner = model.model
     return {
         "tower": [inner.vision_tower],
-        "projector": [inner.multi_modal_projector, *row_end(model)],
+        "projector": [inner.multi_modal_projector, *image_newline_modules(model)],
         "llm": [inner.language_model, model.lm_head],
     }
 

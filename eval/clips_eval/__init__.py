@@ -1,1 +1,1 @@
-"""Measuring: retrieval for the encoder, lmms-eval tasks for the MLLM, one report for both."""
+"""Evaluation: retrieval for the encoder, lmms-eval tasks for the MLLM, one report for both."""

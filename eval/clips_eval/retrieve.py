@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import make_folder, read_text
 from vision_tower.common.recipe import parse_recipe
-from vision_tower.data.image_batches import Pair, SkipCounter
+from vision_tower.data.image_batches import CaptionedImage, SkipCounter
 
 FORMAT = 1  # of retrieval.json
 MAX_SHOWN = 5  # names without a caption that are listed
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         print(f"{recipe.objects}: {missing}")
 
 
-def _pairs(recipe: RetrieveRecipe, skips: SkipCounter) -> tuple[Iterable[Pair], int | None]:
+def _pairs(recipe: RetrieveRecipe, skips: SkipCounter) -> tuple[Iterable[CaptionedImage], int | None]:
     """Return the pairs and their number; None if it is unknown."""
     file = Path(recipe.data)
     folder = recipe.images or file.parent

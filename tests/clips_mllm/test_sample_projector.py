@@ -117,7 +117,7 @@ def test_stage_1_starts_from_the_written_projector(sample_world: Path, encoder_d
         "training.max_steps": 1,
         "training.learning_rate": 0,
     }
-    main([*words(tmp_path / "run", sample_world, **values), "--word_steps=3"])
+    main([*words(tmp_path / "run", sample_world, **values), "--projector_init_steps=3"])
     train(words(tmp_path / "run", sample_world, **values))
     written, trained = load_file(file), weights(tmp_path / "run")
     assert set(written) == {f"linear_{layer}.{part}" for layer in (1, 2) for part in ("weight", "bias")}
@@ -130,7 +130,7 @@ def test_stage_1_starts_from_the_written_projector(sample_world: Path, encoder_d
     [
         ({}, 5, "model.projector"),
         ({"projector": "p", "tiles": 4}, 5, "model.tiles"),
-        ({"projector": "p"}, 0, "word_steps"),
+        ({"projector": "p"}, 0, "projector_init_steps"),
     ],
 )
 def test_recipe_is_checked(model: dict[str, Any], steps: int, key: str) -> None:
@@ -138,7 +138,7 @@ def test_recipe_is_checked(model: dict[str, Any], steps: int, key: str) -> None:
         output_dir="o",
         model=MllmRecipe(tower="t", llm="l", **model),
         data=InstructionRecipe(file="f", template="plain"),
-        word_steps=steps,
+        projector_init_steps=steps,
     )
     with raises_user_error(key=key):
         recipe.check()

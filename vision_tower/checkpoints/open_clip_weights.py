@@ -20,7 +20,7 @@ from vision_tower.model.modeling import ClipsModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class WeightPair:
     """One tensor of open_clip and its counterpart.
 
     Attributes:
@@ -69,19 +69,19 @@ IMAGE_BLOCK = {"ln_1": "layernorm_before", "ln_2": "layernorm_after", "attn.out_
 TEXT_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", **_MLP}
 
 
-def pairs(config: ClipsConfig) -> list[Pair]:
+def pairs(config: ClipsConfig) -> list[WeightPair]:
     """List the pairs of all tensors of both towers; open_clip has no captioner."""
     image = "vision_model.embeddings"
     text = "text_model.embeddings"
     found = [
-        Pair("logit_scale", ("logit_scale",), "number"),
-        Pair("visual.class_embedding", (f"{image}.cls_token",), "token"),
-        Pair("visual.positional_embedding", (f"{image}.position_embeddings",), "table"),
-        Pair("visual.conv1.weight", (f"{image}.patch_embeddings.projection.weight",)),
-        Pair("visual.proj", ("visual_projection.weight",), "transposed"),
-        Pair("token_embedding.weight", (f"{text}.token_embedding.weight",)),
-        Pair("positional_embedding", (f"{text}.position_embedding.weight",)),
-        Pair("text_projection", ("text_model.head.weight",), "transposed"),
+        WeightPair("logit_scale", ("logit_scale",), "number"),
+        WeightPair("visual.class_embedding", (f"{image}.cls_token",), "token"),
+        WeightPair("visual.positional_embedding", (f"{image}.position_embeddings",), "table"),
+        WeightPair("visual.conv1.weight", (f"{image}.patch_embeddings.projection.weight",)),
+        WeightPair("visual.proj", ("visual_projection.weight",), "transposed"),
+        WeightPair("token_embedding.weight", (f"{text}.token_embedding.weight",)),
+        WeightPair("positional_embedding", (f"{text}.position_embedding.weight",)),
+        WeightPair("text_projection", ("text_model.head.weight",), "transposed"),
         *_module("visual.ln_post", "vision_model.layernorm"),
         *_module("ln_final", "text_model.final_layer_norm"),
     ]
@@ -94,17 +94,17 @@ def pairs(config: ClipsConfig) -> list[Pair]:
     return found
 
 
-def _block(theirs: str, ours: str, modules: dict[str, str], attention: str) -> Iterator[Pair]:
+def _block(theirs: str, ours: str, modules: dict[str, str], attention: str) -> Iterator[WeightPair]:
     for name, own in modules.items():
         yield from _module(f"{theirs}.{name}", f"{ours}.{own}")
     for kind in ("weight", "bias"):
         qkv = tuple(f"{ours}.{attention}.{part}_proj.{kind}" for part in "qkv")
-        yield Pair(f"{theirs}.attn.in_proj_{kind}", qkv)
+        yield WeightPair(f"{theirs}.attn.in_proj_{kind}", qkv)
 
 
-def _module(theirs: str, ours: str) -> Iterator[Pair]:
+def _module(theirs: str, ours: str) -> Iterator[WeightPair]:
     for kind in ("weight", "bias"):
-        yield Pair(f"{theirs}.{kind}", (f"{ours}.{kind}",))
+        yield WeightPair(f"{theirs}.{kind}", (f"{ours}.{kind}",))
 
 
 def to_ours(state: dict[str, torch.Tensor], config: ClipsConfig, file: Path) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair(EncodedImage):
+class CaptionedImage(EncodedImage):
     """An image and the captions that describe it."""
 
     texts: tuple[str, ...]

@@ -10,10 +10,10 @@ from typing import Any
 
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
-from vision_tower.data.image_batches import Pair
+from vision_tower.data.image_batches import CaptionedImage
 
 
-def load_pairs(data: Path, images_dir: Path, split: str) -> list[Pair]:
+def load_pairs(data: Path, images_dir: Path, split: str) -> list[CaptionedImage]:
     """Load the images of `split` with all their captions (COCO's test split: 5,000 images, 25,010 captions).
 
     Raises:
@@ -31,7 +31,7 @@ def load_pairs(data: Path, images_dir: Path, split: str) -> list[Pair]:
     for index, row in chosen:
         captions = tuple(_captions(data, index, row))
         file = _file(data, index, row, images_dir)
-        pairs.append(Pair(name=str(file), content=file, texts=captions))
+        pairs.append(CaptionedImage(name=str(file), content=file, texts=captions))
     return pairs
 
 

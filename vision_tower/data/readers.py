@@ -209,7 +209,8 @@ class SourceReader:
             )
 
     def _describe_bad(self) -> str:
-        return ", ".join(f"{cause}: {count}" for cause, count in self.bad.most_common())
+        ranked = sorted(self.bad.items(), key=lambda item: item[1], reverse=True)
+        return ", ".join(f"{cause}: {count}" for cause, count in ranked)
 
     def _check_bad_fraction(self) -> None:
         bad, seen = self.bad.total(), self.position.seen

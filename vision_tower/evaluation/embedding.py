@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vision_tower.common.errors import UserError
-from vision_tower.data.image_batches import Pair, SkipCounter, decoded
+from vision_tower.data.image_batches import CaptionedImage, SkipCounter, decoded
 
 if TYPE_CHECKING:
     from vision_tower.checkpoints.encoder import Encoder
@@ -34,7 +34,7 @@ class EmbeddedPairs:
 
 def embed_pairs(
     encoder: Encoder,
-    pairs: Iterable[Pair],
+    pairs: Iterable[CaptionedImage],
     batch_size: int,
     skips: SkipCounter,
     *,

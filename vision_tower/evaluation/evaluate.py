@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vision_tower.checkpoints.encoder import Encoder
-from vision_tower.data.image_batches import Pair, SkipCounter
+from vision_tower.data.image_batches import CaptionedImage, SkipCounter
 from vision_tower.data.image_folder import ZeroShotTask
 from vision_tower.data.images import evaluation_processor
 from vision_tower.evaluation.embedding import embed_pairs
@@ -31,7 +31,12 @@ def evaluating(model: ClipsModel, tokenizer: ClipsTokenizer) -> Iterator[Encoder
 
 
 def evaluate_retrieval(
-    model: ClipsModel, tokenizer: ClipsTokenizer, pairs: list[Pair], batch_size: int = 64, *, progress: bool = False
+    model: ClipsModel,
+    tokenizer: ClipsTokenizer,
+    pairs: list[CaptionedImage],
+    batch_size: int = 64,
+    *,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Return recall@1, 5 and 10 in both directions as fractions, `i2t_r1` to `t2i_r10`.
 

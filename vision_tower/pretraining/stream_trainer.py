@@ -116,7 +116,8 @@ def log_skipped(trainer: StreamTrainer) -> None:
     """Log the samples and shards that could not be read in this run, by cause. Every rank must call this."""
     seen, bad, broken = trainer.skipped()
     if trainer.is_world_process_zero() and (bad or broken):
-        causes = ", ".join(f"{count:,} x {cause}" for cause, count in (bad + broken).most_common())
+        ranked = sorted((bad + broken).items(), key=lambda item: item[1], reverse=True)
+        causes = ", ".join(f"{count:,} x {cause}" for cause, count in ranked)
         logger.warning(
             "skipped %s of %s samples and %s shards: %s", f"{bad.total():,}", f"{seen:,}", f"{broken.total():,}", causes
         )

@@ -15,7 +15,7 @@ Piece = TypeVar("Piece")
 
 # Full stops of abbreviations, initials and decimals do not end a sentence.
 _ALWAYS = frozenset({"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "approx"})
-_BEFORE_NUMBER = frozenset({"no", "fig"})  # without a number after it: an answer, or a fruit
+_BEFORE_NUMBER = frozenset({"no", "fig"})  # otherwise a word that ends its sentence: "No.", "a fig."
 _BEFORE_LOWER = frozenset({"etc", "jr", "sr", "inc", "ltd"})  # a capital after them opens a new sentence
 _ACRONYM = re.compile(r"[a-z](\.[a-z])+")
 _CANDIDATE = re.compile(r"[.!?]+[\"')\]”’»]*(?=\s|$)|[。！？]+[」』”’）]*|\n+")

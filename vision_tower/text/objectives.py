@@ -82,12 +82,12 @@ class CaptionRecipe:
     """The part of a caption that the text tower reads.
 
     Args:
-        reduction: of synthetic captions: sentences (complete random ones), or to the budget by truncation (the first
-            pieces), random (random pieces, in order), block (consecutive pieces) or sub-caption (random sentences until
-            the budget is full); null uses the objective's default.
+        reduction: how to shorten synthetic captions: sentences (complete random ones); or to the budget by truncation
+            (the first pieces), random (random pieces, in order), block (consecutive pieces) or sub-caption (random
+            sentences until the budget is full); null uses the objective's default.
         sentences: number of random sentences, for the reduction sentences.
         budget: maximum word pieces of a reduced synthetic caption; null allows as many as fit model.text_length.
-        web_budget: maximum word pieces of a web caption, from its start; null as above.
+        web_budget: maximum word pieces of a web caption, from its start; null allows as many as fit model.text_length.
         web_share: fraction of web captions in the mix (clipa-mix, coca).
     """
 

@@ -85,7 +85,7 @@ def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: s
     parts += [
         "## The paper's directions",
         table(plain_table(["claim", "measured here", "difference", "here"], rows)),
-        "Held / did not hold: the 95 % interval of the difference over seeds (Student's t) lies above / below zero. "
+        "Held / did not hold: the 95 % interval of the difference over seeds (Student's t) is above / below zero. "
         "Undecided: it contains zero.",
     ]
     return "\n\n".join(parts) + "\n"

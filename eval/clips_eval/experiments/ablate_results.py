@@ -43,7 +43,7 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def judge(differences: Sequence[float]) -> Verdict:
-    """Return whether the 95 % interval of the mean difference lies above zero, below it, or contains it."""
+    """Return whether the 95 % interval of the mean difference is above zero, below it, or contains it."""
     found = mean(differences)
     freedom = len(differences) - 1
     reach = (_T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95) * found.error

@@ -20,13 +20,15 @@ from typing import Any
 from clips_eval.retrieval.measures import Positives
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object, read_text
-from vision_tower.data.image_batches import Pair, SkipCounter
+from vision_tower.data.image_batches import CaptionedImage, SkipCounter
 from vision_tower.data.pairs import BadSample, read_fields, read_image
 from vision_tower.data.recipe import SourceRecipe
 from vision_tower.data.shards import BadShard, Row, find_shards, is_remote, read_shard
 
 
-def load_csv(data: Path, images_dir: Path, image_column: str, caption_column: str, separator: str) -> list[Pair]:
+def load_csv(
+    data: Path, images_dir: Path, image_column: str, caption_column: str, separator: str
+) -> list[CaptionedImage]:
     """Load the images in the order of their first row, each with all its captions.
 
     Raises:
@@ -50,7 +52,7 @@ def load_csv(data: Path, images_dir: Path, image_column: str, caption_column: st
     if not captions:
         raise UserError("has a header but no rows", file=data, remedy="write one row per caption")
     return [
-        Pair(name=str(images_dir / image), content=images_dir / image, texts=tuple(texts))
+        CaptionedImage(name=str(images_dir / image), content=images_dir / image, texts=tuple(texts))
         for image, texts in captions.items()
     ]
 
@@ -88,7 +90,7 @@ def count_pairs(pattern: str) -> int | None:
     return sum(1 for shard in shards for _ in _rows(shard, frozenset()))
 
 
-def stream_pairs(pattern: str, image: str, caption: str, skips: SkipCounter) -> Iterator[Pair]:
+def stream_pairs(pattern: str, image: str, caption: str, skips: SkipCounter) -> Iterator[CaptionedImage]:
     """Yield the rows that have an image and a caption; `skips` counts the others.
 
     A caption field is one text or a list of texts. A text file of its own in a tar has one caption per line, as
@@ -113,7 +115,7 @@ def stream_pairs(pattern: str, image: str, caption: str, skips: SkipCounter) -> 
                             "not in row 0", file=name, key="caption_column", value=caption, remedy="choose another"
                         )
                     raise BadSample(f"no '{caption}'")
-                yield Pair(name=name, content=read_image(row, source), texts=_captions(fields[caption]))
+                yield CaptionedImage(name=name, content=read_image(row, source), texts=_captions(fields[caption]))
             except BadSample as error:
                 skips.skip(name, str(error))
 
