@@ -117,7 +117,7 @@ def test_directions_follow_from_the_scores(tmp_path: Path) -> None:
         gain = sum(1 / (10 + budget) for budget in budgets) / len(budgets)
         assert found[claim].difference.value == pytest.approx(gain)
     assert found["clipa-mix beats clip-web"].verdict == "held"
-    for other in ("coca", "clipa-mix", "clip-web"):  # said plainly where it is the other way round
+    for other in ("coca", "clipa-mix", "clip-web"):
         assert found[f"clips beats {other}"].verdict == "did not hold"
 
 

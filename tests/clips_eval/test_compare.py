@@ -1,4 +1,4 @@
-"""`clips-mllm compare`: the whole swap at the smallest size, going on, and its two tests by hand."""
+"""`clips-mllm compare`: a complete tiny comparison, resuming, and its two tests by hand."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_terminal_shows_the_progress_of_active_jobs(tmp_path: Path, monkeypatch:
         assert compare._run([sys.executable, "-c", f"{draw}\n{wait}"], tmp_path / "log.txt") == 0
         children.show_progress([tmp_path / "log.txt", tmp_path / "other.txt", tmp_path / "none.txt"])
         text = ""
-        while not text.endswith("x | "):  # a terminal gives it in pieces
+        while not text.endswith("x | "):  # output of a terminal arrives in parts
             text += os.read(terminal, 65536).decode()
     os.close(terminal)
     shown = text.split("\r\x1b[K")
@@ -150,7 +150,7 @@ def test_both_tests_match_hand_calculation(files: list[str], tmp_path: Path) -> 
     tree = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert tree["first"] == "a" and tree["rows"][0]["verdict"] == "better"
     page = (tmp_path / "out" / "compare.html").read_text()
-    for line in text.splitlines():  # the page has the very cells of the Markdown
+    for line in text.splitlines():  # the page has the same cells as the Markdown
         if line.startswith("| easy_vqa"):
             name, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
             assert f'<th scope="row">{name}</th>' in page and all(f">{cell}</td>" in page for cell in cells)

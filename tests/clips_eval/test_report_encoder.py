@@ -1,4 +1,4 @@
-"""What the report shows and refuses of an encoder's own measures."""
+"""Encoder results in the report: what is shown, and what is refused."""
 
 from __future__ import annotations
 

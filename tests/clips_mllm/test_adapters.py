@@ -62,8 +62,8 @@ def test_loss_falls_and_base_is_not_written(run: Path, mllm_dir: Path) -> None:
     assert {"processor_config.json", "generation_config.json"} <= names
     assert not names & {"config.json", "model.safetensors", "partial", ".preflight"}
     assert ("quantization.json" in names) == (run.name == "qlora")
-    told = json.loads((run / "adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == str(mllm_dir) and told["use_dora"] == (run.name == "dora")
+    saved = json.loads((run / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(mllm_dir) and saved["use_dora"] == (run.name == "dora")
 
 
 def test_base_with_relative_path_is_found_from_other_directories(
@@ -99,9 +99,9 @@ def test_merged_checkpoint_answers_as_the_adapter(
     adapter = run / checkpoint
     options: dict[str, Any] = {"dtype": torch.float32}
     if run.name == "qlora":
-        told = json.loads((adapter / "quantization.json").read_text())
-        assert told["bnb_4bit_quant_type"] == "nf4" and told["bnb_4bit_use_double_quant"]
-        options["quantization_config"] = BitsAndBytesConfig.from_dict(told)
+        saved = json.loads((adapter / "quantization.json").read_text())
+        assert saved["bnb_4bit_quant_type"] == "nf4" and saved["bnb_4bit_use_double_quant"]
+        options["quantization_config"] = BitsAndBytesConfig.from_dict(saved)
     base = LlavaForConditionalGeneration.from_pretrained(mllm_dir, **options)
     unmerged = PeftModel.from_pretrained(base, adapter)
     merge([str(adapter), str(tmp_path / "merged")])
@@ -138,7 +138,7 @@ def test_inspect_names_the_kind_of_adapter(run: Path, capsys: pytest.CaptureFixt
 def test_adapter_and_merged_checkpoint_chat_alike(run: Path, talker: Path, sample_world: Path, tmp_path: Path) -> None:
     """On a base with larger weights than the one it was trained on, so that answers differ by prompt."""
     if run.name == "dora":
-        pytest.skip("its magnitudes are those of its own base, which says nothing but blanks")
+        pytest.skip("DoRA's magnitudes fit its own base only, whose answers are blank")
     adapter, merged, kept = tmp_path / "adapter", tmp_path / "merged", tmp_path / "answers.json"
     shutil.copytree(run, adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -197,7 +197,7 @@ def test_bf16_keeps_trained_weights_in_fp32(mllm_dir: Path, sample_world: Path, 
 
 
 def test_stage_1_in_bf16_keeps_the_projector_in_fp32(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
-    """The frozen LLM in bf16: near the fp32 curve; no step of the projector is rounded, nor is one by going on."""
+    """The frozen LLM in bf16: near the fp32 curve; no step of the projector is rounded, also not on resume."""
     values = {"model.checkpoint": mllm_dir, "training.save_every": 2, "training.keep_checkpoints": 2}
     main(words(tmp_path / "fp32", sample_world, **values))
     half = words(tmp_path / "bf16", sample_world, **values, **{"training.precision": "bf16"})

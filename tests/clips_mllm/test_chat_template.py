@@ -37,16 +37,21 @@ PAIRS = [
 ]
 
 
-def said(role: str, text: str, images: int = 0) -> dict[str, Any]:
+def message(role: str, text: str, images: int = 0) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-ONE = [said("user", "What is it?", 1), said("assistant", "A cat.")]
-TALKS = {
-    "several": [*ONE, said("user", "Which colour?"), said("assistant", "Black, 3 spots!")],
-    "system": [said("system", "Be brief."), *ONE, said("user", "And?"), said("assistant", "it")],
-    "text": [said("user", "2 plus 2?"), said("assistant", "Four.")],
-    "images": [said("user", "Same?", 2), said("assistant", "A cat."), said("user", "?", 1), said("assistant", "i")],
+ONE = [message("user", "What is it?", 1), message("assistant", "A cat.")]
+CONVERSATIONS = {
+    "several": [*ONE, message("user", "Which colour?"), message("assistant", "Black, 3 spots!")],
+    "system": [message("system", "Be brief."), *ONE, message("user", "And?"), message("assistant", "it")],
+    "text": [message("user", "2 plus 2?"), message("assistant", "Four.")],
+    "images": [
+        message("user", "Same?", 2),
+        message("assistant", "A cat."),
+        message("user", "?", 1),
+        message("assistant", "i"),
+    ],
 }
 
 
@@ -71,8 +76,10 @@ def trained(
     template = adopt_template(processor, name, model)
     tokenizer = processor.tokenizer
     samples = []
-    for talk, count in (("several", 1), ("text", 0)):
-        sample = render(TALKS[talk], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000)
+    for conversation, count in (("several", 1), ("text", 0)):
+        sample = render(
+            CONVERSATIONS[conversation], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000
+        )
         images = [Image.new("RGB", (40, 30), "red")] * count
         samples.append({"ids": sample.ids, "labels": sample.labels, "images": images})
     batch = InstructionCollator(processor)(samples)
@@ -103,16 +110,16 @@ def test_checkpoint_reloads_as_stock_llava(trained: tuple[str, str, Path], llms:
         assert AutoProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids(end) in stops, "answers end"
 
 
-@pytest.mark.parametrize("talk", list(TALKS))
-def test_every_reader_gets_the_ids_of_training(trained: tuple[str, str, Path], talk: str) -> None:
+@pytest.mark.parametrize("conversation", list(CONVERSATIONS))
+def test_every_reader_gets_the_ids_of_training(trained: tuple[str, str, Path], conversation: str) -> None:
     """Compare the text, the ids of both ways of the processor, and of a server that adds no special tokens."""
     family, name, folder = trained
     processor = AutoProcessor.from_pretrained(folder)
     tokenizer = processor.tokenizer
     template = template_for(tokenizer, name)  # type: ignore[arg-type]
     assert template == processor.chat_template, "the next stage renders the same"
-    messages = TALKS[talk]
-    if talk == "system" and FAMILIES[family][3] is FAMILIES["mistral"][3] and name == "tokenizer":
+    messages = CONVERSATIONS[conversation]
+    if conversation == "system" and FAMILIES[family][3] is FAMILIES["mistral"][3] and name == "tokenizer":
         with pytest.raises(Unsupervised):
             render_text(messages, template, tokenizer)
         return
@@ -161,7 +168,7 @@ def test_llm_template_is_kept_through_stage_1(llms: dict[str, Path], encoder_dir
     adopt_template(later, "tokenizer")
     assert later.chat_template.endswith(FAMILIES["mistral"][3])
     adopt_template(later, "vicuna_v1")
-    ids = later(text=later.apply_chat_template(TALKS["text"]))["input_ids"][0]
+    ids = later(text=later.apply_chat_template(CONVERSATIONS["text"]))["input_ids"][0]
     assert ids[0] == later.tokenizer.bos_token_id != ids[1]
 
 
@@ -195,7 +202,7 @@ def test_unsuitable_templates_are_refused(family: str, own: str | None, name: An
 def test_answer_that_also_occurs_in_the_template() -> None:
     """`i` also occurs in `<think>`; only the answer is supervised."""
     tokenizer = tiny_tokenizer("qwen3")
-    text, spans = render_text(TALKS["images"], template_for(tokenizer, "tokenizer"), tokenizer)
+    text, spans = render_text(CONVERSATIONS["images"], template_for(tokenizer, "tokenizer"), tokenizer)
     assert [text[a:b] for a, b in spans] == ["A cat.<|im_end|>", "<think>\n\n</think>\n\ni<|im_end|>"]
 
 
@@ -204,8 +211,10 @@ def test_ids_after_bos_are_those_of_the_llm(family: str, name: Any) -> None:
     """Vicuna was trained with `▁A` there, not `A`: its tokenizer adds BOS to the start of a text."""
     tokenizer, fresh = tiny_tokenizer(family), tiny_tokenizer(family)
     template = template_for(tokenizer, name)
-    text, _ = render_text(TALKS["text"], template, tokenizer)
-    sample = render(TALKS["text"], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000)
+    text, _ = render_text(CONVERSATIONS["text"], template, tokenizer)
+    sample = render(
+        CONVERSATIONS["text"], template=template, tokenizer=tokenizer, image_tokens=PATCHES, max_length=1000
+    )
     assert sample.ids == fresh(text.removeprefix(fresh.bos_token).removeprefix(" "))["input_ids"]
 
 
@@ -230,11 +239,11 @@ def test_ids_between_images_equal_the_original_llava(family: str, name: Any, tmp
     own = len(fresh("")["input_ids"])
     image = add_image_token(tokenizer)
     template = template_for(tokenizer, name)
-    talk = TALKS["images"][:2] if name == "plain" else TALKS["images"]
+    conversation = CONVERSATIONS["images"][:2] if name == "plain" else CONVERSATIONS["images"]
     if name == "plain":  # the original has one image there
-        talk = [{"role": "user", "content": [{"type": "image"}]}, talk[1]]
-    sample = render(talk, template=template, tokenizer=tokenizer, image_tokens=1, max_length=1000)
-    raw, _ = render_text(talk, load_template(name), tokenizer)
+        conversation = [{"role": "user", "content": [{"type": "image"}]}, conversation[1]]
+    sample = render(conversation, template=template, tokenizer=tokenizer, image_tokens=1, max_length=1000)
+    raw, _ = render_text(conversation, load_template(name), tokenizer)
     begin, *pieces = raw.split("<image>")
     wanted = fresh(begin)["input_ids"]
     for piece in pieces:
@@ -248,9 +257,9 @@ def test_string_content_renders_like_parts_if_a_blank_follows_the_image(name: An
     template = template_for(tokenizer, name)
     strings = [
         message | {"content": "".join(f"{IMAGE}\n" if p["type"] == "image" else p["text"] for p in message["content"])}
-        for message in TALKS["images"]
+        for message in CONVERSATIONS["images"]
     ]
-    text, _ = render_text(TALKS["images"], template, tokenizer)
+    text, _ = render_text(CONVERSATIONS["images"], template, tokenizer)
     assert "<image> " in text
     assert render_text(strings, template, tokenizer)[0] == text
 

@@ -90,10 +90,10 @@ def test_stock_process_answers_like_chat(trained: Path, sample_world: Path, tmp_
     assert (stock["missing"], stock["unexpected"], stock["mismatched"]) == ([], [], [])
     assert stock["answer"].strip()
     chat = [sys.executable, "-m", "clips_mllm.cli", "chat", str(trained), "--image", str(image)]
-    said = answer_in_a_process(
+    answer = answer_in_a_process(
         [*chat, "--question", question, "--max_new_tokens", "12"], [ROOT, ROOT / "eval"], tmp_path
     )
-    assert said == stock["answer"] + "\n"
+    assert answer == stock["answer"] + "\n"
 
 
 def logits(folder: Path) -> torch.Tensor:

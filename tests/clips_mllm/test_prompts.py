@@ -43,7 +43,7 @@ SEVERAL = [*ONE, user("Which colour?"), assistant("Black, 3 spots!")]
 WITH_SYSTEM = [SYSTEM, *ONE]
 TEXT = [user("2 plus 2?"), assistant("Four.")]
 TWO_IMAGES = [user("Same?", 2), assistant("No.")]
-TALKS = {"one": ONE, "several": SEVERAL, "system": WITH_SYSTEM, "text": TEXT, "two_images": TWO_IMAGES}
+CONVERSATIONS = {"one": ONE, "several": SEVERAL, "system": WITH_SYSTEM, "text": TEXT, "two_images": TWO_IMAGES}
 
 EXPECTED = {
     "plain": {
@@ -149,9 +149,9 @@ def processor_with(tokenizer: PreTrainedTokenizerFast, template: str) -> LlavaPr
     )
 
 
-def rendered(talk: list[dict[str, Any]], template: str, tokenizer: Any, max_length: int = 10_000) -> Rendered:
+def rendered(conversation: list[dict[str, Any]], template: str, tokenizer: Any, max_length: int = 10_000) -> Rendered:
     return render(
-        talk,
+        conversation,
         template=load_template(template),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         image_tokens=PATCHES,
@@ -160,17 +160,17 @@ def rendered(talk: list[dict[str, Any]], template: str, tokenizer: Any, max_leng
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("talk", list(TALKS))
-def test_text_equals_the_expected_text(template: str, talk: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("conversation", list(CONVERSATIONS))
+def test_text_equals_the_expected_text(template: str, conversation: str, tmp_path: Path) -> None:
     """In training, and from the processor of a saved checkpoint."""
-    text, spans = render_text(TALKS[talk], load_template(template))  # type: ignore[arg-type]
-    assert text == EXPECTED[template][talk]
-    answers = [m["content"][0]["text"] for m in TALKS[talk] if m["role"] == "assistant"]
+    text, spans = render_text(CONVERSATIONS[conversation], load_template(template))  # type: ignore[arg-type]
+    assert text == EXPECTED[template][conversation]
+    answers = [m["content"][0]["text"] for m in CONVERSATIONS[conversation] if m["role"] == "assistant"]
     assert [text[start:end].strip(" ") for start, end in spans] == [answer + ENDS[template] for answer in answers]
     processor_with(byte_level(template), template).save_pretrained(tmp_path)
     saved = AutoProcessor.from_pretrained(tmp_path)
-    assert saved.apply_chat_template(TALKS[talk]) == text
-    prompt = saved.apply_chat_template(TALKS[talk][:-1], add_generation_prompt=True)
+    assert saved.apply_chat_template(CONVERSATIONS[conversation]) == text
+    prompt = saved.apply_chat_template(CONVERSATIONS[conversation][:-1], add_generation_prompt=True)
     assert text.startswith(prompt)
     assert prompt.endswith(GENERATION_PROMPTS[template])
 
@@ -179,28 +179,34 @@ def test_text_equals_the_expected_text(template: str, talk: str, tmp_path: Path)
 def test_later_system_messages_are_refused(template: Any) -> None:
     """These templates have no place for them. A system message at the start is rendered completely."""
 
-    def said(role: str, *texts: str) -> dict[str, Any]:
+    def message(role: str, *texts: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
 
-    talk: list[Any] = [said("system", "Be brief", " and kind."), said("user", "Hi."), said("assistant", "Yes.")]
-    assert "Be brief and kind." in render_text(talk, load_template(template))[0]
+    conversation: list[Any] = [
+        message("system", "Be brief", " and kind."),
+        message("user", "Hi."),
+        message("assistant", "Yes."),
+    ]
+    assert "Be brief and kind." in render_text(conversation, load_template(template))[0]
     for index in (1, 3):
         with pytest.raises(Unsupervised):
-            render_text([*talk[:index], said("system", "Be long."), *talk[index:]], load_template(template))
+            render_text(
+                [*conversation[:index], message("system", "Be long."), *conversation[index:]], load_template(template)
+            )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("talk", list(TALKS))
-def test_string_content_renders_like_parts(template: str, talk: str) -> None:
+@pytest.mark.parametrize("conversation", list(CONVERSATIONS))
+def test_string_content_renders_like_parts(template: str, conversation: str) -> None:
     """lmms-eval's simple mode passes strings that contain `<image>`."""
     plain = [
         {
             "role": message["role"],
             "content": "".join(f"{IMAGE}\n" if p["type"] == "image" else p["text"] for p in message["content"]),
         }
-        for message in TALKS[talk]
+        for message in CONVERSATIONS[conversation]
     ]
-    assert render_text(plain, load_template(template))[0] == EXPECTED[template][talk]  # type: ignore[arg-type]
+    assert render_text(plain, load_template(template))[0] == EXPECTED[template][conversation]  # type: ignore[arg-type]
 
 
 # Pieces of the text in order, and True if supervised. Byte-level BPE never merges over these borders.
@@ -252,42 +258,42 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize(("template", "talk"), list(LABELS))
-def test_labels_token_by_token(template: str, talk: str) -> None:
+@pytest.mark.parametrize(("template", "conversation"), list(LABELS))
+def test_labels_token_by_token(template: str, conversation: str) -> None:
     tokenizer = byte_level(template)
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
-    for piece, supervised in LABELS[template, talk]:
+    for piece, supervised in LABELS[template, conversation]:
         for token in tokenizer.encode(piece, add_special_tokens=False):
             repeat = PATCHES if token == image else 1
             ids += [token] * repeat
             labels += [token if supervised else IGNORED] * repeat
-    assert rendered(TALKS[talk], template, tokenizer) == Rendered(ids, labels)
+    assert rendered(CONVERSATIONS[conversation], template, tokenizer) == Rendered(ids, labels)
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("talk", list(TALKS))
-def test_training_ids_equal_inference_ids(template: str, talk: str, make: Any) -> None:
+@pytest.mark.parametrize("conversation", list(CONVERSATIONS))
+def test_training_ids_equal_inference_ids(template: str, conversation: str, make: Any) -> None:
     """Training ids start with the stock processor's prompt ids; supervised tokens are the answers and end tokens."""
     from PIL import Image
 
     tokenizer = make(template)
     processor = processor_with(tokenizer, template)
-    sample = rendered(TALKS[talk], template, tokenizer)
+    sample = rendered(CONVERSATIONS[conversation], template, tokenizer)
     assert image_tokens(processor) == PATCHES
-    turns = [at for at, message in enumerate(TALKS[talk]) if message["role"] == "assistant"]
+    turns = [at for at, message in enumerate(CONVERSATIONS[conversation]) if message["role"] == "assistant"]
     answers = []
     for at in turns:
-        before = TALKS[talk][:at]
+        before = CONVERSATIONS[conversation][:at]
         images = sum(part["type"] == "image" for message in before for part in message["content"])
         photos = [Image.new("RGB", (40, 30))] * images
         text = processor.apply_chat_template(before, add_generation_prompt=True)
         prompt = processor(text=text, images=photos or None)["input_ids"][0]
         assert sample.ids[: len(prompt)] == prompt
         assert prompt.count(processor.image_token_id) == images * PATCHES
-        answers.append(TALKS[talk][at]["content"][0]["text"] + ENDS[template])
+        answers.append(CONVERSATIONS[conversation][at]["content"][0]["text"] + ENDS[template])
         assert sample.labels[len(prompt)] == sample.ids[len(prompt)] != IGNORED, "the first token is supervised"
     supervised = [label for label in sample.labels if label != IGNORED]
     assert tokenizer.decode(supervised).replace(" ", "") == "".join(answers).replace(" ", "")
@@ -318,7 +324,7 @@ def test_truncation() -> None:
 def test_truncation_before_a_later_image_is_refused() -> None:
     """The first answer fits, the second image does not: its features would have no positions."""
     tokenizer = byte_level("chatml")
-    talk = [*ONE, user("And this?", 1), assistant("A dog.")]
+    conversation = [*ONE, user("And this?", 1), assistant("A dog.")]
     fits = len(rendered(ONE, "chatml", tokenizer).ids)
     with pytest.raises(Unsupervised):
-        rendered(talk, "chatml", tokenizer, max_length=fits + 6)
+        rendered(conversation, "chatml", tokenizer, max_length=fits + 6)

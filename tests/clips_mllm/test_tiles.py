@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's tiles: the stock classes, counts that agree, both stages by the command, talking and measuring."""
+"""LLaVA-NeXT's tiles: the stock classes, counts that agree, both stages by the command, chat and evaluation."""
 
 from __future__ import annotations
 

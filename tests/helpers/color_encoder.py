@@ -1,4 +1,4 @@
-"""An encoder whose answers are known: an image is its mean color, a text the colors it names. Nothing is trained."""
+"""An untrained encoder with known outputs: an image embeds to its mean color, a text to the colors that it names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class ColorEncoder:
-    """Stands where a trained `Encoder` would."""
+    """Replaces a trained `Encoder`."""
 
     def __init__(self) -> None:
         self.processor = evaluation_processor(24)

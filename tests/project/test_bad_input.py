@@ -334,7 +334,7 @@ def test_examples(run: Run, mllm_dir: Path, tmp_path: Path, rows: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["misspelled", "missing weight"])
-def test_a_failing_command_as_a_process(fault: str, mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
+def test_failing_command_in_a_process(fault: str, mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     """In a process of its own stderr is the error line, apart from the progress bar of loading weights."""
     from safetensors.torch import load_file, save_file
 
@@ -371,7 +371,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("kind", list(FULL))
-def test_a_full_disk(
+def test_full_disk_in_the_final_save(
     kind: str, run: Run, sample_world: Path, mllm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the final save: no partial checkpoint remains, and the same command finishes once there is space."""

@@ -79,7 +79,7 @@ def test_main_as_a_function_configures_nothing(caplog: pytest.LogCaptureFixture)
     assert [record.getMessage() for record in caplog.records] == ["3 samples", "no evaluation"]
 
 
-def test_verbose_and_quiet_exclude_each_other_and_are_no_keys_of_a_recipe(tmp_path: Path) -> None:
+def test_verbose_and_quiet_are_exclusive_and_not_recipe_keys(tmp_path: Path) -> None:
     with raises_user_error():
         parse_recipe(Empty, ["--verbose", "--quiet"], command="try")
     file = tmp_path / "recipe.yaml"

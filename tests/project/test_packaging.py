@@ -122,7 +122,7 @@ def test_pre_commit_runs_the_pinned_versions() -> None:
     assert all(versions[name] == version for name, version in exact)
 
 
-def test_the_lock_covers_every_extra() -> None:
+def test_lock_file_covers_every_extra() -> None:
     required = [line.partition(";")[0] for line in metadata.requires("clips-mllm") or []]
     names = {re.split(r"[\[<>=! ]", line)[0].lower() for line in required} - {"clips-mllm"}
     assert names and names <= {name.lower() for name in pinned()}

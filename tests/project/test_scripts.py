@@ -18,9 +18,9 @@ def launch(tmp_path: Path, **given: str) -> tuple[int, str]:
     (tmp_path / "nvidia-smi").chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANKS", "CUDA_VISIBLE_DEVICES")}
     environment = kept | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PORT": "29501"} | given
-    says = 'source scripts/environment.sh; echo "${LAUNCH[@]} on ${CUDA_VISIBLE_DEVICES:-all}"'
+    script = 'source scripts/environment.sh; echo "${LAUNCH[@]} on ${CUDA_VISIBLE_DEVICES:-all}"'
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", says], cwd=ROOT, env=environment, capture_output=True, text=True
+        ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     return done.returncode, (done.stdout + done.stderr).strip()
 
@@ -40,8 +40,8 @@ def test_ranks_and_visible_gpus(tmp_path: Path, given: dict[str, str], words: st
 
 
 def test_more_ranks_than_gpus_are_refused(tmp_path: Path) -> None:
-    code, said = launch(tmp_path, RANKS="3", CUDA_VISIBLE_DEVICES="4,5")
-    assert code == 2 and said.startswith("error: ")
+    code, output = launch(tmp_path, RANKS="3", CUDA_VISIBLE_DEVICES="4,5")
+    assert code == 2 and output.startswith("error: ")
 
 
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
@@ -66,8 +66,8 @@ except SystemExit:
 def test_cpu_has_one_rank_by_default(tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # installed, without a driver
     (tmp_path / "nvidia-smi").chmod(0o755)
-    says = 'source scripts/environment.sh; echo "$RANKS $DS_ACCELERATOR ${LAUNCH[*]:0:4}"'
+    script = 'source scripts/environment.sh; echo "$RANKS $DS_ACCELERATOR ${LAUNCH[*]:0:4}"'
     kept = {name: value for name, value in os.environ.items() if name not in ("RANKS", "DS_ACCELERATOR")}
     environment = kept | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    said = subprocess.run(["bash", "-c", says], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "1 cpu python -u -m deepspeed.launcher.launch"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1 cpu python -u -m deepspeed.launcher.launch"

@@ -1,4 +1,4 @@
-"""What holds the repository together: one direction of imports, quick help, no private hosts."""
+"""Structure of the repository: import directions, fast --help, no private hosts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def imports(file: Path, known: dict[str, Path]) -> set[str]:
     return found & known.keys()
 
 
-def test_imports_between_folders_are_those_of_the_table() -> None:
+def test_imports_between_folders_follow_the_table() -> None:
     known = modules()
     wrong = []
     for module, file in known.items():
@@ -100,23 +100,23 @@ def test_imports_between_folders_are_those_of_the_table() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_table_has_no_circle_and_no_unused_folder() -> None:
+def test_import_table_is_acyclic_and_has_no_unused_folder() -> None:
     known = modules()
     used = {folder(module, file) for module, file in known.items()}
     assert used == set(ARROWS)
     floors: set[str] = set()
     while len(floors) < len(ARROWS):
         ready = {name for name, targets in ARROWS.items() if set(targets.split()) <= floors} - floors
-        assert ready, f"circle among {set(ARROWS) - floors}"
+        assert ready, f"cycle among {set(ARROWS) - floors}"
         floors |= ready
 
 
-def test_no_circle_of_modules() -> None:
+def test_no_import_cycles() -> None:
     known = modules()
     left = {module: imports(file, known) - {module} for module, file in known.items()}
     while ready := {module for module, targets in left.items() if not targets & left.keys()}:
         left = {module: targets for module, targets in left.items() if module not in ready}
-    assert not left, f"circle among {sorted(left)}"
+    assert not left, f"cycle among {sorted(left)}"
 
 
 def test_modules_at_the_root_of_a_package_are_commands() -> None:
@@ -125,9 +125,9 @@ def test_modules_at_the_root_of_a_package_are_commands() -> None:
     assert roots <= commands, roots - commands
 
 
-def test_no_folder_has_more_modules_than_a_reader_can_survey() -> None:
+def test_no_folder_has_too_many_modules() -> None:
     counts = Counter(file.parent for file in modules().values() if file.name != "__init__.py")
-    assert max(counts.values()) <= MAX_MODULES, counts.most_common(1)
+    assert max(counts.values()) <= MAX_MODULES, counts
 
 
 def test_no_test_imports_another_test() -> None:
@@ -177,7 +177,7 @@ def test_help_of_every_command(name: str) -> None:
     assert not bare, f"options without a description in the recipe's docstring: {bare}"
 
 
-def test_a_scripts_folder_shadows_no_package(tmp_path: Path) -> None:
+def test_script_folder_shadows_no_package(tmp_path: Path) -> None:
     """As eval/clips_eval/evaluate.py would shadow the package `evaluate`."""
     (tmp_path / "__init__.py").touch()
     (tmp_path / "yaml.py").write_text("raise AssertionError")
@@ -218,7 +218,7 @@ def test_no_file_names_a_package_index_or_a_private_path() -> None:
     assert not found
 
 
-def test_the_lock_pins_every_line_and_nothing_else() -> None:
+def test_lock_file_contains_only_pins() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     pinned = re.compile(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?==[\w.+!-]+( ; [\w\s.*<>=!'()-]+)?")

@@ -180,17 +180,17 @@ def test_coca_captioner_has_access_to_previous_tokens_only() -> None:
     states: list[torch.Tensor] = []
     model.captioner.register_forward_hook(lambda *call: states.append(call[2]))
 
-    def changed(place: int) -> torch.Tensor:
+    def changed(position: int) -> torch.Tensor:
         other = labels.clone()
-        other[:, place] = (labels[:, place] + 1) % VOCABULARY
+        other[:, position] = (labels[:, position] + 1) % VOCABULARY
         model(**given, labels=other)
         return (states[-1] != states[0]).any(dim=2)[0]
 
     with torch.no_grad():
         model(**given, labels=labels)
-        for place in range(QUERIES):
-            queries = changed(place).tolist()
-            assert not any(queries[: place + 1]) and all(queries[place + 1 : place + 2])
+        for position in range(QUERIES):
+            queries = changed(position).tolist()
+            assert not any(queries[: position + 1]) and all(queries[position + 1 : position + 2])
         model(**given | {"mix_ids": given["mix_ids"].flip(1)}, labels=labels)
     assert torch.equal(states[-1], states[0])  # the text tower does not leak the caption
 

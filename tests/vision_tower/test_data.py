@@ -115,7 +115,7 @@ def test_resume_gives_the_same_samples(tmp_path: Path, workers: int, consumed: i
         source.resume_from(cursors, turn)
         return iter(DataLoader(source, batch_size=2, num_workers=workers, collate_fn=list))
 
-    def said(batches: list[list[CaptionSample]]) -> list[Any]:
+    def contents(batches: list[list[CaptionSample]]) -> list[Any]:
         return [
             (sample.key, sample.web, sub_caption(sample), sample.pixels.tolist())
             for batch in batches
@@ -128,7 +128,7 @@ def test_resume_gives_the_same_samples(tmp_path: Path, workers: int, consumed: i
     restored = {value["reader"]: ReaderPosition.from_json(value) for value in saved}
     assert restored == cursors
     rest = list(itertools.islice(loader(restored, consumed % max(workers, 1)), 30))
-    assert said(rest) == said(batches[consumed:])
+    assert contents(rest) == contents(batches[consumed:])
     assert [batch[-1].cursor for batch in rest] == [batch[-1].cursor for batch in batches[consumed:]]  # counts as well
 
 
@@ -161,7 +161,7 @@ def test_resume_decodes_nothing_twice_and_keeps_one_block(tmp_path: Path, monkey
     source = stream(pattern, shuffle_buffer=16)
     source.resume_from({0: sample.cursor}, 0)
     take(source, 10)
-    assert decoded == 10 and read <= 16 + 16 + 10  # the block in hand once more, and what follows
+    assert decoded == 10 and read <= 16 + 16 + 10  # the current block is read again, then the next ones
 
 
 def test_random_choices_depend_on_seed_epoch_and_key(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_random_choices_depend_on_seed_epoch_and_key(tmp_path: Path) -> None:
             [(sub_caption(sample), sample.pixels.tolist()) for sample in samples if sample.key.endswith(" x")][:3]
         )
     assert drawn[0] == drawn[1]
-    assert len({sub for sub, _ in drawn[0]}) > 1  # every pass draws anew
+    assert len({sub for sub, _ in drawn[0]}) > 1  # each pass draws again
 
 
 def test_caption_fields(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_caption_fields(tmp_path: Path) -> None:
     assert texts == {
         ("w", "One.", "One. Two."),
         ("w", "Two.", "One. Two."),
-        ("only web", "only web", "only web"),  # the web caption stands in
+        ("only web", "only web", "only web"),  # the web caption replaces it
         ("", "Only full.", "Only full."),
         ("x", "x", "x"),
         ("y", "y", "y"),

@@ -151,7 +151,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipsTokenizer, Path
     lines = [f"[unused{index - 1}]" for index in range(110)]
     lines[0], lines[100], lines[101] = PAD, UNK, CLS
     pieces = [letter for letter in letters if letter.isprintable()]
-    # A letter that opens a word but does not go on in it makes words unknown, as many are to BERT's vocabulary.
+    # Letters that occur only at the start of words make some words unknown, as many are to BERT's vocabulary.
     lines += [*WORDS, *pieces, *(f"##{piece}" for piece in pieces[::2]), "&", "<", ">", "'"]
     folder = tmp_path_factory.mktemp("wide")
     file = folder / "vocab.txt"
