@@ -60,9 +60,9 @@ def compare_runs(ours: Run, theirs: Run) -> tuple[list[Compared], list[NotCompar
     return [replace(one, difference=difference) for one, difference in zip(found, adjusted, strict=True)], rest
 
 
-def scores_of(found: Benchmarks, task: str, metric: str) -> Scores | None:
+def scores_of(benchmarks: Benchmarks, task: str, metric: str) -> Scores | None:
     """Return the per-document scores of a metric, or None if the file does not have them."""
-    rows = [sample for sample in found.samples if sample.task == task]
+    rows = [sample for sample in benchmarks.samples if sample.task == task]
     parts = [sample.scores.get(metric) for sample in rows]
     if not rows or any(part is None for part in parts) or any(sample.cluster is None for sample in rows):
         return None
@@ -75,9 +75,9 @@ def scores_of(found: Benchmarks, task: str, metric: str) -> Scores | None:
     )
 
 
-def lower_is_better(found: Benchmarks, task: str, metric: str) -> bool:
+def lower_is_better(benchmarks: Benchmarks, task: str, metric: str) -> bool:
     """Return True if the task definition says that lower values are better."""
-    return metric in found.about.get("lower_is_better", {}).get(task, ())
+    return metric in benchmarks.about.get("lower_is_better", {}).get(task, ())
 
 
 def _benchmarks(ours: Run, theirs: Run) -> Iterable[Compared | NotCompared]:

@@ -126,8 +126,8 @@ def _images(run: Run, name: str, metric: str) -> str:
     return NONE if found is None else count(found.clusters)
 
 
-def _interval_suffix(found: Benchmarks, name: str, metric: str, share: bool) -> str:
-    ends = span(found, name, metric)
+def _interval_suffix(benchmarks: Benchmarks, name: str, metric: str, share: bool) -> str:
+    ends = span(benchmarks, name, metric)
     return "" if ends is None or not share else f" ({interval(ends)})"
 
 

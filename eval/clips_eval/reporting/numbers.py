@@ -94,13 +94,17 @@ def provenance(run: Run) -> dict[str, Any]:
     return parts
 
 
-def _retrieval(found: Retrieval | None) -> dict[str, Any] | None:
-    return None if found is None else {key: found.recalls[key] for key in RECALLS} | {"n_images": found.n_images}
+def _retrieval(retrieval: Retrieval | None) -> dict[str, Any] | None:
+    return (
+        None
+        if retrieval is None
+        else {key: retrieval.recalls[key] for key in RECALLS} | {"n_images": retrieval.n_images}
+    )
 
 
-def _zeroshot(found: ZeroShot | None) -> dict[str, Any] | None:
+def _zeroshot(zeroshot: ZeroShot | None) -> dict[str, Any] | None:
     names = ("top1", "top5", "mean_per_class", "n_images", "n_classes")
-    return None if found is None else {name: getattr(found, name) for name in names}
+    return None if zeroshot is None else {name: getattr(zeroshot, name) for name in names}
 
 
 def _mllm(run: Run) -> dict[str, dict[str, Any] | None]:
@@ -142,24 +146,24 @@ def worded(run: Run, name: str, metric: str) -> list[float]:
     return values if len(values) == len(passes) else []
 
 
-def span(found: Benchmarks | None, name: str, metric: str) -> tuple[float, float] | None:
+def span(benchmarks: Benchmarks | None, name: str, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of a metric: bootstrap over images if measured, else Wilson's; None if unknown."""
     task = task_of(name)
-    if found is None or metric not in found.tasks.get(task, {}):
+    if benchmarks is None or metric not in benchmarks.tasks.get(task, {}):
         return None
-    known = found.intervals.get(task, {}).get(metric)
+    known = benchmarks.intervals.get(task, {}).get(metric)
     if known is not None:
         return None if known.low is None or known.high is None else (known.low, known.high)
-    n, share = size(found, name, metric), found.tasks[task][metric]
+    n, share = size(benchmarks, name, metric), benchmarks.tasks[task][metric]
     return wilson(share, n) if n and 0 <= share <= 1 else None
 
 
-def recall_span(found: Retrieval, key: str) -> tuple[float, float]:
+def recall_span(retrieval: Retrieval, key: str) -> tuple[float, float]:
     """Return the 95 % interval of a recall: bootstrap over images if measured, else Wilson's."""
-    known = found.about.get("intervals", {}).get(key)
+    known = retrieval.about.get("intervals", {}).get(key)
     if known is not None:
         return known["low"], known["high"]
-    return wilson(found.recalls[key], found.n_images)
+    return wilson(retrieval.recalls[key], retrieval.n_images)
 
 
 def is_share(metric: str, value: float) -> bool:
@@ -172,26 +176,32 @@ def task_of(name: str) -> str:
     return OWN_TASKS[name][0] if name in OWN_TASKS else name
 
 
-def size(found: Benchmarks | None, name: str, metric: str) -> int | None:
+def size(benchmarks: Benchmarks | None, name: str, metric: str) -> int | None:
     """Return the number of answers behind a proportion; None for other metrics or if unknown."""
     task = OWN_TASKS[name][0] if name in OWN_TASKS else name
-    if found is None or task not in found.tasks:
+    if benchmarks is None or task not in benchmarks.tasks:
         return None
     if metric == "accuracy":
-        return int(found.tasks[task].get("n", 0)) or None
+        return int(benchmarks.tasks[task].get("n", 0)) or None
     if metric in ("open_accuracy", "yes_no_accuracy"):
-        closed = [sample.target.strip().lower() in ("yes", "no") for sample in found.samples if sample.task == task]
+        closed = [
+            sample.target.strip().lower() in ("yes", "no") for sample in benchmarks.samples if sample.task == task
+        ]
         return (sum(closed) if metric == "yes_no_accuracy" else len(closed) - sum(closed)) or None
     return None
 
 
-def recall_chance(found: Retrieval, key: str) -> float | None:
+def recall_chance(retrieval: Retrieval, key: str) -> float | None:
     """Return recall@k of a random order if each image has the same number of captions; None if unknown."""
     way, k = key.split("_r")
     if way == "t2i":
-        return min(1.0, int(k) / found.n_images)
-    if found.n_texts is None:
+        return min(1.0, int(k) / retrieval.n_images)
+    if retrieval.n_texts is None:
         return None
-    own = round(found.n_texts / found.n_images)
-    miss = math.comb(found.n_texts - own, int(k)) / math.comb(found.n_texts, int(k)) if found.n_texts >= int(k) else 0.0
+    own = round(retrieval.n_texts / retrieval.n_images)
+    miss = (
+        math.comb(retrieval.n_texts - own, int(k)) / math.comb(retrieval.n_texts, int(k))
+        if retrieval.n_texts >= int(k)
+        else 0.0
+    )
     return 1 - miss

@@ -116,16 +116,16 @@ def benchmark_plot(run: Run) -> Plot | None:
 
 def retrieval_plot(run: Run) -> Plot | None:
     """Return a bar plot of recall@k in both directions, or None if not measured."""
-    found = run.retrieval
-    if found is None:
+    retrieval = run.retrieval
+    if retrieval is None:
         return None
     names = {"i2t": "image to text", "t2i": "text to image"}
     bars = [
         Bar(
             label=f"{names[key[:3]]}, R@{key.partition('_r')[2]}",
-            share=found.recalls[key],
-            ends=recall_span(found, key),
-            chance=recall_chance(found, key),
+            share=retrieval.recalls[key],
+            ends=recall_span(retrieval, key),
+            chance=recall_chance(retrieval, key),
             control=None,
         )
         for key in RECALLS

@@ -153,10 +153,10 @@ def _read_baseline(file: Path) -> Benchmarks | Retrieval:
     return found
 
 
-def _title(found: Benchmarks | Retrieval) -> str:
-    if isinstance(found, Retrieval):
-        return str(found.about.get("encoder", found.folder))
-    name, engine = str(found.about.get("model", "baseline")), found.about.get("engine", "clips_mllm")
+def _title(result: Benchmarks | Retrieval) -> str:
+    if isinstance(result, Retrieval):
+        return str(result.about.get("encoder", result.folder))
+    name, engine = str(result.about.get("model", "baseline")), result.about.get("engine", "clips_mllm")
     return name if engine == "clips_mllm" else f"{name} ({engine})"
 
 

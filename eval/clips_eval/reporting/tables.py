@@ -30,19 +30,19 @@ def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
     columns = [Column(name="Encoder")] + [
         Column(name=f"{names[key[:3]]} R@{key.partition('_r')[2]}") for key in RECALLS
     ]  # fmt: skip
-    found = run.retrieval
-    if found is None:
+    retrieval = run.retrieval
+    if retrieval is None:
         rows = [Row(cells=["This run", *[MISSING] * len(RECALLS)])]
         notes = []
     else:
-        chance = [recall_chance(found, key) for key in RECALLS]
+        chance = [recall_chance(retrieval, key) for key in RECALLS]
         rows = [
-            Row(cells=["This run", *[percent(found.recalls[key]) for key in RECALLS]]),
-            Row(cells=["95 %", *[interval(recall_span(found, key)) for key in RECALLS]], kind="control"),
+            Row(cells=["This run", *[percent(retrieval.recalls[key]) for key in RECALLS]]),
+            Row(cells=["95 %", *[interval(recall_span(retrieval, key)) for key in RECALLS]], kind="control"),
             Row(cells=["Chance", *[NONE if share is None else percent(share) for share in chance]], kind="control"),
         ]
-        captions = "" if found.n_texts is None else f" and {found.n_texts:,} captions"
-        notes = [f"This run: {found.n_images:,} images{captions} ({found.data})."]
+        captions = "" if retrieval.n_texts is None else f" and {retrieval.n_texts:,} captions"
+        notes = [f"This run: {retrieval.n_images:,} images{captions} ({retrieval.data})."]
     notes = [
         "Recall@k in %. I→T: an image counts if one of its captions is among the k best. T→I: a caption counts if its "
         "image is.",
@@ -51,15 +51,20 @@ def retrieval_table(run: Run, paper: dict[str, Any]) -> Table:
     ]
     for title, other in run.encoders.items():
         rows += _other_encoder(title, other)
-    if any(found is None or other.about.get("data") != found.about.get("data") for other in run.encoders.values()):
+    if any(
+        retrieval is None or other.about.get("data") != retrieval.about.get("data") for other in run.encoders.values()
+    ):
         notes.insert(1, "Not every encoder here was measured on the same data.")
     return Table(columns=columns, rows=rows + _paper_retrieval(paper), notes=notes)
 
 
-def _other_encoder(title: str, found: Retrieval) -> list[Row]:
-    recalls = [percent(found.recalls[key]) for key in RECALLS]
-    ends = [interval(recall_span(found, key)) for key in RECALLS]
-    return [Row(cells=[f"{title}, {found.n_images:,} images", *recalls]), Row(cells=["95 %", *ends], kind="control")]
+def _other_encoder(title: str, retrieval: Retrieval) -> list[Row]:
+    recalls = [percent(retrieval.recalls[key]) for key in RECALLS]
+    ends = [interval(recall_span(retrieval, key)) for key in RECALLS]
+    return [
+        Row(cells=[f"{title}, {retrieval.n_images:,} images", *recalls]),
+        Row(cells=["95 %", *ends], kind="control"),
+    ]
 
 
 def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
@@ -77,9 +82,9 @@ def _paper_retrieval(paper: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def embedding_table(found: Retrieval) -> Table | None:
+def embedding_table(retrieval: Retrieval) -> Table | None:
     """Return ranks, multi-positive scores, recall by length and object, and geometry; None if not measured."""
-    about = found.about
+    about = retrieval.about
     if "geometry" not in about:
         return None
     rows = [
@@ -122,20 +127,21 @@ def _spanned(values: dict[str, Any], key: str, show: Callable[[float], str]) -> 
     return show(values[key]) + ("" if span["low"] is None else f" ({show(span['low'])}–{show(span['high'])})")
 
 
-def zeroshot_table(found: ZeroShot) -> Table:
+def zeroshot_table(zeroshot: ZeroShot) -> Table:
     """Return zero-shot accuracies of this run with intervals and chance."""
     columns = [Column(name=name) for name in ("Encoder", "Top-1", "Top-5", "Mean per class")]
-    chance, near = percent(1 / found.n_classes), percent(min(1.0, 5 / found.n_classes))
-    top5 = NONE if found.top5 is None else percent(found.top5)
-    ends = [interval(found.intervals.get(key)) for key in ("top1", "top5", "mean_per_class")]
+    chance, near = percent(1 / zeroshot.n_classes), percent(min(1.0, 5 / zeroshot.n_classes))
+    top5 = NONE if zeroshot.top5 is None else percent(zeroshot.top5)
+    ends = [interval(zeroshot.intervals.get(key)) for key in ("top1", "top5", "mean_per_class")]
     rows = [
-        Row(cells=["This run", percent(found.top1), top5, percent(found.mean_per_class)]),
+        Row(cells=["This run", percent(zeroshot.top1), top5, percent(zeroshot.mean_per_class)]),
         Row(cells=["95 %", *ends], kind="control"),
-        Row(cells=["Chance", chance, NONE if found.top5 is None else near, chance], kind="control"),
+        Row(cells=["Chance", chance, NONE if zeroshot.top5 is None else near, chance], kind="control"),
     ]
     notes = [
         "Accuracy in %. An image gets the class with the nearest mean prompt embedding. 95 %: bootstrap over images.",
-        f"{found.n_images:,} images, {found.n_classes:,} classes, {found.n_texts:,} prompts ({found.data}).",
+        f"{zeroshot.n_images:,} images, {zeroshot.n_classes:,} classes, {zeroshot.n_texts:,} prompts"
+        f" ({zeroshot.data}).",
     ]
     return Table(columns=columns, rows=rows, notes=notes)
 
