@@ -143,7 +143,7 @@ def mllm_dir(sample_world: Path, encoder_dir: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
-def louder(mllm: Mllm, seed: int, std: float) -> Mllm:
+def enlarge_weights(mllm: Mllm, seed: int, std: float) -> Mllm:
     """Enlarge the weights, so that the output depends visibly on the input."""
     import torch
 
@@ -160,7 +160,7 @@ def mllm(mllm_dir: Path) -> Mllm:
     """The tiny MLLM with weights large enough that a wrong mask or attention across samples changes the output."""
     from clips_mllm.model.checkpoint import load_mllm
 
-    return louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=1, std=0.15)
+    return enlarge_weights(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=1, std=0.15)
 
 
 @pytest.fixture
@@ -169,23 +169,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-    def published(folder: Path) -> str:
-        place, commit = cache / f"models--someone--{folder.name}", "0" * 40
-        shutil.copytree(folder, place / "snapshots" / commit)
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text(commit)
+    def publish(folder: Path) -> str:
+        repository, commit = cache / f"models--someone--{folder.name}", "0" * 40
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
         return f"someone/{folder.name}"
 
-    return published
+    return publish
 
 
 @pytest.fixture(scope="session")
-def talker(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_mllm(mllm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny MLLM with weights so large that every prompt and image has a different answer."""
     from clips_mllm.model.checkpoint import load_mllm, save_mllm
 
-    mllm = louder(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)
-    folder = tmp_path_factory.mktemp("talker")
+    mllm = enlarge_weights(load_mllm(mllm_dir, device="cpu", dtype="float32"), seed=7, std=0.25)
+    folder = tmp_path_factory.mktemp("chat_mllm")
     save_mllm(mllm.model, mllm.processor, folder)
     return folder
 

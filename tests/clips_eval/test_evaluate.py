@@ -213,12 +213,12 @@ def test_interrupted_run_resumes_with_first_missing_document(
 
 
 def test_4bit_answers_are_cached_separately(
-    talker: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat_mllm: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The LLM has 4-bit layers, and its cached answers are not reused for the unquantized one."""
     from clips_eval.lmms.model import ClipsMllm
 
-    words = [str(talker), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
+    words = [str(chat_mllm), "--config", str(recipe), "--output", str(tmp_path / "lmms.json")]
     answer = ClipsMllm._answer
     layers: list[str] = []
 
@@ -237,7 +237,7 @@ def test_4bit_answers_are_cached_separately(
     main([*words, "--quantize", "4bit"])
     quantized, others = read(tmp_path / "lmms.json")
     assert quantized["recipe"]["quantize"] == "4bit"
-    plugin = ClipsMllm(str(talker), device="cpu", quantize="4bit").mllm
+    plugin = ClipsMllm(str(chat_mllm), device="cpu", quantize="4bit").mllm
     assert type(plugin.model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert [row["answer"] for row in others] != [row["answer"] for row in rows]
 

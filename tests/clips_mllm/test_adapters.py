@@ -135,22 +135,24 @@ def test_inspect_names_the_kind_of_adapter(run: Path, capsys: pytest.CaptureFixt
     ] + " adapter of rank 4" in capsys.readouterr().out
 
 
-def test_adapter_and_merged_checkpoint_chat_alike(run: Path, talker: Path, sample_world: Path, tmp_path: Path) -> None:
+def test_adapter_and_merged_checkpoint_chat_alike(
+    run: Path, chat_mllm: Path, sample_world: Path, tmp_path: Path
+) -> None:
     """On a base with larger weights than the one it was trained on, so that answers differ by prompt."""
     if run.name == "dora":
         pytest.skip("DoRA's magnitudes fit its own base only, whose answers are blank")
     adapter, merged, kept = tmp_path / "adapter", tmp_path / "merged", tmp_path / "answers.json"
     shutil.copytree(run, adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(talker)}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(chat_mllm)}))
     merge([str(adapter), str(merged)])
     answers = {}
-    for place in (adapter, merged, talker):
+    for place in (adapter, merged, chat_mllm):
         words = [str(place), "--device", "cpu", "--max_new_tokens", "12"]
         chat([*words, "--examples", str(sample_world / "examples.json"), "--output", str(kept)])
         answers[place] = [row["answer"] for row in json.loads(kept.read_text())]
     assert answers[adapter] == answers[merged] and len(set(answers[adapter])) > 1
-    assert answers[adapter] != answers[talker]
+    assert answers[adapter] != answers[chat_mllm]
 
 
 def test_adapter_from_the_hub(run: Path, hub: Callable[[Path], str]) -> None:
@@ -202,8 +204,8 @@ def test_stage_1_in_bf16_keeps_the_projector_in_fp32(mllm_dir: Path, sample_worl
     main(words(tmp_path / "fp32", sample_world, **values))
     half = words(tmp_path / "bf16", sample_world, **values, **{"training.precision": "bf16"})
     main(half)
-    whole = losses(tmp_path / "bf16")
-    assert whole == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
+    uninterrupted = losses(tmp_path / "bf16")
+    assert uninterrupted == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
     with safe_open(tmp_path / "bf16" / "model.safetensors", "pt") as file:
         kinds = {key.partition(".")[0]: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
         first = {key: file.get_tensor(key) for key in file.keys() if "projector" in key}  # noqa: SIM118
@@ -214,7 +216,7 @@ def test_stage_1_in_bf16_keeps_the_projector_in_fp32(mllm_dir: Path, sample_worl
     }
     shutil.rmtree(tmp_path / "bf16" / "checkpoint-3")
     main(half)
-    assert losses(tmp_path / "bf16") == whole
+    assert losses(tmp_path / "bf16") == uninterrupted
     with safe_open(tmp_path / "bf16" / "model.safetensors", "pt") as file:
         assert all(torch.equal(file.get_tensor(key), value) for key, value in first.items())
 

@@ -270,11 +270,11 @@ def test_plan_refuses_tiles(stages: Path, recipe: dict[str, Any], parts: dict[st
 
 
 @pytest.fixture(scope="module")
-def talking(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tiled_mllm(chat_mllm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """With tiles, and weights so large that every prompt and image has a different answer."""
-    loaded = load_mllm(talker, device="cpu")
+    loaded = load_mllm(chat_mllm, device="cpu")
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("talking")
+    folder = tmp_path_factory.mktemp("tiled_mllm")
     save_mllm(*with_tiles(loaded.model, loaded.processor, 4), folder)
     return load_mllm(folder, device="cpu")
 
@@ -287,24 +287,24 @@ ASKED: list[tuple[list[tuple[int, int]], str]] = [
 ]
 
 
-def test_chat_with_tiles(talking: Any) -> None:
-    with Engine(talking) as engine:
+def test_chat_with_tiles(tiled_mllm: Any) -> None:
+    with Engine(tiled_mllm) as engine:
         for sizes, text in ASKED:
             shown = [Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes]
             content: list[Any] = [*({"type": "image"} for _ in shown), {"type": "text", "text": text}]
             prompt = engine.prompt([{"role": "user", "content": content}], [InputImage(image) for image in shown])
             answer = "".join(engine.answer(prompt, Sampling(max_new_tokens=6)))
-            assert answer.strip() == plain_answer(talking, shown, text).strip()
+            assert answer.strip() == plain_answer(tiled_mllm, shown, text).strip()
             maps = attention_maps(engine, prompt, "this")
             assert [tuple(one.shape) for one in maps] == [(3, 3)] * len(shown), "of the whole image"
 
 
-def test_evaluation_with_tiles(talking: Any) -> None:
+def test_evaluation_with_tiles(tiled_mllm: Any) -> None:
     from clips_eval.lmms.model import ClipsMllm
 
     documents = [
         ([Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes], text) for sizes, text in ASKED
     ]
-    model = ClipsMllm(mllm=talking, batch_size=4)
+    model = ClipsMllm(mllm=tiled_mllm, batch_size=4)
     answers = model.generate_until(make_requests(documents, model))
-    assert answers == [plain_answer(talking, *document) for document in documents]
+    assert answers == [plain_answer(tiled_mllm, *document) for document in documents]

@@ -216,7 +216,7 @@ def test_offload_gives_the_same_losses(
 def test_killed_rank_ends_all_ranks_and_the_run_resumes(
     engine: str, kind: str, common: dict[str, Any], sample_world: Path, tmp_path: Path
 ) -> None:
-    """`kill -9` of a rank: the launcher ends with an error; the same command then gives the losses of a whole run."""
+    """`kill -9` of a rank: the launcher ends with an error; the same command then resumes with equal losses."""
     values = (
         common
         | KINDS[kind]
@@ -240,8 +240,8 @@ def test_killed_rank_ends_all_ranks_and_the_run_resumes(
     assert process.returncode != 0
     assert "return code = -9" in output or "another rank" in output, output[-3000:]
     assert not (folder / "config.json").exists() or not list(folder.glob("partial"))
-    whole = tmp_path / "whole"
-    both = [words(each, sample_world, **values) for each in (folder, whole)]
+    uninterrupted = tmp_path / "uninterrupted"
+    both = [words(each, sample_world, **values) for each in (folder, uninterrupted)]
     launch_several(deepspeed_launcher(), tmp_path / "both.json", *both)
     assert losses(folder, "step") == list(range(1, 9))
-    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+    assert losses(folder) == pytest.approx(losses(uninterrupted), abs=1e-5)

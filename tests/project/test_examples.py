@@ -42,8 +42,8 @@ def test_zero_shot(encoder_dir: Path, images: list[str], capsys: pytest.CaptureF
     assert sum(float(word) for word in words if word.replace(".", "").isdigit()) == pytest.approx(100, abs=0.2)
 
 
-def test_ask(talker: Path, images: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    example("ask").main([str(talker), images[0], "What is this?", "--max_new_tokens", "8"])
+def test_ask(chat_mllm: Path, images: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    example("ask").main([str(chat_mllm), images[0], "What is this?", "--max_new_tokens", "8"])
     assert capsys.readouterr().out.strip()
 
 
@@ -67,18 +67,18 @@ def test_train_on_my_json(mllm_dir: Path, images: list[str], tmp_path: Path) -> 
     assert len([row for row in losses if "loss" in row]) == 2
 
 
-def test_call_server(served_talker: str, images: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    example("call_server").main([f"{served_talker}/v1", images[0], "What is this?"])
+def test_call_server(served_mllm: str, images: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    example("call_server").main([f"{served_mllm}/v1", images[0], "What is this?"])
     assert capsys.readouterr().out.strip()
 
 
 @pytest.fixture(scope="module")
-def served_talker(talker: Path) -> Any:
+def served_mllm(chat_mllm: Path) -> Any:
     """Address of `clips-mllm serve` in a process of its own."""
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "clips_mllm.serve", str(talker), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "clips_mllm.serve", str(chat_mllm), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -88,14 +88,14 @@ def served_talker(talker: Path) -> Any:
         process.wait(30)
 
 
-def test_notebook(encoder_dir: Path, talker: Path, sample_world: Path, tmp_path: Path) -> None:
+def test_notebook(encoder_dir: Path, chat_mllm: Path, sample_world: Path, tmp_path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    paths = {"ENCODER": encoder_dir, "MLLM": talker, "IMAGES": sample_world / "retrieval" / "images"}
+    paths = {"ENCODER": encoder_dir, "MLLM": chat_mllm, "IMAGES": sample_world / "retrieval" / "images"}
     parameters.source = "\n".join(f"{name} = {str(path)!r}" for name, path in paths.items())
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -87,7 +87,7 @@ sys.exit(run_command(main, [sys.argv[2], "--device", "cpu"]))
 
 
 @pytest.mark.integration
-def test_base_install_loads_embeds_and_chats(encoder_dir: Path, talker: Path, tmp_path: Path) -> None:
+def test_base_install_loads_embeds_and_chats(encoder_dir: Path, chat_mllm: Path, tmp_path: Path) -> None:
     """Without the packages of the extras; a command that needs one names the extra."""
     names = {
         "deepspeed",
@@ -101,7 +101,7 @@ def test_base_install_loads_embeds_and_chats(encoder_dir: Path, talker: Path, tm
         "uvicorn",
     }
     code = BASE_ONLY.format(names=names | {"easy_vqa", "gguf", "resvg"})
-    command = [sys.executable, "-c", code, str(encoder_dir), str(talker), str(tmp_path / "red.png")]
+    command = [sys.executable, "-c", code, str(encoder_dir), str(chat_mllm), str(tmp_path / "red.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].endswith("pip install 'clips-mllm[serve]'")

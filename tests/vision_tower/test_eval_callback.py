@@ -96,7 +96,7 @@ def test_weight_average_is_evaluated(sample_world: Path, tmp_path: Path) -> None
 
 def test_resumed_run_repeats_no_evaluation(sample_world: Path, tmp_path: Path) -> None:
     values = {"training.save_every": 3, "training.keep_checkpoints": 9, "training.learning_rate": 0.01}
-    whole = evaluate_every_2(sample_world, tmp_path / "whole", **values)
+    uninterrupted = evaluate_every_2(sample_world, tmp_path / "uninterrupted", **values)
     folder = tmp_path / "halves"
     monkey = pytest.MonkeyPatch()
     from vision_tower.pretraining import eval_callback
@@ -116,8 +116,8 @@ def test_resumed_run_repeats_no_evaluation(sample_world: Path, tmp_path: Path) -
         evaluate_every_2(sample_world, folder, **values)
     monkey.undo()
     (folder / "best" / "mark").write_text("of the first half")
-    assert evaluate_every_2(sample_world, folder, **values) == whole
-    best = [json.loads((place / "best" / "evaluation.json").read_text()) for place in (folder, tmp_path / "whole")]
+    assert evaluate_every_2(sample_world, folder, **values) == uninterrupted
+    best = [json.loads((run / "best" / "evaluation.json").read_text()) for run in (folder, tmp_path / "uninterrupted")]
     assert best[0] == best[1]
 
 

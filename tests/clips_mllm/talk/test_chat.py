@@ -37,8 +37,8 @@ GREEDY = Sampling(max_new_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
-def engine(talker: Path) -> Iterator[Engine]:
-    with Engine(load_mllm(talker, device="cpu")) as running:
+def engine(chat_mllm: Path) -> Iterator[Engine]:
+    with Engine(load_mllm(chat_mllm, device="cpu")) as running:
         yield running
 
 
@@ -79,59 +79,59 @@ def pipe(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
-def test_one_question(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    main(arguments(talker, "--image", str(images[0]), "--question", "What is it?"))
+def test_one_question(chat_mllm: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(chat_mllm, "--image", str(images[0]), "--question", "What is it?"))
     with_image = capsys.readouterr().out
-    assert with_image == plain_answer(talker, [user("What is it?", 1)], images[:1]) + "\n"
-    main(arguments(talker, *(word for file in images for word in ("--image", str(file))), "--question", "Which?"))
-    assert capsys.readouterr().out == plain_answer(talker, [user("Which?", 2)], images) + "\n"
-    main(arguments(talker, "--question", "What is it?"))
+    assert with_image == plain_answer(chat_mllm, [user("What is it?", 1)], images[:1]) + "\n"
+    main(arguments(chat_mllm, *(word for file in images for word in ("--image", str(file))), "--question", "Which?"))
+    assert capsys.readouterr().out == plain_answer(chat_mllm, [user("Which?", 2)], images) + "\n"
+    main(arguments(chat_mllm, "--question", "What is it?"))
     without_image = capsys.readouterr().out
-    assert without_image == plain_answer(talker, [user("What is it?")], []) + "\n"
+    assert without_image == plain_answer(chat_mllm, [user("What is it?")], []) + "\n"
     assert without_image != with_image
 
 
-def test_4bit_quantization(talker: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    main(arguments(talker, "--quantize", "4bit", "--image", str(images[0]), "--question", "What is it?"))
+def test_4bit_quantization(chat_mllm: Path, images: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(chat_mllm, "--quantize", "4bit", "--image", str(images[0]), "--question", "What is it?"))
     prompt = ([user("What is it?", 1)], images[:1])
-    quantized = plain_answer(talker, *prompt, quantize="4bit")
+    quantized = plain_answer(chat_mllm, *prompt, quantize="4bit")
     assert capsys.readouterr().out == quantized + "\n"
-    assert quantized != plain_answer(talker, *prompt), "the fixture's large weights make the difference visible"
+    assert quantized != plain_answer(chat_mllm, *prompt), "the fixture's large weights make the difference visible"
 
 
-def test_streamed_text_equals_plain_generate(engine: Engine, talker: Path, images: list[Path]) -> None:
+def test_streamed_text_equals_plain_generate(engine: Engine, chat_mllm: Path, images: list[Path]) -> None:
     conversation = Conversation(engine)
     conversation.pending_images.append(read_image(images[1]))
     pieces = list(conversation.ask("Tell me all.", GREEDY))
     assert len(pieces) > 1
-    assert "".join(pieces) == plain_answer(talker, [user("Tell me all.", 1)], images[1:])
+    assert "".join(pieces) == plain_answer(chat_mllm, [user("Tell me all.", 1)], images[1:])
     assert conversation.messages == [user("Tell me all.", 1), assistant("".join(pieces))]
 
 
 def test_conversation_through_a_pipe(
-    talker: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat_mllm: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Earlier turns are part of each later prompt, until /reset."""
     pipe(monkeypatch, f"/image {images[0]}", "What?", "", f"/image '{images[1]}'", "And this?", "/reset", "Why?")
-    main(arguments(talker))
-    first = plain_answer(talker, [user("What?", 1)], images[:1])
+    main(arguments(chat_mllm))
+    first = plain_answer(chat_mllm, [user("What?", 1)], images[:1])
     turns = [user("What?", 1), assistant(first), user("And this?", 1)]
-    second = plain_answer(talker, turns, images)
-    third = plain_answer(talker, [user("Why?")], [])
+    second = plain_answer(chat_mllm, turns, images)
+    third = plain_answer(chat_mllm, [user("Why?")], [])
     assert capsys.readouterr().out == f"{first}\n{second}\n{third}\n"
 
 
 def test_typos_keep_session_alive(
-    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat_mllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     missing = tmp_path / "missing.png"
     pipe(monkeypatch, f"/image {missing}", f"/image {tmp_path / 'bad.png'}", "What is <image>?", "Why?", "/quit", "No.")
     with raises_user_error() as rejected:
-        main(arguments(talker))
+        main(arguments(chat_mllm))
     assert "3 input lines" in rejected.value.problem
     output = capsys.readouterr()
-    assert output.out == plain_answer(talker, [user("Why?")], []) + "\n"
+    assert output.out == plain_answer(chat_mllm, [user("Why?")], []) + "\n"
     errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     for name, line in zip((str(missing), "bad.png", "<image>"), errors, strict=True):
@@ -143,12 +143,12 @@ def test_unreadable_image_fails_before_the_model_is_loaded(tmp_path: Path) -> No
         main(["owner/name", "--image", str(tmp_path / "gone.png"), "--question", "What?"])
 
 
-def test_redirected_output_contains_only_the_answer(talker: Path, images: list[Path], tmp_path: Path) -> None:
+def test_redirected_output_contains_only_the_answer(chat_mllm: Path, images: list[Path], tmp_path: Path) -> None:
     """`echo question | clips-mllm chat MODEL --image x.png > file` in real processes."""
-    command = [sys.executable, "-m", "clips_mllm.cli", "chat", *arguments(talker, "--image", str(images[0]))]
+    command = [sys.executable, "-m", "clips_mllm.cli", "chat", *arguments(chat_mllm, "--image", str(images[0]))]
     with (tmp_path / "answer.txt").open("w") as out:
         subprocess.run(command, input="What is it?\n", stdout=out, text=True, check=True)
-    expected = plain_answer(talker, [user("What is it?", 1)], images[:1])
+    expected = plain_answer(chat_mllm, [user("What is it?", 1)], images[:1])
     assert (tmp_path / "answer.txt").read_text() == expected + "\n"
 
 
@@ -183,11 +183,11 @@ def test_save_overwrites_only_saved_conversations(
     assert "2 conversations" in capsys.readouterr().err
 
 
-def test_temperature_samples(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_temperature_samples(chat_mllm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On this model two samples of ten tokens practically never agree."""
     torch.manual_seed(0)
     for _ in range(2):
-        main(arguments(talker, "--question", "Why?", "--temperature", "2.0"))
+        main(arguments(chat_mllm, "--question", "Why?", "--temperature", "2.0"))
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert first != second
 
@@ -206,12 +206,12 @@ def test_worker_errors_reach_the_caller(engine: Engine, monkeypatch: pytest.Monk
     assert list(conversation.ask("Why?", GREEDY)), "the engine still answers"
 
 
-def test_stage_1_checkpoint_needs_an_image(talker: Path, images: list[Path], tmp_path: Path) -> None:
+def test_stage_1_checkpoint_needs_an_image(chat_mllm: Path, images: list[Path], tmp_path: Path) -> None:
     """The plain template renders images only, so a question without one has an empty prompt."""
     from clips_mllm.prompts.render import load_template
 
     folder = tmp_path / "align"
-    shutil.copytree(talker, folder)
+    shutil.copytree(chat_mllm, folder)
     (folder / "chat_template.jinja").write_text(load_template("plain"))
     with raises_user_error():
         main(arguments(folder, "--question", "Why?"))
@@ -219,7 +219,7 @@ def test_stage_1_checkpoint_needs_an_image(talker: Path, images: list[Path], tmp
 
 
 def test_all_commands(
-    talker: Path,
+    chat_mllm: Path,
     images: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,16 +238,16 @@ def test_all_commands(
         "So?",
     ]
     pipe(monkeypatch, *lines)
-    main(arguments(talker))
-    first = plain_answer(talker, [user("Which?", 2)], images)
-    why = plain_answer(talker, [user("Why?", 2)], images)
-    these = plain_answer(talker, [user("And these?", 2)], [two, one])
+    main(arguments(chat_mllm))
+    first = plain_answer(chat_mllm, [user("Which?", 2)], images)
+    why = plain_answer(chat_mllm, [user("Why?", 2)], images)
+    these = plain_answer(chat_mllm, [user("And these?", 2)], [two, one])
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-    well = plain_answer(talker, [system, user("Well?")], [])
+    well = plain_answer(chat_mllm, [system, user("Well?")], [])
     row = json.loads((tmp_path / "kept.json").read_text())[0]
     assert row["image"] == [str(one), str(two)]
     assert row["conversations"][0] == {"from": "human", "value": "<image>\n<image>\nWhy?"}
-    so = plain_answer(talker, [user("Why?", 2), assistant(why.strip()), user("So?")], images)
+    so = plain_answer(chat_mllm, [user("Why?", 2), assistant(why.strip()), user("So?")], images)
     output = capsys.readouterr()
     assert output.out.startswith("".join(f"{text}\n" for text in (first, first, why, these, well)))
     assert output.out.endswith(f"\n{so}\n")
@@ -341,12 +341,12 @@ chat.main(sys.argv[1:])
 """
 
 
-def test_ctrl_c_ends_the_answer_not_the_program(talker: Path) -> None:
+def test_ctrl_c_ends_the_answer_not_the_program(chat_mllm: Path) -> None:
     """In a pseudo-terminal: interrupt an endless answer, ask another question, /quit with exit code 0."""
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", SLOW_CHAT, str(talker), "--device", "cpu", "--max_new_tokens", "600"]
+    command = [sys.executable, "-c", SLOW_CHAT, str(chat_mllm), "--device", "cpu", "--max_new_tokens", "600"]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=lambda: take_terminal(theirs)
     )

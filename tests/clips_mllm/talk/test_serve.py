@@ -71,9 +71,9 @@ LIMITS = Limits(
 
 
 @pytest.fixture(scope="module")
-def engine(talker: Path) -> Iterator[Engine]:
+def engine(chat_mllm: Path) -> Iterator[Engine]:
     with Engine(
-        load_mllm(talker, device="cpu"), max_batch_size=LIMITS.batch_size, max_waiting=LIMITS.queue_size
+        load_mllm(chat_mllm, device="cpu"), max_batch_size=LIMITS.batch_size, max_waiting=LIMITS.queue_size
     ) as running:
         yield running
 
@@ -165,7 +165,7 @@ def test_official_client(engine: Engine, client: openai.OpenAI) -> None:
     assert text.choices[0].message.content == engine_answer(engine, "Why?")
 
 
-def test_4bit_quantization(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4bit_quantization(chat_mllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command loads quantized weights, and the endpoint answers."""
     answers = []
 
@@ -178,7 +178,7 @@ def test_4bit_quantization(talker: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert answers[0].json()["choices"][0]["message"]["content"] == engine_answer(engine, "Why?")
 
     monkeypatch.setattr(serve, "run_server", run)
-    serve.main([str(talker), "--device", "cpu", "--quantize", "4bit", "--port", "0"])
+    serve.main([str(chat_mllm), "--device", "cpu", "--quantize", "4bit", "--port", "0"])
     assert answers[0].status_code == 200
 
 
@@ -571,17 +571,17 @@ class Trap:
         return open, (str(self.file), "w")
 
 
-def test_checkpoints_cannot_run_code(talker: Path, tmp_path: Path) -> None:
+def test_checkpoints_cannot_run_code(chat_mllm: Path, tmp_path: Path) -> None:
     """Neither pickles nor `auto_map` code."""
     trap = tmp_path / "trap"
     pickled = tmp_path / "pickled"
-    shutil.copytree(talker, pickled)
+    shutil.copytree(chat_mllm, pickled)
     (pickled / "model.safetensors").unlink()
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trap)))
     with raises_user_error():
         load_mllm(pickled, device="cpu")
     foreign = tmp_path / "foreign"
-    shutil.copytree(talker, foreign)
+    shutil.copytree(chat_mllm, foreign)
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "evil.py").write_text(f"open({str(trap)!r}, 'w')\nclass Evil: ...\n")
     config |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
@@ -591,9 +591,9 @@ def test_checkpoints_cannot_run_code(talker: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [pytest.param(30, marks=pytest.mark.slow), 0])
-def test_graceful_shutdown(talker: Path, seconds: int) -> None:
+def test_graceful_shutdown(chat_mllm: Path, seconds: int) -> None:
     """SIGTERM during an answer: it is completed, or ends with an error after the time limit; the exit code is 0."""
-    command = [sys.executable, "-m", "clips_mllm.serve", str(talker), "--port", "0", "--name", "tiny"]
+    command = [sys.executable, "-m", "clips_mllm.serve", str(chat_mllm), "--port", "0", "--name", "tiny"]
     command += ["--device", "cpu", "--shutdown_seconds", str(seconds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -639,11 +639,21 @@ def test_body_time_limit(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_load_program(talker: Path, tmp_path: Path) -> None:
+def test_load_program(chat_mllm: Path, tmp_path: Path) -> None:
     """benchmarks/serve_load.py for a few seconds: no errors and no wrong answers."""
     program = Path(__file__).parents[3] / "benchmarks" / "serve_load.py"
     output = tmp_path / "load.json"
-    command = [sys.executable, str(program), str(talker), "--clients", "8", "--seconds", "4", "--output", str(output)]
+    command = [
+        sys.executable,
+        str(program),
+        str(chat_mllm),
+        "--clients",
+        "8",
+        "--seconds",
+        "4",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())

@@ -26,8 +26,8 @@ GREEDY = Sampling(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def engine(talker: Path) -> Iterator[Engine]:
-    with Engine(load_mllm(talker, device="cpu"), max_batch_size=4) as running:
+def engine(chat_mllm: Path) -> Iterator[Engine]:
+    with Engine(load_mllm(chat_mllm, device="cpu"), max_batch_size=4) as running:
         yield running
 
 
@@ -205,9 +205,9 @@ def test_full_queue_rejects_and_cancelled_requests_end(engine: Engine) -> None:
     assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
 
 
-def test_close_ends_running_and_waiting_requests(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_ends_running_and_waiting_requests(chat_mllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Including the request whose prompt is being read."""
-    with Engine(load_mllm(talker, device="cpu"), max_batch_size=2) as engine:
+    with Engine(load_mllm(chat_mllm, device="cpu"), max_batch_size=2) as engine:
         reading, release = threading.Event(), threading.Event()
         read = engine.read
 
@@ -230,8 +230,8 @@ def test_close_ends_running_and_waiting_requests(talker: Path, monkeypatch: pyte
         assert {answer.done.reason for answer in answers if answer.done} == {"cancelled"}
 
 
-def test_long_conversations_are_truncated_between_turns(talker: Path, images: list[InputImage]) -> None:
-    with Engine(load_mllm(talker, device="cpu"), context=150) as engine:
+def test_long_conversations_are_truncated_between_turns(chat_mllm: Path, images: list[InputImage]) -> None:
+    with Engine(load_mllm(chat_mllm, device="cpu"), context=150) as engine:
         notices: list[str] = []
         conversation = Conversation(engine, notices.append)
         conversation.system = "Be brief."
@@ -324,8 +324,8 @@ def test_streamed_text_has_complete_characters(engine: Engine) -> None:
     assert not any("\ufffd" in part for part in parts)
 
 
-def test_close_with_timeout_completes_answers(talker: Path) -> None:
-    engine = Engine(load_mllm(talker, device="cpu"))
+def test_close_with_timeout_completes_answers(chat_mllm: Path) -> None:
+    engine = Engine(load_mllm(chat_mllm, device="cpu"))
     prompt = engine.prompt([user_message("Why?", 0)], [])
     answer = engine.answer(prompt, Sampling(max_new_tokens=100))
     engine.close(timeout=60)

@@ -96,7 +96,7 @@ def engines() -> list[Engine]:
 
 @pytest.fixture(scope="module")
 def page_server(
-    talker: Path,
+    chat_mllm: Path,
     encoder_dir: Path,
     sample_world: Path,
     world: Path,
@@ -105,7 +105,7 @@ def page_server(
 ) -> Iterator[Any]:
     """The page with all features and the same model twice; decoding is slow, so that streaming is visible."""
     second = tmp_path_factory.mktemp("two") / "second"
-    second.symlink_to(talker)
+    second.symlink_to(chat_mllm)
     patch = pytest.MonkeyPatch()
     step, start = DecodingBatch.step, web.start_engine
 
@@ -124,7 +124,7 @@ def page_server(
     for color in ("green", "red", "blue"):
         shutil.copy(world / f"{color}.png", images)
     recipe = WebRecipe(
-        model=str(talker),
+        model=str(chat_mllm),
         compare_with=str(second),
         encoder=str(encoder_dir),
         images=str(images),
@@ -713,11 +713,11 @@ def test_default_address_is_loopback_and_analytics_are_off(page_server: Any) -> 
     assert page_server.analytics_enabled is False
 
 
-def test_uploads_are_deleted_after_their_lifetime(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_are_deleted_after_their_lifetime(chat_mllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web_page, "CLEANUP_INTERVAL", 0.1)
     monkeypatch.setattr(web_page, "UPLOAD_LIFETIME", 1.0)
     with contextlib.ExitStack() as stack:
-        server = launch(WebRecipe(model=str(talker), port=0, device="cpu"), stack)
+        server = launch(WebRecipe(model=str(chat_mllm), port=0, device="cpu"), stack)
         file = upload(server.local_url)
         assert file.is_file()
         deadline = time.monotonic() + 60
@@ -733,14 +733,14 @@ def upload(address: str, content: bytes = b"image", post: Callable[..., httpx.Re
 
 
 @pytest.mark.slow
-def test_password_and_deleted_uploads_after_sigterm(talker: Path, tmp_path: Path) -> None:
+def test_password_and_deleted_uploads_after_sigterm(chat_mllm: Path, tmp_path: Path) -> None:
     """The command with a 4-bit LLM: clients need the password, and other users of the machine cannot read uploads."""
     (tmp_path / "token").write_text("secret\n")
     folder = tmp_path / "temporary"
     folder.mkdir()
     options = ["--port", "0", "--device", "cpu", "--quantize", "4bit", "--token_file", str(tmp_path / "token")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "clips_mllm.web", str(talker), *options],
+        [sys.executable, "-m", "clips_mllm.web", str(chat_mllm), *options],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(folder)},
@@ -765,7 +765,7 @@ def test_password_and_deleted_uploads_after_sigterm(talker: Path, tmp_path: Path
         process.communicate()
 
 
-def test_4bit_quantization(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4bit_quantization(chat_mllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models of the page are loaded with quantized weights, and answer."""
     engines: list[Engine] = []
     start = web.start_engine
@@ -775,7 +775,7 @@ def test_4bit_quantization(talker: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return engines[-1]
 
     monkeypatch.setattr(web, "start_engine", recorded)
-    recipe = WebRecipe(model=str(talker), compare_with=str(talker), port=0, device="cpu", quantize="4bit")
+    recipe = WebRecipe(model=str(chat_mllm), compare_with=str(chat_mllm), port=0, device="cpu", quantize="4bit")
     with contextlib.ExitStack() as stack:
         server = launch(recipe, stack)
         layers: list[Any] = [engine.mllm.model.model.language_model.layers[0] for engine in engines]
@@ -783,12 +783,12 @@ def test_4bit_quantization(talker: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert '"success":true' in ask_by_http(server)
 
 
-def test_attention_maps_equal_those_of_one_pass(talker: Path, world: Path) -> None:
+def test_attention_maps_equal_those_of_one_pass(chat_mllm: Path, world: Path) -> None:
     """One map per image that sums to 1, as in a single pass over prompt and answer."""
     from clips_mllm.model.checkpoint import load_mllm
 
     images = [InputImage(Image.open(world / f"{color}.png").convert("RGB")) for color in ("green", "red")]
-    with Engine(load_mllm(talker, device="cpu")) as engine:
+    with Engine(load_mllm(chat_mllm, device="cpu")) as engine:
         prompt = engine.prompt([user_message("Which?", 2)], images)
         maps = attention_maps(engine, prompt, "the second")
         assert [tuple(weights.shape) for weights in maps] == [(3, 3), (3, 3)]
