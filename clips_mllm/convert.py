@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from clips_mllm.prompts.render import TemplateName
-from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.errors import run_command
 from vision_tower.common.files import new_folder
-from vision_tower.common.recipe import parse_recipe
+from vision_tower.common.recipe import parse_recipe, refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,7 @@ def main(argv: list[str]) -> None:
     from vision_tower.common.provenance import finish_provenance, start_provenance
 
     recipe = parse_recipe(ConvertRecipe, argv, command="convert", positional=("source", "destination"))
-    for name in UNUSED[recipe.to]:
-        if (value := getattr(recipe, name)) is not None:
-            raise UserError(f"has no effect with --to {recipe.to}", key=f"--{name}", value=value, remedy="leave it out")
+    refuse_unused(recipe, UNUSED[recipe.to], f"has no effect with --to {recipe.to}", "--")
     with new_folder(recipe.destination) as work:
         inputs = {"source": str(recipe.source), "tower": recipe.tower, "llm": recipe.llm}
         start_provenance(work, "convert", argv, inputs)

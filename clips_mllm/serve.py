@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from clips_mllm.talk.recipe import ServeRecipe
 from clips_mllm.talk.start import bound_socket, check_model, read_token, start_engine
 from vision_tower.common.errors import UserError, run_command
-from vision_tower.common.recipe import parse_recipe
+from vision_tower.common.recipe import check_ranges, parse_recipe
 
 if TYPE_CHECKING:
     import socket
@@ -32,8 +32,7 @@ def main(argv: list[str]) -> None:
     recipe = parse_recipe(ServeRecipe, argv, command="serve", positional=("model",))
     check_model(recipe.model, recipe)
     recipe.limits.check()
-    if recipe.shutdown_seconds < 0:
-        raise UserError("negative", key="shutdown_seconds", value=recipe.shutdown_seconds, remedy="set 0 or more")
+    check_ranges(recipe, shutdown_seconds="[0, inf)")
     token = read_token(recipe.token_file)
     try:
         import fastapi  # noqa: F401

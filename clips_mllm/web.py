@@ -21,7 +21,7 @@ from clips_mllm.talk.images import read_examples
 from clips_mllm.talk.recipe import WebRecipe
 from clips_mllm.talk.start import bound_socket, check_model, read_token, start_engine
 from vision_tower.common.errors import UserError, run_command
-from vision_tower.common.recipe import parse_recipe
+from vision_tower.common.recipe import check_ranges, parse_recipe
 
 if TYPE_CHECKING:
     from clips_mllm.talk.web.retrieval import Gallery
@@ -136,9 +136,7 @@ def check(recipe: WebRecipe) -> None:
             raise UserError("no such folder", key=key, value=folder, remedy="check the path")
     if recipe.captions is not None and not Path(recipe.captions).is_file():
         raise UserError("no such file", key="captions", value=recipe.captions, remedy="check the path")
-    for key in ("max_upload_mb", "max_pixels", "max_images"):
-        if (value := getattr(recipe, key)) < 1:
-            raise UserError("too small", key=key, value=value, remedy="set 1 or more")
+    check_ranges(recipe, max_upload_mb="[1, inf)", max_pixels="[1, inf)", max_images="[1, inf)")
     if recipe.feedback is not None:
         check_writable(Path(recipe.feedback))
     bound_socket(recipe.host, recipe.port).close()

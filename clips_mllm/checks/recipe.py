@@ -7,6 +7,7 @@ import dataclasses
 from clips_mllm.data.recipe import InstructionSource
 from clips_mllm.prompts.render import TemplateName
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +58,7 @@ class DataRecipe:
 
     def check(self) -> None:
         """Raise UserError if a value is out of range."""
-        if self.max_length < 2:
-            raise UserError("less than 2 tokens", key="--max_length", value=self.max_length)
-        if self.image_tokens < 0:
-            raise UserError("negative", key="--image_tokens", value=self.image_tokens)
+        check_ranges(self, "--", max_length="[2, inf)", image_tokens="[0, inf)")
         if self.template is not None and self.model is None:
             raise UserError("has no effect without a tokenizer", key="--template", remedy="give --model too")
 
@@ -88,8 +86,7 @@ class DoctorRecipe(DataRecipe):
     def check(self) -> None:
         """Raise UserError if a value is out of range."""
         super().check()
-        if self.workers < 0:
-            raise UserError("negative", key="--workers", value=self.workers, remedy="0 takes one process per core")
+        check_ranges(self, "--", workers="[0, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,5 +105,4 @@ class PreviewRecipe(DataRecipe):
     def check(self) -> None:
         """Raise UserError if a value is out of range."""
         super().check()
-        if self.count < 1:
-            raise UserError("less than 1 sample", key="--count", value=self.count)
+        check_ranges(self, "--", count="[1, inf)")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
 from clips_mllm.prompts.render import TemplateName
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges, refuse_unused
 
 HUB = "hf://datasets/"
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -42,14 +42,9 @@ class InstructionSource:
 
     def check(self, key: str) -> None:
         """Raise UserError for ineffective or out-of-range values. `key` is the source's place in the recipe."""
-        if not 0 < self.weight < math.inf:
-            raise UserError(
-                "not a positive number", key=f"{key}.weight", value=self.weight, remedy="remove the source to skip it"
-            )
-        if self.cap < 0:
-            raise UserError("negative", key=f"{key}.cap", value=self.cap, remedy="set a number of samples, or 0")
-        if self.split != "train" and not self.on_hub and Path(self.file).suffix in FILE_SUFFIXES:
-            raise UserError("no effect, a file has no splits", key=f"{key}.split", value=self.split, remedy="remove it")
+        check_ranges(self, f"{key}.", weight="(0, inf)", cap="[0, inf)")
+        if not self.on_hub and Path(self.file).suffix in FILE_SUFFIXES:
+            refuse_unused(self, ["split"], "a file has no splits", f"{key}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,15 +93,10 @@ class InstructionRecipe:
         """Raise UserError for contradicting, ineffective or out-of-range values."""
         if (self.file is None) == (not self.mixture):
             raise UserError("set exactly one of data.file and data.mixture", key="data.file", value=self.file)
-        if self.file is None and self.images is not None:
-            raise UserError(
-                "has no effect with data.mixture", key="data.images", value=self.images, remedy="set it in each source"
-            )
+        if self.file is None:
+            refuse_unused(self, ["images"], "has no effect with data.mixture", "data.", "set it in each source")
         for number, source in enumerate(self.mixture):
             source.check(f"data.mixture[{number}]")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError("not between 0 and 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
+        check_ranges(self, "data.", max_bad_fraction="[0, 1]", max_length="[2, inf)")
         if self.text_first and not self.group_by_length:
             raise UserError("needs data.group_by_length", key="data.text_first", remedy="set it too")
-        if self.max_length < 2:
-            raise UserError("less than 2 tokens", key="data.max_length", value=self.max_length)

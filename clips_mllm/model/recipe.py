@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges, refuse_unused
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
@@ -47,25 +48,13 @@ class MllmRecipe:
         pair = self.tower is not None and self.llm is not None
         if pair == (self.checkpoint is not None) or (self.tower is None) != (self.llm is None):
             raise UserError("set either 'checkpoint', or both 'tower' and 'llm'", key="model")
-        if self.tiles is not None and self.tiles < 2:
-            raise UserError("less than 2", key="model.tiles", value=self.tiles, remedy="remove it to disable tiles")
-        for name, value, default in (
-            ("tiles", self.tiles, None),
-            ("image_size", self.image_size, None),
-            ("feature_layer", self.feature_layer, -2),
-            ("feature_select", self.feature_select, "auto"),
-            ("projector", self.projector, None),
-            ("projector_init", self.projector_init, "default"),
-        ):
-            if value != default and self.checkpoint is not None:
-                raise UserError(
-                    "has no effect with model.checkpoint, which fixes it",
-                    key=f"model.{name}",
-                    value=value,
-                    remedy="set it in stage 1, with 'tower' and 'llm'",
-                )
-        if self.projector is not None and self.projector_init != "default":
-            raise UserError("has no effect with model.projector", key="model.projector_init", remedy="remove one")
+        check_ranges(self, "model.", tiles="[2, inf)")
+        if self.checkpoint is not None:
+            fixed = ("tiles", "image_size", "feature_layer", "feature_select", "projector", "projector_init")
+            remedy = "set it in stage 1, with 'tower' and 'llm'"
+            refuse_unused(self, fixed, "has no effect with model.checkpoint, which fixes it", "model.", remedy)
+        if self.projector is not None:
+            refuse_unused(self, ["projector_init"], "has no effect with model.projector", "model.", "remove one")
 
 
 def check_feature_layer(feature_layer: int | list[int], layers: int) -> None:

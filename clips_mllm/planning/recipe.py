@@ -10,6 +10,7 @@ from clips_mllm.model.recipe import MllmRecipe
 from clips_mllm.planning.catalog import Device, default_device
 from clips_mllm.training.recipe import TrainRecipe
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,14 +62,9 @@ class PlanRecipe(TrainRecipe):
 
     def check_plan(self) -> None:
         """Raise UserError if a number is out of range, or there is no recipe."""
-        for name in ("devices", "memory_gb", "tflops", "utilization"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError("must be above 0", key=name, value=value)
-        for name in ("process_gb", "slack", "tokens", "text_tokens", "samples"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError("must not be negative", key=name, value=value)
+        check_ranges(self, devices="(0, inf)", memory_gb="(0, inf)", tflops="(0, inf)", utilization="(0, inf)")
+        check_ranges(self, process_gb="[0, inf)", slack="[0, inf)")
+        check_ranges(self, tokens="[0, inf)", text_tokens="[0, inf)", samples="[0, inf)")
         if self.data is None:
             raise UserError("no recipe", key="--config", remedy="give --config configs/mllm/NAME.yaml, or --table")
 

@@ -29,7 +29,7 @@ from clips_mllm.prompts.conversation import IGNORED
 from clips_mllm.training.projector import read_features, standardize
 from clips_mllm.training.recipe import TrainRecipe
 from vision_tower.common.errors import UserError, run_command
-from vision_tower.common.recipe import parse_recipe
+from vision_tower.common.recipe import check_ranges, parse_recipe
 
 if TYPE_CHECKING:
     from clips_mllm.data.collator import InstructionCollator
@@ -72,8 +72,7 @@ class WordProjectorRecipe(TrainRecipe):
             raise UserError("names the file to write", key="model.projector", remedy="set it in the recipe of stage 1")
         if self.model.tiles is not None:
             raise UserError("not supported here", key="model.tiles", value=self.model.tiles, remedy="leave it out")
-        if self.projector_init_steps < 1:
-            raise UserError("at least 1", key="projector_init_steps", value=self.projector_init_steps)
+        check_ranges(self, projector_init_steps="[1, inf)")
 
 
 def main(argv: list[str]) -> None:

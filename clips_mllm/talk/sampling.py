@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
-from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 
 if TYPE_CHECKING:  # commands validate their sampling parameters before these are imported
     import torch
@@ -38,15 +38,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= 100, "a number from 0 (greedy) to 100"),
-            "top_p": (0 < self.top_p <= 1, "a number above 0, at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 10, "a number above 0, at most 10; 1 has no effect"),
-        }
-        for key, (valid, expected) in ranges.items():
-            if not valid:
-                raise UserError("out of range", key=key, value=getattr(self, key), remedy=f"set {expected}")
+        check_ranges(self, max_new_tokens="[1, inf)", temperature="[0, 100]", top_p="(0, 1]")
+        check_ranges(self, repetition_penalty="(0, 10]")  # 1 has no effect
 
 
 class TokenSampler:

@@ -11,6 +11,7 @@ from clips_mllm.provenance.folder_kinds import known_kind
 from clips_mllm.talk.recipe import ModelRecipe
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import check_model_exists
+from vision_tower.common.recipe import check_ranges
 
 if TYPE_CHECKING:
     from clips_mllm.talk.engine import Engine
@@ -21,8 +22,7 @@ TOKEN_VARIABLE = "CLIPS_MLLM_TOKEN"
 def check_model(name: str, recipe: ModelRecipe, key: str = "model") -> None:
     """Raise UserError if the checkpoint is missing or is not a multimodal LLM, or if the context is below 1."""
     check_model_exists(name, key)
-    if recipe.context is not None and recipe.context < 1:
-        raise UserError("too small", key="context", value=recipe.context, remedy="set at least 1 token")
+    check_ranges(recipe, context="[1, inf)")
     if Path(name).is_dir():
         found = known_kind(Path(name))
         if found is None or found.kind not in ("mllm", "adapter"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 from clips_mllm.data.recipe import InstructionRecipe
 from clips_mllm.model.recipe import AdapterRecipe, MllmRecipe
 from vision_tower.common.errors import UserError
 from vision_tower.common.files import read_object
+from vision_tower.common.recipe import check_ranges, refuse_unused
 from vision_tower.training.recipe import TrainingRecipe
 
 
@@ -41,28 +41,18 @@ class StageRecipe:
         """Raise UserError if nothing would train, or a value is invalid or has no effect."""
         if not (self.projector or self.llm or self.tower):
             raise UserError("nothing to train", key="stage", remedy="set projector, llm or tower to true")
-        if self.tower_from_layer and not self.tower:
-            raise UserError(
-                "has no effect, the tower is frozen",
-                key="stage.tower_from_layer",
-                value=self.tower_from_layer,
-                remedy="set stage.tower=true",
-            )
         for name in ("projector", "llm", "tower"):
-            rate, key = getattr(self, f"{name}_learning_rate"), f"stage.{name}_learning_rate"
-            if rate is not None and not getattr(self, name):
-                raise UserError(
-                    f"has no effect, the {name} is frozen", key=key, value=rate, remedy=f"set stage.{name}=true"
-                )
-            if rate is not None and not 0 <= rate < math.inf:
-                raise UserError("must be at least 0", key=key, value=rate, remedy="give a finite learning rate")
+            if not getattr(self, name):
+                fields = [f"{name}_learning_rate", *(["tower_from_layer"] if name == "tower" else [])]
+                refuse_unused(self, fields, f"has no effect, the {name} is frozen", "stage.", f"set stage.{name}=true")
+            check_ranges(self, "stage.", **{f"{name}_learning_rate": "[0, inf)"})
         self._check_adapter()
 
     def _check_adapter(self) -> None:
         adapter = self.adapter
         if adapter.kind == "none":
-            if adapter != AdapterRecipe():
-                raise UserError("has no effect without an adapter", key="stage.adapter", remedy="set its kind")
+            fields, remedy = ("rank", "alpha", "dropout"), "set stage.adapter.kind"
+            refuse_unused(adapter, fields, "has no effect without an adapter", "stage.adapter.", remedy)
             return
         if not (self.llm or self.tower):
             raise UserError(
@@ -72,12 +62,7 @@ class StageRecipe:
             raise UserError(
                 "the LLM is frozen", key="stage.adapter.kind", value="qlora", remedy="set stage.llm=true, or use lora"
             )
-        if adapter.rank < 1 or adapter.alpha < 1 or not 0 <= adapter.dropout < 1:
-            raise UserError(
-                f"rank={adapter.rank}, alpha={adapter.alpha}, dropout={adapter.dropout}",
-                key="stage.adapter",
-                remedy="rank and alpha must be at least 1, dropout in [0, 1)",
-            )
+        check_ranges(adapter, "stage.adapter.", rank="[1, inf)", alpha="[1, inf)", dropout="[0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,18 +107,15 @@ class TrainEvaluationRecipe:
             (self.tasks is not None, ["scorer"], "give evaluation.tasks"),
             (selects, ["best_by"], "set evaluation.keep_best or evaluation.patience"),
         ):
-            for name in () if works else names:
-                self._refuse_unless_default(name, remedy)
+            if not works:
+                refuse_unused(self, names, "has no effect", "evaluation.", remedy)
         if not self.every:
             return
         if not holds_out and self.tasks is None:
             raise UserError(
                 "nothing to evaluate", key="evaluation.every", value=self.every, remedy="set .file, .share or .tasks"
             )
-        if not 0 <= self.share < 1:
-            raise UserError("must be in [0, 1)", key="evaluation.share", value=self.share, remedy="for example 0.01")
-        if self.batch_size < 1:
-            raise UserError("must be at least 1", key="evaluation.batch_size", value=self.batch_size)
+        check_ranges(self, "evaluation.", share="[0, 1)", batch_size="[1, inf)")
         if selects and self.best_by == "loss" and not holds_out:
             raise UserError("no held-out loss", key="evaluation.best_by", value="loss", remedy="set .file or .share")
         if selects and self.best_by != "loss" and self.tasks is None:
@@ -145,11 +127,6 @@ class TrainEvaluationRecipe:
                 key="evaluation.keep_best",
                 remedy="make training.save_every a multiple of evaluation.every",
             )
-
-    def _refuse_unless_default(self, name: str, remedy: str) -> None:
-        value = getattr(self, name)
-        if value != type(self).__dataclass_fields__[name].default:
-            raise UserError("has no effect", key=f"evaluation.{name}", value=value, remedy=remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

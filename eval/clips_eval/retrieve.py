@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from vision_tower.common.errors import UserError, run_command
 from vision_tower.common.files import make_folder, read_text
-from vision_tower.common.recipe import parse_recipe
+from vision_tower.common.recipe import check_ranges, parse_recipe, refuse_unused
 from vision_tower.data.image_batches import CaptionedImage, SkipCounter
 
 FORMAT = 1  # of retrieval.json
@@ -71,15 +71,11 @@ class RetrieveRecipe:
 
     def check(self) -> None:
         """Raise UserError on values that are out of range or that the format does not use."""
-        if self.batch_size < 1:
-            raise UserError("must be at least 1", key="batch_size", value=self.batch_size)
-        if not 0 <= self.max_bad_fraction < 1:
-            raise UserError("must be from 0 to below 1", key="max_bad_fraction", value=self.max_bad_fraction)
+        check_ranges(self, batch_size="[1, inf)", max_bad_fraction="[0, 1)")
         for name, formats in FORMAT_OPTIONS.items():
-            value = getattr(self, name)
-            if self.format not in formats and value != getattr(RetrieveRecipe, name):
+            if self.format not in formats:
                 remedy = f"remove it, or choose --format {' or '.join(formats)}"
-                raise UserError(f"has no effect with --format {self.format}", key=name, value=value, remedy=remedy)
+                refuse_unused(self, [name], f"has no effect with --format {self.format}", remedy=remedy)
         if len(self.separator) != 1:
             raise UserError("must be one character", key="separator", value=self.separator, remedy="for a tab, $'\\t'")
 

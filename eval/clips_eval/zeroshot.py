@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision_tower.common.errors import NotFinite, UserError, run_command
+from vision_tower.common.errors import NotFinite, run_command
 from vision_tower.common.files import make_folder
-from vision_tower.common.recipe import parse_recipe
+from vision_tower.common.recipe import check_ranges, parse_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,7 @@ class ZeroShotRecipe:
 
     def check(self) -> None:
         """Raise UserError on values that are out of range."""
-        if self.batch_size < 1:
-            raise UserError("must be at least 1", key="batch_size", value=self.batch_size)
-        if not 0 <= self.max_bad_fraction < 1:
-            raise UserError("must be from 0 to below 1", key="max_bad_fraction", value=self.max_bad_fraction)
+        check_ranges(self, batch_size="[1, inf)", max_bad_fraction="[0, 1)")
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -223,6 +223,39 @@ def _field_help(kind: type) -> dict[str, str]:
 
     entries = [entry for base in reversed(kind.__mro__) for entry in parse(base.__doc__ or "").params]
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
+
+
+def check_ranges(section: object, prefix: str = "", **ranges: str) -> None:
+    """Raise UserError for a field outside its interval, such as `epochs="(0, inf)"`. None is not checked.
+
+    Args:
+        prefix: path of the section in the recipe, for the error.
+    """
+    for name, interval in ranges.items():
+        value = getattr(section, name)
+        low, high = map(float, interval[1:-1].split(","))
+        excluded = {low} if interval[0] == "(" else set()
+        excluded |= {high} if interval[-1] == ")" else set()
+        if value is not None and (not low <= value <= high or value in excluded):
+            raise UserError(f"must be in {interval}", key=f"{prefix}{name}", value=value)
+
+
+def refuse_unused(
+    section: Any, names: Iterable[str], problem: str, prefix: str = "", remedy: str = "remove it"
+) -> None:
+    """Raise UserError for a field that was set although it has no effect, for the reason in `problem`.
+
+    Args:
+        names: fields without effect; a field that has its default counts as not set.
+        prefix: path of the section in the recipe, for the error.
+    """
+    default = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(section)
+    }
+    for name in names:
+        if (value := getattr(section, name)) != default[name]:
+            raise UserError(problem, key=f"{prefix}{name}", value=value, remedy=remedy)
 
 
 def expand_home(value: Any) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 
@@ -28,15 +28,8 @@ class Augmentation:
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        if not 0 < self.smallest_crop <= 1:
-            raise UserError(
-                "must be above 0 and at most 1", key="data.augmentation.smallest_crop", value=self.smallest_crop
-            )
-        if not 0 <= self.jitter <= 2:
-            raise UserError("must be from 0 to 2", key="data.augmentation.jitter", value=self.jitter)
-        for name in ("jitter_probability", "gray_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError("must be from 0 to 1", key=f"data.augmentation.{name}", value=getattr(self, name))
+        check_ranges(self, "data.augmentation.", smallest_crop="(0, 1]", jitter="[0, 2]")
+        check_ranges(self, "data.augmentation.", jitter_probability="[0, 1]", gray_probability="[0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,15 +114,6 @@ class PairsRecipe:
             remedy = "remove one of them (--data.shards null if it comes from the recipe)"
             raise UserError("cannot be combined with data.mixture", key="data.shards", value=self.shards, remedy=remedy)
         for number, source in enumerate(self.mixture):
-            if not 0 < source.weight < math.inf:
-                raise UserError(
-                    "must be a finite number above 0",
-                    key=f"data.mixture[{number}].weight",
-                    value=source.weight,
-                    remedy="or remove the source",
-                )
-        if self.shuffle_buffer < 0:
-            raise UserError("must be at least 0", key="data.shuffle_buffer", value=self.shuffle_buffer)
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError("must be from 0 to 1", key="data.max_bad_fraction", value=self.max_bad_fraction)
+            check_ranges(source, f"data.mixture[{number}].", weight="(0, inf)")
+        check_ranges(self, "data.", shuffle_buffer="[0, inf)", max_bad_fraction="[0, 1]")
         self.augmentation.check()

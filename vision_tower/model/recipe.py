@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges, refuse_unused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,9 @@ class ModelRecipe:
 
     def check(self) -> None:
         """Raise UserError if sizes are out of range or do not fit together."""
-        for name, value in self._sizes().items():
-            if value < 1:
-                raise UserError("must be at least 1", key=f"model.{name}", value=value)
+        sizes = ("embed_dim", "image_size", "patch_size", "vocabulary_size")
+        check_ranges(self, "model.", **dict.fromkeys(sizes, "[1, inf)"))
+        check_ranges(self, "model.", text_length="[4, inf)", target_length="[3, inf)")  # a word and special tokens
         if self.image_size % self.patch_size:
             down = self.image_size // self.patch_size * self.patch_size
             near = f"{down} or {down + self.patch_size}" if down else str(self.patch_size)
@@ -81,6 +82,8 @@ class ModelRecipe:
                 "not a multiple of patch_size", key="model.image_size", value=self.image_size, remedy=f"use {near}"
             )
         for name, tower in (("image", self.image), ("text", self.text), ("captioner", self.captioner)):
+            sizes = ("width", "layers", "mlp", "heads")
+            check_ranges(tower, f"model.{name}.", **dict.fromkeys(sizes, "[1, inf)"))
             if tower.width % tower.heads:
                 raise UserError(
                     f"does not divide model.{name}.width={tower.width}",
@@ -92,19 +95,8 @@ class ModelRecipe:
             raise UserError(
                 "model.start_from has its own", key="model.vocabulary", value=self.vocabulary, remedy="remove it"
             )
-        for name, minimum in (("text_length", 4), ("target_length", 3)):  # one word and the special tokens
-            value = getattr(self, name)
-            if value < minimum:
-                raise UserError(f"must be at least {minimum}", key=f"model.{name}", value=value)
         if self.image.width % 4:
             raise UserError("sin-cos positions need a multiple of 4", key="model.image.width", value=self.image.width)
-
-    def _sizes(self) -> dict[str, int]:
-        """Return all sizes by dotted name."""
-        sizes = {name: getattr(self, name) for name in ("embed_dim", "image_size", "patch_size", "vocabulary_size")}
-        for tower in ("image", "text", "captioner"):
-            sizes |= {f"{tower}.{name}": value for name, value in dataclasses.asdict(getattr(self, tower)).items()}
-        return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +116,6 @@ class LockRecipe:
         """Raise UserError if only one of the two is set."""
         if self.tower != "none" and self.checkpoint is None:
             raise UserError(f"required by lock.tower={self.tower}", key="lock.checkpoint", remedy="set it")
-        if self.tower == "none" and self.checkpoint is not None:
+        if self.tower == "none":
             remedy = "set lock.tower, or remove it"
-            raise UserError(
-                "has no effect with lock.tower=none", key="lock.checkpoint", value=self.checkpoint, remedy=remedy
-            )
+            refuse_unused(self, ["checkpoint"], "has no effect with lock.tower=none", "lock.", remedy)

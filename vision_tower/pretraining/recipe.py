@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges, refuse_unused
 from vision_tower.data.recipe import PairsRecipe
 from vision_tower.model.recipe import LockRecipe, ModelRecipe
 from vision_tower.text.objectives import CaptionRecipe, LossWeights, ObjectiveName, choose_objective
@@ -45,31 +46,17 @@ class EvaluationRecipe:
 
     def check(self) -> None:
         """Raise UserError if values are out of range, missing, or without effect."""
-        for name, minimum in (("every", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < minimum:
-                raise UserError(f"must be at least {minimum}", key=f"evaluation.{name}", value=value)
-        if self.every:
-            self._check_data()
-        else:
-            self._check_unused()
-
-    def _check_data(self) -> None:
+        check_ranges(self, "evaluation.", every="[0, inf)", batch_size="[1, inf)")
+        if not self.every:
+            fields, remedy = [field.name for field in dataclasses.fields(self)], "set evaluation.every, or remove it"
+            refuse_unused(self, fields, "has no effect with evaluation.every=0", "evaluation.", remedy)
+            return
         if self.retrieval is None and self.zeroshot is None:
             raise UserError("no data", key="evaluation.every", value=self.every, remedy="set .retrieval or .zeroshot")
         data = {"mean_recall": self.retrieval, "top1": self.zeroshot, "none": ""}[self.best_by]
         if data is None:
             remedy = "choose another score, or none to save no best weights"
             raise UserError("not computed with this data", key="evaluation.best_by", value=self.best_by, remedy=remedy)
-
-    def _check_unused(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                remedy = "set evaluation.every, or remove it"
-                raise UserError(
-                    "has no effect with evaluation.every=0", key=f"evaluation.{field.name}", value=value, remedy=remedy
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,12 +80,7 @@ class EncoderTraining(TrainingRecipe):
             raise UserError(
                 "required for an endless stream", key="training.max_steps", value=self.max_steps, remedy="set it"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(
-                "must be in [0, 1)", key="training.ema_decay", value=self.ema_decay, remedy="set for example 0.9999"
-            )
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise UserError("must be positive, in 10^12 FLOP/s", key="training.peak_tflops", value=self.peak_tflops)
+        check_ranges(self, "training.", ema_decay="[0, 1)", peak_tflops="(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,13 +116,10 @@ class PretrainRecipe:
         self.model.check()
         self.captions.check(self.model.text_room)
         objective = choose_objective(self.objective, self.loss)
-        if self.captions.web_share != CaptionRecipe.web_share and "mix" not in objective.streams:
-            raise UserError(
-                f"has no effect with objective={self.objective}, which does not mix captions",
-                key="captions.web_share",
-                value=self.captions.web_share,
-                remedy="remove it, or set the objective to clipa-mix or coca",
-            )
+        if "mix" not in objective.streams:
+            problem = f"has no effect with objective={self.objective}, which does not mix captions"
+            remedy = "remove it, or set the objective to clipa-mix or coca"
+            refuse_unused(self.captions, ["web_share"], problem, "captions.", remedy)
         self.lock.check()
         if self.lock.tower == "text" and (self.model.vocabulary or self.model.start_from):
             remedy = "remove model.vocabulary and model.start_from"

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 
 ObjectiveName = Literal["clip-web", "clip-synthetic", "clipa-mix", "coca", "clips"]
 Reduction = Literal["sentences", "truncation", "random", "block", "sub-caption"]
@@ -103,10 +104,7 @@ class CaptionRecipe:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= room:
                 raise UserError(f"must be from 1 to {room}, by model.text_length", key=f"captions.{name}", value=value)
-        if self.sentences < 1:
-            raise UserError("must be at least 1", key="captions.sentences", value=self.sentences)
-        if not 0 <= self.web_share <= 1:
-            raise UserError("must be from 0 to 1", key="captions.web_share", value=self.web_share)
+        check_ranges(self, "captions.", sentences="[1, inf)", web_share="[0, 1]")
 
 
 def choose_objective(name: ObjectiveName, weights: LossWeights) -> Objective:

@@ -11,6 +11,7 @@ import math
 from typing import Any, Literal
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,28 +69,11 @@ class TrainingRecipe:
 
     def check(self) -> None:
         """Raise UserError if a value is out of range."""
-        minimums = {
-            "global_batch_size": 1,
-            "device_batch_size": 1,
-            "log_every": 1,
-            "max_steps": 0,
-            "save_every": 0,
-            "workers": 0,
-            "warmup_steps": 0,
-            "keep_checkpoints": 1,
-        }
-        for name, minimum in minimums.items():
-            value = getattr(self, name)
-            if value < minimum:
-                raise UserError(f"must be at least {minimum}", key=f"training.{name}", value=value)
-        for name in ("learning_rate", "weight_decay", "clip_norm"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise UserError("must be a finite number from 0", key=f"training.{name}", value=value)
-        for name in ("beta1", "beta2", "warmup_ratio"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise UserError("must be in [0, 1)", key=f"training.{name}", value=value)
+        from_1, from_0 = "[1, inf)", "[0, inf)"
+        check_ranges(self, "training.", global_batch_size=from_1, device_batch_size=from_1, log_every=from_1)
+        check_ranges(self, "training.", keep_checkpoints=from_1, max_steps=from_0, save_every=from_0, workers=from_0)
+        check_ranges(self, "training.", learning_rate=from_0, weight_decay=from_0, clip_norm=from_0)
+        check_ranges(self, "training.", warmup_steps=from_0, warmup_ratio="[0, 1)", beta1="[0, 1)", beta2="[0, 1)")
         if not self.max_steps and not 0 < self.epochs < math.inf:
             raise UserError("must be above 0 if training.max_steps is 0", key="training.epochs", value=self.epochs)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges
 from vision_tower.text.objectives import ObjectiveName, Reduction
 
 CutTo = Literal["truncation", "random", "block", "sub-caption"]
@@ -62,8 +63,7 @@ class AblateRecipe:
             for budget in getattr(self, name):
                 if not 1 <= budget < room:
                     raise UserError(f"must be from 1 to {room - 1} to fit model.text_length", key=name, value=budget)
-        if self.processes < 0 or self.threads < 1:
-            raise UserError("must be at least 0, and threads at least 1", key="processes", value=self.processes)
+        check_ranges(self, processes="[0, inf)", threads="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

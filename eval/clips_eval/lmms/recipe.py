@@ -17,6 +17,7 @@ from clips_eval.lmms.data import check_data
 from clips_eval.tasks import OWN_TASKS
 from clips_mllm.model.quantize import Quantize
 from vision_tower.common.errors import UserError
+from vision_tower.common.recipe import check_ranges, refuse_unused
 
 ControlName = Literal["none", "shuffled", "blank", "no_image"]
 Engine = Literal["clips_mllm", "llava_hf", "vllm", "openai"]
@@ -104,17 +105,13 @@ class EvaluateRecipe:
 
     def check(self) -> None:
         """Raise UserError on everything that can be checked before lmms-eval is imported."""
-        for name in ("limit", "batch_size"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise UserError("must be at least 1", key=name, value=number)
+        check_ranges(self, limit="[1, inf)", batch_size="[1, inf)")
         if self.output is not None and self.output.is_dir():
             raise UserError("is a folder", key="output", value=self.output, remedy="name a file in it, as lmms.json")
         for name, engines in ENGINE_OPTIONS.items():
-            value = getattr(self, name)
-            if self.model not in engines and value != getattr(EvaluateRecipe, name):
+            if self.model not in engines:
                 remedy = f"remove it, or choose --model {' or '.join(engines)}"
-                raise UserError(f"has no effect with --model {self.model}", key=name, value=value, remedy=remedy)
+                refuse_unused(self, [name], f"has no effect with --model {self.model}", remedy=remedy)
         package = PACKAGES.get(self.model)
         if package is not None and find_spec(package) is None:
             raise UserError("not installed", key="model", value=self.model, remedy=f"pip install {package}")
