@@ -242,7 +242,7 @@ def test_incomplete_adapter_is_refused(run: Path, tmp_path: Path) -> None:
     ("values", "key", "value"),
     [
         ({"stage.adapter.kind": "lora", "stage.llm": "false"}, "stage.adapter.kind", "lora"),
-        ({"stage.adapter.rank": 0}, "stage.adapter", ANY),
+        ({"stage.adapter.rank": 0}, "stage.adapter.rank", 0),
         ({"model.checkpoint": "RUN"}, "model.checkpoint", ANY),
         ({"stage.tower": "true", "stage.tower_from_layer": 7}, "stage.tower_from_layer", 7),
         ({"stage.tower_from_layer": 1}, "stage.tower_from_layer", 1),

@@ -137,10 +137,10 @@ def test_frozen_weights_do_not_keep_the_checkpoint_mapped(mllm_dir: Path, monkey
         (StageRecipe(tower_from_layer=1), "stage.tower_from_layer"),
         (StageRecipe(llm_learning_rate=1e-5), "stage.llm_learning_rate"),
         (StageRecipe(projector_learning_rate=-1.0), "stage.projector_learning_rate"),
-        (StageRecipe(llm=True, adapter=AdapterRecipe(rank=4)), "stage.adapter"),
+        (StageRecipe(llm=True, adapter=AdapterRecipe(rank=4)), "stage.adapter.rank"),
         (StageRecipe(adapter=AdapterRecipe(kind="lora")), "stage.adapter.kind"),
         (StageRecipe(tower=True, adapter=AdapterRecipe(kind="qlora")), "stage.adapter.kind"),
-        (StageRecipe(llm=True, adapter=AdapterRecipe(kind="lora", rank=0)), "stage.adapter"),
+        (StageRecipe(llm=True, adapter=AdapterRecipe(kind="lora", rank=0)), "stage.adapter.rank"),
     ],
 )
 def test_invalid_stages_are_refused(stage: StageRecipe, key: str) -> None:
