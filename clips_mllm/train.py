@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     check_output(folder, recipe)
     if holds_run(folder):
         check_same_recipe(folder / "recipe.yaml", recipe, "train")
-    arguments = set_up(recipe, folder)  # before the model: ZeRO-3 divides it while it is built
+    arguments = set_up(recipe, folder)  # before the model: ZeRO-3 shards it while it is built
     set_seed(recipe.training.seed)
     examples = Examples(recipe.data)  # before the model, which takes minutes to load: it reports bad rows
     model, processor = load_or_build(recipe)
@@ -81,7 +81,7 @@ def check_parts(model: AnyModel, recipe: TrainRecipe, folder: Path) -> dict[str,
     from clips_mllm.provenance.training_inputs import compare_inputs, hash_parts
     from vision_tower.training.run_folder import latest_checkpoint
 
-    # All ranks take part under ZeRO-3, which divides the weights among them.
+    # All ranks take part under ZeRO-3, which shards the weights over them.
     parts = hash_parts(model) if is_main_process() or is_deepspeed_zero3_enabled() else {}
     if latest_checkpoint(folder) is not None and is_main_process():
         compare_inputs(folder, recipe, parts)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 PROJECTOR = "multi_modal_projector"
-ROW_END = "image_newline"
+IMAGE_NEWLINE = "image_newline"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -188,7 +188,7 @@ def _keys(folder: str | Path) -> set[str]:
 
 def _has_image_newline(folder: str | Path) -> bool:
     """Return True if the adapter contains `image_newline`; those of other training code may not."""
-    return any(key.endswith(f"{PROJECTOR}.{ROW_END}") for key in _keys(folder))
+    return any(key.endswith(f"{PROJECTOR}.{IMAGE_NEWLINE}") for key in _keys(folder))
 
 
 def refuse_other_keys(model: PeftModel, folder: str | Path) -> None:

@@ -47,7 +47,7 @@ def memory_line(
     )
     lengths = longest_samples(dataset)
     if lengths is None:
-        return f"memory estimate: none, since none of the {MAX_TRIED} longest samples can be used"
+        return f"memory estimate: not possible, because none of the {MAX_TRIED} longest samples can be used"
     setup = setup_of(recipe, shape, lengths, devices=arguments.world_size, device=default_device(kind))
     needed, available = peak_memory(setup).total, available_bytes(arguments)
     line = f"memory estimate: peak of {needed / GB:.1f} GB on each {kind}, {available / GB:.1f} GB are available"

@@ -114,7 +114,7 @@ class EvalCallback(TrainerCallback):
 
     @staticmethod
     def _task_scores(trainer: MllmTrainer, scorer: Scorer) -> dict[str, float]:
-        """Score on all ranks together, as divided weights require; return rank 0's scores."""
+        """Score on all ranks together, because weights may be sharded; return rank 0's scores."""
         processor = copy.deepcopy(trainer.processor)
         processor.tokenizer.padding_side = "left"  # required by batched generation
         found: list[dict[str, float] | UserError]

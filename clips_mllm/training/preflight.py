@@ -2,7 +2,7 @@
 
 space      the disk has room for the checkpoints
 dry save   config, processor, template, generation settings and the small trained parts are written by the code that
-           saves checkpoints, read back and compared; whole LLMs are not
+           saves checkpoints, read back and compared; the LLM's own weights are not
 data       a sample is rendered and decoded; the first rows are shown with their supervised tokens marked
 """
 
@@ -66,7 +66,7 @@ def check_space(trainer: MllmTrainer, folder: Path) -> None:
 
 def _small_parameters(trainer: MllmTrainer) -> dict[str, torch.nn.Parameter]:
     """Return what the dry save writes: the adapter with its projector, or the projector alone."""
-    named = dict(trainer.model.named_parameters(remove_duplicate=False))  # the row end of tiles has two names
+    named = dict(trainer.model.named_parameters(remove_duplicate=False))  # with tiles, image_newline has two names
     if isinstance(trainer.model, PreTrainedModel):
         return {name: weights for name, weights in named.items() if PROJECTOR in name}
     return {name: weights for name, weights in named.items() if weights.requires_grad}

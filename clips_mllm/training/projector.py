@@ -23,7 +23,7 @@ from vision_tower.checkpoints.weight_files import read_tensors
 from vision_tower.common.errors import UserError
 from vision_tower.common.randomness import untouched_randomness
 
-ROW_END = "image_newline"  # LLaVA-NeXT: the vector that ends a row of patches
+IMAGE_NEWLINE = "image_newline"  # LLaVA-NeXT: the vector that ends a row of patches
 Weights = dict[str, torch.Tensor]
 
 
@@ -53,9 +53,9 @@ def default_weights(model: AnyModel, seed: int) -> Weights:
             if isinstance(layer, nn.Linear):
                 fresh = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
                 found |= {f"{name}.{part}": value for part, value in fresh.state_dict().items()}
-        if ROW_END in _parameters(model):
+        if IMAGE_NEWLINE in _parameters(model):
             width = model.config.text_config.hidden_size
-            found[ROW_END] = torch.randn(width) / width**0.5  # as in LLaVA-NeXT
+            found[IMAGE_NEWLINE] = torch.randn(width) / width**0.5  # as in LLaVA-NeXT
     return found
 
 
@@ -97,30 +97,30 @@ def set_weights(model: AnyModel, weights: Weights) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """Under ZeRO-3: within this context the parameters are whole on every rank. Otherwise: nothing to do.
+    """Gather the parameters on every rank inside this context; no effect without ZeRO-3.
 
     Args:
         modifier_rank: rank whose changes are kept; None keeps none.
     """
-    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not divided:
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters(divided, modifier_rank=modifier_rank):
+    with GatheredParameters(sharded, modifier_rank=modifier_rank):
         yield
 
 
 def _parameters(model: AnyModel) -> dict[str, nn.Parameter]:
-    """The projector's parameters by the names used in its files, with LLaVA-NeXT's row end."""
-    end = getattr(model.model, ROW_END, None)
-    return dict(model.model.multi_modal_projector.named_parameters()) | ({} if end is None else {ROW_END: end})
+    """The projector's parameters by the names used in its files, with LLaVA-NeXT's `image_newline`."""
+    end = getattr(model.model, IMAGE_NEWLINE, None)
+    return dict(model.model.multi_modal_projector.named_parameters()) | ({} if end is None else {IMAGE_NEWLINE: end})
 
 
 @torch.no_grad()
 def standardize(model: AnyModel, pixel_values: torch.Tensor, **sizes: torch.Tensor) -> None:
-    """Set data-dependent weights from a hundred images or so. Not for models that ZeRO-3 has divided.
+    """Set data-dependent weights from a hundred images or so. Not for models that ZeRO-3 has sharded.
 
     Args:
         pixel_values: (n, 3, h, w), or (n, tiles, 3, h, w).

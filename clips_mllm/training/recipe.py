@@ -196,7 +196,7 @@ class TrainRecipe:
         zero2 = "use configs/deepspeed/zero2.json"
         if self.model.projector_init == "standardized":
             raise UserError(
-                "not supported with ZeRO-3, which divides the tower before it can read images",
+                "not supported with ZeRO-3, which shards the tower before it can read images",
                 key="model.projector_init",
                 value="standardized",
                 remedy=f"{zero2}, or projector_init=default",

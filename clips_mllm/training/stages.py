@@ -116,7 +116,7 @@ def linear_names(model: nn.Module, modules: list[nn.Module]) -> list[str]:
 
 
 def optimizer_groups(model: AnyModel, stage: StageRecipe, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameter groups, with a learning rate of their own for the parts that have one in the recipe."""
+    """Return the optimizer's parameter groups; a part with a learning rate in the recipe has its own groups."""
     rates = {
         "tower": stage.tower_learning_rate,
         "projector": stage.projector_learning_rate,

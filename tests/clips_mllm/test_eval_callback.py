@@ -94,7 +94,7 @@ def test_held_out_loss_is_exact_and_does_not_change_training(
 
 @pytest.mark.slow
 def test_tasks_on_two_ranks_score_as_on_one(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
-    """Also under ZeRO-3, which divides the weights."""
+    """Also under ZeRO-3, which shards the weights."""
     data = write_parquet(tmp_path / "pope.parquet", pope_rows())
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text(f"tasks: [{{task: clips_pope_random, data: {data}}}]\nbatch_size: 2\n")

@@ -51,7 +51,7 @@ def test_default_is_torchs_initialization_of_linear_layers(mllm_dir: Path) -> No
 
 
 def test_default_is_the_same_under_every_zero_stage(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    """Two ranks, one step with a learning rate of 0; the tiled model adds the row end to the projector."""
+    """Two ranks, one step with a learning rate of 0; the tiled model adds image_newline to the projector."""
     values = {
         "model.tower": encoder_dir / "tower",
         "model.llm": sample_world / "llm",

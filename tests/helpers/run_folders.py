@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def write_run(root: Path, share: float, *, seed: int = 0, n: int = 400) -> Path:
-    """A run whose easy-VQA answers are right with probability `share`, four questions an image, with all controls."""
+    """A run whose easy-VQA answers are right with probability `share`, four questions per image, with all controls."""
     folder = root / "finetune"
     folder.mkdir(parents=True)
     for control, less in (("none", 0.0), ("shuffled", 0.2), ("blank", 0.25), ("no_image", 0.3)):

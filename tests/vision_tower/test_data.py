@@ -1,4 +1,4 @@
-"""Samples of shards: each once an epoch over all readers, captions, counts of bad samples, mixtures, resume."""
+"""Samples of shards: each once per epoch over all readers, captions, counts of bad samples, mixtures, resume."""
 
 from __future__ import annotations
 

@@ -95,9 +95,9 @@ def test_recall_equals_the_naive_computation(block: tuple[int, int]) -> None:
 @pytest.mark.parametrize("width", [64, 100, 512])
 @pytest.mark.parametrize(("n_images", "uneven"), [(157, False), (640, True)])
 def test_recall_is_bit_identical_to_clip_benchmark(n_images: int, uneven: bool, width: int) -> None:
-    """With five captions an image or an uneven number, and several blocks, in fp32."""
+    """With five captions per image or an uneven number, and several blocks, in fp32."""
     images, texts, owner = world(n_images, 5, seed=width, dtype=torch.float32, width=width)
-    if uneven:  # one to five captions an image, in the order of the images as in COCO
+    if uneven:  # one to five captions per image, in the order of the images as in COCO
         order = owner.argsort(stable=True)
         kept = order[(torch.arange(len(owner)) % 5) <= (owner[order] * 7 % 5)]
         texts, owner = texts[kept], owner[kept]

@@ -34,7 +34,7 @@ def save_encoder(
     """Write model, tokenizer and tower to a temporary folder, then move them to `folder`, the tower last.
 
     Args:
-        weights: state dict to save instead of the model's own, which ZeRO-3 divides over the ranks.
+        weights: state dict to save instead of the model's own, which ZeRO-3 shards over the ranks.
         exported: state dict for `tower/` if it differs from `weights`, such as an EMA.
     """
     work = folder / "partial"

@@ -31,7 +31,7 @@ def recall_at_k(
     """Return recall@k in both directions as fractions of the queries, equal to CLIP_benchmark's.
 
     Image to text: an image counts if *any* of its texts is among its k best texts, the usual protocol for COCO and
-    Flickr30K, which have five captions an image. Text to image: a text counts if its image is among its k best images.
+    Flickr30K, which have five captions per image. Text to image: a text counts if its image is among its k best images.
 
     If scores are tied at rank k (duplicate captions), `torch.topk` over all candidates decides, as in CLIP_benchmark
     (`clip_benchmark.metrics.zeroshot_retrieval`). It sees only the scores, so a collapsed encoder scores chance.
@@ -41,7 +41,7 @@ def recall_at_k(
         images: (N, D), of unit norm for cosine similarity.
         texts: (M, D).
         image_of_text: (M,) integer, the row of `images` that each text describes.
-        block: texts and images at a time. Memory is one block plus max(ks) + 1 scores a query, linear in N + M.
+        block: texts and images at a time. Memory is one block plus max(ks) + 1 scores per query, linear in N + M.
     Returns:
         `{"i2t_r1": ..., "t2i_r1": ...}`, a pair of keys for each k.
     Raises:
@@ -59,7 +59,7 @@ def hits_at_k(
     ks: Sequence[int] = (1, 5, 10),
     block: tuple[int, int] = (TEXTS, IMAGES),
 ) -> dict[str, Tensor]:
-    """Return the hits that `recall_at_k` averages, one bool a query, (N,) and (M,). Same arguments and errors."""
+    """Return the hits that `recall_at_k` averages, one bool per query, (N,) and (M,). Same arguments and errors."""
     _check(images, texts, image_of_text)
     rows = torch.arange(len(images), device=images.device)
     of_image = _Best(images, min(max(ks) + 1, len(texts)))

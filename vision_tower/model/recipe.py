@@ -47,7 +47,7 @@ class ModelRecipe:
         vocabulary: WordPiece vocab.txt; null trains a vocabulary on the captions.
         vocabulary_size: rows of the token embedding.
         start_from: folder of an encoder to take weights and vocabulary from, usually trained at a smaller image size;
-            the optimizer state is not taken over.
+            the optimizer state is not loaded.
     """
 
     image: TowerRecipe
