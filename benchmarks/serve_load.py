@@ -1,4 +1,4 @@
-"""Load test of the endpoint: concurrent clients, each answer compared with that of a single request.
+"""Load test of the endpoint: concurrent clients; each answer is compared with the answer to a single request.
 
 python benchmarks/serve_load.py runs/smoke/finetune --clients 16 --seconds 120
 

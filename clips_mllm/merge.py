@@ -24,7 +24,7 @@ class MergeRecipe:
     Args:
         adapter: folder of a LoRA, DoRA or QLoRA run, or one of its checkpoints.
         output: new folder for the merged checkpoint.
-        dtype: auto (that of the base), float32, bfloat16 or float16.
+        dtype: auto (the base's), float32, bfloat16 or float16.
     """
 
     adapter: str

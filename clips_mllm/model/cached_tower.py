@@ -90,7 +90,7 @@ class CachedTower:
 
     @contextmanager
     def completed(self, inputs: dict[str, Any], accelerator: Accelerator) -> Iterator[dict[str, Any]]:
-        """Yield the completed batch, for which the model's vision tower is `GivenFeatures`."""
+        """Yield the completed batch; inside the context, the model's vision tower is `GivenFeatures`."""
         with accelerator.autocast():  # the tower runs in the precision of the training
             batch = self.complete(inputs)
         inner = self.model.model

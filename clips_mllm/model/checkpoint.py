@@ -40,7 +40,7 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
     Args:
         folder: folder or hub id.
         device: auto, cpu, cuda or mps.
-        dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
+        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         quantize: none, or load the LLM in 4bit (nf4) or 8bit.
     Raises:
         UserError: no checkpoint, another kind of model, missing or unexpected weights, no `<image>` token, or an

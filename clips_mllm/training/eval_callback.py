@@ -104,7 +104,7 @@ class EvalCallback(TrainerCallback):
         return scores
 
     def _require_best_by(self, names: Collection[str]) -> None:
-        """Raise UserError if `best_by` is needed and neither the held-out loss nor one of `names`."""
+        """Raise UserError if `best_by` is needed, but is neither the held-out loss nor one of `names`."""
         recipe = self.recipe
         known = dict.fromkeys(["loss", *names] if self.held_out is not None else names)
         if (recipe.keep_best or recipe.patience) and recipe.best_by not in known:

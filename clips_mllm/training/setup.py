@@ -55,7 +55,7 @@ def check_output(folder: Path, recipe: TrainRecipe) -> None:
 
 
 def further_arguments(recipe: TrainRecipe) -> dict[str, Any]:
-    """Return the TrainingArguments of these stages in addition to those of `training_arguments`."""
+    """Return the TrainingArguments fields of these stages that `training_arguments` does not set."""
     evaluation, kept = recipe.evaluation, recipe.training.keep_checkpoints
     more: dict[str, Any] = _liger_arguments() if recipe.training.liger else {}
     if recipe.training.gradient_checkpointing:

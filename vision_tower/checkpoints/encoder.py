@@ -102,7 +102,7 @@ def load_encoder(folder: str | Path, device: str = "auto", image_size: int | Non
     Args:
         folder: a `pretrain` run, or a converted encoder.
         device: a PyTorch device, or auto: cuda, else mps, else cpu.
-        image_size: side of the images in pixels; None keeps that of the checkpoint.
+        image_size: side of the images in pixels; None keeps the checkpoint's size.
     Raises:
         UserError: a file is missing or damaged, or weights are missing or unexpected.
     """

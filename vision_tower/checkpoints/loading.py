@@ -34,7 +34,7 @@ CAPTIONER = (
     "captioner_queries",
     "teacher_forced",
 )
-# Modules of a lockable tower, with its projection, and the recipe fields that must equal those of its checkpoint.
+# Modules of a lockable tower, with its projection, and the recipe fields that must equal the checkpoint's.
 LOCKED_MODULES = {"image": ("vision_model", "visual_projection"), "text": ("text_model",)}
 LOCKED_FIELDS = {
     "image": ("class_token", "image", "patch_size", "positions", "embed_dim"),
@@ -47,7 +47,7 @@ def load_model(folder: str | Path, image_size: int | None = None) -> ClipsModel:
 
     Args:
         folder: a `pretrain` run, or one of its checkpoints.
-        image_size: side of the images in pixels; None keeps that of the checkpoint.
+        image_size: side of the images in pixels; None keeps the checkpoint's size.
     Raises:
         UserError: a file is missing, or weights are missing, unexpected or of another shape.
     """
@@ -203,7 +203,7 @@ def continued(folder: str | Path, recipe: ModelRecipe, config: ClipsConfig) -> C
 
 
 def lock_tower(model: ClipsModel, recipe: LockRecipe) -> None:
-    """Replace a tower of the model by that of `recipe.checkpoint` and freeze it, as in LiT (arXiv 2111.07991).
+    """Replace a tower of the model by the one in `recipe.checkpoint` and freeze it, as in LiT (arXiv 2111.07991).
 
     Raises:
         UserError: no encoder in the folder, or a tower of another size than in the recipe.

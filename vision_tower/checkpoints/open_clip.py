@@ -58,7 +58,7 @@ def read_open_clip(folder: Path) -> tuple[ClipsModel, ClipsTokenizer | None]:
 
 
 def save_open_clip(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path, name: str) -> None:
-    """Write what open_clip reads as `local-dir:FOLDER`, without the captioner, for which open_clip has no module.
+    """Write a folder that open_clip reads as `local-dir:FOLDER`, without the captioner, which open_clip does not have.
 
     Args:
         name: hub id or name that the JSON gives for the tokenizer.
@@ -72,7 +72,7 @@ def save_open_clip(model: ClipsModel, tokenizer: ClipsTokenizer, folder: Path, n
 
 
 def find_weights(folder: Path) -> Path:
-    """Find the weight file: one of open_clip's names, else the only file with a suffix of weights.
+    """Find the weight file: one of open_clip's names, otherwise the only file with a weight suffix.
 
     Raises:
         UserError: no such file, or several.

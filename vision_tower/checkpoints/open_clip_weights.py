@@ -108,7 +108,7 @@ def _module(theirs: str, ours: str) -> Iterator[WeightPair]:
 
 
 def to_ours(state: dict[str, torch.Tensor], config: ClipsConfig, file: Path) -> dict[str, torch.Tensor]:
-    """Convert open_clip's state dict to that of a `ClipsModel` without captioner, fp32.
+    """Convert open_clip's state dict to our names and shapes, without captioner, in fp32.
 
     Args:
         file: of the weights, named in errors.

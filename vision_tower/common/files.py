@@ -61,7 +61,7 @@ def check_model_exists(name: str, key: str) -> None:
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents. Raises UserError if the file system cannot have it, as in /proc.
 
-    Missing permission is an OSError, for which `run_command` prints a line too.
+    A missing permission raises OSError, which `run_command` also prints as one line.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ FACTORS = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_fac
 
 
 def min_decoded_size(augmentation: Augmentation, size: int) -> int:
-    """Return the image side for which the smallest square crop still has `size` pixels a side."""
+    """Return the image side at which the smallest square crop is still `size` pixels wide."""
     return math.ceil(size / augmentation.smallest_crop**0.5)
 
 

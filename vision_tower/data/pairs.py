@@ -46,7 +46,7 @@ class CaptionSample:
 
 
 class BadSample(ValueError):
-    """A row that is not a usable pair. The message is the cause, one of a few, by which rows are counted."""
+    """A row that is not a usable pair. The message is the cause; rows are counted by cause."""
 
 
 def read_captions(row: Row, source: SourceRecipe, rng: random.Random) -> tuple[str, str]:

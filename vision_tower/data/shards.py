@@ -51,7 +51,7 @@ class Row:
 
 
 class BadShard(Exception):
-    """A shard, or the rest of one, cannot be read. `cause` is one of a few, by which shards are counted."""
+    """A shard, or the rest of one, cannot be read. Shards are counted by `cause`."""
 
     def __init__(self, cause: str, details: str) -> None:
         super().__init__(details)

@@ -78,7 +78,7 @@ class PretrainTrainer(StreamTrainer):
         return flops
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
-        """Return the loss of one micro-batch; the mean over micro-batches and ranks is that of the global batch."""
+        """Return the loss of one micro-batch; the mean over micro-batches and ranks is the loss of the global batch."""
         losses = self.step_loss(model, inputs, self._to_device)
         for name, value in losses.report.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value

@@ -45,7 +45,7 @@ def training_arguments(recipe: TrainingRecipe, output_dir: Path, **more: Any) ->
     Args:
         recipe: the optimization recipe, with a settled precision.
         output_dir: the run folder.
-        more: further TrainingArguments fields, which take precedence over those of the recipe.
+        more: further TrainingArguments fields, which override the recipe's.
 
     Raises:
         UserError: an unknown field in `training.extra`, a missing or damaged DeepSpeed file, or a `report_to` package

@@ -43,7 +43,7 @@ class Throughput(TrainerCallback):
         self._seconds += time.perf_counter() - self._started
 
     def take(self) -> dict[str, float]:
-        """Return this device's values since the last call and reset. The mean over devices is that of the run."""
+        """Return this device's values since the last call and reset. Their mean over devices is the run's value."""
         seconds = max(self._seconds, 1e-9)
         values = {
             "samples_per_second": self._samples * self.world / seconds,

@@ -207,7 +207,7 @@ class Page:
                 yield self._updates(updated, **cleared, maps=gr.Gallery([], visible=False))
 
     def _notify_of_truncation(self, turns: list[Turn]) -> None:
-        """Name the models for which more turns are left out than in the turn before."""
+        """Name the models that left out more turns than in the turn before."""
         before = turns[-2].dropped if len(turns) > 1 else (0,) * len(self.engines)
         for name, dropped, known in zip(self.names, turns[-1].dropped, before, strict=True):
             if dropped > known:

@@ -27,7 +27,7 @@ class AblateRecipe:
         output_dir: folder for the runs, ablation.md, ablation.json and two plots.
         pretrain: recipe of `clips-mllm pretrain`; objective, captions and seed are set for each run.
         data: Karpathy-style JSON with the test captions, as for `clips-mllm retrieve`.
-        shards: pattern of the pretraining shards (default: those of the recipe).
+        shards: pattern of the pretraining shards (default: the recipe's).
         reductions: ways to cut synthetic captions; an empty list skips the comparison of lengths.
         budgets: word pieces kept of a synthetic caption; the uncut caption is always included.
         web_budgets: word pieces kept of a web caption.

@@ -107,7 +107,7 @@ def metric_names(task: Task) -> list[str]:
 
 
 def lower_is_better(task: str, metrics: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """Return the metrics of which a lower value is better, by their names in lmms.json.
+    """Return the metrics for which lower values are better, by their names in lmms.json.
 
     Args:
         metrics: the task's `metric_list`.

@@ -154,7 +154,7 @@ def load_positives(file: Path, data: Path, split: str) -> tuple[Positives, Posit
 
 
 def _ids(data: Path, split: str) -> tuple[list[str], list[str]]:
-    """Ids of the split's images and captions, in the order in which they are embedded."""
+    """Return the ids of the split's images and captions, in embedding order."""
     rows = [row for row in read_object(data)["images"] if row.get("split") == split]
     try:
         images = [str(row["cocoid"] if "cocoid" in row else row["imgid"]) for row in rows]
