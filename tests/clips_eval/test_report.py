@@ -137,7 +137,7 @@ def test_markdown_and_html_show_the_same_numbers(run: Path) -> None:
         assert "not comparable" in text
 
 
-def test_the_papers_numbers_are_marked(run: Path) -> None:
+def test_paper_numbers_are_marked(run: Path) -> None:
     """Every row and column with a number of the paper has a text label."""
     _, markdown, page = outputs(run)
     rows = [line for line in markdown.splitlines() if "CLIPS L/16, COCO" in line or "CLIPS H, COCO" in line]

@@ -124,7 +124,7 @@ def test_zero_stages_shard_weights_and_optimizer(zero: int, weights: float, opti
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_a_frozen_llm_without_deepspeed_is_in_bf16(adapter: Literal["none", "lora"]) -> None:
+def test_frozen_llm_without_deepspeed_is_in_bf16(adapter: Literal["none", "lora"]) -> None:
     """Frozen parameters take 2 bytes, including PEFT's original projector; trainable ones 4, and 2 for autocast."""
     setup = Setup(shape=SHAPE, train_llm=adapter == "lora", adapter=adapter, rank=8, zero=0)
     frozen = VICUNA_7B.parameters + SHAPE.tower.parameters + SHAPE.projector_parameters * (adapter == "lora")

@@ -161,7 +161,7 @@ def rendered(conversation: list[dict[str, Any]], template: str, tokenizer: Any, 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("conversation", list(CONVERSATIONS))
-def test_text_equals_the_expected_text(template: str, conversation: str, tmp_path: Path) -> None:
+def test_rendered_text_is_as_expected(template: str, conversation: str, tmp_path: Path) -> None:
     """In training, and from the processor of a saved checkpoint."""
     text, spans = render_text(CONVERSATIONS[conversation], load_template(template))  # type: ignore[arg-type]
     assert text == EXPECTED[template][conversation]

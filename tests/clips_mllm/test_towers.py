@@ -178,7 +178,7 @@ def test_resized_positions(kind: str, fixed: bool, towers: dict[str, str]) -> No
     assert at_size(tower, 64) is tower
 
 
-def test_resizing_a_tower_trained_here(encoder_dir: Path, sample_world: Path) -> None:
+def test_resizing_a_tower_of_this_project(encoder_dir: Path, sample_world: Path) -> None:
     """Its sin-cos positions are recomputed."""
     model, processor = build(str(encoder_dir / "tower"), sample_world, image_size=128)
     table = model.model.vision_tower.embeddings.position_embedding.weight

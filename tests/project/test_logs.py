@@ -55,7 +55,7 @@ def test_level_and_format(
     assert captured.err.splitlines() == lines and not captured.out
 
 
-def test_loggers_are_as_before_after_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_loggers_are_restored_after_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     """Also after an error, and with a handler of an application on the root logger, which gets no copy meanwhile."""
     root = logging.getLogger()
     before = (root.level, list(root.handlers))

@@ -214,7 +214,7 @@ def test_list_option_needs_a_value() -> None:
         parse_recipe(Named, ["--files", "--name", "n"], command="try")
 
 
-def test_keys_of_a_dict_field_are_free() -> None:
+def test_dict_field_accepts_any_key() -> None:
     words = ["runs/x", "--tasks", "[{task: mme}]", "--data.my-task", "a-b.parquet"]
     recipe = parse_recipe(EvaluateRecipe, words, command="evaluate", positional=("checkpoint",))
     assert recipe.data == {"my-task": "a-b.parquet"}

@@ -66,7 +66,7 @@ REDUCTIONS: dict[str, Callable[[list[list[int]], int, random.Random], list[int]]
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_a_reduction_fills_its_budget_and_keeps_the_order(name: str) -> None:
+def test_reduction_fills_its_budget_and_keeps_the_order(name: str) -> None:
     """Never blank, never longer than the budget, and as long as the caption allows."""
     rng = random.Random(0)
     for _ in range(2000):

@@ -50,7 +50,7 @@ def take(source: PairStream, count: int) -> list[CaptionSample]:
 
 
 @pytest.mark.parametrize("buffer", [0, 1, 8, 1000])
-def test_every_sample_once_an_epoch(tmp_path: Path, buffer: int) -> None:
+def test_every_sample_once_per_epoch(tmp_path: Path, buffer: int) -> None:
     source = stream(numbered(tmp_path, 3, 10), shuffle_buffer=buffer)
     seen = [sample.web for sample in take(source, 60)]
     for epoch in (seen[:30], seen[30:]):
@@ -332,7 +332,7 @@ def test_inconsistent_recipes_are_refused(values: dict[str, Any], key: str) -> N
         PairsRecipe(**values).check()
 
 
-def test_mixture_draws_by_weight_and_each_source_once_an_epoch(tmp_path: Path) -> None:
+def test_mixture_draws_by_weight_and_each_source_once_per_epoch(tmp_path: Path) -> None:
     """Each source has its own column names: JSON keys and a text file in tars, columns and lists in Parquet."""
     members = [[(f"{n}.jpg", png()), (f"{n}.txt", f"tar {n}".encode())] for n in range(30)]
     recaption = json.dumps({"recap": "Long."}).encode()

@@ -65,7 +65,7 @@ def test_evaluation_does_not_change_training(
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
-def test_best_has_the_best_scores_and_those_of_the_command(sample_world: Path, tmp_path: Path) -> None:
+def test_best_has_the_best_scores_and_equals_the_command(sample_world: Path, tmp_path: Path) -> None:
     from clips_eval.retrieve import main as retrieve
 
     folder = tmp_path / "run"

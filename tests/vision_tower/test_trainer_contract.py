@@ -70,7 +70,7 @@ def test_state_is_reset_before_on_train_begin() -> None:
         assert 0 < source.find(f"self.{name} = ") < source.find("callback_handler.on_train_begin"), name
 
 
-def test_installed_and_pinned_version_are_the_recorded_one() -> None:
+def test_installed_and_pinned_versions_equal_the_recorded_one() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     (pin,) = map(Requirement, re.findall(r'"(transformers[<>=].*?)"', project))
     assert metadata.version("transformers").startswith(f"{RECORDED}.")

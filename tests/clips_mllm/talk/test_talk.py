@@ -123,7 +123,7 @@ def test_answers_equal_plain_generate(engine: Engine, images: list[InputImage]) 
         assert answer == plain_answer(engine, conversation.messages[:-1], conversation.images)
 
 
-def test_the_prefix_cache_distinguishes_images(engine: Engine, images: list[InputImage]) -> None:
+def test_prefix_cache_distinguishes_images(engine: Engine, images: list[InputImage]) -> None:
     answers = []
     for image in images:
         messages = [user_message("What?", 1)]
@@ -252,7 +252,7 @@ def test_long_conversations_are_truncated_between_turns(chat_mllm: Path, images:
             list(Conversation(engine).ask("long " * 200, GREEDY))
 
 
-def test_a_saved_conversation_is_a_training_row(engine: Engine, images: list[InputImage], tmp_path: Path) -> None:
+def test_saved_conversation_is_a_training_row(engine: Engine, images: list[InputImage], tmp_path: Path) -> None:
     files = []
     for number, image in enumerate(images):
         files.append(str(tmp_path / f"{number}.png"))
