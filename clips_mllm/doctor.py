@@ -76,9 +76,7 @@ def check_rows(recipe: DoctorRecipe) -> Summary:
     files: dict[int, list[str]] = {}
     total = None if base is None else len(base)
     with tqdm(desc="Checking", unit=" rows", total=total, delay=3, file=sys.stderr) as bar:
-        for verdicts in spread(
-            check_chunk, chunks(), workers=recipe.workers, start=start_worker, arguments=(recipe.render,)
-        ):
+        for verdicts in spread(check_chunk, chunks(), workers=recipe.workers, start=start_worker, arguments=(recipe,)):
             for verdict in verdicts:
                 summary.add(verdict)
                 if verdict.cause:

@@ -84,9 +84,7 @@ def samples(recipe: PreviewRecipe) -> Iterator[PreviewSample]:
     from clips_mllm.data.row_store import RowStore, report_skipped
     from clips_mllm.prompts.conversation import IGNORED, IMAGE, Unsupervised
 
-    render = recipe.render
-    assert render is not None, "PreviewRecipe.model is required"
-    renderer = open_renderer(render)
+    renderer = open_renderer(recipe)
     store = RowStore(recipe.source)
     report_skipped(store, max_bad_fraction=1.0)
     image_id = renderer.tokenizer.convert_tokens_to_ids(IMAGE)

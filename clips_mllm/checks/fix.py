@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from clips_mllm.data.llava_json import ROLES, image_parts, opening_answers, turn
 from clips_mllm.data.recipe import InstructionSource
 from clips_mllm.data.row_source import is_json, open_table
 from vision_tower.common.errors import UserError
+from vision_tower.common.files import atomic_file
 
 
 def check_copy(source: InstructionSource, copy: Path, shards: bool) -> None:
@@ -43,12 +42,12 @@ def copy_rows(source: InstructionSource, copy: Path, bad: Collection[int], files
     """
     if not is_json(source):
         table = open_table(source)
-        with _atomic(copy) as work:
+        with atomic_file(copy) as work:
             table.select([number for number in range(len(table)) if number not in bad]).to_parquet(str(work))
         return
     lines = copy.suffix == ".jsonl"
     # A lone surrogate in the text makes a row unusable; in other fields, such as an id, it is written as "?".
-    with _atomic(copy) as work, work.open("w", encoding="utf-8", errors="replace") as out:
+    with atomic_file(copy) as work, work.open("w", encoding="utf-8", errors="replace") as out:
         separator = "" if lines else "[\n"
         for number, row in enumerate(read_rows(Path(source.file))):
             if number not in bad:
@@ -106,7 +105,7 @@ def copy_shard(shard: str, folder: Path, names: frozenset[str], bad: Collection[
     first = next(rows, None)
     if first is None:
         return
-    with _atomic(folder / name) as work:
+    with atomic_file(folder / name) as work:
         (_write_parquet if name.endswith(".parquet") else _write_tar)(work, itertools.chain([first], rows))
 
 
@@ -124,15 +123,3 @@ def _write_parquet(work: Path, rows: Iterator[Any]) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([row.fields for row in rows]), work)
-
-
-@contextmanager
-def _atomic(file: Path) -> Iterator[Path]:
-    """Yield a temporary name; rename it to `file` if the body succeeds."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    work = file.with_name(f".{file.name}.partial")
-    try:
-        yield work
-        os.replace(work, file)
-    finally:
-        work.unlink(missing_ok=True)

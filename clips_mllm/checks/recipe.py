@@ -11,16 +11,6 @@ from vision_tower.common.recipe import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RenderRecipe:
-    """Options that turn a conversation into tokens; see `DataRecipe` for the fields."""
-
-    model: str
-    template: TemplateName | None
-    image_tokens: int
-    max_length: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """Options that both commands share.
 
@@ -46,15 +36,6 @@ class DataRecipe:
     def source(self) -> InstructionSource:
         """The conversations, as a training recipe names them."""
         return InstructionSource(file=self.file, images=self.images, split=self.split)
-
-    @property
-    def render(self) -> RenderRecipe | None:
-        """Options for rendering; None without a model."""
-        if self.model is None:
-            return None
-        return RenderRecipe(
-            model=self.model, template=self.template, image_tokens=self.image_tokens, max_length=self.max_length
-        )
 
     def check(self) -> None:
         """Raise UserError if a value is out of range."""

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips_mllm.checks.recipe import RenderRecipe
+from clips_mllm.checks.recipe import DataRecipe
 from clips_mllm.data.llava_json import Example
 from clips_mllm.model.build import add_image_token
 from clips_mllm.prompts.chat_template import template_for
@@ -40,10 +40,11 @@ class Renderer:
         )
 
 
-def open_renderer(recipe: RenderRecipe) -> Renderer:
+def open_renderer(recipe: DataRecipe) -> Renderer:
     """Load the tokenizer and choose the template. Raises UserError if one of them cannot be used."""
     from transformers import AutoTokenizer
 
+    assert recipe.model is not None, "the caller has checked"
     tokenizer = read_pretrained(AutoTokenizer, recipe.model)
     add_image_token(tokenizer)
     if recipe.template is not None or not tokenizer.chat_template:

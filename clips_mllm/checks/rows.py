@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips_mllm.checks.recipe import RenderRecipe
+from clips_mllm.checks.recipe import DataRecipe
 from clips_mllm.data.llava_json import BadRow, Example, image_bytes, to_example
 from clips_mllm.data.row_checks import MISSING, find_images, row_name
 from clips_mllm.prompts.conversation import IGNORED, Unsupervised
@@ -58,11 +58,11 @@ class Verdict:
     supervised: int = 0
 
 
-def start_worker(recipe: RenderRecipe | None) -> None:
-    """Load the tokenizer of this process. Must run before `check_chunk`; without a recipe no tokens are counted."""
+def start_worker(recipe: DataRecipe) -> None:
+    """Load the tokenizer of this process. Must run before `check_chunk`; without a model no tokens are counted."""
     global _renderer
     _renderer = None
-    if recipe is not None:
+    if recipe.model is not None:
         from clips_mllm.checks.rendering import open_renderer
 
         _renderer = open_renderer(recipe)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from clips_mllm.model.adapters import CONFIG, find_adapter, is_adapter, load_ada
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.model.stock import _existing, load_stock
 from clips_mllm.model.tiles import AnyModel, AnyProcessor
-from vision_tower.checkpoints.encoder import choose_device, make_readable
+from vision_tower.checkpoints.encoder import choose_device, filled_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,21 +75,12 @@ def save_mllm(model: Any, processor: AnyProcessor, folder: Path, state: Any = No
     """
     from peft import PeftModel
 
-    work = folder / "partial"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    with filled_together(folder, last=("config.json", CONFIG)) as work:
         if isinstance(model, PeftModel):
             save_adapter(model, processor, work, state)
         else:
             model.save_pretrained(work, state_dict=None if state is None else _tied(model, state))
             processor.save_pretrained(work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # also on Ctrl-C or a full disk
-        raise
-    make_readable(work)
-    for path in sorted(work.iterdir(), key=lambda path: path.name in ("config.json", CONFIG)):
-        os.replace(path, folder / path.name)
-    work.rmdir()
 
 
 def _tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -132,12 +132,13 @@ def _catalog_samples(data: InstructionRecipe) -> int:
 
 def _open_renderer(data: InstructionRecipe, model: MllmRecipe, image_tokens: int) -> Renderer | None:
     """Return the renderer of the recipe; None if the tokenizer of a hub model or future folder is not available."""
-    from clips_mllm.checks.recipe import RenderRecipe
+    from clips_mllm.checks.recipe import DataRecipe
     from clips_mllm.checks.rendering import open_renderer
 
     name = model.checkpoint or model.llm
     assert name is not None, "MllmRecipe.check has run"
-    recipe = RenderRecipe(model=name, template=data.template, image_tokens=image_tokens, max_length=data.max_length)
+    file, template = data.sources[0].file, data.template
+    recipe = DataRecipe(file=file, model=name, template=template, image_tokens=image_tokens, max_length=data.max_length)
     try:
         return open_renderer(recipe)
     except UserError:

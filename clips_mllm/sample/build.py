@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clips_mllm.sample import exams, instructions, shapes
+from clips_mllm.sample.llm import write_llm
 from clips_mllm.sample.objects import spoken_names
 from clips_mllm.sample.scenes import Scene, draw_scene, png_bytes, render_scene
 from clips_mllm.sample.wording import synthetic_caption, web_caption
 from vision_tower.common.errors import UserError, run_command
+from vision_tower.common.files import new_folder
 from vision_tower.common.recipe import parse_recipe
 
 logger = logging.getLogger(__name__)
@@ -100,22 +102,15 @@ def main(argv: list[str]) -> None:
     """Build everything in a temporary folder, then rename it to the target."""
     recipe = parse_recipe(SampleRecipe, argv, command="data sample")
     recipe.check()
-    final = Path(recipe.output_dir)
-    if final.exists() and any(final.iterdir()):
-        raise UserError("not empty", file=final, remedy="delete the folder, or choose another --output_dir")
-    work = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # left by an interrupted build
-    work.mkdir(parents=True)
-    train_shapes = shapes.load_shapes("train")
-    write_shards(recipe, work / "pretrain", train_shapes)
-    texts = write_instructions(recipe, work / "llava", train_shapes)
-    write_exams(recipe, work, shapes.load_shapes("test"))
-    write_language_model(recipe, work / "llm", texts)
-    _write_json(work / "world.json", {"recipe": dataclasses.asdict(recipe), "objects": spoken_names()})
-    if final.exists():
-        final.rmdir()
-    os.replace(work, final)
-    logger.info("sample world in %s", final)
+    with new_folder(Path(recipe.output_dir)) as work:
+        train_shapes = shapes.load_shapes("train")
+        write_shards(recipe, work / "pretrain", train_shapes)
+        texts = write_instructions(recipe, work / "llava", train_shapes)
+        write_exams(recipe, work, shapes.load_shapes("test"))
+        logger.info("language model: %s", recipe.llm)
+        write_llm(recipe.llm, work / "llm", texts)
+        _write_json(work / "world.json", {"recipe": dataclasses.asdict(recipe), "objects": spoken_names()})
+    logger.info("sample world in %s", recipe.output_dir)
 
 
 def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.ShapeImage]) -> None:
@@ -250,14 +245,6 @@ def _write_examples(folder: Path, first: Scene, second: Scene, shape: shapes.Sha
         {"image": f"retrieval/images/{copied.name}", "question": "what color is the shape?" + instructions.SHORT},
     ]
     _write_json(folder / "examples.json", examples)
-
-
-def write_language_model(recipe: SampleRecipe, folder: Path, texts: list[str]) -> None:
-    """Write the LLM as a stock checkpoint."""
-    from clips_mllm.sample.llm import write_llm
-
-    logger.info("language model: %s", recipe.llm)
-    write_llm(recipe.llm, folder, texts)
 
 
 def _scenes(recipe: SampleRecipe, split: str, count: int, min_things: int = 1) -> list[Scene]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tower.common.errors import UserError
-from vision_tower.common.files import read_text
+from vision_tower.common.files import read_json
 from vision_tower.common.hashes import image_hash
 
 if TYPE_CHECKING:
@@ -134,10 +133,7 @@ def read_examples(file: Path) -> list[dict[str, str]]:
         UserError: malformed JSON or an unreadable image.
     """
     expected = 'a JSON list of {"image": FILE, "question": TEXT}'
-    try:
-        rows = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON ({error})", file=file, remedy=f"write {expected}") from error
+    rows = read_json(file)
     if not isinstance(rows, list) or not rows:
         raise UserError("not a JSON list, or an empty one", file=file, remedy=f"write {expected}")
     for index, row in enumerate(rows):

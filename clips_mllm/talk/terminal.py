@@ -21,7 +21,7 @@ from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.images import read_image
 from clips_mllm.talk.sampling import Sampling
 from vision_tower.common.errors import UserError
-from vision_tower.common.files import read_text, write_text
+from vision_tower.common.files import read_json, write_text
 from vision_tower.data.image_folder import ENDINGS
 
 HELP = """\
@@ -160,12 +160,7 @@ class Terminal:
 
     def load(self, file: Path) -> None:
         """Continue the first conversation of a LLaVA JSON."""
-        try:
-            rows = json.loads(read_text(file))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"not valid JSON (line {error.lineno}: {error.msg})", file=file, remedy="correct the file"
-            ) from error
+        rows = read_json(file)
         if not isinstance(rows, list) or not rows:
             raise UserError("not a JSON list, or an empty one", file=file, remedy="choose a file written by /save")
         try:

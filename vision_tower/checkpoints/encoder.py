@@ -6,8 +6,10 @@ folder/tower/    the stock vision tower and its image processor, which load with
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,19 +39,32 @@ def save_encoder(
         weights: state dict to save instead of the model's own, which ZeRO-3 shards over the ranks.
         exported: state dict for `tower/` if it differs from `weights`, such as an EMA.
     """
-    work = folder / "partial"
-    shutil.rmtree(work, ignore_errors=True)
     weights = model.state_dict() if weights is None else weights
-    try:
+    with filled_together(folder, last=("tower",)) as work:
         model.save_pretrained(work, state_dict=dict(weights))  # a copy: save_pretrained empties it
         tokenizer.save_pretrained(work)
         save_tower(model, work / "tower", weights if exported is None else exported)
+
+
+@contextlib.contextmanager
+def filled_together(folder: Path, last: tuple[str, ...]) -> Iterator[Path]:
+    """Yield a temporary folder whose contents are moved to `folder` at the end, and deleted after an error.
+
+    Args:
+        last: names by which readers recognize a complete folder, moved last.
+    """
+    work = folder / "partial"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield work
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # after a full disk or Ctrl-C no incomplete folder stays
         raise
     make_readable(work)
-    shutil.rmtree(folder / "tower", ignore_errors=True)
-    for path in sorted(work.iterdir(), key=lambda path: path.name == "tower"):
+    for path in work.iterdir():
+        if path.is_dir():  # cannot replace another one
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+    for path in sorted(work.iterdir(), key=lambda path: path.name in last):
         os.replace(path, folder / path.name)
     work.rmdir()
 

@@ -13,25 +13,24 @@ from typing import Any
 from vision_tower.common.errors import UserError
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is missing, unreadable, not JSON, or not an object.
-    """
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
     text = read_text(path)
     try:
-        tree = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"line {error.lineno}: not valid JSON ({error.msg})", file=path, remedy="create the file again"
-        ) from error
+        problem = f"line {error.lineno}: not valid JSON ({error.msg})"
+        raise UserError(problem, file=path, remedy="create the file again") from error
     except RecursionError as error:
         raise UserError("not valid JSON (nested too deeply)", file=path, remedy="create the file again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError like `read_json`, and for other JSON."""
+    tree = read_json(path)
     if not isinstance(tree, dict):
-        raise UserError(
-            f"expected a JSON object, this is a {type(tree).__name__}", file=path, remedy="create the file again"
-        )
+        problem = f"expected a JSON object, this is a {type(tree).__name__}"
+        raise UserError(problem, file=path, remedy="create the file again")
     return tree
 
 
@@ -69,15 +68,22 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot be created ({error.strerror})", file=folder, remedy="give another folder") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old or the complete new content."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; rename it to `path` at the end, delete it after an error."""
     make_folder(path.parent)
     work = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several ranks can write the same file
     try:
-        work.write_text(text, encoding="utf-8")
+        yield work
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: readers see the old or the complete new content."""
+    with atomic_file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -128,15 +128,8 @@ def _cell_jobs(recipe: CompareRecipe, run: Path, seed: int) -> list[Job]:
     align, finetune = folder / "align", folder / "finetune"
     common = [*recipe.stage_options, f"--training.seed={seed}"]
     first = ["--config", str(recipe.align), "--output_dir", str(align), "--model.tower", str(run / "tower"), *common]
-    second = [
-        "--config",
-        str(recipe.finetune),
-        "--output_dir",
-        str(finetune),
-        "--model.checkpoint",
-        str(align),
-        *common,
-    ]
+    second = ["--config", str(recipe.finetune), "--output_dir", str(finetune), "--model.checkpoint", str(align)]
+    second += common
     words = [str(finetune), "--config", str(recipe.evaluate)]
     found = []
     if recipe.projector is not None:

@@ -44,6 +44,7 @@ from clips_mllm.model.image_features import FeatureCache, encoder_output
 from clips_mllm.model.processors import IMAGE_INPUTS
 from clips_mllm.model.quantize import Quantize
 from clips_mllm.prompts.conversation import EMPTY_THOUGHTS
+from clips_mllm.prompts.render import tokenizer_options
 from vision_tower.common.errors import UserError
 from vision_tower.common.hashes import image_hash
 from vision_tower.common.launcher import is_main_process
@@ -168,10 +169,8 @@ class ClipsMllm(lmms):
         _, _, _, doc_id, task, _ = request.args
         prompt = self._prompt(request)
         processor = self.mllm.processor
-        # As in transformers: if the template writes <bos>, the tokenizer must not add a second one.
-        bos = processor.tokenizer.bos_token
-        special = bos is None or not prompt.text.startswith(bos)
-        ids = processor.tokenizer(prompt.text, add_special_tokens=special)["input_ids"]
+        options = tokenizer_options(prompt.text, processor.tokenizer)
+        ids = processor.tokenizer(prompt.text, **options)["input_ids"]
         if ids.count(processor.image_token_id) != len(prompt.images):
             raise UserError(
                 f"{ids.count(processor.image_token_id)} '{processor.image_token}' in the prompt but "
@@ -183,8 +182,8 @@ class ClipsMllm(lmms):
         self.images[task, doc_id] = digests
         for index, digest in enumerate(digests):
             self._sources.setdefault(digest, (request, index))
-        options = json.dumps(generation_options(options_of(request, simple=self.is_simple)), sort_keys=True)
-        return Document(task=task, doc_id=doc_id, ids=ids, images=digests, options=options)
+        settings = json.dumps(generation_options(options_of(request, simple=self.is_simple)), sort_keys=True)
+        return Document(task=task, doc_id=doc_id, ids=ids, images=digests, options=settings)
 
     def _shuffled(self, documents: list[Document], requests: list[Instance]) -> list[Document]:
         """Exchange images within each task, over the documents of all processes."""

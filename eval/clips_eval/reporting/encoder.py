@@ -23,7 +23,7 @@ def check_hits(file: Path, tree: dict[str, Any], recalls: Sequence[str], n_image
     """
     for key, ends in read_spans(file, tree, recalls).items():
         if ends is None:
-            raise UserError(f"'intervals.{key}' has no bounds", file=file, remedy=f"{AGAIN}")
+            raise UserError(f"'intervals.{key}' has no bounds", file=file, remedy=AGAIN)
     if "hits" not in tree:
         return
     n_queries = {"i2t": n_images, "t2i": _count_captions(file, tree, n_images, n_texts)}
@@ -31,20 +31,20 @@ def check_hits(file: Path, tree: dict[str, Any], recalls: Sequence[str], n_image
     for key in recalls:
         queries, text = n_queries[key[:3]], hits.get(key)
         if not isinstance(text, str) or set(text) - {"0", "1"} or len(text) != queries:
-            raise UserError(f"'hits.{key}' must have {queries} characters 0 or 1", file=file, remedy=f"{AGAIN}")
+            raise UserError(f"'hits.{key}' must have {queries} characters 0 or 1", file=file, remedy=AGAIN)
 
 
 def _count_captions(file: Path, tree: dict[str, Any], n_images: int, n_texts: int | None) -> int:
     counts = tree.get("captions_per_image")
     if not isinstance(counts, list) or not all(isinstance(count, int) and count > 0 for count in counts):
-        raise UserError("'captions_per_image' is not a list of counts", file=file, remedy=f"{AGAIN}")
+        raise UserError("'captions_per_image' is not a list of counts", file=file, remedy=AGAIN)
     total = sum(counts)
     if len(counts) != n_images or total != (n_texts or total):
         texts = "" if n_texts is None else f" and {n_texts} texts"
         raise UserError(
             f"'captions_per_image' has {total} captions of {len(counts)} images, expected {n_images} images{texts}",
             file=file,
-            remedy=f"{AGAIN}",
+            remedy=AGAIN,
         )
     return total
 
@@ -81,12 +81,12 @@ def check_breakdowns(file: Path, tree: dict[str, Any]) -> None:
     for place, row in _rows(file, tree, "by_length"):
         words = row.get("words")
         if not isinstance(words, list) or len(words) != 2 or not all(isinstance(number, int) for number in words):
-            raise UserError(f"'{place}.words' is {words!r}, expected two integers", file=file, remedy=f"{AGAIN}")
+            raise UserError(f"'{place}.words' is {words!r}, expected two integers", file=file, remedy=AGAIN)
         count_in(file, row, "n", place)
         _check_shares(file, row, [f"t2i_r{k}" for k in (1, 5, 10)], place)
     for place, row in _rows(file, tree, "by_object"):
         if not isinstance(row.get("object"), str):
-            raise UserError(f"'{place}.object' is {row.get('object')!r}, expected a name", file=file, remedy=f"{AGAIN}")
+            raise UserError(f"'{place}.object' is {row.get('object')!r}, expected a name", file=file, remedy=AGAIN)
         count_in(file, row, "n_images", place)
         count_in(file, row, "n_texts", place)
         _check_shares(file, row, [f"{way}_r{k}" for way in WAYS for k in (1, 5, 10)], place)
@@ -123,7 +123,7 @@ def _rows(file: Path, tree: dict[str, Any], key: str) -> Iterator[tuple[str, dic
     """Yield (JSON path, object) for each object of a list; nothing if the key is absent."""
     rows = tree.get(key, [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"'{key}' is not a list of objects", file=file, remedy=f"{AGAIN}")
+        raise UserError(f"'{key}' is not a list of objects", file=file, remedy=AGAIN)
     yield from ((f"{key}[{number}]", row) for number, row in enumerate(rows))
 
 
@@ -131,5 +131,5 @@ def _object(file: Path, tree: dict[str, Any], key: str, place: str = "") -> dict
     found = tree.get(key)
     if not isinstance(found, dict):
         name = f"{place}.{key}" if place else key
-        raise UserError(f"'{name}' is {type(found).__name__}, expected an object", file=file, remedy=f"{AGAIN}")
+        raise UserError(f"'{name}' is {type(found).__name__}, expected an object", file=file, remedy=AGAIN)
     return found

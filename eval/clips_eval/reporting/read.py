@@ -15,7 +15,7 @@ from clips_eval.reporting.benchmarks import Benchmarks, read_benchmarks
 from clips_eval.reporting.encoder import check_breakdowns, check_geometry, check_hits, read_spans
 from clips_eval.stats.json_files import count_in, number_in, read_lines
 from vision_tower.common.errors import UserError
-from vision_tower.common.files import read_object
+from vision_tower.common.files import read_json, read_object
 from vision_tower.common.provenance import read_provenance
 
 CONTROLS = ("shuffled", "blank", "no_image")
@@ -96,11 +96,6 @@ class Run:
     ablation: dict[str, Any] | None = None
     baselines: dict[str, Benchmarks] = field(default_factory=dict)  # by model name
     encoders: dict[str, Retrieval] = field(default_factory=dict)  # other encoders, by name
-
-    @property
-    def shuffled(self) -> Benchmarks | None:
-        """The shuffled-image control."""
-        return self.controls.get("shuffled")
 
 
 def read_run(root: Path, baselines: Sequence[Path] = ()) -> Run:
@@ -260,12 +255,7 @@ def _read_curve(file: Path, stage: str) -> Curve | None:
 def _read_chat(file: Path) -> list[Answer]:
     if not file.exists():
         return []
-    from json import JSONDecodeError, loads
-
-    try:
-        rows = loads(file.read_text(encoding="utf-8"))
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid JSON ({error})", file=file, remedy="run the chat step again") from error
+    rows = read_json(file)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError("expected a list of {image, question, answer}", file=file, remedy="run the chat step again")
     return [

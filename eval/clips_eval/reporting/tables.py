@@ -195,7 +195,7 @@ def missing_parts(run: Run) -> list[str]:
         f"Retrieval: `clips-mllm retrieve {root}/encoder --data TEST.json`": run.retrieval is None,
         f"Benchmarks of the MLLM: `clips-mllm evaluate {root}/finetune --config RECIPE.yaml`": run.lmms is None,
         f"Shuffled-image control: `clips-mllm evaluate {root}/finetune --config RECIPE.yaml --control shuffled`": (
-            run.shuffled is None
+            "shuffled" not in run.controls
         ),
         f"Example answers: the samples file named in {root}/finetune/lmms.json": (
             run.lmms is not None and not run.lmms.samples
