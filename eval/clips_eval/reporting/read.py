@@ -223,7 +223,10 @@ def _read_zeroshot(file: Path) -> ZeroShot | None:
 def _check_format(file: Path, tree: dict[str, Any], command: str) -> None:
     if tree.get("format") != FORMAT:
         raise UserError(
-            f"{tree.get('format')!r}, expected {FORMAT}", file=file, key="format", remedy=f"run `{command}` again"
+            f"{tree.get('format')!r}, expected {FORMAT}",
+            file=file,
+            key="format",
+            remedy=f"run `clips-mllm {command}` again",
         )
 
 
