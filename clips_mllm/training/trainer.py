@@ -26,8 +26,8 @@ from clips_mllm.prompts.conversation import IGNORED
 from clips_mllm.training.recipe import StageRecipe
 from clips_mllm.training.stages import optimizer_groups
 from vision_tower.common.errors import UserError
+from vision_tower.training.loader_signals import ignore_signals_in_worker
 from vision_tower.training.resume import ResumableTrainer
-from vision_tower.training.sigterm import ignore_signals_in_worker
 
 
 @contextmanager

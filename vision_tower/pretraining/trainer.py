@@ -18,8 +18,8 @@ from vision_tower.model.step_loss import StepLoss
 from vision_tower.pretraining.recipe import EncoderTraining
 from vision_tower.pretraining.stream_trainer import StreamTrainer
 from vision_tower.training.ema import WeightAverage
+from vision_tower.training.loader_signals import ignore_signals_in_worker
 from vision_tower.training.model_tools import final_state, parameter_groups
-from vision_tower.training.sigterm import ignore_signals_in_worker
 from vision_tower.training.throughput import Throughput
 
 
