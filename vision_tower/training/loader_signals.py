@@ -1,4 +1,4 @@
-"""Signals in loader processes. No torch: processes that do not fork from the trainer import this module when they start."""
+"""Signals in loader processes. No torch: a loader process that is not forked imports this module when it starts."""
 
 from __future__ import annotations
 
