@@ -167,14 +167,9 @@ def _write(source: InstructionSource, base: Dataset | None, folder: Path) -> Non
                 columns = {name: getattr(checked, name) for name in COLUMNS}
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
                 _add(total, checked)
-        report = StoreReport(
-            rows=total.rows,
-            dropped=dict(total.dropped),
-            repaired=dict(total.repaired),
-            first=total.first,
-            missing=total.missing[:MAX_MISSING],
-        )
-        write_text(work / "report.json", json.dumps(dataclasses.asdict(report), indent=1))
+        report = {name: getattr(total, name) for name in ("rows", "dropped", "repaired", "first")}
+        report["missing"] = total.missing[:MAX_MISSING]
+        write_text(work / "report.json", json.dumps(report, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
     finally:

@@ -51,11 +51,7 @@ def load_mllm(folder: str | Path, *, device: str = "auto", dtype: str = "auto", 
 
 
 def load_parts(
-    folder: str | Path,
-    *,
-    dtype: str | torch.dtype,
-    quantize: Quantize = "none",
-    device: torch.device | None = None,
+    folder: str | Path, *, dtype: str | torch.dtype, quantize: Quantize = "none", device: torch.device | None = None
 ) -> tuple[AnyModel, AnyProcessor]:
     """Load model and processor, for training or inference. An adapter is merged into its base (`adapters.py`).
 

@@ -39,10 +39,7 @@ class FeatureCache:
             self.size -= dropped.nbytes
 
     def get_or_encode(
-        self,
-        digests: Sequence[str],
-        encode: Callable[[list[str]], Sequence[torch.Tensor]],
-        device: torch.device,
+        self, digests: Sequence[str], encode: Callable[[list[str]], Sequence[torch.Tensor]], device: torch.device
     ) -> dict[str, torch.Tensor]:
         """Return the features of each distinct image on `device`; `encode` runs once, for the images not cached."""
         cached = {digest: self.get(digest) for digest in dict.fromkeys(digests)}

@@ -22,12 +22,7 @@ logger = logging.getLogger(__name__)
 
 def inputs_of(model: MllmRecipe) -> dict[str, str | None]:
     """The files, folders or hub ids that a recipe's model is made of, by role."""
-    return {
-        "tower": model.tower,
-        "llm": model.llm,
-        "projector": model.projector,
-        "checkpoint": model.checkpoint,
-    }
+    return {"tower": model.tower, "llm": model.llm, "projector": model.projector, "checkpoint": model.checkpoint}
 
 
 def hash_parts(model: LlavaForConditionalGeneration) -> dict[str, dict[str, Any]]:

@@ -15,10 +15,12 @@ import random
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
+
+from tqdm import tqdm
 
 from clips_mllm.sample import exams, instructions, shapes
 from clips_mllm.sample.llm import write_llm
@@ -124,7 +126,7 @@ def write_shards(recipe: SampleRecipe, folder: Path, train_shapes: list[shapes.S
     files = [folder / f"train-{number:05d}.tar" for number in range(len(parts))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(functools.partial(_write_shard, recipe.seed), files, parts)
-        for _ in _progress(done, "pretraining shards", len(parts)):
+        for _ in tqdm(done, "pretraining shards", len(parts)):
             pass
 
 
@@ -170,12 +172,11 @@ def write_instructions(recipe: SampleRecipe, folder: Path, train_shapes: list[sh
     """Write `stage1.json`, `stage2.json` and their images; return all text in them."""
     images = folder / "images"
     images.mkdir(parents=True)
-    stage1 = list(
-        _progress(_align_rows(recipe, images, train_shapes), "stage 1", recipe.align_scenes + recipe.align_shapes)
-    )
+    total = recipe.align_scenes + recipe.align_shapes
+    stage1 = list(tqdm(_align_rows(recipe, images, train_shapes), "stage 1", total))
     parts = (recipe.finetune_scenes, recipe.finetune_shapes, recipe.finetune_pairs, recipe.finetune_texts)
     total = sum(parts) + recipe.finetune_patch_texts + recipe.finetune_patch_text_shapes
-    stage2 = list(_progress(_finetune_rows(recipe, images, train_shapes), "stage 2", total))
+    stage2 = list(tqdm(_finetune_rows(recipe, images, train_shapes), "stage 2", total))
     random.Random(f"{recipe.seed}/stage1").shuffle(stage1)
     random.Random(f"{recipe.seed}/stage2").shuffle(stage2)
     _write_json(folder / "stage1.json", stage1)
@@ -222,7 +223,7 @@ def write_exams(recipe: SampleRecipe, folder: Path, test_shapes: list[shapes.Sha
     images.mkdir(parents=True)
     (folder / "eval").mkdir()
     retrieval = _scenes(recipe, "test", recipe.retrieval_scenes)
-    for scene in _progress(retrieval, "retrieval"):
+    for scene in tqdm(retrieval, "retrieval"):
         _save_scene(scene, images)
     _write_json(folder / "retrieval" / "test.json", exams.karpathy_json(retrieval, recipe.seed))
     asked = _scenes(recipe, "test-pope", recipe.pope_scenes, min_things=2)
@@ -265,12 +266,6 @@ def _copy(shape: shapes.ShapeImage, images: Path) -> str:
 
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1))
-
-
-def _progress(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(items, desc=description, total=total)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clips_mllm.prompts.conversation import Message
-from clips_mllm.talk.conversation import (
-    TruncatedConversation,
-    text_message,
-    to_llava_turn,
-    truncate,
-    user_message,
-)
+from clips_mllm.talk.conversation import TruncatedConversation, text_message, to_llava_turn, truncate, user_message
 from clips_mllm.talk.engine import Engine
 from clips_mllm.talk.images import InputImage
 from clips_mllm.talk.requests import Done, Event, Failed, TextDelta

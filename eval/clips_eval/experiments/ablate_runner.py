@@ -100,10 +100,7 @@ def run_cells(recipe: AblateRecipe) -> list[Cell]:
     logger.info("%d runs, %d done before; %d at a time", len(everything), len(everything) - len(waiting), processes)
     failed: list[Cell] = []
     started = time.monotonic()
-    with (
-        sigterm_stops("ablate"),
-        contextlib.closing(_run_all(waiting, processes, recipe.threads)) as ended,
-    ):
+    with sigterm_stops("ablate"), contextlib.closing(_run_all(waiting, processes, recipe.threads)) as ended:
         for number, cell in enumerate(ended, start=1):
             if not cell.done:
                 failed.append(cell)

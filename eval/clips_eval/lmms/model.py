@@ -20,15 +20,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from clips_eval.lmms.answer_cache import AnswerCache
-from clips_eval.lmms.batches import (
-    Document,
-    batches,
-    expand,
-    generation_options,
-    left_pad,
-    shuffle_images,
-    truncate,
-)
+from clips_eval.lmms.batches import Document, batches, expand, generation_options, left_pad, shuffle_images, truncate
 from clips_eval.lmms.prefix import generate_inputs, shared_prefixes
 from clips_eval.lmms.requests import (
     Control,

@@ -100,12 +100,7 @@ def plain_word(text: str) -> str:
 def easy_vqa_process_results(doc: Row, results: Sequence[str]) -> dict[str, Row]:
     """Return the same row {score, kind, prediction, ground_truth} for each metric, which filters by kind."""
     prediction, truth = plain_word(results[0]), plain_word(doc["answer"])
-    row = {
-        "score": float(prediction == truth),
-        "kind": doc["kind"],
-        "prediction": prediction,
-        "ground_truth": truth,
-    }
+    row = {"score": float(prediction == truth), "kind": doc["kind"], "prediction": prediction, "ground_truth": truth}
     return {"accuracy": row, "open_accuracy": row, "yes_no_accuracy": row}
 
 
