@@ -227,8 +227,8 @@ def test_lock_file_contains_only_pins() -> None:
     assert {"torch", "transformers", "deepspeed", "jsonargparse", "docstring-parser", "pytest", "ruff"} <= names
 
 
-def test_the_library_does_not_know_the_quickstart() -> None:
-    """Its recipes are in configs/, its data and its projector in clips_mllm/sample/."""
+def test_library_does_not_mention_the_quickstart() -> None:
+    """The quickstart consists of recipes in configs/ and of clips_mllm/sample/."""
     named = re.compile(r"quickstart|smoke", re.IGNORECASE)
     wrong = [
         f"{file.relative_to(ROOT)}:{number}"

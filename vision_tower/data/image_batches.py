@@ -70,7 +70,7 @@ class SkipCounter:
         self.bad += 1
         if self.bad == 1:
             self.first = f"{name}: {cause}"
-            logger.warning("skipped: %s (further ones are counted)", self.first)
+            logger.warning("skipped: %s (later ones are only counted)", self.first)
 
     def check(self) -> None:
         """Raise UserError if more than the allowed fraction was skipped."""

@@ -169,7 +169,7 @@ class SourceReader:
     def skip(self, cause: str, row: Row) -> None:
         """Count an unreadable sample; the first one of each cause is logged."""
         if not self.bad[cause]:
-            logger.warning("skipped: %s: %s: %s (further ones are counted)", row.shard, row.key, cause)
+            logger.warning("skipped: %s: %s: %s (later ones are only counted)", row.shard, row.key, cause)
         self.bad[cause] += 1
         self.position = dataclasses.replace(self.position, bad=dict(self.bad))
         if self.position.seen >= MIN_SAMPLES:
@@ -177,7 +177,7 @@ class SourceReader:
 
     def _mark_broken(self, shard: str, error: BadShard) -> None:
         if error.cause not in self.broken.values():
-            logger.warning("skipped: %s: %s (%s) (further ones are counted)", shard, error.cause, error)
+            logger.warning("skipped: %s: %s (%s) (later ones are only counted)", shard, error.cause, error)
         self.broken[shard] = error.cause
         self.position = dataclasses.replace(self.position, broken=dict(self.broken))
         if len(self.broken) > max(1, self.max_bad_fraction * len(self.shards)):
