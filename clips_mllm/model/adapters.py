@@ -72,7 +72,7 @@ def add_adapter(model: AnyModel, adapter: AdapterRecipe, modules: list[str], *, 
     from peft import LoraConfig, get_peft_model
 
     name = model.name_or_path
-    base = os.path.abspath(name) if Path(name).is_dir() else name  # readers have another working directory
+    base = os.path.abspath(name) if Path(name).is_dir() else name  # works from any directory
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,

@@ -122,7 +122,7 @@ class CachedTower:
         hidden = self.tower(pixels.to(self.tower.dtype), output_hidden_states=self.layer).hidden_states
         drop = 1 if self.select == "default" else 0
         chosen = torch.cat([hidden[layer][:, drop:] for layer in layers], dim=-1)
-        # On GPUs autocast leaves CLIP's hidden states in fp32; the projector would round them as this does.
+        # On GPUs autocast leaves CLIP's hidden states in fp32; the projector would cast them to the same dtype.
         return chosen.to(self.store.dtype)
 
 

@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
     everything = jobs(recipe)
     for job in everything:
         if job.done.is_file() and job.done.read_text() != job.content:
-            raise UserError("written with another recipe", file=job.done, remedy=f"remove {job.folder}, or change output_dir")
+            raise UserError(
+                "written with another recipe", file=job.done, remedy=f"remove {job.folder}, or change output_dir"
+            )
     with sigterm_stops("compare"):
         _run_all([job for job in everything if not job.done.is_file()], recipe.launcher)
 

@@ -58,11 +58,11 @@ def recipe(folder: Path, **values: Any) -> AblateRecipe:
 def test_grid_has_each_run_once(tmp_path: Path) -> None:
     names = [setting.name for setting in settings(recipe(tmp_path, budgets=(12, 6), web_budgets=(4,)))]
     cut = [f"clip-synthetic-{kind}-{n}" for kind in ("truncation", "random", "block", "sub-caption") for n in (6, 12)]
-    whole = ["clip-synthetic", "clip-web", "clipa-mix", "coca", "clips"]
-    assert sorted(names) == sorted([*cut, "clip-web-4", *whole])
-    assert [setting.name for setting in settings(recipe(tmp_path, reductions=()))] == whole[1:]
+    uncut = ["clip-synthetic", "clip-web", "clipa-mix", "coca", "clips"]
+    assert sorted(names) == sorted([*cut, "clip-web-4", *uncut])
+    assert [setting.name for setting in settings(recipe(tmp_path, reductions=()))] == uncut[1:]
     curves = length_curves(recipe(tmp_path, budgets=(12, 6)))
-    assert [setting.budget for setting in curves["block"]] == [6, 12, None]  # whole captions come last
+    assert [setting.budget for setting in curves["block"]] == [6, 12, None]  # uncut captions come last
 
 
 def test_each_setting_is_a_valid_pretraining_recipe() -> None:

@@ -16,7 +16,7 @@ from vision_tower.common.files import write_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WHOLE = "whole"
+UNCUT = "uncut"
 PLOTS = {"length.png": "Retrieval by caption length", "objectives.png": "Retrieval by objective"}
 
 
@@ -94,11 +94,11 @@ def markdown(recipe: AblateRecipe, scores: Scores, samples_seen: int, command: s
 def _lengths(recipe: AblateRecipe) -> list[str]:
     """Return the labels of all budgets in ascending order, then the uncut caption."""
     found = {setting.budget for curve in length_curves(recipe).values() for setting in curve}
-    return [*(str(budget) for budget in sorted(budget for budget in found if budget is not None)), WHOLE]
+    return [*(str(budget) for budget in sorted(budget for budget in found if budget is not None)), UNCUT]
 
 
 def _length(setting: Setting) -> str:
-    return WHOLE if setting.budget is None else str(setting.budget)
+    return UNCUT if setting.budget is None else str(setting.budget)
 
 
 def _curve(kind: str) -> str:

@@ -61,14 +61,14 @@ def _of_length(recipe: AblateRecipe, scores: Scores) -> list[Direction]:
     """Claims: cut synthetic captions beat uncut ones; uncut web captions beat cut ones."""
     found = []
     for name, curve in length_curves(recipe).items():
-        *shorter, whole = curve
+        *shorter, uncut = curve
         kind = "web captions, truncated" if name == "web" else f"synthetic captions, {name}"
         short = [statistics.fmean(values) for values in zip(*(scores[setting] for setting in shorter), strict=True)]
-        gains = [cut - full for cut, full in zip(short, scores[whole], strict=True)]
+        gains = [cut - full for cut, full in zip(short, scores[uncut], strict=True)]
         sign = -1 if name == "web" else 1
-        claim = f"{kind}: {'whole beats cut' if name == 'web' else 'cut beats whole'}"
+        claim = f"{kind}: {'uncut beats cut' if name == 'web' else 'cut beats uncut'}"
         lengths = ", ".join(str(setting.budget) for setting in shorter)
-        order = f"whole - mean of {lengths}" if name == "web" else f"mean of {lengths} - whole"
+        order = f"uncut - mean of {lengths}" if name == "web" else f"mean of {lengths} - uncut"
         found.append(_direction(claim, order, [sign * gain for gain in gains]))
     return found
 

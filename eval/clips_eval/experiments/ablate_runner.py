@@ -69,7 +69,9 @@ def cells(recipe: AblateRecipe) -> list[Cell]:
         file = cell.folder / JOB
         if file.is_file() and file.read_text() != cell.job:
             raise UserError(
-                "written with another recipe or other data", file=file, remedy=f"remove {cell.folder}, or change output_dir"
+                "written with another recipe or other data",
+                file=file,
+                remedy=f"remove {cell.folder}, or change output_dir",
             )
     return found
 

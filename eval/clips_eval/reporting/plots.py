@@ -147,11 +147,11 @@ def inverse_plot(run: Run) -> Plot | None:
             name = "web" if row["objective"] == "clip-web" else row["reduction"]
             curves.setdefault(name, []).append(row)
     for name, points in curves.items():
-        whole = "clip-web" if name == "web" else "clip-synthetic"
+        uncut = "clip-web" if name == "web" else "clip-synthetic"
         points.sort(key=lambda row: row["budget"])
-        points += [row for row in rows if row["objective"] == whole and row["budget"] is None]
+        points += [row for row in rows if row["objective"] == uncut and row["budget"] is None]
     values = "; ".join(
-        f"{name} " + ", ".join(f"{100 * row['value']:.1f} at {row['budget'] or 'whole'}" for row in points)
+        f"{name} " + ", ".join(f"{100 * row['value']:.1f} at {row['budget'] or 'uncut'}" for row in points)
         for name, points in curves.items()
     )
     metric = f"R@{run.ablation.get('metric', 'r1')[1:]}"
@@ -181,7 +181,7 @@ def _draw_inverse(
                 linewidth=1.4,
                 label=name,
             )
-        axes.set_xticks(range(len(budgets) + 1), [*map(str, budgets), "whole"])
+        axes.set_xticks(range(len(budgets) + 1), [*map(str, budgets), "uncut"])
         axes.set_xlabel("word pieces per caption")
         axes.set_ylabel(f"{metric}, %")
         axes.grid(axis="y", color=theme.grid, linewidth=0.8)
