@@ -151,7 +151,7 @@ def test_report_files(tmp_path: Path) -> None:
         ({"seeds": (1,)}, "seeds"),
         ({"seeds": (0, 1, 1)}, "seeds"),
         ({"reductions": (), "objectives": ()}, "reductions"),
-        ({"threads": 0, "budgets": (6,)}, "processes"),
+        ({"threads": 0, "budgets": (6,)}, "threads"),
     ],
 )
 def test_invalid_grids_are_refused(tmp_path: Path, values: dict[str, Any], key: str) -> None:
