@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     classes = torch.nn.functional.normalize(classes, dim=-1)  # (C, D)
 
     images = encoder.embed_images([Image.open(file).convert("RGB") for file in args.images])  # (N, D)
-    scale = encoder.model.logit_scale.exp().cpu()  # the temperature that the encoder was trained with
+    scale = encoder.model.logit_scale.exp().detach().cpu()  # the temperature that the encoder was trained with
     for file, row in zip(args.images, (scale * images @ classes.T).softmax(dim=-1), strict=True):
         ranked = sorted(zip(row.tolist(), args.classes, strict=True), reverse=True)
         print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for share, name in ranked))

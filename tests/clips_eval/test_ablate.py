@@ -260,6 +260,7 @@ def test_log_of_a_failed_run_is_named(
     assert "error: " in log.read_text()
 
 
+@pytest.mark.slow
 def test_run_ends_when_a_loader_process_fails(sample_world: Path, tmp_path: Path) -> None:
     """The error arrives while other loader processes are waiting, which ignore one SIGTERM."""
     named = {"shards": str(sample_world / "pretrain" / "*.tar"), "web_caption": "nowhere"}

@@ -50,6 +50,7 @@ def test_default_is_torchs_initialization_of_linear_layers(mllm_dir: Path) -> No
     assert torch.equal(after, torch.rand(1)), "the run's random state is untouched"
 
 
+@pytest.mark.slow
 def test_default_is_the_same_under_every_zero_stage(sample_world: Path, encoder_dir: Path, tmp_path: Path) -> None:
     """Two ranks, one step with a learning rate of 0; the tiled model adds image_newline to the projector."""
     values = {

@@ -166,6 +166,7 @@ def test_two_ranks_give_the_same_losses_and_resume(
     assert all(torch.equal(after[name], last[name]) for name in after), "the last checkpoint is the run's result"
 
 
+@pytest.mark.slow
 def test_deepspeed_recipe_runs_without_launcher(
     alone: Callable[[str], Path], values: dict[str, dict[str, Any]], sample_world: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_resume_after_ctrl_c(mllm_dir: Path, sample_world: Path, tmp_path: Path)
     assert losses(folder) == losses(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_to_every_process(mllm_dir: Path, sample_world: Path, tmp_path: Path) -> None:
     """A scheduler signals all processes of a job, also the loader's: the run saves at any step, exits with code 0."""
     values = VALUES | {"model.checkpoint": mllm_dir, "training.workers": 1} | MODES["full"]

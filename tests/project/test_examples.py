@@ -47,7 +47,8 @@ def test_ask(chat_mllm: Path, images: list[str], capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.strip()
 
 
-def test_train_on_my_json(mllm_dir: Path, images: list[str], tmp_path: Path) -> None:
+def test_train_on_my_json(mllm_dir: Path, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the doctor writes its report there
     for file in images:
         shutil.copy(file, tmp_path)
     with (tmp_path / "questions.csv").open("w", newline="") as file:
@@ -68,7 +69,7 @@ def test_train_on_my_json(mllm_dir: Path, images: list[str], tmp_path: Path) -> 
 
 
 def test_call_server(served_mllm: str, images: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    example("call_server").main([f"{served_mllm}/v1", images[0], "What is this?"])
+    example("call_server").main([served_mllm, images[0], "What is this?"])
     assert capsys.readouterr().out.strip()
 
 
@@ -82,7 +83,8 @@ def served_mllm(chat_mllm: Path) -> Any:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1].rstrip("/")
+        line = process.stdout.readline()
+        yield next(word for word in line.split() if word.startswith("http"))
     finally:
         process.terminate()
         process.wait(30)

@@ -67,6 +67,7 @@ def distance(first: Path, second: Path) -> float:
     return float(torch.cat([(one[name].float() - other[name].float()).abs().flatten() for name in one]).mean())
 
 
+@pytest.mark.slow
 def test_two_ranks_with_zero_equal_one_rank(tiny_world: Path, tmp_path: Path) -> None:
     """Compares losses, gradient norms, scores, weights and their average after three steps of ZeRO-1, 2 and 3."""
     values = FULL_BATCH | {
