@@ -22,18 +22,44 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-cache-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
-# Files with many processes start first, so that none runs alone at the end.
-LONG = (
-    "test_train_ranks.py",
-    "test_train_resume.py",
-    "test_web.py",
-    "test_pretrain_engine.py",
-    "test_resume.py",
-    "test_evaluate.py",
-    "test_eval_callback.py",
-    "test_ablate.py",
-    "test_chat.py",
-    "test_serve.py",
+# Files that train, serve, drive a browser, or start processes, longest first. They run first, so that none runs alone at
+# the end, and get the marker `integration`, which `make test-fast` leaves out.
+INTEGRATION = (
+    "test_train_ranks",
+    "test_train_resume",
+    "test_web",
+    "test_pretrain_engine",
+    "test_resume",
+    "test_evaluate",
+    "test_eval_callback",
+    "test_ablate",
+    "test_chat",
+    "test_serve",
+    "test_projector",
+    "test_adapters",
+    "test_examples",
+    "test_bad_input",
+    "test_compare",
+    "test_checkpoint",
+    "test_sample",
+    "test_convert",
+    "test_cached_tower",
+    "test_pretrain",
+    "test_losses",
+    "test_train",
+    "test_report_comparison",
+    "test_plan",
+    "test_shards",
+    "test_recipe",
+    "test_modeling",
+    "test_lmms",
+    "test_report",
+    "test_tiles",
+    "test_data",
+    "test_structure",
+    "test_step",
+    "test_accumulation",
+    "test_logs",
 )
 
 SMALL_WORLD = {
@@ -63,12 +89,17 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run long files first, the others in their order; skip tests marked `gpu` without a GPU."""
     for item in items:
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    order = {name: place for place, name in enumerate(INTEGRATION)}
+    for item in items:
+        if item.path.stem in order:
+            item.add_marker(pytest.mark.integration)
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
