@@ -22,8 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-cache-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
-# Files that train, serve, drive a browser, or start processes, longest first. They run first, so that none runs alone at
-# the end, and get the marker `integration`, which `make test-fast` leaves out.
+# Files that train, serve, drive a browser, or start processes, longest first. They run first, so that none runs alone
+# at the end, and get the marker `integration`, which `make test-fast` leaves out.
 INTEGRATION = (
     "test_train_ranks",
     "test_train_resume",

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from clips_eval.lmms.answer_cache import AnswerCache
@@ -45,12 +44,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from clips_mllm.model.checkpoint import Mllm
-
-MANIFEST = ModelManifest(
-    model_id="clips_mllm",
-    simple_class_path="clips_eval.lmms.model.ClipsMllmSimple",
-    chat_class_path="clips_eval.lmms.model.ClipsMllm",
-)
 
 
 class ClipsMllm(lmms):
